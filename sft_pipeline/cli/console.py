@@ -1,0 +1,81 @@
+"""Progress on a terminal: one line per asset, a bar for what is long. Plain lines where stderr is not a terminal."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sft_pipeline.reporting import Reporter
+
+MARKS = {"built": "[green]✔[/]", "cached": "[cyan]=[/]", "not accepted": "[red]✘[/]", "failed": "[red]✘[/]"}
+
+
+class ConsoleReporter(Reporter):
+    """A reporter for `sft run`; use as a context manager."""
+
+    def __init__(self, console: Console, every_seconds: float = 5.0) -> None:
+        self._console = console
+        self._every = every_seconds
+        self._live = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self._last: dict[str, float] = {}
+        self._started: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
+
+    def __enter__(self) -> "ConsoleReporter":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._live.stop()
+
+    def stage(self, asset: str, state: str) -> None:
+        if state == "started":
+            self._started[asset] = time.monotonic()
+            self._clear()
+            self._task(asset, None)
+            return
+        seconds = time.monotonic() - self._started.get(asset, time.monotonic())
+        self._clear()
+        self._console.print(f"{MARKS[state]} {escape(asset)} [dim]{state}, {seconds:.1f} s[/]")
+
+    def log(self, message: str, level: str = "info") -> None:
+        style = {"warning": "yellow", "error": "red", "debug": "dim"}.get(level, "")
+        if level != "debug":
+            self._console.print(f"  {message}", style=style, markup=False)
+
+    def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
+        amount = f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"
+        if "loss" in self._latest and name.startswith("training"):
+            amount += f"  loss {self._latest['loss']:.4f}"
+        self._live.update(self._task(name, total), completed=done, total=total, amount=amount)
+        if not self._console.is_terminal and (time.monotonic() - self._last.setdefault(name, time.monotonic()) > self._every):
+            self._last[name] = time.monotonic()
+            self._console.print(f"  {name}: {amount}", markup=False)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._latest.update(values)
+        if "val_loss" in values:
+            self._console.print(f"  update {step}: validation loss {values['val_loss']:.4f}", markup=False)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        if rows:
+            self._console.print(f"  sample: {rows[0].get('reply', '')!s:.150}", style="dim", markup=False)
+
+    def _task(self, name: str, total: float | None) -> TaskID:
+        if name not in self._tasks:
+            self._tasks[name] = self._live.add_task(name, total=total, amount="")
+        return self._tasks[name]
+
+    def _clear(self) -> None:
+        for task in self._tasks.values():
+            self._live.remove_task(task)
+        self._tasks.clear()
+        self._last.clear()
+        self._latest.clear()

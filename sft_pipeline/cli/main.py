@@ -1,0 +1,152 @@
+"""The `sft` command."""
+
+import json
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sft_pipeline.errors import Interrupted, SftError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Supervised fine-tuning, from raw rows to a traceable model.")
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of its file")]
+Snapshot = Annotated[str | None, typer.Option(help="snapshot of the dataset; the newest by default")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a key of the recipe; may be repeated")]
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    snapshot: Snapshot = None,
+    until: Annotated[str | None, typer.Option(metavar="ASSET", help="stop after this asset, for example packed_shards")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Materialize the branch of a recipe, reusing everything that is up to date."""
+    from sft_pipeline.cli.run import run_recipe
+
+    result = run_recipe(recipe, snapshot=snapshot, until=until, overrides=overrides or [], console=err)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        result.show(Console())
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def check(recipe: Recipe, snapshot: Snapshot = None, overrides: Set = None, as_json: Json = False) -> None:
+    """Validate config and data, and say what a training would cost, without training."""
+    from sft_pipeline.cli.check import check_recipe, show_check
+
+    result = check_recipe(recipe, snapshot=snapshot, overrides=overrides or [], console=err)
+    if as_json:
+        print_json(result)
+    else:
+        show_check(result, Console())
+    raise typer.Exit(0 if result["valid"] else 2)
+
+
+@app.command()
+def inspect(
+    recipe: Recipe,
+    row: Annotated[str | None, typer.Option(metavar="ID", help="one row, by row id")] = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="how many rows")] = 3,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="write a self-contained page instead")] = None,
+    snapshot: Snapshot = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show rows token by token as the model will see them, and the blocks they are packed in."""
+    from sft_pipeline.cli.inspect import inspect_recipe
+
+    result = inspect_recipe(recipe, row=row, n=number, html=html, snapshot=snapshot, overrides=overrides or [], console=err, out=None if as_json else Console())
+    if as_json:
+        print_json(result)
+
+
+@app.command()
+def lineage(
+    model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="an exported model")],
+    verify: Annotated[bool, typer.Option("--verify", help="hash again everything that can be reached")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the chain from an exported model back to its source files."""
+    from sft_pipeline.cli.lineage import show_lineage
+
+    result = show_lineage(model_dir, verify=verify, out=None if as_json else Console())
+    if as_json:
+        print_json(result)
+    raise typer.Exit(1 if verify and not result["verified"] else 0)
+
+
+@app.command()
+def trace(group_or_row_id: Annotated[str, typer.Argument(metavar="GROUP_OR_ROW_ID")], as_json: Json = False) -> None:
+    """Find the artifacts, updates and exported models that contain a row or a group."""
+    from sft_pipeline.cli.trace import show_trace
+
+    result = show_trace(group_or_row_id, out=None if as_json else Console())
+    if as_json:
+        print_json(result)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="of the Dagster UI")] = 3000,
+    mlflow_port: Annotated[int, typer.Option(help="of the MLflow UI")] = 5000,
+) -> None:
+    """Serve the Dagster and MLflow UIs on loopback until interrupted."""
+    from sft_pipeline.cli.ui import serve
+
+    serve(port, mlflow_port, err)
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def main() -> None:
+    """Runs the command; expected errors become one message and their exit code."""
+    from sft_pipeline.project import set_environment
+
+    set_environment()
+    signal.signal(signal.SIGTERM, _interrupt)
+    wants_json = "--json" in sys.argv[1:]
+    try:
+        app(standalone_mode=False)
+    except SftError as error:
+        _fail(str(error), error.exit_code, wants_json)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", Interrupted.exit_code, wants_json)
+    except typer.Exit as leave:
+        _leave(leave.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line itself
+            _fail(error.format_message(), 2, wants_json)
+        if os.environ.get("SFT_DEBUG"):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (SFT_DEBUG=1 shows the traceback)", 1, wants_json)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int, wants_json: bool) -> None:
+    err.print(f"[bold red]sft:[/] {message}" if "[" not in message else f"sft: {message}", markup="[" not in message)
+    if wants_json:
+        status = {3: "blocked", 4: "interrupted"}.get(code, "failed")
+        print_json({"status": status, "error": message, "valid": False})
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

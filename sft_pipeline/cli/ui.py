@@ -1,0 +1,81 @@
+"""`sft ui`: the Dagster UI with its daemon and the MLflow UI, on loopback, until interrupted."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+
+from sft_pipeline.errors import InputError, SftError
+from sft_pipeline.project import project_root
+
+HOST = "127.0.0.1"
+READY_SECONDS = 120
+
+
+def serve(port: int, mlflow_port: int, console: Console) -> None:
+    """Starts both servers, says when they answer, and takes both down on the way out."""
+    import dagster as dg
+
+    from sft_pipeline.launch.reaper import reap_dead_runs
+
+    os.environ["SFT_DAGSTER_URL"] = f"http://{HOST}:{port}"
+    tracking = os.environ["MLFLOW_TRACKING_URI"]
+    mlflow_is_ours = not tracking.startswith("http")
+    os.environ["SFT_MLFLOW_URL"] = f"http://{HOST}:{mlflow_port}" if mlflow_is_ours else tracking
+    with dg.DagsterInstance.get() as instance:
+        for message in reap_dead_runs(instance):
+            console.print(message, markup=False)
+    servers = {"Dagster": _start("dagster", "dev", "-h", HOST, "-p", str(port), "-w", str(project_root() / "workspace.yaml"))}
+    if mlflow_is_ours:
+        servers["MLflow"] = _start("mlflow", "server", "--backend-store-uri", tracking, "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
+    try:
+        console.print("starting the UIs; Ctrl-C stops them")
+        _wait(servers["Dagster"], "Dagster", f"http://{HOST}:{port}/server_info", console)
+        if mlflow_is_ours:
+            _wait(servers["MLflow"], "MLflow", f"http://{HOST}:{mlflow_port}/health", console)
+        while True:
+            for name, server in servers.items():
+                if server.poll() is not None:
+                    raise SftError(f"the {name} UI stopped with exit code {server.returncode}; is its port taken? Choose others with --port and --mlflow-port")
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        console.print("stopping the UIs")
+    finally:
+        for server in servers.values():
+            _stop(server)
+
+
+def _start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    path = Path(sys.executable).with_name(program)
+    found = str(path) if path.exists() else shutil.which(program)
+    if found is None:
+        raise InputError(f"{program} is not installed beside this Python: pip install it, or run `make demo` once")
+    return subprocess.Popen([found, *arguments], cwd=project_root(), start_new_session=True)
+
+
+def _wait(server: subprocess.Popen[bytes], name: str, url: str, console: Console) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                console.print(f"{name}: {url.rsplit('/', 1)[0]}")
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise SftError(f"the {name} UI did not answer at {url}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    for number, patience in ((signal.SIGINT, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        if server.poll() is None:
+            os.killpg(server.pid, number)
+            try:
+                server.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue

@@ -1,0 +1,45 @@
+"""The recipe file."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sft_pipeline.config.base import Config
+from sft_pipeline.config.dataset import Name
+from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+from sft_pipeline.stages.evaluation.config import EvaluationConfig
+from sft_pipeline.stages.exported_model.config import ExportConfig
+from sft_pipeline.stages.packed_shards.config import PackingConfig
+from sft_pipeline.stages.sanity_check.config import SanityConfig
+from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokensConfig
+
+
+class RetrainConfig(Config):
+    """When the branch runs by itself."""
+
+    on_new_snapshot: bool = False
+    cron: Annotated[str | None, Field(description="five cron fields")] = None
+
+
+class RecipeConfig(Config):
+    """Everything that makes a model besides the data."""
+
+    name: Name
+    description: str = ""
+    owner: Annotated[str | None, Field(description="e-mail or team:name, shown in the UI")] = None
+    extends: Annotated[str | None, Field(description="another recipe, or a preset, whose values are inherited")] = None
+    dataset: str
+    model: ModelConfig
+    template: TemplateConfig = TemplateConfig()
+    tokens: TokensConfig = TokensConfig()
+    packing: PackingConfig = PackingConfig()
+    sanity: SanityConfig = SanityConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    retrain: RetrainConfig = RetrainConfig()
+
+    @property
+    def tokenizer(self) -> str:
+        """Folder or hub id of the tokenizer."""
+        return self.model.tokenizer or self.model.base

@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each one carries its exit code; none of them is shown with a traceback."""
+
+
+class SftError(Exception):
+    """Base of all expected errors: one clear message with the cause and the remedy."""
+
+    exit_code = 1
+
+
+class InputError(SftError):
+    """Bad input or configuration: a file, line, field or value the user can mend. Exit code 2."""
+
+    exit_code = 2
+
+
+class BlockedError(SftError):
+    """A blocking check failed, or an input that is not accepted was asked for. Exit code 3."""
+
+    exit_code = 3
+
+
+class Interrupted(SftError):
+    """The run was stopped from outside and can be resumed by running it again. Exit code 4."""
+
+    exit_code = 4

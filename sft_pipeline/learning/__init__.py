@@ -1,0 +1,1 @@
+"""What the model stages share: loading, feeding, loss, the trainer, generation. Imported only where torch runs."""

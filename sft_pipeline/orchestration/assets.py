@@ -1,0 +1,176 @@
+"""One Dagster asset per stage and branch. The body finds the branch, runs the stage, and shows what came out."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from sft_pipeline.config.dataset import DatasetConfig
+from sft_pipeline.config.load import find_recipe, load_catalog
+from sft_pipeline.config.recipe import RecipeConfig
+from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
+from sft_pipeline.launch.reaper import process_identity
+from sft_pipeline.orchestration.metadata import to_metadata
+from sft_pipeline.reporting import Reporter, Tee
+from sft_pipeline.stages.code_version import code_version
+from sft_pipeline.stages.graph import STAGES
+from sft_pipeline.stages.run import Outcome, Run, read_report, run_stage
+from sft_pipeline.stages.stage import Branch, Build, Built, Stage
+from sft_pipeline.store import Store
+from sft_pipeline.store.files import sha256_json
+
+GPU_POOL = "gpu"
+SET_TAG = "sft/set"  # JSON list of "a.b=value": the overrides of this run
+RECIPE_TAG = "sft/recipe_source"  # the recipe's name or file, as given to `sft run`
+WORKER_TAG = "sft/worker"  # the process that runs this run, so that a dead one can be told
+DEFAULT_OWNER = "team:sft"
+
+
+def partitions_of(dataset: DatasetConfig) -> dg.DynamicPartitionsDefinition:
+    """The snapshots of a dataset."""
+    return dg.DynamicPartitionsDefinition(name=f"{dataset.name}_snapshots")
+
+
+def stage_asset(stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter) -> dg.AssetsDefinition:
+    """The asset of one stage of one branch.
+
+    Args:
+        recipe: None for the dataset's own stages.
+        listener: Hears everything the stage reports, beside Dagster's log.
+    """
+    branch = Branch(dataset, "", recipe)
+    key = stage.asset(branch).split("/")
+    owner = (recipe.owner if recipe else None) or dataset.owner or DEFAULT_OWNER
+    config_digest = sha256_json(stage.config(branch).model_dump(mode="json", by_alias=True))
+
+    @dg.asset(
+        key=key,
+        deps=[STAGES[name].asset(branch).split("/") for name in (*stage.inputs, *stage.acceptance)],
+        partitions_def=partitions_of(dataset),
+        group_name=key[0],
+        description=stage.description,
+        kinds=set(stage.kinds),
+        owners=[owner],
+        code_version=f"{code_version(stage.name)}-{config_digest[:8]}",
+        pool=GPU_POOL if stage.isolated else None,
+        check_specs=[
+            dg.AssetCheckSpec(c.name, asset=key, description=c.description, blocking=c.blocking) for c in stage.checks
+        ],
+        retry_policy=dg.RetryPolicy(max_retries=1) if stage.isolated else None,
+    )
+    def _asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        yield from _materialize(context, stage, dataset, recipe, listener)
+
+    return _asset
+
+
+def _materialize(
+    context: dg.AssetExecutionContext, stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter
+) -> Iterator[Any]:
+    _tag_worker(context)
+    try:
+        outcome = _run(context, stage, dataset, recipe, listener)
+    except SftError as error:
+        # What will fail again in the same way is not retried.
+        again = not isinstance(error, (InputError, BlockedError, Interrupted))
+        raise dg.Failure(str(error), metadata={"exit_code": error.exit_code}, allow_retries=again) from error
+    yield from _results(stage, outcome)
+
+
+def _run(context: dg.AssetExecutionContext, stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter) -> Outcome:
+    from sft_pipeline.tracking.mlflow import MlflowTracker
+
+    overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
+    if recipe is not None and overrides:
+        recipe = find_recipe(load_catalog(), context.run.tags.get(RECIPE_TAG, recipe.name), overrides)
+    run = Run(
+        store=Store(),
+        report=Tee(DagsterReporter(context), listener),
+        run_id=context.run.run_id,
+        earlier_run_ids=tuple(r for r in (context.run.parent_run_id, context.run.root_run_id) if r),
+        current=not overrides,
+        tracker=MlflowTracker(context.run.run_id, current=not overrides),
+        isolate=lambda s, b: _isolate(context, s, b, recipe),
+    )
+    return run_stage(stage, STAGES, Branch(dataset, context.partition_key, recipe), run)
+
+
+def _isolate(context: dg.AssetExecutionContext, stage: Stage, build: Build, recipe: RecipeConfig | None) -> Built:
+    """Runs a build in a supervised child that speaks Dagster Pipes; it dies with this step and with the run's worker."""
+    from sft_pipeline.launch.launcher import run_isolated
+
+    processes = recipe.training.processes if recipe and stage.name == "trained_checkpoints" else 1
+    parent = multiprocessing.parent_process()
+    watch = [str(parent.pid)] if parent and parent.pid else []
+    with dg.open_pipes_session(
+        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=dg.PipesTempFileMessageReader()
+    ) as session:
+        return run_isolated(stage, build, processes=processes, watch=watch, extra_env=session.get_bootstrap_env_vars())
+
+
+def _tag_worker(context: dg.AssetExecutionContext) -> None:
+    parent = multiprocessing.parent_process()
+    identity = process_identity(parent.pid if parent and parent.pid else os.getpid())
+    if context.run.tags.get(WORKER_TAG) != identity:
+        context.instance.add_run_tags(context.run.run_id, {WORKER_TAG: identity})
+
+
+def _results(stage: Stage, outcome: Outcome) -> Iterator[Any]:
+    artifact, manifest = outcome.artifact, outcome.artifact.manifest
+    report = read_report(artifact)
+    metadata: dict[str, Any] = {
+        "cached": outcome.cached,
+        "accepted": manifest.accepted,
+        "path": dg.MetadataValue.path(str(artifact.path)),
+        "fingerprint": manifest.fingerprint,
+        **{f"count/{name}": value for name, value in manifest.counts.items()},
+        **to_metadata(report["evidence"], artifact),
+    }
+    if manifest.mlflow_run_id:
+        metadata["mlflow_run_id"] = manifest.mlflow_run_id
+    yield dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(manifest.data_version))
+    blocking = {c.name: c.blocking for c in stage.checks}
+    for check in manifest.checks:
+        yield dg.AssetCheckResult(
+            check_name=check["name"],
+            passed=check["passed"],
+            severity=dg.AssetCheckSeverity.ERROR if blocking[check["name"]] else dg.AssetCheckSeverity.WARN,
+            description=check["description"],
+            metadata=to_metadata(report["checks"].get(check["name"], {}), artifact),
+        )
+
+
+class DagsterReporter(Reporter):
+    """Dagster's event log: every log line, and progress and metrics now and then."""
+
+    def __init__(self, context: dg.AssetExecutionContext, every_seconds: float = 10.0) -> None:
+        self._log = context.log
+        self._every = every_seconds
+        self._last: dict[str, float] = {}
+
+    def _due(self, what: str) -> bool:
+        now = time.monotonic()
+        if now - self._last.get(what, float("-inf")) < self._every:
+            return False
+        self._last[what] = now
+        return True
+
+    def log(self, message: str, level: str = "info") -> None:
+        getattr(self._log, level)(message)
+
+    def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
+        if self._due(f"progress {name}") or done == total:
+            share = f" ({done / total:.0%})" if total else ""
+            self._log.info(f"{name}: {done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}{share}")
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        if "val_loss" in values or self._due("metrics"):
+            self._log.info(f"update {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        lines = [f"  {r.get('prompt', '')!s:.120} -> {r.get('reply', '')!s:.200}" for r in rows[:3]]
+        self._log.info(f"samples at update {step}:\n" + "\n".join(lines))

@@ -1,0 +1,43 @@
+"""Where things are: the project root (the folder of dagster.yaml) and SFT_HOME (everything the system writes)."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+
+
+@lru_cache
+def _root_from(cwd: Path) -> Path:
+    for folder in (cwd, *cwd.parents):
+        if (folder / "dagster.yaml").is_file():
+            return folder
+    return PACKAGE_DIR.parent
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the working directory with a dagster.yaml, else the one beside the package."""
+    explicit = os.environ.get("SFT_PROJECT_ROOT")
+    return Path(explicit).resolve() if explicit else _root_from(Path.cwd())
+
+
+def sft_home() -> Path:
+    """`$SFT_HOME`, by default `.sft` beside dagster.yaml."""
+    return project_path(os.environ.get("SFT_HOME") or ".sft")
+
+
+def project_path(path: str | os.PathLike[str]) -> Path:
+    """A path of the configuration as an absolute one: relative paths start at the project root."""
+    return (project_root() / Path(path).expanduser()).resolve()
+
+
+def set_environment() -> None:
+    """Points Dagster and MLflow at SFT_HOME, for this process and every process it starts."""
+    home = sft_home()
+    os.environ["SFT_PROJECT_ROOT"] = str(project_root())
+    os.environ["SFT_HOME"] = str(home)
+    os.environ.setdefault("DAGSTER_HOME", str(project_root()))
+    target = home / "dagster"
+    target.mkdir(parents=True, exist_ok=True)
+    os.environ["SFT_DAGSTER_DIR"] = str(target)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")

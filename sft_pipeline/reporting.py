@@ -1,0 +1,104 @@
+"""How a stage tells what it is doing, without knowing who listens: a terminal, Dagster's log, MLflow, a file."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Reporter:
+    """Listens to a stage. This base ignores everything, and is a reporter for callers who do not care."""
+
+    def log(self, message: str, level: str = "info") -> None:
+        """One line for people. Levels: debug, info, warning, error."""
+
+    def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
+        """`done` of `total` units of the work called `name`; total None where it is not known."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers over training steps (optimizer updates)."""
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Sample generations at a training step: dicts of prompt, reply, expected."""
+
+    def stage(self, asset: str, state: str) -> None:
+        """An asset's state changed: "started", "built", "cached", "not accepted" or "failed"."""
+
+    def track(self, items: Iterable[T], name: str, total: float | None, unit: str = "rows") -> Iterator[T]:
+        """Yields the items, reporting progress by their number."""
+        done = 0
+        for item in items:
+            yield item
+            done += 1
+            self.progress(name, done, total, unit)
+
+
+class Tee(Reporter):
+    """Passes everything on to several reporters."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def log(self, message: str, level: str = "info") -> None:
+        for r in self.reporters:
+            r.log(message, level)
+
+    def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
+        for r in self.reporters:
+            r.progress(name, done, total, unit)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        for r in self.reporters:
+            r.metrics(values, step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        for r in self.reporters:
+            r.samples(rows, step)
+
+    def stage(self, asset: str, state: str) -> None:
+        for r in self.reporters:
+            r.stage(asset, state)
+
+
+class FileReporter(Reporter):
+    """Appends each event as one JSON line; `replay` reads them in another process. Progress at most 5 times a second."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("a", encoding="utf-8", buffering=1)
+        self._last_progress = 0.0
+
+    def _write(self, kind: str, **event: Any) -> None:
+        self._stream.write(json.dumps({"kind": kind, "time": time.time(), "pid": os.getpid(), **event}, default=str) + "\n")
+
+    def log(self, message: str, level: str = "info") -> None:
+        self._write("log", message=message, level=level)
+
+    def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
+        now = time.monotonic()
+        if now - self._last_progress > 0.2 or done == total:
+            self._last_progress = now
+            self._write("progress", name=name, done=done, total=total, unit=unit)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._write("metrics", values=dict(values), step=step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        self._write("samples", rows=[dict(r) for r in rows], step=step)
+
+
+def replay(line: str, reporter: Reporter) -> None:
+    """Passes one line that a FileReporter wrote on to another reporter."""
+    event = json.loads(line)
+    kind = event["kind"]
+    if kind == "log":
+        reporter.log(event["message"], event["level"])
+    elif kind == "progress":
+        reporter.progress(event["name"], event["done"], event["total"], event["unit"])
+    elif kind == "metrics":
+        reporter.metrics(event["values"], event["step"])
+    elif kind == "samples":
+        reporter.samples(event["rows"], event["step"])

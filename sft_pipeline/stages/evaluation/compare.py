@@ -1,0 +1,135 @@
+"""Base and tuned on the same rows: means, their difference, confidence intervals and an exact paired test.
+
+Rows of one group are not independent, so the bootstrap draws whole groups with replacement (a cluster bootstrap;
+Cameron, Gelbach and Miller 2008), both models by the same draw. The paired test is the exact two-sided sign test on
+the rows where the two differ; for pass/fail scores this is McNemar's exact test.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+_CELLS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % confidence interval (percentiles of the bootstrap); all NaN where there are no rows."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of both models on the same rows.
+
+    Attributes:
+        base, tuned: Mean over the rows; for a loss, the sum over the tokens divided by their number.
+        difference: tuned - base.
+        p_value: Two-sided exact sign test on wins and losses, by row.
+        wins, losses, ties: Rows on which the tuned model is better, worse, equal.
+    """
+
+    name: str
+    lower_is_better: bool
+    rows: int
+    groups: int
+    base: Interval
+    tuned: Interval
+    difference: Interval
+    p_value: float
+    wins: int
+    losses: int
+    ties: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN becomes null."""
+        return _without_nan(asdict(self))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def compare(
+    name: str,
+    base: Sequence[float],
+    tuned: Sequence[float],
+    groups: Sequence[str],
+    *,
+    weights: Sequence[float] | None = None,
+    lower_is_better: bool = False,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Comparison:
+    """Compares two models, paired by row.
+
+    Args:
+        base, tuned: One score per row; with `weights`, one sum per row (for example of token losses).
+        groups: The group of each row.
+        weights: What each sum is divided by (for example tokens); None: 1 per row.
+        seed: Of the bootstrap.
+    """
+    a, b = np.asarray(base, dtype=np.float64), np.asarray(tuned, dtype=np.float64)
+    w = np.ones(len(a)) if weights is None else np.asarray(weights, dtype=np.float64)
+    names, member = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    n_groups = len(names)
+    if len(a) == 0 or w.sum() == 0:
+        nothing = Interval(math.nan, math.nan, math.nan)
+        return Comparison(name, lower_is_better, len(a), n_groups, nothing, nothing, nothing, math.nan, 0, 0, 0)
+    per_group = np.stack([np.bincount(member, weights=x, minlength=n_groups) for x in (a, b, w)])  # (3, groups)
+    drawn = _resampled(per_group, seed, resamples)  # (3, resamples)
+    kept = drawn[2] > 0
+    mean_a, mean_b = drawn[0][kept] / drawn[2][kept], drawn[1][kept] / drawn[2][kept]
+    whole = [math.fsum(x) / math.fsum(w) for x in (a, b)]
+    row_a, row_b = (x / np.where(w > 0, w, 1) for x in (a, b))
+    higher, lower = int((row_b > row_a).sum()), int((row_b < row_a).sum())
+    wins, losses = (lower, higher) if lower_is_better else (higher, lower)
+    return Comparison(
+        name=name,
+        lower_is_better=lower_is_better,
+        rows=len(a),
+        groups=n_groups,
+        base=_interval(whole[0], mean_a),
+        tuned=_interval(whole[1], mean_b),
+        difference=_interval(whole[1] - whole[0], mean_b - mean_a),
+        p_value=sign_test(wins, losses),
+        wins=wins,
+        losses=losses,
+        ties=len(a) - wins - losses,
+    )
+
+
+def _resampled(per_group: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Sums over groups drawn with replacement: (measures, groups) -> (measures, resamples)."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    n = per_group.shape[1]
+    at_once = max(1, _CELLS_AT_ONCE // n)
+    sums = []
+    for start in range(0, resamples, at_once):
+        draw = rng.integers(0, n, size=(min(at_once, resamples - start), n))
+        sums.append(per_group[:, draw].sum(axis=2))
+    return np.concatenate(sums, axis=1)
+
+
+def _interval(value: float, drawn: np.ndarray) -> Interval:
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
+    return Interval(float(value), float(low), float(high))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p-value of `wins` against `losses` under even odds; 1.0 where nothing differs."""
+    n, k = wins + losses, min(wins, losses)
+    if n == 0 or 2 * k == n:
+        return 1.0
+    half = math.lgamma(n + 1) - n * math.log(2)
+    tail = math.fsum(math.exp(half - math.lgamma(i + 1) - math.lgamma(n - i + 1)) for i in range(k + 1))
+    return min(1.0, 2 * tail)

@@ -1,0 +1,117 @@
+"""What evaluation reads of a recipe: graders, gates, ranking, decoding."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from sft_pipeline.config.base import Config
+from sft_pipeline.learning.config import ModelConfig
+
+
+class JsonSchemaGrader(Config):
+    """1 where the reply is JSON that the schema accepts."""
+
+    name: str
+    kind: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any] | str, Field(alias="schema", description="a JSON Schema, or the path of a file with one")]
+
+
+class JsonFieldsGrader(Config):
+    """1 where the named fields equal those of the expected completion, both parsed as JSON."""
+
+    name: str
+    kind: Literal["json_fields"]
+    fields: Annotated[list[str], Field(min_length=1)]
+
+
+class ExactMatchGrader(Config):
+    """1 where reply and completion are equal once stripped."""
+
+    name: str
+    kind: Literal["exact_match"]
+    ignore_case: bool = False
+
+
+class RegexGrader(Config):
+    """1 where the pattern is found in the reply; with `group`, where that group equals the completion's."""
+
+    name: str
+    kind: Literal["regex"]
+    pattern: str
+    group: int | None = None
+
+
+class NumericAnswerGrader(Config):
+    """1 where the number after `after` (the last number where null) equals the completion's."""
+
+    name: str
+    kind: Literal["numeric_answer"]
+    after: str | None = None
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+
+
+class PythonGrader(Config):
+    """The score of a Python callable `score(reply: str, completion: str, row: dict) -> float | bool`."""
+
+    name: str
+    kind: Literal["python"]
+    callable: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", description="module:function")]
+
+
+Grader = Annotated[
+    JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader,
+    Field(discriminator="kind"),
+]
+
+
+class DecodingConfig(Config):
+    """Greedy by default, so that an evaluation can be repeated."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 0
+
+
+class EvaluationConfig(Config):
+    """The judgement on held-out behaviour."""
+
+    graders: list[Grader] = []
+    gates: Annotated[list[str], Field(description='for example "format_pass_rate >= 0.98"')] = []
+    rank_by: Annotated[list[str], Field(min_length=1, description="names in order of weight; a minus means lower is better")] = ["-val_loss"]
+    require_improvement: bool = True
+    max_rows: Annotated[int | None, Field(ge=1, description="rows per side that are generated; null: all")] = None
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    decoding: DecodingConfig = DecodingConfig()
+
+    @model_validator(mode="after")
+    def _names_known(self) -> "EvaluationConfig":
+        names = [g.name for g in self.graders]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two graders share a name: {names}")
+        known = {*names, "val_loss"}
+        for gate in self.gates:
+            words = gate.split()
+            if len(words) != 3 or words[1] not in (">=", ">", "<=", "<", "==") or not _is_number(words[2]):
+                raise ValueError(f'gate "{gate}": write it as "NAME >= NUMBER" (also >, <=, <, ==)')
+            if words[0] not in known:
+                raise ValueError(f'gate "{gate}": no grader is named {words[0]}; known: {", ".join(sorted(known))}')
+        for term in self.rank_by:
+            if term.lstrip("-") not in known:
+                raise ValueError(f"rank_by {term}: no grader is named {term.lstrip('-')}; known: {', '.join(sorted(known))}")
+        return self
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class EvaluationStageConfig(Config):
+    """Everything evaluation depends on."""
+
+    evaluation: EvaluationConfig
+    model: ModelConfig

@@ -1,0 +1,257 @@
+"""Graders: a reply and the expected completion in, a score out.
+
+What holds for every kind: an empty reply scores 0 and stays in the denominator; so does one that cannot be parsed.
+A reply that was cut at `max_new_tokens` is graded as it is. What the user can mend (a schema that is none, an import
+that fails, an exception inside a Python grader, expected completions that cannot be graded) raises InputError naming
+the grader, and the row where there is one; it is never a silent 0.
+"""
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.project import project_path, project_root
+from sft_pipeline.stages.evaluation.config import (
+    ExactMatchGrader,
+    JsonFieldsGrader,
+    JsonSchemaGrader,
+    NumericAnswerGrader,
+    PythonGrader,
+    RegexGrader,
+)
+from sft_pipeline.stages.evaluation.parsing import (
+    MISSING,
+    Unparsable,
+    field_of,
+    first_number_after,
+    json_equal,
+    last_number,
+    parse_json,
+)
+
+GraderConfig = JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader
+Row = Mapping[str, Any]
+"""What a Python grader sees of a row: row_id, group, prompt (text), completion."""
+
+
+@dataclass(frozen=True)
+class Grader:
+    """One grader, ready to score.
+
+    Attributes:
+        score: (reply, completion, row) -> score; never called with an empty reply.
+        expects: From a completion, why it cannot be graded against, or None where it can.
+        lacks: From a completion, what the grader asks for and does not find; must not be lacking everywhere.
+    """
+
+    name: str
+    score: Callable[[str, str, Row], float]
+    expects: Callable[[str], str | None] = lambda _: None
+    lacks: Callable[[str], list[str]] = lambda _: []
+
+    def __call__(self, reply: str, completion: str, row: Row) -> float:
+        """The score of one reply.
+
+        Raises:
+            InputError: A Python grader raised, or returned something that is not a finite number.
+        """
+        return self.score(reply, completion, row) if reply.strip() else 0.0
+
+
+def make_graders(configs: Sequence[GraderConfig]) -> list[Grader]:
+    """The graders of a recipe.
+
+    Raises:
+        InputError: A schema, pattern or callable that cannot be used; the message names the grader.
+    """
+    return [_MAKERS[type(c)](c) for c in configs]
+
+
+def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """How many expected completions each grader cannot grade against; those rows score 0.
+
+    Args:
+        completions: (row_id, expected completion).
+
+    Raises:
+        InputError: A grader can grade none of them, or asks for a field that none of them has: it does not fit this
+            dataset, and its scores would say nothing.
+    """
+    counts = {}
+    for grader in graders:
+        usable, bad = [], []
+        for row_id, completion in completions:
+            why = grader.expects(completion)
+            if why is None:
+                usable.append(completion)
+            else:
+                bad.append((row_id, why))
+        if bad and not usable:
+            row_id, why = bad[0]
+            raise InputError(
+                f"grader {grader.name}: no expected completion can be graded against; row {row_id}: {why}. "
+                "Mend the grader in the recipe, or take one which fits these completions"
+            )
+        lacking = set.intersection(*(set(grader.lacks(c)) for c in usable)) if usable else set()
+        if lacking:
+            raise InputError(f"grader {grader.name}: no expected completion has the field {sorted(lacking)[0]!r}; is it misspelt?")
+        counts[grader.name] = len(bad)
+    return counts
+
+
+# -- the kinds ---------------------------------------------------------------------------------------------------
+
+
+def _json_schema(config: JsonSchemaGrader) -> Grader:
+    """JSON Schema, in the draft which the schema names (2020-12 by default). `format` is an annotation, as there."""
+    import jsonschema
+    import referencing
+    import referencing.exceptions
+
+    schema = load_schema(config)
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise InputError(f"grader {config.name}: not a JSON Schema: {error.message} (at {error.json_path})") from error
+    # An empty registry: a `$ref` to elsewhere is an error, never a download that the fingerprint does not cover.
+    validator = kind(schema, registry=referencing.Registry())
+
+    def score(reply: str, _completion: str, _row: Row) -> float:
+        try:
+            return float(validator.is_valid(parse_json(reply)))
+        except Unparsable:
+            return 0.0
+        except referencing.exceptions.Unresolvable as error:
+            raise InputError(f"grader {config.name}: the schema refers to {error.ref!r}, which is not inside it: put it under $defs") from error
+
+    return Grader(config.name, score)
+
+
+def load_schema(config: JsonSchemaGrader) -> Any:
+    """The schema of a grader: as written in the recipe, or read from the file it names.
+
+    Raises:
+        InputError: The file is missing or is not JSON.
+    """
+    if not isinstance(config.schema_, str):
+        return config.schema_
+    path = project_path(config.schema_)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"grader {config.name}: the schema file {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"grader {config.name}: the schema file {path} is not JSON: {error}") from error
+
+
+def _json_fields(config: JsonFieldsGrader) -> Grader:
+    def expects(completion: str) -> str | None:
+        try:
+            parse_json(completion)
+        except Unparsable as error:
+            return f"the completion is not JSON ({error})"
+        return None
+
+    def lacks(completion: str) -> list[str]:
+        value = parse_json(completion)
+        return [f for f in config.fields if field_of(value, f) is MISSING]
+
+    def score(reply: str, completion: str, _row: Row) -> float:
+        try:
+            got, want = parse_json(reply), parse_json(completion)
+        except Unparsable:
+            return 0.0
+        # Absent on both sides is agreement: fields may be optional. `lacks` catches a field that exists nowhere.
+        return float(all(json_equal(field_of(got, f), field_of(want, f)) for f in config.fields))
+
+    return Grader(config.name, score, expects, lacks)
+
+
+def _exact_match(config: ExactMatchGrader) -> Grader:
+    def normal(text: str) -> str:
+        return text.strip().casefold() if config.ignore_case else text.strip()
+
+    return Grader(config.name, lambda reply, completion, _row: float(normal(reply) == normal(completion)))
+
+
+def _regex(config: RegexGrader) -> Grader:
+    try:
+        pattern = re.compile(config.pattern)
+    except re.error as error:
+        raise InputError(f"grader {config.name}: not a regular expression: {error}") from error
+    group = config.group
+    if group is None:
+        return Grader(config.name, lambda reply, _completion, _row: float(pattern.search(reply) is not None))
+    if not 0 <= group <= pattern.groups:
+        raise InputError(f"grader {config.name}: group {group} asked for, the pattern has {pattern.groups}")
+
+    def found(text: str) -> str | None:
+        match = pattern.search(text)
+        return match.group(group) if match else None
+
+    def score(reply: str, completion: str, _row: Row) -> float:
+        got = found(reply)
+        return float(got is not None and got == found(completion))
+
+    return Grader(config.name, score, lambda c: None if found(c) is not None else "the pattern is not found in the completion")
+
+
+def _numeric_answer(config: NumericAnswerGrader) -> Grader:
+    def number(text: str) -> float | None:
+        return last_number(text) if config.after is None else first_number_after(text, config.after)
+
+    def score(reply: str, completion: str, _row: Row) -> float:
+        got, want = number(reply), number(completion)
+        return float(got is not None and want is not None and abs(got - want) <= config.tolerance)
+
+    where = "" if config.after is None else f" after {config.after!r}"
+    return Grader(config.name, score, lambda c: None if number(c) is not None else f"the completion has no number{where}")
+
+
+def _python(config: PythonGrader) -> Grader:
+    module_name, _, function_name = config.callable.partition(":")
+    root = str(project_root())
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        raise InputError(
+            f"grader {config.name}: {config.callable} cannot be imported ({type(error).__name__}: {error}); "
+            f"modules are looked for in the project root {root} and among the installed packages"
+        ) from error
+    if not callable(function):
+        raise InputError(f"grader {config.name}: {config.callable} is not callable")
+
+    def score(reply: str, completion: str, row: Row) -> float:
+        where = f"grader {config.name}, row {row.get('row_id')}"
+        try:
+            value = function(reply, completion, dict(row))
+        except Exception as error:
+            raise InputError(f"{where}: {config.callable} raised {type(error).__name__}: {error}. A reply it cannot read should score 0") from error
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError(f"{where}: {config.callable} returned {value!r}, not a finite number or a bool")
+        return number
+
+    return Grader(config.name, score)
+
+
+_MAKERS: dict[type, Callable[[Any], Grader]] = {
+    JsonSchemaGrader: _json_schema,
+    JsonFieldsGrader: _json_fields,
+    ExactMatchGrader: _exact_match,
+    RegexGrader: _regex,
+    NumericAnswerGrader: _numeric_answer,
+    PythonGrader: _python,
+}

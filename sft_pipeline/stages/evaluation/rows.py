@@ -1,0 +1,60 @@
+"""The held-out rows: which are generated, and in what order they come."""
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_pipeline.stages.tables import read_batches
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One tokenized row.
+
+    Attributes:
+        position: Its place on its side, from 0.
+        prompt: Ids of the prompt that a server would send.
+        target: Ids that follow the prompt in the row: what was, or would have been, learned.
+    """
+
+    position: int
+    row_id: str
+    group: str
+    prompt: list[int]
+    target: list[int]
+    completion: str
+
+
+def chosen_positions(parts: Sequence[Path], limit: int | None) -> list[int]:
+    """The rows of a side that are generated, in their order: all, or `limit` of them.
+
+    The sample is the rows with the smallest SHA-256 of their row_id: the same for every checkpoint and every recipe
+    with this limit, and mostly the same in a later snapshot.
+    """
+    position = 0
+    keyed: list[tuple[bytes, int]] = []
+    for batch in read_batches(parts, ["row_id"]):
+        for row_id in batch.column(0).to_pylist():
+            keyed.append((hashlib.sha256(row_id.encode()).digest(), position))
+            position += 1
+        if limit is not None and len(keyed) > 4 * limit + 10_000:
+            keyed = heapq.nsmallest(limit, keyed)
+    if limit is not None:
+        keyed = heapq.nsmallest(limit, keyed)
+    return sorted(p for _, p in keyed)
+
+
+def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[HeldOut]:
+    """The rows at these ascending positions."""
+    wanted = iter(positions)
+    following = next(wanted, None)
+    start = 0
+    for batch in read_batches(parts, ["row_id", "group", "input_ids", "prompt_length", "completion"]):
+        while following is not None and following < start + batch.num_rows:
+            row = batch.slice(following - start, 1).to_pylist()[0]
+            n = row["prompt_length"]
+            yield HeldOut(following, row["row_id"], row["group"], row["input_ids"][:n], row["input_ids"][n:], row["completion"])
+            following = next(wanted, None)
+        start += batch.num_rows

@@ -1,0 +1,141 @@
+"""The choice among checkpoints: gates first, then a lexicographic ranking; ties go to the earliest step."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq,
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition that the winner must meet, such as `format_pass_rate >= 0.98`. A NaN meets none."""
+
+    name: str
+    symbol: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """Reads `NAME >= NUMBER`; the configuration has checked the form."""
+        name, symbol, bound = text.split()
+        return cls(name, symbol, float(bound))
+
+    def met(self, scores: Mapping[str, float]) -> bool:
+        return _OPERATORS[self.symbol](scores[self.name], self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.symbol} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One checkpoint and what it scored on the validation side: every grader's mean, and `val_loss`."""
+
+    step: int
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome.
+
+    Attributes:
+        step: The winner: the best of those which pass every gate; where none does, the best of all.
+        passed: Whether the winner passes every gate.
+        why: The choice in words.
+        lowest_loss: The step with the lowest `val_loss`, None where no loss is known.
+        table: One row for each checkpoint by step: step, the scores, `gates` ("passed" or which failed), rank from 1.
+    """
+
+    step: int
+    passed: bool
+    why: str
+    lowest_loss: int | None
+    table: list[dict[str, Any]]
+
+
+def better(a: float, b: float, term: str) -> bool:
+    """Whether `a` is strictly better than `b` on a ranking term; a leading minus means lower is better."""
+    return a < b if term.startswith("-") else a > b
+
+
+def _sort_key(candidate: Candidate, rank_by: Sequence[str]) -> tuple[float, ...]:
+    key = []
+    for term in rank_by:
+        value = candidate.scores[term.lstrip("-")]
+        # A score that could not be measured is the worst there is.
+        key.append(math.inf if math.isnan(value) else value if term.startswith("-") else -value)
+    return (*key, candidate.step)
+
+
+def select(candidates: Sequence[Candidate], gates: Sequence[Gate], rank_by: Sequence[str]) -> Selection:
+    """Chooses a checkpoint.
+
+    Args:
+        candidates: At least one.
+        rank_by: Names of scores in order of weight; "-NAME" ranks the lowest first.
+    """
+    ranked = sorted(candidates, key=lambda c: _sort_key(c, rank_by))
+    failed = {c.step: [str(g) for g in gates if not g.met(c.scores)] for c in candidates}
+    # Those which pass come before those which do not; the sort is stable.
+    ranked.sort(key=lambda c: bool(failed[c.step]))
+    winner = ranked[0]
+    rank = {c.step: i + 1 for i, c in enumerate(ranked)}
+    losses = [(c.scores["val_loss"], c.step) for c in candidates if not math.isnan(c.scores.get("val_loss", math.nan))]
+    lowest = min(losses)[1] if losses else None
+    table = [
+        {
+            "step": c.step,
+            **dict(c.scores),
+            "gates": "failed: " + ", ".join(failed[c.step]) if failed[c.step] else "passed",
+            "rank": rank[c.step],
+        }
+        for c in sorted(candidates, key=lambda c: c.step)
+    ]
+    passed = not failed[winner.step]
+    why = _words(ranked, failed, gates, rank_by, lowest)
+    return Selection(winner.step, passed, why, lowest, table)
+
+
+def _shown(candidate: Candidate, term: str) -> str:
+    name = term.lstrip("-")
+    return f"{name} {candidate.scores[name]:.4g}"
+
+
+def _words(ranked: Sequence[Candidate], failed: Mapping[int, list[str]], gates: Sequence[Gate], rank_by: Sequence[str], lowest: int | None) -> str:
+    winner = ranked[0]
+    passing = [c for c in ranked if not failed[c.step]]
+    total = len(ranked)
+    said = []
+    if gates and passing:
+        said.append(f"{len(passing)} of {total} checkpoints pass the gates ({', '.join(map(str, gates))})")
+    elif gates:
+        nearest = ", ".join(f"{g.name} {winner.scores[g.name]:.4g} ({g} asked)" for g in gates if not g.met(winner.scores))
+        said.append(f"no checkpoint passes the gates; step {winner.step} is the best by rank, with {nearest}")
+    pool = passing or list(ranked)
+    others = pool[1:]
+    first = rank_by[0]
+    if not others:
+        said.append(f"step {winner.step} is the only {'one left' if total > 1 else 'checkpoint'}")
+    else:
+        for term in rank_by:
+            name = term.lstrip("-")
+            tied = [c for c in others if c.scores[name] == winner.scores[name]]
+            if not tied:
+                best = "lowest" if term.startswith("-") else "highest"
+                among = f" of those tied on {first.lstrip('-')}" if term != first else ""
+                said.append(f"step {winner.step} has the {best} {_shown(winner, term)}{among}, before step {others[0].step} with {others[0].scores[name]:.4g}")
+                break
+            others = tied
+        else:
+            said.append(f"step {winner.step} ties with step {others[0].step} on {', '.join(t.lstrip('-') for t in rank_by)} and is the earlier one")
+    if lowest is not None and lowest != winner.step:
+        by_step = {c.step: c for c in ranked}
+        reason = "fails " + ", ".join(failed[lowest]) if failed[lowest] and not failed[winner.step] else f"has {_shown(by_step[lowest], first)} against {winner.scores[first.lstrip('-')]:.4g}"
+        said.append(f"step {lowest} has the lowest val_loss ({by_step[lowest].scores['val_loss']:.4g}) but {reason}")
+    return "; ".join(said)

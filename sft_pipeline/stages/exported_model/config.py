@@ -1,0 +1,25 @@
+"""What exported_model reads of a recipe."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sft_pipeline.config.base import Config
+from sft_pipeline.learning.config import ModelConfig
+
+
+class ExportConfig(Config):
+    """What leaves the house."""
+
+    merge: Annotated[bool, Field(description="also write merged weights that need no PEFT to serve")] = True
+    dtype: Annotated[str, Field(pattern="^(auto|float32|bfloat16|float16)$", description="of the merged weights; auto: the base model's")] = "auto"
+    license: str | None = None
+
+
+class ExportedModelConfig(Config):
+    """Everything exported_model depends on."""
+
+    export: ExportConfig
+    model: ModelConfig
+    recipe: str
+    dataset: str

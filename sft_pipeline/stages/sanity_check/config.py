@@ -1,0 +1,31 @@
+"""What sanity_check reads of a recipe."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sft_pipeline.config.base import Config
+from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+
+
+class SanityConfig(Config):
+    """The protocol that runs before the money is spent."""
+
+    skip: Annotated[bool, Field(description="accept without running; recorded in the manifest")] = False
+    overfit_rows: Annotated[int, Field(ge=1)] = 20
+    overfit_steps: Annotated[int, Field(ge=1)] = 60
+    overfit_loss: Annotated[float, Field(gt=0, lt=1, description="the overfit loss must fall to this fraction of its start")] = 0.5
+    short_run_steps: Annotated[int, Field(ge=2, le=200)] = 20
+    samples: Annotated[int, Field(ge=0)] = 3
+
+
+class SanityCheckConfig(Config):
+    """Everything sanity_check depends on."""
+
+    sanity: SanityConfig
+    model: ModelConfig
+    training: TrainingConfig
+    tokenizer: str
+    tokenizer_revision: str | None
+    template: dict
+    tokens: dict

@@ -1,0 +1,189 @@
+"""Parquet on disk as the data stages use it: written in parts with fixed settings, read as a stream of batches.
+
+Where row groups and parts end depends only on the rows, never on how they were handed over, so an artifact built
+twice has the same bytes. Memory holds one row group when writing and one batch when reading.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+ROW_GROUP = 8_192
+ROWS_PER_PART = 262_144
+BATCH_ROWS = 4_096
+ROW_GROUP_BYTES = 64 << 20  # a row group ends early here, so that rows of megabytes do not fill the memory
+
+REJECTS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reasons", pa.list_(pa.string())),
+        ("raw", pa.string()),
+    ]
+)
+"""rejects.parquet and quarantine.parquet of every stage: where the row came from, all that is wrong, the raw row."""
+
+
+class FileWriter:
+    """Writes one Parquet file (zstd), always, even if no row comes.
+
+    Args:
+        path: The file; its folder is made.
+        schema: Its columns. What is written is cast to it (safely).
+        row_group: Rows per row group.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, *, row_group: int = ROW_GROUP) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.schema, self.row_group = path, schema, row_group
+        self.rows = 0
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = self._pending_bytes = 0
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=3)
+
+    def write(self, data: pa.Table | pa.RecordBatch) -> None:
+        """Appends rows; they reach the disk one row group at a time."""
+        batches = data.to_batches() if isinstance(data, pa.Table) else [data]
+        for batch in batches:
+            if batch.schema != self.schema:
+                batch = batch.select(self.schema.names).cast(self.schema)
+            for piece in self._cut(batch):
+                self._pending.append(piece)
+                self._pending_rows += piece.num_rows
+                self.rows += piece.num_rows
+                if self._pending_rows == self.row_group or self._pending_bytes >= ROW_GROUP_BYTES:
+                    self._flush()
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows given as dicts."""
+        self.write(pa.RecordBatch.from_pylist(list(rows), schema=self.schema))
+
+    def _cut(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """The batch in pieces that end where a row group ends. Keeps the count of pending bytes."""
+        start = 0
+        while start < batch.num_rows:
+            count = min(self.row_group - self._pending_rows, batch.num_rows - start)
+            piece = batch.slice(start, count)
+            room = ROW_GROUP_BYTES - self._pending_bytes
+            if piece.nbytes > room:  # only with huge rows: count them one by one
+                count, used = 0, 0
+                while used < room and start + count < batch.num_rows:
+                    used += batch.slice(start + count, 1).nbytes
+                    count += 1
+                piece = batch.slice(start, count)
+            self._pending_bytes += piece.nbytes
+            start += count
+            yield piece
+
+    def _flush(self) -> None:
+        if self._pending_rows:
+            self._writer.write_table(pa.Table.from_batches(self._pending, self.schema), row_group_size=self._pending_rows)
+        self._pending = []
+        self._pending_rows = self._pending_bytes = 0
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._pending = []
+            self._writer.close()
+
+
+class PartWriter:
+    """Writes a folder of part-00000.parquet, part-00001.parquet, ...; at least one part, empty if no row comes.
+
+    Args:
+        folder: Where the parts go; made if absent.
+        schema: The columns.
+        rows_per_part: Rows after which the next part begins.
+        row_group: Rows per row group within a part.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, *, rows_per_part: int = ROWS_PER_PART, row_group: int = ROW_GROUP) -> None:
+        self.folder, self.schema, self.rows_per_part, self.row_group = folder, schema, rows_per_part, row_group
+        self.paths: list[Path] = []
+        self.rows = 0
+        self._part = self._next()
+
+    def _next(self) -> FileWriter:
+        path = self.folder / f"part-{len(self.paths):05d}.parquet"
+        self.paths.append(path)
+        return FileWriter(path, self.schema, row_group=self.row_group)
+
+    def write(self, data: pa.Table | pa.RecordBatch) -> None:
+        """Appends rows in order."""
+        start = 0
+        while start < data.num_rows:
+            if self._part.rows == self.rows_per_part:
+                self._part.close()
+                self._part = self._next()
+            count = min(self.rows_per_part - self._part.rows, data.num_rows - start)
+            self._part.write(data.slice(start, count))
+            self.rows += count
+            start += count
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows given as dicts."""
+        self.write(pa.RecordBatch.from_pylist(list(rows), schema=self.schema))
+
+    def close(self) -> None:
+        self._part.close()
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._part.__exit__(kind, error, trace)
+
+
+def read_batches(
+    paths: Iterable[Path], columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """The rows of Parquet files in order, a batch at a time.
+
+    Args:
+        paths: Files, for example `artifact.parts("rows")`.
+        columns: Top-level columns to read; all by default.
+        batch_rows: At most this many rows per batch.
+    """
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns is not None else None)
+
+
+def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of Parquet files in order, as dicts. For reports and tests; work on batches where there are many rows."""
+    for batch in read_batches(paths, columns):
+        yield from batch.to_pylist()
+
+
+def count_rows(paths: Iterable[Path]) -> int:
+    """Rows in Parquet files, from their footers."""
+    total = 0
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            total += file.metadata.num_rows
+    return total
+
+
+def count_reasons(paths: Iterable[Path]) -> dict[str, int]:
+    """How often each reason occurs in rejects files, most frequent first (ties by name)."""
+    counts: dict[str, int] = {}
+    for batch in read_batches(paths, ["reasons"]):
+        for entry in pc.value_counts(pc.list_flatten(batch.column(0))).to_pylist():
+            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,33 @@
+"""What validated_rows reads of a dataset file: the row contract and the shape of each source's rows."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sft_pipeline.config.base import Config
+from sft_pipeline.stages.raw_rows.config import Format
+
+
+class ContractConfig(Config):
+    """The row contract. Lengths are in characters."""
+
+    max_reject_rate: Annotated[float, Field(ge=0, le=1, description="the blocking check fails above this rejected fraction")] = 0.10
+    require_group: Annotated[bool | None, Field(description="null: required where `columns` maps a group or the rows carry one")] = None
+    min_prompt_chars: Annotated[int, Field(ge=0)] = 1
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 200_000
+    min_completion_chars: Annotated[int, Field(ge=1)] = 1
+    max_completion_chars: Annotated[int, Field(ge=1)] = 200_000
+
+
+class SourceShape(Config):
+    """How the rows of one source read."""
+
+    format: Format
+    columns: dict[str, str]
+
+
+class ValidatedRowsConfig(Config):
+    """Everything validated_rows depends on. `shapes[i]` is the shape of source i."""
+
+    contract: ContractConfig
+    shapes: list[SourceShape]

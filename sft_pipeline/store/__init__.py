@@ -1,0 +1,7 @@
+"""The artifact store: immutable objects addressed by fingerprint, refs that name the current one, manifests."""
+
+from sft_pipeline.store.artifact import Artifact
+from sft_pipeline.store.manifest import FORMAT, FileEntry, InputEntry, Manifest
+from sft_pipeline.store.store import Store
+
+__all__ = ["FORMAT", "Artifact", "FileEntry", "InputEntry", "Manifest", "Store"]

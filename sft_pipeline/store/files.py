@@ -1,0 +1,111 @@
+"""The store's only contact with the file system: hashing, durable writes, locks and renames.
+
+An object store can take this module's place later: there the manifest, written last, stands for the rename.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft_pipeline.errors import InputError
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (sorted keys, no white space)."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON bytes that are equal for equal values: sorted keys, no white space, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flushes every file and folder below `folder`, and `folder` itself."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            fsync_path(Path(root) / name)
+        fsync_path(Path(root))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step: whoever reads sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait_seconds: float | None = None) -> Iterator[None]:
+    """Holds an exclusive lock on `path` (made if absent); the kernel lets go of it when the process dies.
+
+    Args:
+        wait_seconds: How long to wait for another holder; None waits for ever, 0 tries once.
+
+    Raises:
+        TimeoutError: Another process still holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        deadline = None if wait_seconds is None else time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise TimeoutError(f"{path} is locked by another process") from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def clear_disk_errors(action: str) -> Iterator[None]:
+    """Turns a full disk, a quota or a read-only folder into one clear message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"no space left on the disk while {action}: free some space and run again; nothing half-written was kept") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise InputError(f"cannot write while {action}: {error}. Check the permissions, or point SFT_HOME elsewhere") from error
+        raise

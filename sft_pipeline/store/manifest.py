@@ -1,0 +1,99 @@
+"""manifest.json: what an artifact is, what it was made from, and the hash of every file in it."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.store.files import sha256_file, sha256_json
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class FileEntry(_Entry):
+    """One file of an artifact. A volatile file is hashed for verification but is not part of the data version."""
+
+    path: str
+    bytes: int
+    sha256: str
+    volatile: bool = False
+
+
+class InputEntry(_Entry):
+    """One artifact that was read. `role` is "data", or "acceptance" where only its verdict was needed."""
+
+    asset: str
+    partition: str
+    fingerprint: str
+    data_version: str
+    role: str = "data"
+
+
+class Manifest(_Entry):
+    """The manifest of one artifact; see the field names in the README's table of artifacts."""
+
+    format: int = FORMAT
+    asset: str
+    partition: str
+    fingerprint: str
+    data_version: str
+    code_version: str
+    config: dict[str, Any]
+    inputs: dict[str, InputEntry]
+    accepted: bool
+    counts: dict[str, int]
+    files: list[FileEntry]
+    environment: dict[str, Any]
+    dagster_run_id: str | None = None
+    mlflow_run_id: str | None = None
+    created_at: str
+    outside: dict[str, str] = Field(default_factory=dict, description="content digests of files read from outside the store")
+    checks: list[dict[str, Any]] = Field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Reads a manifest.
+
+        Raises:
+            InputError: The file is not a manifest of this format; the message names it.
+        """
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except (ValidationError, ValueError) as error:
+            raise InputError(f"{path}: not a readable manifest ({error.__class__.__name__}); delete the folder to have it rebuilt") from error
+        if manifest.format != FORMAT:
+            raise InputError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}")
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        data = self.model_dump(mode="json")
+        for entry in data["files"]:
+            if not entry["volatile"]:
+                del entry["volatile"]
+        return data
+
+
+def list_files(folder: Path, volatile: tuple[str, ...] = ()) -> list[FileEntry]:
+    """Every file below `folder` except its manifest, sorted by path, with sizes and hashes.
+
+    Args:
+        volatile: Relative paths, or folders ending in "/", whose content may differ between equal builds.
+    """
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST_NAME:
+            is_volatile = any(name == v or (v.endswith("/") and name.startswith(v)) for v in volatile)
+            entries.append(FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256_file(path), volatile=is_volatile))
+    return entries
+
+
+def data_version(files: list[FileEntry]) -> str:
+    """SHA-256 over the sorted (path, sha256) pairs of the files that are not volatile."""
+    return sha256_json(sorted([f.path, f.sha256] for f in files if not f.volatile))

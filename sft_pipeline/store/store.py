@@ -1,0 +1,150 @@
+"""Objects and refs under SFT_HOME.
+
+    objects/<fingerprint>/              immutable artifacts, each with a manifest.json
+    refs/<asset key>/<partition>.json   the current artifact of an asset
+    refs/.runs/<run id>/...             what one Dagster run made, so that its later steps read exactly that
+    staging/<fingerprint>/              being built; swept when its builder is gone
+    work/<fingerprint>/                 resumable training
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.project import sft_home
+from sft_pipeline.store import files
+from sft_pipeline.store.artifact import Artifact
+from sft_pipeline.store.manifest import MANIFEST_NAME, Manifest, data_version, list_files
+
+
+class Store:
+    """The artifact store in one folder.
+
+    Args:
+        home: The folder; `$SFT_HOME` by default.
+    """
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = home or sft_home()
+        self.objects = self.home / "objects"
+        self.refs = self.home / "refs"
+        self.staging = self.home / "staging"
+        self.locks = self.home / "locks"
+
+    # -- objects ---------------------------------------------------------------------------------------------
+
+    def get(self, fingerprint: str) -> Artifact | None:
+        """The artifact of this fingerprint, or None where it is not built."""
+        artifact = Artifact(self.objects / fingerprint)
+        return artifact if (artifact.path / MANIFEST_NAME).is_file() else None
+
+    def all(self) -> list[Artifact]:
+        """Every artifact, oldest first."""
+        found = [Artifact(p.parent) for p in self.objects.glob(f"*/{MANIFEST_NAME}")]
+        return sorted(found, key=lambda a: a.manifest.created_at)
+
+    def work(self, fingerprint: str) -> Path:
+        """The folder for what a killed build may go on from, for example training checkpoints."""
+        return self.home / "work" / fingerprint
+
+    @contextlib.contextmanager
+    def building(self, fingerprint: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+        """An empty staging folder, with this fingerprint locked against a second builder.
+
+        A second builder waits here; it should look with `get` again once inside.
+        """
+        lock = self.locks / f"{fingerprint}.lock"
+        with contextlib.ExitStack() as stack:
+            with files.clear_disk_errors("preparing the artifact store"):
+                try:
+                    stack.enter_context(files.locked(lock, wait_seconds=0))
+                except TimeoutError:
+                    on_wait()
+                    stack.enter_context(files.locked(lock))
+                folder = self.staging / fingerprint
+                files.remove_tree(folder)
+                folder.mkdir(parents=True)
+            try:
+                yield folder
+            finally:
+                files.remove_tree(folder)
+
+    def commit(
+        self,
+        folder: Path,
+        *,
+        volatile: Sequence[str],
+        fill: Callable[[str], dict[str, Any]],
+    ) -> Artifact:
+        """Makes a staged folder an artifact: files flushed, manifest last, one rename.
+
+        Args:
+            folder: A staging folder that `building` gave, named by its fingerprint.
+            volatile: Paths left out of the data version.
+            fill: From the data version, the rest of the manifest's fields.
+        """
+        entries = list_files(folder, tuple(volatile))
+        version = data_version(entries)
+        manifest = Manifest(
+            files=entries,
+            fingerprint=folder.name,
+            data_version=version,
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **fill(version),
+        )
+        files.fsync_tree(folder)
+        files.write_json(folder / MANIFEST_NAME, manifest.to_json())
+        self.objects.mkdir(parents=True, exist_ok=True)
+        target = self.objects / folder.name
+        if target.exists():  # an artifact that is not reused (unaccepted, or damaged and being replaced)
+            aside = self.staging / f"{folder.name}.old"
+            files.remove_tree(aside)
+            os.replace(target, aside)
+        os.replace(folder, target)
+        files.fsync_path(self.objects)
+        files.remove_tree(self.staging / f"{folder.name}.old")
+        return Artifact(target)
+
+    def sweep(self) -> list[str]:
+        """Removes staging folders whose builder is gone, and returns their names."""
+        swept = []
+        for folder in sorted(self.staging.glob("*")):
+            with contextlib.suppress(TimeoutError):
+                with files.locked(self.locks / f"{folder.name.split('.')[0]}.lock", wait_seconds=0):
+                    files.remove_tree(folder)
+                    swept.append(folder.name)
+        return swept
+
+    # -- refs ------------------------------------------------------------------------------------------------
+
+    def _ref(self, asset: str, partition: str, run_id: str | None = None) -> Path:
+        base = self.refs / ".runs" / run_id if run_id else self.refs
+        return base / asset / f"{partition}.json"
+
+    def set_ref(self, artifact: Artifact, *, run_id: str | None, current: bool) -> None:
+        """Names `artifact` as its asset's current one (`current`), and as what the run `run_id` made."""
+        m = artifact.manifest
+        value = {"asset": m.asset, "partition": m.partition, "fingerprint": m.fingerprint, "data_version": m.data_version}
+        if run_id:
+            files.write_json(self._ref(m.asset, m.partition, run_id), value)
+        if current:
+            files.write_json(self._ref(m.asset, m.partition), value)
+
+    def resolve(self, asset: str, partition: str, run_ids: Sequence[str] = ()) -> Artifact | None:
+        """What the runs `run_ids` made of this asset, first one first, else the current artifact, else None.
+
+        Raises:
+            InputError: The ref names an artifact that is not in the store.
+        """
+        for path in [*(self._ref(asset, partition, r) for r in run_ids), self._ref(asset, partition)]:
+            if path.is_file():
+                fingerprint = files.json.loads(path.read_text())["fingerprint"]
+                artifact = self.get(fingerprint)
+                if artifact is None:
+                    raise InputError(f"{path} names the artifact {fingerprint}, which is gone: materialize {asset} again")
+                return artifact
+        return None

@@ -1,0 +1,239 @@
+"""One MLflow run per training: opened by its fingerprint, so that a retry or a resume goes on in the same run.
+
+The orchestrator's side owns the run; the training child only writes events, which arrive here through a Reporter.
+MLflow is an index. The manifests hold the truth, so a lost metric point is a warning and not a failed training.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.project import sft_home
+from sft_pipeline.reporting import Reporter, Tee
+from sft_pipeline.stages.run import Tracked
+from sft_pipeline.stages.stage import Branch, Evidence, Stage
+from sft_pipeline.store import Artifact, Store
+from sft_pipeline.tracking import links
+from sft_pipeline.tracking.registry import register
+
+FINGERPRINT_TAG = "sft.training_fingerprint"
+FLUSH_SECONDS = 2.0
+TRACKED = ("trained_checkpoints", "evaluation", "exported_model")
+
+
+class MlflowTracker:
+    """Tracks the stages that cost money: training, evaluation, export.
+
+    Args:
+        dagster_run_id: Linked from the MLflow run.
+        current: False for a run with overrides, which moves no alias.
+    """
+
+    def __init__(self, dagster_run_id: str | None, *, current: bool = True) -> None:
+        self._dagster_run_id = dagster_run_id
+        self._current = current
+
+    @contextlib.contextmanager
+    def __call__(self, stage: Stage, branch: Branch, fingerprint: str, inputs: Mapping[str, Artifact], report: Reporter) -> Iterator[Tracked]:
+        if stage.name not in TRACKED:
+            yield Tracked(None, report)
+            return
+        client = connect()
+        training = fingerprint if stage.name == "trained_checkpoints" else inputs["trained_checkpoints"].manifest.fingerprint
+        experiment_id, run_id = _open_run(client, branch, training)
+        self._describe(client, run_id, branch, inputs)
+        listener = MlflowReporter(client, run_id)
+        url = links.mlflow_run_url(experiment_id, run_id)
+
+        def committed(artifact: Artifact) -> None:
+            listener.flush()
+            log_artifact(client, run_id, artifact)
+            if stage.name == "trained_checkpoints":
+                log_lineage(client, run_id, artifact)
+            elif stage.name == "evaluation":
+                log_evaluation(client, run_id, artifact)
+            else:
+                log_export(client, run_id, artifact)
+                if artifact.manifest.accepted:
+                    report.log(register(client, run_id, artifact, branch, Store(artifact.path.parent.parent), move=self._current))
+
+        status = "FAILED"
+        try:
+            yield Tracked(run_id, Tee(report, listener), {"mlflow_run": Evidence("url", url)}, committed)
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            listener.flush()
+            client.set_terminated(run_id, status)
+
+    def _describe(self, client: Any, run_id: str, branch: Branch, inputs: Mapping[str, Artifact]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        tags = {f"sft.input.{name}": artifact.manifest.data_version for name, artifact in inputs.items()}
+        if self._dagster_run_id:
+            tags |= {"sft.dagster_run_id": self._dagster_run_id, "sft.dagster_run": links.dagster_run_url(self._dagster_run_id)}
+        recipe = branch.the_recipe()
+        shown = recipe.model_dump(mode="json", include={"model", "template", "tokens", "packing", "training", "dataset"})
+        known = client.get_run(run_id).data.params
+        params = {k: v for k, v in flatten(shown).items() if k not in known}  # a parameter never changes within a run
+        client.log_batch(run_id, params=[Param(k, v[:6000]) for k, v in params.items()], tags=[RunTag(k, v) for k, v in tags.items()])
+
+
+def connect() -> Any:
+    """A client of `MLFLOW_TRACKING_URI`.
+
+    Raises:
+        InputError: The server or database does not answer.
+    """
+    import logging
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow.tracking import MlflowClient
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{sft_home() / 'mlflow.db'}"
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+    except Exception as error:
+        raise InputError(f"MLflow does not answer at {_without_password(uri)}: {error}. Check MLFLOW_TRACKING_URI") from error
+
+
+def _without_password(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _open_run(client: Any, branch: Branch, training_fingerprint: str) -> tuple[str, str]:
+    recipe = branch.the_recipe().name
+    experiment = client.get_experiment_by_name(recipe)
+    if experiment is None:
+        # The default artifact root depends on the working directory; a server has its own.
+        local = client.tracking_uri.startswith("sqlite:") if hasattr(client, "tracking_uri") else True
+        location = (sft_home() / "mlflow_artifacts" / recipe).as_uri() if local else None
+        experiment_id = client.create_experiment(recipe, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    found = client.search_runs([experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{training_fingerprint}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return experiment_id, run_id
+    tags = {FINGERPRINT_TAG: training_fingerprint, "sft.recipe": recipe, "sft.dataset": branch.dataset.name, "sft.snapshot": branch.snapshot}
+    run = client.create_run(experiment_id, run_name=f"{recipe} {branch.snapshot}", tags=tags)
+    return experiment_id, run.info.run_id
+
+
+class MlflowReporter(Reporter):
+    """Logs metrics in batches; a point that a killed training had logged before is not logged twice."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._waiting: list[Any] = []
+        self._logged_to: dict[str, int] = {}
+        self._last_flush = time.monotonic()
+
+    def _is_new(self, key: str, step: int) -> bool:
+        if key not in self._logged_to:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._logged_to[key] = max((m.step for m in history), default=-1)
+        if step <= self._logged_to[key]:
+            return False
+        self._logged_to[key] = step
+        return True
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(k, float(v), now, step) for k, v in values.items() if self._is_new(k, step)]
+        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
+            self.flush()
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        with contextlib.suppress(Exception):
+            self._client.log_text(self._run_id, json.dumps(list(rows), indent=2, ensure_ascii=False), f"samples/update-{step:06d}.json")
+
+    def flush(self) -> None:
+        """Sends what is waiting; keeps it for the next time where MLflow does not answer."""
+        self._last_flush = time.monotonic()
+        with contextlib.suppress(Exception):
+            for start in range(0, len(self._waiting), 1000):
+                self._client.log_batch(self._run_id, metrics=self._waiting[start : start + 1000])
+            self._waiting = []
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as {"a.b": "text"}."""
+    if isinstance(value, dict) and value:
+        return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): "null" if value is None else str(value)}
+
+
+def log_artifact(client: Any, run_id: str, artifact: Artifact) -> None:
+    """The manifest, the evidence and the plots; never the weights or the rows themselves."""
+    stage = artifact.manifest.asset.split("/")[-1]
+    client.log_artifact(run_id, str(artifact.path / "manifest.json"), f"manifests/{stage}")
+    plots = artifact.path / "plots"
+    if plots.is_dir():
+        for path in sorted(plots.glob("*.png")):
+            client.log_artifact(run_id, str(path), f"plots/{stage}")
+
+
+def log_lineage(client: Any, run_id: str, artifact: Artifact) -> None:
+    """The manifests and dataset inputs of everything upstream."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for upstream in ancestors(artifact):
+        manifest = upstream.manifest
+        client.log_artifact(run_id, str(upstream.path / "manifest.json"), f"manifests/{manifest.asset.split('/')[-1]}")
+        if manifest.asset.endswith(("/grouped_split", "/packed_shards", "/raw_rows")):
+            dataset = Dataset(name=f"{manifest.asset}@{manifest.partition}", digest=manifest.data_version[:36], source_type="sft_artifact",
+                              source=json.dumps({"fingerprint": manifest.fingerprint, "data_version": manifest.data_version}))  # fmt: skip
+            inputs.append(DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")]))
+    client.log_inputs(run_id, inputs)
+
+
+def log_evaluation(client: Any, run_id: str, artifact: Artifact) -> None:
+    """Every checkpoint's scores by step, and base against tuned on the test side."""
+    from mlflow.entities import Metric
+
+    result = json.loads(artifact.file("evaluation.json").read_text())
+    now = int(time.time() * 1000)
+    metrics = [Metric(f"test/{who}/{name}", float(v), now, 0) for who in ("base", "tuned") for name, v in result[who].items() if isinstance(v, (int, float))]
+    for checkpoint in result["checkpoints"]:
+        metrics += [Metric(f"validation/{k}", float(v), now, checkpoint["step"]) for k, v in checkpoint.items() if k != "step" and type(v) in (int, float)]
+    client.log_batch(run_id, metrics=metrics)
+    for name in ("evaluation.json", "samples.parquet"):
+        client.log_artifact(run_id, str(artifact.file(name)), "evaluation")
+
+
+def log_export(client: Any, run_id: str, artifact: Artifact) -> None:
+    """The small files that a registered version points at: the card and the manifest."""
+    for name in ("README.md", "manifest.json"):
+        client.log_artifact(run_id, str(artifact.file(name)), "exported_model")
+
+
+def ancestors(artifact: Artifact) -> list[Artifact]:
+    """Every upstream artifact that is still in the store, each once."""
+    store = Store(Path(artifact.path).parent.parent)
+    found: dict[str, Artifact] = {}
+    todo = [artifact]
+    while todo:
+        for entry in todo.pop().manifest.inputs.values():
+            upstream = store.get(entry.fingerprint)
+            if upstream and entry.fingerprint not in found:
+                found[entry.fingerprint] = upstream
+                todo.append(upstream)
+    return list(found.values())
