@@ -23,14 +23,27 @@ def build_definitions(catalog: Catalog, listener: Reporter | None = None) -> dg.
     return dg.Definitions(
         assets=[
             *(stage_asset(s, d, None, listener) for d in datasets.values() for s in DATASET_STAGES),
-            *(stage_asset(s, datasets[r.dataset], r, listener) for r in recipes.values() for s in RECIPE_STAGES),
+            *(
+                stage_asset(s, datasets[r.dataset], r, listener)
+                for r in recipes.values()
+                for s in RECIPE_STAGES
+            ),
         ],
         jobs=list(jobs.values()),
         sensors=[
-            snapshot_sensor(d, {r.name: jobs[r.name] for r in recipes.values() if r.dataset == d.name and r.retrain.on_new_snapshot})
+            snapshot_sensor(
+                d,
+                {
+                    r.name: jobs[r.name]
+                    for r in recipes.values()
+                    if r.dataset == d.name and r.retrain.on_new_snapshot
+                },
+            )
             for d in datasets.values()
         ],
-        schedules=[retrain_schedule(datasets[r.dataset], r, jobs[r.name]) for r in recipes.values() if r.retrain.cron],
+        schedules=[
+            retrain_schedule(datasets[r.dataset], r, jobs[r.name]) for r in recipes.values() if r.retrain.cron
+        ],
         metadata={"problems": "\n".join(catalog.problems.values())} if catalog.problems else None,
     )
 

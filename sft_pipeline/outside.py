@@ -24,7 +24,9 @@ def digest_file(path: Path) -> str:
         status = path.stat()
         key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
         with contextlib.closing(_open_cache()) as cache:
-            row = cache.execute("SELECT sha256 FROM digests WHERE path=? AND size=? AND mtime=? AND inode=?", key).fetchone()
+            row = cache.execute(
+                "SELECT sha256 FROM digests WHERE path=? AND size=? AND mtime=? AND inode=?", key
+            ).fetchone()
             if row:
                 return row[0]
             digest = sha256_file(path)
@@ -40,14 +42,21 @@ def _open_cache() -> sqlite3.Connection:
     home = sft_home()
     home.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(home / "digests.db", timeout=60)
-    cache.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)")
+    cache.execute(
+        "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
+    )
     return cache
 
 
 def is_hub_id(path_or_id: str) -> bool:
     """Whether a name means a hub repository: not an existing path, and of the form owner/name or name."""
     parts = path_or_id.split("/")
-    return not project_path(path_or_id).exists() and len(parts) <= 2 and all(parts) and not path_or_id.startswith((".", "~", "/"))
+    return (
+        not project_path(path_or_id).exists()
+        and len(parts) <= 2
+        and all(parts)
+        and not path_or_id.startswith((".", "~", "/"))
+    )
 
 
 def digest_path(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> str:
@@ -62,13 +71,19 @@ def digest_path(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> str:
     if path.is_file():
         return digest_file(path)
     if path.is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.is_file() and any(fnmatch.fnmatch(p.name, x) for x in patterns))
+        names = sorted(
+            p.name
+            for p in path.iterdir()
+            if p.is_file() and any(fnmatch.fnmatch(p.name, x) for x in patterns)
+        )
         if not names:
             raise InputError(f"{path}: no file named like {', '.join(patterns)} in this folder")
         return sha256_json([[name, digest_file(path / name)] for name in names])
     if is_hub_id(path_or_id):
         return f"hub:{path_or_id}"
-    raise InputError(f"{path} does not exist (given as {path_or_id!r}; relative paths start at the folder of dagster.yaml)")
+    raise InputError(
+        f"{path} does not exist (given as {path_or_id!r}; relative paths start at the folder of dagster.yaml)"
+    )
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
@@ -86,7 +101,11 @@ def digest_files(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> dict[st
     """
     path = project_path(path_or_id)
     if path.is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.is_file() and any(fnmatch.fnmatch(p.name, x) for x in patterns))
+        names = sorted(
+            p.name
+            for p in path.iterdir()
+            if p.is_file() and any(fnmatch.fnmatch(p.name, x) for x in patterns)
+        )
         if names:
             return {f"{path_or_id.rstrip('/')}/{name}": digest_file(path / name) for name in names}
     digest = digest_path(path_or_id, patterns)

@@ -72,7 +72,9 @@ class FileReporter(Reporter):
         self._last_progress = 0.0
 
     def _write(self, kind: str, **event: Any) -> None:
-        self._stream.write(json.dumps({"kind": kind, "time": time.time(), "pid": os.getpid(), **event}, default=str) + "\n")
+        self._stream.write(
+            json.dumps({"kind": kind, "time": time.time(), "pid": os.getpid(), **event}, default=str) + "\n"
+        )
 
     def log(self, message: str, level: str = "info") -> None:
         self._write("log", message=message, level=level)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from sft_pipeline_tests.command import ROOT, Ran, sft
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -26,10 +27,30 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     from sft_pipeline.project import set_environment
 
     folder = tmp_path / "sft_home"
-    for name in ("SFT_HOME", "SFT_PROJECT_ROOT", "DAGSTER_HOME", "SFT_DAGSTER_DIR", "MLFLOW_TRACKING_URI", "SFT_CONFIG_PATH"):
+    for name in (
+        "SFT_HOME",
+        "SFT_PROJECT_ROOT",
+        "DAGSTER_HOME",
+        "SFT_DAGSTER_DIR",
+        "MLFLOW_TRACKING_URI",
+        "SFT_CONFIG_PATH",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("SFT_HOME", str(folder))
     monkeypatch.setenv("SFT_PROJECT_ROOT", str(ROOT))
     set_environment()
     yield folder
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="session")
+def demo(demo_home: Path) -> Ran:
+    """The embedded default, run once for all tests that look at it."""
+    ran = sft("run", "access_policy_lora", "--json", home=demo_home)
+    assert ran.code == 0, ran.stderr[-4000:]
+    return ran

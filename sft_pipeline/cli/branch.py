@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sft_pipeline.config.load import Catalog, find_recipe, load_catalog
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.raw_rows.sources import snapshots
+from sft_pipeline.stages.raw_rows.locate import snapshots
 from sft_pipeline.stages.stage import Branch
 
 
@@ -19,7 +19,11 @@ def find_branch(recipe: str, snapshot: str | None, overrides: Sequence[str] = ()
     dataset = catalog.datasets[found.dataset]
     known = snapshots(dataset)
     if not known:
-        raise InputError(f"dataset {dataset.name} has no snapshot: put a subfolder of rows into {dataset.sources[0].path}")
+        raise InputError(
+            f"dataset {dataset.name} has no snapshot: put a subfolder of rows into {dataset.sources[0].path}"
+        )
     if snapshot is not None and snapshot not in known:
-        raise InputError(f"dataset {dataset.name} has no snapshot {snapshot!r}; it has {', '.join(known[-5:])}")
+        raise InputError(
+            f"dataset {dataset.name} has no snapshot {snapshot!r}; it has {', '.join(known[-5:])}"
+        )
     return catalog, Branch(dataset, snapshot or known[-1], found)

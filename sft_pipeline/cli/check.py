@@ -1,20 +1,184 @@
 """`sft check`: does everything fit together, and what will a training cost."""
 
+import json
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.cli.prepare import prepared
+from sft_pipeline.errors import InputError
+from sft_pipeline.learning.base import base_folder
+from sft_pipeline.learning.memory import MemoryEstimate, estimate
+from sft_pipeline.stages.packed_shards.budget import Budget, plan_budget
+from sft_pipeline.stages.run import environment
+from sft_pipeline.stages.stage import Branch
+from sft_pipeline.store import Artifact
+
+# Share of a matrix product's peak that a training step reaches, and floating-point operations per parameter and token
+# forward and backward (Kaplan et al. 2020). Good for an order of magnitude; the sanity check measures.
+UTILISATION = 0.3
+FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
 
-def check_recipe(recipe: str, *, snapshot: str | None, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """The JSON of the command. The data assets are brought up to date on the way: the budget is counted, not guessed."""
-    raise NotImplementedError
+def check_recipe(
+    recipe: str, *, snapshot: str | None, overrides: Sequence[str], console: Console
+) -> dict[str, Any]:
+    """The JSON of the command. The data assets are brought up to date on the way: the budget is counted, not guessed.
+
+    Raises:
+        BlockedError: A blocking check of the data failed.
+        InputError: Bad configuration or data.
+    """
+    _, branch = find_branch(recipe, snapshot, overrides)
+    config = branch.the_recipe()
+    gpu = environment()["accelerator"] is not None
+    with prepared(branch, "packed_shards", console) as outcomes:
+        artifacts = {name: outcome.artifact for name, outcome in outcomes.items()}
+        budget = _budget(branch, artifacts["tokenized_rows"])
+        formatting = json.loads(artifacts["tokenized_rows"].file("formatting.json").read_text())
+        counts = {name: dict(a.manifest.counts) for name, a in artifacts.items()}
+    tokens = config.training.per_device_batch * config.tokens.max_length
+    memory = estimate(
+        config.model,
+        config.training,
+        tokens=tokens,
+        supervised=int(tokens * budget.supervised_tokens / max(budget.tokens, 1)),
+        gpu=gpu,
+    )
+    problems = _misfits(branch, formatting)
+    return {
+        "valid": not problems,
+        "problems": problems,
+        "recipe": config.name,
+        "dataset": branch.dataset.name,
+        "snapshot": branch.snapshot,
+        "rows": {name: c for name, c in counts.items()},
+        "budget": {
+            **budget.to_json(),
+            "blocks_per_update": config.training.planned_blocks,
+            "per_device_batch": config.training.per_device_batch,
+            "gradient_accumulation": config.training.gradient_accumulation,
+            "processes": config.training.processes,
+        },
+        "memory": memory.as_dict(),
+        "advice": _advice(memory, gpu),
+        "seconds": None
+        if gpu
+        else _cpu_seconds(memory, budget, config.training.epochs, config.training.max_steps),
+    }
+
+
+def _budget(branch: Branch, tokenized: Artifact) -> Budget:
+    table = pq.read_table(tokenized.file("train"), columns=["length", "supervised"])
+    recipe = branch.the_recipe()
+    return plan_budget(
+        np.asarray(table["length"]), np.asarray(table["supervised"]), max_length=recipe.tokens.max_length, strategy=recipe.packing.strategy,
+        blocks_per_update=recipe.training.planned_blocks, epochs=recipe.training.epochs, seed=recipe.training.seed,
+    )  # fmt: skip
+
+
+def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
+    """Where tokenizer, context and model do not fit each other."""
+    recipe = branch.the_recipe()
+    path = base_folder(recipe.model) / "config.json"
+    model = json.loads(path.read_text(encoding="utf-8"))
+    model = {**model, **model.get("text_config", {})}
+    found = []
+    vocabulary, size = model.get("vocab_size"), formatting.get("vocab_size")
+    if vocabulary and size and size > vocabulary:
+        found.append(
+            f"the tokenizer {recipe.tokenizer} has {size} tokens, the model {recipe.model.base} only {vocabulary}: its ids would fall outside. Take the model's own tokenizer"
+        )
+    positions = model.get("max_position_embeddings")
+    if positions and recipe.tokens.max_length > positions:
+        found.append(
+            f"tokens.max_length is {recipe.tokens.max_length}, the model has {positions} positions: lower it to {positions} at most"
+        )
+    return found
+
+
+def _advice(memory: MemoryEstimate, gpu: bool) -> str:
+    available = _device_bytes(gpu)
+    share = memory.total / available
+    place = "GPU memory" if gpu else "memory"
+    text = f"about {memory.total / 2**30:.2f} GiB of {available / 2**30:.1f} GiB {place} ({share:.0%})"
+    if share > 0.9:
+        return (
+            text
+            + ": one device is not enough. Try parameterization qlora, gradient_checkpointing, a smaller per_device_batch, or a larger device"
+        )
+    return text
+
+
+def _device_bytes(gpu: bool) -> int:
+    if gpu:
+        import subprocess
+
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        if found.returncode == 0:
+            return int(found.stdout.split()[0]) * 2**20
+        raise InputError("nvidia-smi does not tell the GPU's memory")
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def _cpu_seconds(memory: MemoryEstimate, budget: Budget, epochs: int, max_steps: int | None) -> float:
+    """A rough forecast from this machine's own matrix products."""
+    a = np.ones((768, 768), dtype=np.float32)
+    a @ a
+    start, rounds = time.perf_counter(), 10
+    for _ in range(rounds):
+        a @ a
+    per_second = rounds * 2 * 768**3 / (time.perf_counter() - start)
+    tokens = budget.tokens * epochs
+    if max_steps:
+        tokens = min(tokens, int(budget.tokens_per_update.mean * max_steps))
+    return round(tokens * memory.parameters * FLOPS_PER_PARAMETER_AND_TOKEN / (per_second * UTILISATION), 1)
 
 
 def show_check(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
-    raise NotImplementedError(Table)
+    budget = result["budget"]
+    table = Table(title=f"{result['recipe']} on {result['dataset']} {result['snapshot']}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    rows = {
+        "updates": f"{budget['updates']:,}",
+        "blocks per update": f"{budget['blocks_per_update']:,} = {budget['per_device_batch']} per device x {budget['gradient_accumulation']} accumulated x {budget['processes']} processes",
+        "training examples": f"{budget['examples']:,} in {budget['blocks']:,} blocks",
+        "tokens an epoch": f"{budget['tokens']:,}, of them {budget['supervised_tokens']:,} supervised",
+    }
+    for name in ("examples", "tokens", "supervised_tokens"):
+        s = budget[f"{name}_per_update"]
+        rows[f"{name.replace('_', ' ')} per update"] = (
+            f"{s['mean']:,.1f} (from {s['min']:,} to {s['max']:,}, cv {s['cv']:.2%})"
+        )
+    rows |= {
+        "packing efficiency": f"{budget['packing_efficiency']:.1%}",
+        "padding would waste": f"{budget['padding_waste']:.1%}",
+        "parameters": f"{result['memory']['parameters']:,}, of them {result['memory']['trainable']:,} trained",
+        "memory": result["advice"],
+        "time": "measured by the sanity check"
+        if result["seconds"] is None
+        else f"about {result['seconds']:,.0f} s of training on {os.cpu_count()} CPUs, very roughly",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for problem in result["problems"]:
+        console.print(f"✘ {problem}", style="red", markup=False, soft_wrap=True)
+    if result["valid"]:
+        console.print("valid: everything fits", style="green")

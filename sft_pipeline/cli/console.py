@@ -6,7 +6,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from sft_pipeline.reporting import Reporter
 
@@ -55,7 +63,9 @@ class ConsoleReporter(Reporter):
         if "loss" in self._latest and name.startswith("training"):
             amount += f"  loss {self._latest['loss']:.4f}"
         self._live.update(self._task(name, total), completed=done, total=total, amount=amount)
-        if not self._console.is_terminal and (time.monotonic() - self._last.setdefault(name, time.monotonic()) > self._every):
+        if not self._console.is_terminal and (
+            time.monotonic() - self._last.setdefault(name, time.monotonic()) > self._every
+        ):
             self._last[name] = time.monotonic()
             self._console.print(f"  {name}: {amount}", markup=False)
 

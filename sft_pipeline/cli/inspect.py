@@ -11,14 +11,24 @@ from sft_pipeline.cli.prepare import prepared
 
 
 def inspect_recipe(
-    recipe: str, *, row: str | None, n: int, html: str | None, snapshot: str | None, overrides: Sequence[str], console: Console, out: Console | None
+    recipe: str,
+    *,
+    row: str | None,
+    n: int,
+    html: str | None,
+    snapshot: str | None,
+    overrides: Sequence[str],
+    console: Console,
+    out: Console | None,
 ) -> dict[str, Any]:
     """The JSON of the command; also prints to `out`, or writes the page `html`."""
     from sft_pipeline.inspection import html_page, inspect_rows, print_inspection
 
     _, branch = find_branch(recipe, snapshot, overrides)
     with prepared(branch, "packed_shards", console) as outcomes:
-        inspection = inspect_rows(outcomes["tokenized_rows"].artifact, outcomes["packed_shards"].artifact, row=row, n=n)
+        inspection = inspect_rows(
+            outcomes["tokenized_rows"].artifact, outcomes["packed_shards"].artifact, row=row, n=n
+        )
     result = inspection.to_json()
     if html:
         path = Path(html).resolve()

@@ -5,16 +5,32 @@ from typing import Any
 
 from rich.console import Console
 
+from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.errors import InputError
 
 
-def show_lineage(model_dir: str, *, verify: bool, out: Console | None) -> dict[str, Any]:
-    """The JSON of the command; also prints to `out`."""
-    from sft_pipeline.lineage import verify as verification
-    from sft_pipeline.lineage import walk
+def show_lineage(model_dir: str, *, verify: bool, console: Console, out: Console | None) -> dict[str, Any]:
+    """The JSON of the command; also prints to `out`.
+
+    Raises:
+        InputError: The folder is not there, or is no artifact.
+    """
+    from sft_pipeline.lineage.show import print_chain, print_verification
+    from sft_pipeline.lineage.verify import verify as verify_chain
+    from sft_pipeline.lineage.walk import walk
 
     path = Path(model_dir).expanduser().resolve()
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the folder of an exported model")
-    chain = walk.chain(path)
-    raise NotImplementedError(chain, verification)
+    if not verify:
+        chain = walk(path)
+        if out is not None:
+            print_chain(chain, out)
+        return {"chain": chain.to_json(), "verified": None}
+    with ConsoleReporter(console) as reporter:
+        found = verify_chain(path, report=reporter)
+    if out is not None:
+        if found.chain:
+            print_chain(found.chain, out)
+        print_verification(found, out)
+    return {"chain": found.chain.to_json() if found.chain else [], **found.to_json()}

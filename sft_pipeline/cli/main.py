@@ -11,20 +11,30 @@ from rich.console import Console
 
 from sft_pipeline.errors import Interrupted, SftError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Supervised fine-tuning, from raw rows to a traceable model.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Supervised fine-tuning, from raw rows to a traceable model.",
+)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of its file")]
 Snapshot = Annotated[str | None, typer.Option(help="snapshot of the dataset; the newest by default")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a key of the recipe; may be repeated")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="override a key of the recipe; may be repeated"),
+]
 
 
 @app.command()
 def run(
     recipe: Recipe,
     snapshot: Snapshot = None,
-    until: Annotated[str | None, typer.Option(metavar="ASSET", help="stop after this asset, for example packed_shards")] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="ASSET", help="stop after this asset, for example packed_shards")
+    ] = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +67,9 @@ def inspect(
     recipe: Recipe,
     row: Annotated[str | None, typer.Option(metavar="ID", help="one row, by row id")] = None,
     number: Annotated[int, typer.Option("-n", min=1, help="how many rows")] = 3,
-    html: Annotated[str | None, typer.Option(metavar="FILE", help="write a self-contained page instead")] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write a self-contained page instead")
+    ] = None,
     snapshot: Snapshot = None,
     overrides: Set = None,
     as_json: Json = False,
@@ -65,7 +77,16 @@ def inspect(
     """Show rows token by token as the model will see them, and the blocks they are packed in."""
     from sft_pipeline.cli.inspect import inspect_recipe
 
-    result = inspect_recipe(recipe, row=row, n=number, html=html, snapshot=snapshot, overrides=overrides or [], console=err, out=None if as_json else Console())
+    result = inspect_recipe(
+        recipe,
+        row=row,
+        n=number,
+        html=html,
+        snapshot=snapshot,
+        overrides=overrides or [],
+        console=err,
+        out=None if as_json else Console(),
+    )
     if as_json:
         print_json(result)
 
@@ -73,24 +94,28 @@ def inspect(
 @app.command()
 def lineage(
     model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="an exported model")],
-    verify: Annotated[bool, typer.Option("--verify", help="hash again everything that can be reached")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="hash again everything that can be reached")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print the chain from an exported model back to its source files."""
     from sft_pipeline.cli.lineage import show_lineage
 
-    result = show_lineage(model_dir, verify=verify, out=None if as_json else Console())
+    result = show_lineage(model_dir, verify=verify, console=err, out=None if as_json else Console())
     if as_json:
         print_json(result)
     raise typer.Exit(1 if verify and not result["verified"] else 0)
 
 
 @app.command()
-def trace(group_or_row_id: Annotated[str, typer.Argument(metavar="GROUP_OR_ROW_ID")], as_json: Json = False) -> None:
+def trace(
+    group_or_row_id: Annotated[str, typer.Argument(metavar="GROUP_OR_ROW_ID")], as_json: Json = False
+) -> None:
     """Find the artifacts, updates and exported models that contain a row or a group."""
     from sft_pipeline.cli.trace import show_trace
 
-    result = show_trace(group_or_row_id, out=None if as_json else Console())
+    result = show_trace(group_or_row_id, console=err, out=None if as_json else Console())
     if as_json:
         print_json(result)
 
@@ -139,7 +164,9 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(message: str, code: int, wants_json: bool) -> None:
-    err.print(f"[bold red]sft:[/] {message}" if "[" not in message else f"sft: {message}", markup="[" not in message)
+    err.print(
+        f"[bold red]sft:[/] {message}" if "[" not in message else f"sft: {message}", markup="[" not in message
+    )
     if wants_json:
         status = {3: "blocked", 4: "interrupted"}.get(code, "failed")
         print_json({"status": status, "error": message, "valid": False})

@@ -63,7 +63,12 @@ class RunResult:
         metrics = self.metrics
         if metrics["base"] and metrics["tuned"]:
             table = Table(title="test side: base against tuned")
-            for column, justify in (("", "left"), ("base", "right"), ("tuned", "right"), ("difference", "right")):
+            for column, justify in (
+                ("", "left"),
+                ("base", "right"),
+                ("tuned", "right"),
+                ("difference", "right"),
+            ):
                 table.add_column(column, justify=justify)  # type: ignore[arg-type]
             for name, tuned in metrics["tuned"].items():
                 base = metrics["base"].get(name)
@@ -75,12 +80,18 @@ class RunResult:
             console.print(self.error, style="red", markup=False, soft_wrap=True)
         if self.exported_model:
             console.print(f"exported model: {self.exported_model}", soft_wrap=True, markup=False)
-            console.print(f"  its card:     {self.exported_model / 'README.md'}", soft_wrap=True, markup=False)
-            console.print(f"  its lineage:  sft lineage {self.exported_model} --verify", soft_wrap=True, markup=False)
+            console.print(
+                f"  its card:     {self.exported_model / 'README.md'}", soft_wrap=True, markup=False
+            )
+            console.print(
+                f"  its lineage:  sft lineage {self.exported_model} --verify", soft_wrap=True, markup=False
+            )
         console.print("look at it: sft ui (Dagster and MLflow)")
 
 
-def run_recipe(recipe: str, *, snapshot: str | None, until: str | None, overrides: Sequence[str], console: Console) -> RunResult:
+def run_recipe(
+    recipe: str, *, snapshot: str | None, until: str | None, overrides: Sequence[str], console: Console
+) -> RunResult:
     """Materializes a branch.
 
     Raises:
@@ -95,7 +106,9 @@ def run_recipe(recipe: str, *, snapshot: str | None, until: str | None, override
         return _execute(recipe, branch, last, overrides, reporter)
 
 
-def _execute(recipe_argument: str, branch: Branch, last: str, overrides: Sequence[str], reporter: ConsoleReporter) -> RunResult:
+def _execute(
+    recipe_argument: str, branch: Branch, last: str, overrides: Sequence[str], reporter: ConsoleReporter
+) -> RunResult:
     import dagster as dg
 
     from sft_pipeline.config.load import Catalog
@@ -104,7 +117,9 @@ def _execute(recipe_argument: str, branch: Branch, last: str, overrides: Sequenc
     from sft_pipeline.orchestration.assets import RECIPE_TAG, SET_TAG, partitions_of
 
     recipe = branch.the_recipe()
-    definitions = build_definitions(Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={recipe.name: recipe}), reporter)
+    definitions = build_definitions(
+        Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={recipe.name: recipe}), reporter
+    )
     with dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
             reporter.log(message, "warning")
@@ -142,7 +157,14 @@ def _result(result: Any, branch: Branch, last: str) -> RunResult:
         status = "exported" if last == "exported_model" else "materialized"
         return RunResult(status, 0, result.run_id, artifacts, cached)
     if blocked:
-        return RunResult("blocked", 3, result.run_id, artifacts, cached, "stopped by a blocking check: " + "; ".join(blocked))
+        return RunResult(
+            "blocked",
+            3,
+            result.run_id,
+            artifacts,
+            cached,
+            "stopped by a blocking check: " + "; ".join(blocked),
+        )
     code, message = _explain(failures)
     status = {3: "blocked", 4: "interrupted"}.get(code, "failed")
     return RunResult(status, code, result.run_id, artifacts, cached, message)

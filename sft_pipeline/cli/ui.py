@@ -31,9 +31,24 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
     with dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
             console.print(message, markup=False)
-    servers = {"Dagster": _start("dagster", "dev", "-h", HOST, "-p", str(port), "-w", str(project_root() / "workspace.yaml"))}
+    servers = {
+        "Dagster": _start(
+            "dagster", "dev", "-h", HOST, "-p", str(port), "-w", str(project_root() / "workspace.yaml")
+        )
+    }
     if mlflow_is_ours:
-        servers["MLflow"] = _start("mlflow", "server", "--backend-store-uri", tracking, "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
+        servers["MLflow"] = _start(
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            tracking,
+            "--host",
+            HOST,
+            "--port",
+            str(mlflow_port),
+            "--workers",
+            "1",
+        )
     try:
         console.print("starting the UIs; Ctrl-C stops them")
         _wait(servers["Dagster"], "Dagster", f"http://{HOST}:{port}/server_info", console)
@@ -42,7 +57,9 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
         while True:
             for name, server in servers.items():
                 if server.poll() is not None:
-                    raise SftError(f"the {name} UI stopped with exit code {server.returncode}; is its port taken? Choose others with --port and --mlflow-port")
+                    raise SftError(
+                        f"the {name} UI stopped with exit code {server.returncode}; is its port taken? Choose others with --port and --mlflow-port"
+                    )
             time.sleep(0.5)
     except KeyboardInterrupt:
         console.print("stopping the UIs")
@@ -55,7 +72,9 @@ def _start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
     path = Path(sys.executable).with_name(program)
     found = str(path) if path.exists() else shutil.which(program)
     if found is None:
-        raise InputError(f"{program} is not installed beside this Python: pip install it, or run `make demo` once")
+        raise InputError(
+            f"{program} is not installed beside this Python: pip install it, or run `make demo` once"
+        )
     return subprocess.Popen([found, *arguments], cwd=project_root(), start_new_session=True)
 
 

@@ -9,7 +9,9 @@ from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.raw_rows.config import SourceConfig
 from sft_pipeline.stages.validated_rows.config import ContractConfig
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="letters, digits and underscores")]
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="letters, digits and underscores")
+]
 
 
 class DatasetConfig(Config):

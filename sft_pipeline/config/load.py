@@ -78,13 +78,17 @@ def find_recipe(catalog: Catalog, name_or_path: str, overrides: Iterable[str] = 
             if Path(broken).stem == name_or_path:
                 raise InputError(problem)
         known = list(catalog.recipes)
-        raise InputError(f"no recipe is named {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known) or 'none'}")
+        raise InputError(
+            f"no recipe is named {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known) or 'none'}"
+        )
     recipe = load_recipe(path, overrides=tuple(overrides))
     _check_dataset(recipe, catalog, path)
     return recipe
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = (), folders: Sequence[Path] | None = None) -> RecipeConfig:
+def load_recipe(
+    path: Path, overrides: tuple[str, ...] = (), folders: Sequence[Path] | None = None
+) -> RecipeConfig:
     """One recipe file with what it extends and what overrides it.
 
     Raises:
@@ -101,10 +105,16 @@ def _extended(document: Document, path: Path, folders: Sequence[Path], seen: tup
     if not isinstance(parent, str):
         return document
     origin = document.origin(("extends",))
-    candidates = {p.stem: p for p in [*PRESETS.glob("*.yaml"), *_files(folders, "recipes"), *path.parent.glob("*.y*ml")] if p != path}
+    candidates = {
+        p.stem: p
+        for p in [*PRESETS.glob("*.yaml"), *_files(folders, "recipes"), *path.parent.glob("*.y*ml")]
+        if p != path
+    }
     target = candidates.get(parent)
     if target is None:
-        raise InputError(f"{origin}: extends: nothing is named {parent!r}{_nearest(parent, list(candidates))}; known: {', '.join(sorted(candidates))}")
+        raise InputError(
+            f"{origin}: extends: nothing is named {parent!r}{_nearest(parent, list(candidates))}; known: {', '.join(sorted(candidates))}"
+        )
     if target in seen:
         raise InputError(f"{origin}: extends: {parent} extends this file in turn")
     return overlay(_extended(read_yaml(target), target, folders, (*seen, path)), document)
@@ -128,7 +138,9 @@ def _explain(model: type[BaseModel], document: Document, error: Any) -> str:
     name = ".".join(map(str, loc)) or model.__name__
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, loc[:-1], document)
-        return f"{origin}: unknown key {name!r}{_nearest(str(loc[-1]), known)}; known here: {', '.join(known)}"
+        return (
+            f"{origin}: unknown key {name!r}{_nearest(str(loc[-1]), known)}; known here: {', '.join(known)}"
+        )
     if error["type"] == "missing":
         return f"{origin}: the key {name!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -139,7 +151,13 @@ def _explain(model: type[BaseModel], document: Document, error: Any) -> str:
 def _is_tag(part: str | int, document: Document, loc: Loc) -> bool:
     """Whether a part of an error's location is a union's tag, which is not a key of the file."""
     index = loc.index(part)
-    return isinstance(part, str) and index > 0 and isinstance(loc[index - 1], int) and loc[:index] in document.origins and (*loc[:index], part) not in document.origins
+    return (
+        isinstance(part, str)
+        and index > 0
+        and isinstance(loc[index - 1], int)
+        and loc[:index] in document.origins
+        and (*loc[:index], part) not in document.origins
+    )
 
 
 def _keys_at(model: type[BaseModel], loc: Loc, document: Document) -> list[str]:
@@ -151,7 +169,12 @@ def _keys_at(model: type[BaseModel], loc: Loc, document: Document) -> list[str]:
         kinds = [t for kind in kinds for t in _step(kind, part)]
     models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
     if isinstance(value, dict) and "kind" in value:  # the one member of a discriminated union that was meant
-        models = [m for m in models if "kind" in m.model_fields and value["kind"] in typing.get_args(m.model_fields["kind"].annotation)] or models
+        models = [
+            m
+            for m in models
+            if "kind" in m.model_fields
+            and value["kind"] in typing.get_args(m.model_fields["kind"].annotation)
+        ] or models
     return sorted({f.alias or n for m in models for n, f in m.model_fields.items()})
 
 
@@ -181,12 +204,18 @@ def _check_dataset(recipe: RecipeConfig, catalog: Catalog, path: Path) -> None:
         broken = [p for p in catalog.problems.values() if f"{os.sep}{recipe.dataset}.y" in p]
         raise InputError(
             f"{path}: dataset: no dataset is named {recipe.dataset!r}{_nearest(recipe.dataset, list(catalog.datasets))}"
-            + (f"; its file does not load: {broken[0]}" if broken else f"; known: {', '.join(catalog.datasets) or 'none'}")
+            + (
+                f"; its file does not load: {broken[0]}"
+                if broken
+                else f"; known: {', '.join(catalog.datasets) or 'none'}"
+            )
         )
 
 
 def _add(catalog: Catalog, into: dict[str, Any], kind: str, path: Path, config: Any) -> None:
-    taken = catalog.files.get(f"{kind} {config.name}") or (kind == "recipe" and catalog.files.get(f"dataset {config.name}"))
+    taken = catalog.files.get(f"{kind} {config.name}") or (
+        kind == "recipe" and catalog.files.get(f"dataset {config.name}")
+    )
     if taken:
         raise InputError(f"{path}: name: {config.name!r} is taken by {taken}")
     into[config.name] = config
@@ -194,4 +223,6 @@ def _add(catalog: Catalog, into: dict[str, Any], kind: str, path: Path, config: 
 
 
 def _files(folders: Sequence[Path], kind: str) -> list[Path]:
-    return [p for folder in folders for p in sorted((folder / kind).glob("*.y*ml")) if not p.name.startswith(".")]
+    return [
+        p for folder in folders for p in sorted((folder / kind).glob("*.y*ml")) if not p.name.startswith(".")
+    ]

@@ -27,7 +27,9 @@ class RecipeConfig(Config):
     name: Name
     description: str = ""
     owner: Annotated[str | None, Field(description="e-mail or team:name, shown in the UI")] = None
-    extends: Annotated[str | None, Field(description="another recipe, or a preset, whose values are inherited")] = None
+    extends: Annotated[
+        str | None, Field(description="another recipe, or a preset, whose values are inherited")
+    ] = None
     dataset: str
     model: ModelConfig
     template: TemplateConfig = TemplateConfig()

@@ -10,7 +10,10 @@ from sft_pipeline.project import PACKAGE_DIR
 def schemas() -> dict[str, str]:
     """File name -> content."""
     models = {"dataset.json": DatasetConfig, "recipe.json": RecipeConfig}
-    return {name: json.dumps(model.model_json_schema(by_alias=True), indent=2) + "\n" for name, model in models.items()}
+    return {
+        name: json.dumps(model.model_json_schema(by_alias=True), indent=2) + "\n"
+        for name, model in models.items()
+    }
 
 
 if __name__ == "__main__":

@@ -52,13 +52,17 @@ def read_yaml(path: Path) -> Document:
         if node is None:
             raise InputError(f"{path}:1: the file is empty")
         if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found a {node.id}")
+            raise InputError(
+                f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found a {node.id}"
+            )
         origins: dict[Loc, Origin] = {(): Origin(str(path), 1)}
         _collect(node, (), str(path), origins)
         return Document(yaml.safe_load(content), origins)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from error
+        raise InputError(
+            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
 

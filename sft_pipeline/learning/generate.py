@@ -81,7 +81,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 for i, reply in zip(batch, _generate_batch(model, [prompts[i] for i in batch], [room[i] for i in batch], batch, stop_ids, pad_id, limit, decoding), strict=True):
@@ -198,7 +198,7 @@ def score_nll(model: Any, examples: Sequence[tuple[Sequence[int], Sequence[int]]
     training, done = model.training, 0
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in _by_tokens(order, [len(e[0]) for e in examples], batch_tokens):
                 width = len(examples[batch[0]][0])
                 ids = torch.zeros((len(batch), width), dtype=torch.long)

@@ -7,6 +7,7 @@ gradient of the loss is computed in the forward pass (as fused cross-entropy ker
 outlive it: memory is one chunk, and nothing is recomputed.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -146,6 +147,7 @@ def install_supervised_forward(model: nn.Module) -> str:
     reason = _why_not(causal, scale, cap, own_forward)
     compute = whole if reason else selected
 
+    @functools.wraps(type(causal).forward)  # generate() checks its arguments against this signature
     def forward(*args, supervised_index=None, supervised_targets=None, reduction="sum", **kwargs):
         if supervised_index is None:
             return own_forward(*args, **kwargs)

@@ -6,6 +6,7 @@ what runs: attention and precision are checked after loading and reported.
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,9 @@ import torch
 from torch import nn
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.learning.base import base_folder, clear_loading_errors
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
-from sft_pipeline.project import project_path
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -41,8 +41,6 @@ class LoadReport:
 
 def training_device() -> torch.device:
     """This process's device: the GPU of its local rank, else the CPU."""
-    import os
-
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -73,24 +71,6 @@ def resolve_attention(asked: str, device: torch.device) -> str:
     return "sdpa"
 
 
-def base_location(config: ModelConfig) -> tuple[str, str | None]:
-    """(folder, None) for a local base, (hub id, commit) for one on the hub.
-
-    Raises:
-        InputError: There is no such folder and it is no hub id, or the hub id has no pinned commit.
-    """
-    folder = project_path(config.base)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model.base {config.base}: {folder} has no config.json, so it is no model folder")
-        return str(folder), None
-    if not HUB_ID.match(config.base):
-        raise InputError(f"model.base {config.base}: no such folder ({folder}), and it is no hub id (OWNER/NAME). Mend the path in the recipe")
-    if not config.revision:
-        raise InputError(f"model.base {config.base}: no such folder ({folder}); if it is a hub id, pin model.revision to a commit")
-    return config.base, config.revision
-
-
 def load_model_config(config: ModelConfig) -> Any:
     """The base's transformers configuration; no weights are read.
 
@@ -99,9 +79,9 @@ def load_model_config(config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    location, revision = base_location(config)
-    with _clear_loading_errors(config):
-        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=config.trust_remote_code)
+    folder = base_folder(config)
+    with clear_loading_errors(f"model.base {config.base}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
 def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None, four_bit: bool = False) -> Any:
@@ -119,14 +99,14 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device |
 
     transformers_logging.disable_progress_bar()  # progress is reported, not drawn over the log
     device = device or training_device()
-    location, revision = base_location(config)
+    folder = base_folder(config)
     attention = resolve_attention(config.attention, device)
     extra: dict[str, Any] = {}
     if four_bit:
         extra = {"quantization_config": _four_bit(dtype), "device_map": {"": device}}
-    with _clear_loading_errors(config):
+    with clear_loading_errors(f"model.base {config.base}"):
         model = AutoModelForCausalLM.from_pretrained(
-            location, revision=revision, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True,
             trust_remote_code=config.trust_remote_code, **extra,
         )
     _assert_attention(model, attention)
@@ -137,21 +117,25 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device |
     return model.eval()
 
 
-def load_for_training(config: ModelConfig, training: TrainingConfig, *, device: torch.device | None = None) -> tuple[Any, LoadReport]:
+def load_for_training(config: ModelConfig, training: TrainingConfig, checkpoint: Path | None = None, *, device: torch.device | None = None) -> tuple[Any, LoadReport]:
     """The model that will be trained, adapters and freezing applied, in training mode.
 
     Frozen weights are held in the precision of the computation, trained ones in fp32 (adapters, full fine-tuning),
     so that small updates are not rounded away.
+
+    Args:
+        checkpoint: Continue from the weights of this folder instead of the base's (resume).
     """
     device = device or training_device()
     precision = resolve_precision(training.precision, device)
     adapters = config.parameterization != "full"
     dtype = DTYPES[precision] if adapters else torch.float32
     torch.manual_seed(training.seed)  # the adapters' initial weights
-    model = load_base(config, dtype=dtype, device=device, four_bit=config.parameterization == "qlora")
+    source = config if adapters or checkpoint is None else _as_base(config, checkpoint)
+    model = load_base(source, dtype=dtype, device=device, four_bit=config.parameterization == "qlora")
     model.config.use_cache = False
     if adapters:
-        model = add_adapter(model, config, gradient_checkpointing=training.gradient_checkpointing)
+        model = add_adapter(model, config, checkpoint, gradient_checkpointing=training.gradient_checkpointing)
     else:
         model.requires_grad_(True)
         freeze(model, config.freeze)
@@ -159,13 +143,18 @@ def load_for_training(config: ModelConfig, training: TrainingConfig, *, device: 
     return model, describe(model, config, precision)
 
 
-def add_adapter(model: Any, config: ModelConfig, *, gradient_checkpointing: bool = False) -> Any:
-    """Wraps the base in freshly initialised low-rank adapters.
+def _as_base(config: ModelConfig, checkpoint: Path) -> ModelConfig:
+    """A checkpoint of whole weights takes the base's place."""
+    return config.model_copy(update={"base": str(checkpoint), "revision": None})
+
+
+def add_adapter(model: Any, config: ModelConfig, checkpoint: Path | None = None, *, gradient_checkpointing: bool = False) -> Any:
+    """Wraps the base in low-rank adapters: freshly initialised, or those of a checkpoint.
 
     Raises:
         InputError: `target_modules` names no module of this architecture.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     if config.parameterization == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
@@ -175,7 +164,7 @@ def add_adapter(model: Any, config: ModelConfig, *, gradient_checkpointing: bool
         target_modules=settings.target_modules, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
     )
     try:
-        wrapped = get_peft_model(model, lora)
+        wrapped = get_peft_model(model, lora) if checkpoint is None else PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
     except ValueError as error:
         raise InputError(f"model.lora.target_modules {settings.target_modules}: {error}") from error
     head = wrapped.get_output_embeddings()
@@ -224,8 +213,7 @@ def load_for_inference(config: ModelConfig, checkpoint: Path | None = None, *, d
         if checkpoint is not None:
             model = _with_adapter(model, checkpoint)
     else:
-        whole = config.model_copy(update={"base": str(checkpoint), "revision": None})
-        model = load_base(whole, dtype=dtype, device=device)
+        model = load_base(_as_base(config, checkpoint), dtype=dtype, device=device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -307,18 +295,3 @@ def _keep_four_bit_weights(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-class _clear_loading_errors:
-    """Turns what transformers raises for a base that is absent, unreachable or unsafe into one clear message."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.base = config.base
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, InputError):
-            first = str(error).strip().split("\n")[0]
-            raise InputError(f"model.base {self.base} cannot be loaded: {first}. Check the name, the pinned commit, HF_TOKEN and the network, and that it has safetensors") from error

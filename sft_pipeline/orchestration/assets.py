@@ -35,7 +35,9 @@ def partitions_of(dataset: DatasetConfig) -> dg.DynamicPartitionsDefinition:
     return dg.DynamicPartitionsDefinition(name=f"{dataset.name}_snapshots")
 
 
-def stage_asset(stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter) -> dg.AssetsDefinition:
+def stage_asset(
+    stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter
+) -> dg.AssetsDefinition:
     """The asset of one stage of one branch.
 
     Args:
@@ -58,7 +60,8 @@ def stage_asset(stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | Non
         code_version=f"{code_version(stage.name)}-{config_digest[:8]}",
         pool=GPU_POOL if stage.isolated else None,
         check_specs=[
-            dg.AssetCheckSpec(c.name, asset=key, description=c.description, blocking=c.blocking) for c in stage.checks
+            dg.AssetCheckSpec(c.name, asset=key, description=c.description, blocking=c.blocking)
+            for c in stage.checks
         ],
         retry_policy=dg.RetryPolicy(max_retries=1) if stage.isolated else None,
     )
@@ -69,7 +72,11 @@ def stage_asset(stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | Non
 
 
 def _materialize(
-    context: dg.AssetExecutionContext, stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter
+    context: dg.AssetExecutionContext,
+    stage: Stage,
+    dataset: DatasetConfig,
+    recipe: RecipeConfig | None,
+    listener: Reporter,
 ) -> Iterator[Any]:
     _tag_worker(context)
     try:
@@ -81,7 +88,13 @@ def _materialize(
     yield from _results(stage, outcome)
 
 
-def _run(context: dg.AssetExecutionContext, stage: Stage, dataset: DatasetConfig, recipe: RecipeConfig | None, listener: Reporter) -> Outcome:
+def _run(
+    context: dg.AssetExecutionContext,
+    stage: Stage,
+    dataset: DatasetConfig,
+    recipe: RecipeConfig | None,
+    listener: Reporter,
+) -> Outcome:
     from sft_pipeline.tracking.mlflow import MlflowTracker
 
     overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
@@ -99,7 +112,9 @@ def _run(context: dg.AssetExecutionContext, stage: Stage, dataset: DatasetConfig
     return run_stage(stage, STAGES, Branch(dataset, context.partition_key, recipe), run)
 
 
-def _isolate(context: dg.AssetExecutionContext, stage: Stage, build: Build, recipe: RecipeConfig | None) -> Built:
+def _isolate(
+    context: dg.AssetExecutionContext, stage: Stage, build: Build, recipe: RecipeConfig | None
+) -> Built:
     """Runs a build in a supervised child that speaks Dagster Pipes; it dies with this step and with the run's worker."""
     from sft_pipeline.launch.launcher import run_isolated
 
@@ -107,9 +122,13 @@ def _isolate(context: dg.AssetExecutionContext, stage: Stage, build: Build, reci
     parent = multiprocessing.parent_process()
     watch = [str(parent.pid)] if parent and parent.pid else []
     with dg.open_pipes_session(
-        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=dg.PipesTempFileMessageReader()
+        context=context,
+        context_injector=dg.PipesTempFileContextInjector(),
+        message_reader=dg.PipesTempFileMessageReader(),
     ) as session:
-        return run_isolated(stage, build, processes=processes, watch=watch, extra_env=session.get_bootstrap_env_vars())
+        return run_isolated(
+            stage, build, processes=processes, watch=watch, extra_env=session.get_bootstrap_env_vars()
+        )
 
 
 def _tag_worker(context: dg.AssetExecutionContext) -> None:

@@ -39,7 +39,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         description=f"Finds new snapshots of {dataset.name}.",
     )
     def _sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        from sft_pipeline.stages.raw_rows.sources import snapshots, source_digests
+        from sft_pipeline.stages.raw_rows.locate import snapshots, source_digests
 
         try:
             found = snapshots(dataset)
@@ -52,7 +52,10 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         # The first look registers what is there; only a snapshot that arrives later starts runs.
         if newest and context.cursor is not None and newest > context.cursor:
             digest = sha256_json(source_digests(dataset, newest))[:12]
-            requests = [dg.RunRequest(job_name=j.name, run_key=f"{j.name}:{newest}:{digest}", partition_key=newest) for j in jobs.values()]
+            requests = [
+                dg.RunRequest(job_name=j.name, run_key=f"{j.name}:{newest}:{digest}", partition_key=newest)
+                for j in jobs.values()
+            ]
         return dg.SensorResult(
             run_requests=requests,
             dynamic_partitions_requests=[partitions_of(dataset).build_add_request(new)] if new else [],
@@ -65,7 +68,12 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
 def retrain_schedule(dataset: DatasetConfig, recipe: RecipeConfig, job: Any) -> dg.ScheduleDefinition:
     """Runs the recipe's job on the newest registered snapshot; what is unchanged is reused."""
 
-    @dg.schedule(name=f"{recipe.name}_schedule", job=job, cron_schedule=recipe.retrain.cron or "", description=f"Retrains {recipe.name} on the newest snapshot.")
+    @dg.schedule(
+        name=f"{recipe.name}_schedule",
+        job=job,
+        cron_schedule=recipe.retrain.cron or "",
+        description=f"Retrains {recipe.name} on the newest snapshot.",
+    )
     def _schedule(context: dg.ScheduleEvaluationContext) -> Iterator[Any]:
         known = sorted(context.instance.get_dynamic_partitions(f"{dataset.name}_snapshots"))
         if not known:

@@ -20,13 +20,19 @@ def to_metadata(evidence: Mapping[str, Evidence], artifact: Artifact) -> dict[st
 def _value(item: Evidence, artifact: Artifact) -> Any:
     match item.kind:
         case "number":
-            return dg.MetadataValue.int(item.value) if isinstance(item.value, int) else dg.MetadataValue.float(float(item.value))
+            return (
+                dg.MetadataValue.int(item.value)
+                if isinstance(item.value, int)
+                else dg.MetadataValue.float(float(item.value))
+            )
         case "markdown":
             return dg.MetadataValue.md(item.value)
         case "table":
             return _table(item.value)
         case "schema":
-            return dg.TableSchema(columns=[dg.TableColumn(name, str(kind)) for name, kind in item.value.items()])
+            return dg.TableSchema(
+                columns=[dg.TableColumn(name, str(kind)) for name, kind in item.value.items()]
+            )
         case "plot":
             picture = base64.b64encode(artifact.file(item.value).read_bytes()).decode()
             return dg.MetadataValue.md(f"![{item.value}](data:image/png;base64,{picture})")
@@ -44,7 +50,9 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return dg.MetadataValue.table(
         records=[dg.TableRecord({c: _cell(row.get(c)) for c in columns}) for row in rows],
-        schema=dg.TableSchema(columns=[dg.TableColumn(c, _column_type([row.get(c) for row in rows])) for c in columns]),
+        schema=dg.TableSchema(
+            columns=[dg.TableColumn(c, _column_type([row.get(c) for row in rows])) for c in columns]
+        ),
     )
 
 

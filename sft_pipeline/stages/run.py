@@ -49,7 +49,9 @@ class Tracker(Protocol):
     ) -> AbstractContextManager[Tracked]: ...
 
 
-def untracked(stage: Stage, branch: Branch, fingerprint: str, inputs: Mapping[str, Artifact], report: Reporter) -> AbstractContextManager[Tracked]:
+def untracked(
+    stage: Stage, branch: Branch, fingerprint: str, inputs: Mapping[str, Artifact], report: Reporter
+) -> AbstractContextManager[Tracked]:
     """A tracker that keeps no record."""
     return nullcontext(Tracked(None, report))
 
@@ -95,7 +97,9 @@ class Inputs:
     acceptance: Mapping[str, Artifact]
 
     def entries(self) -> dict[str, InputEntry]:
-        return {n: a.as_input() for n, a in self.data.items()} | {n: a.as_input("acceptance") for n, a in self.acceptance.items()}
+        return {n: a.as_input() for n, a in self.data.items()} | {
+            n: a.as_input("acceptance") for n, a in self.acceptance.items()
+        }
 
 
 def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run) -> Outcome:
@@ -115,7 +119,10 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     except BaseException:
         run.report.stage(asset, "failed")
         raise
-    run.report.stage(asset, ("cached" if outcome.cached else "built") if outcome.artifact.manifest.accepted else "not accepted")
+    run.report.stage(
+        asset,
+        ("cached" if outcome.cached else "built") if outcome.artifact.manifest.accepted else "not accepted",
+    )
     return outcome
 
 
@@ -149,8 +156,13 @@ def _bring_up_to_date(stage: Stage, stages: Mapping[str, Stage], branch: Branch,
     artifact = _reusable(stage, run, fingerprint)
     cached = artifact is not None
     if artifact is None:
-        with run.store.building(fingerprint, lambda: run.report.log(f"{stage.asset(branch)}: another process is building it; waiting")) as out:
-            artifact = _reusable(stage, run, fingerprint)  # somebody else may have built it while this one waited
+        with run.store.building(
+            fingerprint,
+            lambda: run.report.log(f"{stage.asset(branch)}: another process is building it; waiting"),
+        ) as out:
+            artifact = _reusable(
+                stage, run, fingerprint
+            )  # somebody else may have built it while this one waited
             cached = artifact is not None
             if artifact is None:
                 artifact = _build(stage, branch, run, inputs, fingerprint, parts, out)
@@ -163,13 +175,23 @@ def resolve_inputs(stage: Stage, stages: Mapping[str, Stage], branch: Branch, ru
     found = {}
     for name in (*stage.inputs, *stage.acceptance):
         asset = stages[name].asset(branch)
-        artifact = run.store.resolve(asset, branch.snapshot, (*([run.run_id] if run.run_id else []), *run.earlier_run_ids))
+        artifact = run.store.resolve(
+            asset, branch.snapshot, (*([run.run_id] if run.run_id else []), *run.earlier_run_ids)
+        )
         if artifact is None:
-            raise InputError(f"{stage.asset(branch)} reads {asset}, which is not built for snapshot {branch.snapshot}: materialize it first")
+            raise InputError(
+                f"{stage.asset(branch)} reads {asset}, which is not built for snapshot {branch.snapshot}: materialize it first"
+            )
         artifact.verify()
         if not artifact.manifest.accepted:
-            failed = [f"{c['name']} ({c['description']})" for c in artifact.manifest.checks if c["blocking"] and not c["passed"]]
-            raise BlockedError(f"{stage.asset(branch)} refuses its input: {asset} of snapshot {branch.snapshot} is not accepted. Failed: {'; '.join(failed)}")
+            failed = [
+                f"{c['name']} ({c['description']})"
+                for c in artifact.manifest.checks
+                if c["blocking"] and not c["passed"]
+            ]
+            raise BlockedError(
+                f"{stage.asset(branch)} refuses its input: {asset} of snapshot {branch.snapshot} is not accepted. Failed: {'; '.join(failed)}"
+            )
         found[name] = artifact
     inputs = Inputs({n: found[n] for n in stage.inputs}, {n: found[n] for n in stage.acceptance})
     for name, artifact in inputs.acceptance.items():
@@ -177,7 +199,9 @@ def resolve_inputs(stage: Stage, stages: Mapping[str, Stage], branch: Branch, ru
     return inputs
 
 
-def _must_be_about(stage: Stage, gate: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run, artifact: Artifact) -> None:
+def _must_be_about(
+    stage: Stage, gate: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run, artifact: Artifact
+) -> None:
     """An acceptance counts only for the very inputs and configuration it was given for."""
     expected, _ = fingerprint_of(gate, branch, resolve_inputs(gate, stages, branch, run).data)
     if artifact.manifest.fingerprint != expected:
@@ -186,7 +210,9 @@ def _must_be_about(stage: Stage, gate: Stage, stages: Mapping[str, Stage], branc
         )
 
 
-def fingerprint_of(stage: Stage, branch: Branch, inputs: Mapping[str, Artifact]) -> tuple[str, dict[str, Any]]:
+def fingerprint_of(
+    stage: Stage, branch: Branch, inputs: Mapping[str, Artifact]
+) -> tuple[str, dict[str, Any]]:
     """The fingerprint of what the stage would build, and the parts it is made of."""
     parts: dict[str, Any] = {
         "asset": stage.asset(branch),
@@ -208,16 +234,26 @@ def _reusable(stage: Stage, run: Run, fingerprint: str) -> Artifact | None:
     return artifact
 
 
-def _build(stage: Stage, branch: Branch, run: Run, inputs: Inputs, fingerprint: str, parts: dict[str, Any], out: Any) -> Artifact:
+def _build(
+    stage: Stage, branch: Branch, run: Run, inputs: Inputs, fingerprint: str, parts: dict[str, Any], out: Any
+) -> Artifact:
     asset = stage.asset(branch)
-    with clear_disk_errors(f"building {asset}"), run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked:
+    with (
+        clear_disk_errors(f"building {asset}"),
+        run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
+    ):
         build = Build(
             config=stage.config(branch), inputs=inputs.data, out=out, work=run.store.work(fingerprint), report=tracked.report,
             snapshot=branch.snapshot, asset=asset,
         )  # fmt: skip
         built = run.isolate(stage, build) if stage.isolated and run.isolate else load_build(stage)(build)
         checks = [
-            {"name": spec.name, "blocking": spec.blocking, "passed": bool(check.passed), "description": check.description}
+            {
+                "name": spec.name,
+                "blocking": spec.blocking,
+                "passed": bool(check.passed),
+                "description": check.description,
+            }
             for spec, check in _pair_checks(stage, built)
         ]
         write_report(out, replace(built, evidence={**built.evidence, **tracked.evidence}))
@@ -230,6 +266,7 @@ def _build(stage: Stage, branch: Branch, run: Run, inputs: Inputs, fingerprint: 
                 "code_version": parts["code_version"],
                 "config": parts["config"],
                 "outside": parts["outside"],
+                "packages": parts["packages"],
                 "inputs": inputs.entries(),
                 "accepted": all(c["passed"] for c in checks if c["blocking"]),
                 "counts": dict(built.counts),
@@ -251,7 +288,9 @@ def load_build(stage: Stage) -> Callable[[Build], Built]:
 def _pair_checks(stage: Stage, built: Built) -> list[tuple[Any, Any]]:
     by_name = {c.name: c for c in built.checks}
     names = [s.name for s in stage.checks]
-    assert sorted(by_name) == sorted(names) and len(built.checks) == len(names), f"{stage.name} declares the checks {names}, built {list(by_name)}"
+    assert sorted(by_name) == sorted(names) and len(built.checks) == len(names), (
+        f"{stage.name} declares the checks {names}, built {list(by_name)}"
+    )
     return [(spec, by_name[spec.name]) for spec in stage.checks]
 
 
@@ -273,7 +312,9 @@ def read_report(artifact: Artifact) -> dict[str, Any]:
     data = json.loads(artifact.file(REPORT).read_text())
     return {
         "evidence": {k: Evidence(**v) for k, v in data["evidence"].items()},
-        "checks": {name: {k: Evidence(**v) for k, v in found.items()} for name, found in data["checks"].items()},
+        "checks": {
+            name: {k: Evidence(**v) for k, v in found.items()} for name, found in data["checks"].items()
+        },
     }
 
 
@@ -308,7 +349,12 @@ def environment() -> dict[str, Any]:
 @lru_cache
 def _accelerator() -> str | None:
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else None
@@ -317,11 +363,20 @@ def _accelerator() -> str | None:
 @lru_cache
 def _git_commit() -> str | None:
     try:
-        found = subprocess.run(["git", "-C", str(PACKAGE_DIR), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(["git", "-C", str(PACKAGE_DIR), "status", "--porcelain", "--", "."], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "-C", str(PACKAGE_DIR), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "-C", str(PACKAGE_DIR), "status", "--porcelain", "--", "."],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "") if found.returncode == 0 else None
+    return (
+        found.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "") if found.returncode == 0 else None
+    )
 
 
 def checks_of(artifact: Artifact, asset: str) -> list[dict[str, Any]]:
@@ -330,4 +385,9 @@ def checks_of(artifact: Artifact, asset: str) -> list[dict[str, Any]]:
 
 
 def failed_blocking(artifacts: Sequence[Artifact]) -> list[str]:
-    return [f"{a.manifest.asset}: {c['name']}: {c['description']}" for a in artifacts for c in a.manifest.checks if c["blocking"] and not c["passed"]]
+    return [
+        f"{a.manifest.asset}: {c['name']}: {c['description']}"
+        for a in artifacts
+        for c in a.manifest.checks
+        if c["blocking"] and not c["passed"]
+    ]

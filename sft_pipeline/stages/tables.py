@@ -84,7 +84,9 @@ class FileWriter:
 
     def _flush(self) -> None:
         if self._pending_rows:
-            self._writer.write_table(pa.Table.from_batches(self._pending, self.schema), row_group_size=self._pending_rows)
+            self._writer.write_table(
+                pa.Table.from_batches(self._pending, self.schema), row_group_size=self._pending_rows
+            )
         self._pending = []
         self._pending_rows = self._pending_bytes = 0
 
@@ -95,7 +97,9 @@ class FileWriter:
     def __enter__(self) -> "FileWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -113,8 +117,20 @@ class PartWriter:
         row_group: Rows per row group within a part.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, *, rows_per_part: int = ROWS_PER_PART, row_group: int = ROW_GROUP) -> None:
-        self.folder, self.schema, self.rows_per_part, self.row_group = folder, schema, rows_per_part, row_group
+    def __init__(
+        self,
+        folder: Path,
+        schema: pa.Schema,
+        *,
+        rows_per_part: int = ROWS_PER_PART,
+        row_group: int = ROW_GROUP,
+    ) -> None:
+        self.folder, self.schema, self.rows_per_part, self.row_group = (
+            folder,
+            schema,
+            rows_per_part,
+            row_group,
+        )
         self.paths: list[Path] = []
         self.rows = 0
         self._part = self._next()
@@ -146,7 +162,9 @@ class PartWriter:
     def __enter__(self) -> "PartWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._part.__exit__(kind, error, trace)
 
 
@@ -162,7 +180,9 @@ def read_batches(
     """
     for path in paths:
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns is not None else None)
+            yield from file.iter_batches(
+                batch_size=batch_rows, columns=list(columns) if columns is not None else None
+            )
 
 
 def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,13 @@ class Artifact:
 
     def as_input(self, role: str = "data") -> InputEntry:
         m = self.manifest
-        return InputEntry(asset=m.asset, partition=m.partition, fingerprint=m.fingerprint, data_version=m.data_version, role=role)
+        return InputEntry(
+            asset=m.asset,
+            partition=m.partition,
+            fingerprint=m.fingerprint,
+            data_version=m.data_version,
+            role=role,
+        )
 
     def damage(self, *, deep: bool) -> list[str]:
         """What is wrong with the files, one line each naming the file; empty when intact.
@@ -62,4 +68,6 @@ class Artifact:
         found = self.damage(deep=deep)
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise InputError(f"corrupt artifact of {self.manifest.asset}: {found[0]}{more}. Delete the folder {self.path} to have it rebuilt")
+            raise InputError(
+                f"corrupt artifact of {self.manifest.asset}: {found[0]}{more}. Delete the folder {self.path} to have it rebuilt"
+            )

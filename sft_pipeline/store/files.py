@@ -31,7 +31,9 @@ def sha256_json(value: Any) -> str:
 
 def canonical_json(value: Any) -> bytes:
     """JSON bytes that are equal for equal values: sorted keys, no white space, UTF-8, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def fsync_path(path: Path) -> None:
@@ -105,7 +107,11 @@ def clear_disk_errors(action: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"no space left on the disk while {action}: free some space and run again; nothing half-written was kept") from error
+            raise InputError(
+                f"no space left on the disk while {action}: free some space and run again; nothing half-written was kept"
+            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise InputError(f"cannot write while {action}: {error}. Check the permissions, or point SFT_HOME elsewhere") from error
+            raise InputError(
+                f"cannot write while {action}: {error}. Check the permissions, or point SFT_HOME elsewhere"
+            ) from error
         raise

@@ -53,8 +53,13 @@ class Manifest(_Entry):
     dagster_run_id: str | None = None
     mlflow_run_id: str | None = None
     created_at: str
-    outside: dict[str, str] = Field(default_factory=dict, description="content digests of files read from outside the store")
+    outside: dict[str, str] = Field(
+        default_factory=dict, description="content digests of files read from outside the store"
+    )
     checks: list[dict[str, Any]] = Field(default_factory=list)
+    packages: dict[str, str | None] = Field(
+        default_factory=dict, description="versions that are part of the fingerprint"
+    )
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -66,17 +71,20 @@ class Manifest(_Entry):
         try:
             manifest = cls.model_validate_json(path.read_bytes())
         except (ValidationError, ValueError) as error:
-            raise InputError(f"{path}: not a readable manifest ({error.__class__.__name__}); delete the folder to have it rebuilt") from error
+            raise InputError(
+                f"{path}: not a readable manifest ({error.__class__.__name__}); delete the folder to have it rebuilt"
+            ) from error
         if manifest.format != FORMAT:
             raise InputError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}")
         return manifest
 
     def to_json(self) -> dict[str, Any]:
-        data = self.model_dump(mode="json")
+        """The manifest as it is written, with `manifest_sha256` over all the rest: a changed byte in it is found too."""
+        data = self.model_dump(mode="json", exclude={"manifest_sha256"})
         for entry in data["files"]:
             if not entry["volatile"]:
                 del entry["volatile"]
-        return data
+        return {**data, "manifest_sha256": sha256_json(data)}
 
 
 def list_files(folder: Path, volatile: tuple[str, ...] = ()) -> list[FileEntry]:
@@ -90,7 +98,11 @@ def list_files(folder: Path, volatile: tuple[str, ...] = ()) -> list[FileEntry]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_NAME:
             is_volatile = any(name == v or (v.endswith("/") and name.startswith(v)) for v in volatile)
-            entries.append(FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256_file(path), volatile=is_volatile))
+            entries.append(
+                FileEntry(
+                    path=name, bytes=path.stat().st_size, sha256=sha256_file(path), volatile=is_volatile
+                )
+            )
     return entries
 
 

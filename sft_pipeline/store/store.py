@@ -1,10 +1,10 @@
 """Objects and refs under SFT_HOME.
 
-    objects/<fingerprint>/              immutable artifacts, each with a manifest.json
-    refs/<asset key>/<partition>.json   the current artifact of an asset
-    refs/.runs/<run id>/...             what one Dagster run made, so that its later steps read exactly that
-    staging/<fingerprint>/              being built; swept when its builder is gone
-    work/<fingerprint>/                 resumable training
+objects/<fingerprint>/              immutable artifacts, each with a manifest.json
+refs/<asset key>/<partition>.json   the current artifact of an asset
+refs/.runs/<run id>/...             what one Dagster run made, so that its later steps read exactly that
+staging/<fingerprint>/              being built; swept when its builder is gone
+work/<fingerprint>/                 resumable training
 """
 
 import contextlib
@@ -128,7 +128,12 @@ class Store:
     def set_ref(self, artifact: Artifact, *, run_id: str | None, current: bool) -> None:
         """Names `artifact` as its asset's current one (`current`), and as what the run `run_id` made."""
         m = artifact.manifest
-        value = {"asset": m.asset, "partition": m.partition, "fingerprint": m.fingerprint, "data_version": m.data_version}
+        value = {
+            "asset": m.asset,
+            "partition": m.partition,
+            "fingerprint": m.fingerprint,
+            "data_version": m.data_version,
+        }
         if run_id:
             files.write_json(self._ref(m.asset, m.partition, run_id), value)
         if current:
@@ -145,6 +150,8 @@ class Store:
                 fingerprint = files.json.loads(path.read_text())["fingerprint"]
                 artifact = self.get(fingerprint)
                 if artifact is None:
-                    raise InputError(f"{path} names the artifact {fingerprint}, which is gone: materialize {asset} again")
+                    raise InputError(
+                        f"{path} names the artifact {fingerprint}, which is gone: materialize {asset} again"
+                    )
                 return artifact
         return None

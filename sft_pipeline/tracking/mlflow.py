@@ -39,12 +39,18 @@ class MlflowTracker:
         self._current = current
 
     @contextlib.contextmanager
-    def __call__(self, stage: Stage, branch: Branch, fingerprint: str, inputs: Mapping[str, Artifact], report: Reporter) -> Iterator[Tracked]:
+    def __call__(
+        self, stage: Stage, branch: Branch, fingerprint: str, inputs: Mapping[str, Artifact], report: Reporter
+    ) -> Iterator[Tracked]:
         if stage.name not in TRACKED:
             yield Tracked(None, report)
             return
         client = connect()
-        training = fingerprint if stage.name == "trained_checkpoints" else inputs["trained_checkpoints"].manifest.fingerprint
+        training = (
+            fingerprint
+            if stage.name == "trained_checkpoints"
+            else inputs["trained_checkpoints"].manifest.fingerprint
+        )
         experiment_id, run_id = _open_run(client, branch, training)
         self._describe(client, run_id, branch, inputs)
         listener = MlflowReporter(client, run_id)
@@ -60,7 +66,16 @@ class MlflowTracker:
             else:
                 log_export(client, run_id, artifact)
                 if artifact.manifest.accepted:
-                    report.log(register(client, run_id, artifact, branch, Store(artifact.path.parent.parent), move=self._current))
+                    report.log(
+                        register(
+                            client,
+                            run_id,
+                            artifact,
+                            branch,
+                            Store(artifact.path.parent.parent),
+                            move=self._current,
+                        )
+                    )
 
         status = "FAILED"
         try:
@@ -78,12 +93,23 @@ class MlflowTracker:
 
         tags = {f"sft.input.{name}": artifact.manifest.data_version for name, artifact in inputs.items()}
         if self._dagster_run_id:
-            tags |= {"sft.dagster_run_id": self._dagster_run_id, "sft.dagster_run": links.dagster_run_url(self._dagster_run_id)}
+            tags |= {
+                "sft.dagster_run_id": self._dagster_run_id,
+                "sft.dagster_run": links.dagster_run_url(self._dagster_run_id),
+            }
         recipe = branch.the_recipe()
-        shown = recipe.model_dump(mode="json", include={"model", "template", "tokens", "packing", "training", "dataset"})
+        shown = recipe.model_dump(
+            mode="json", include={"model", "template", "tokens", "packing", "training", "dataset"}
+        )
         known = client.get_run(run_id).data.params
-        params = {k: v for k, v in flatten(shown).items() if k not in known}  # a parameter never changes within a run
-        client.log_batch(run_id, params=[Param(k, v[:6000]) for k, v in params.items()], tags=[RunTag(k, v) for k, v in tags.items()])
+        params = {
+            k: v for k, v in flatten(shown).items() if k not in known
+        }  # a parameter never changes within a run
+        client.log_batch(
+            run_id,
+            params=[Param(k, v[:6000]) for k, v in params.items()],
+            tags=[RunTag(k, v) for k, v in tags.items()],
+        )
 
 
 def connect() -> Any:
@@ -105,7 +131,9 @@ def connect() -> Any:
         client.search_experiments(max_results=1)
         return client
     except Exception as error:
-        raise InputError(f"MLflow does not answer at {_without_password(uri)}: {error}. Check MLFLOW_TRACKING_URI") from error
+        raise InputError(
+            f"MLflow does not answer at {_without_password(uri)}: {error}. Check MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def _without_password(uri: str) -> str:
@@ -123,12 +151,19 @@ def _open_run(client: Any, branch: Branch, training_fingerprint: str) -> tuple[s
         experiment_id = client.create_experiment(recipe, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id
-    found = client.search_runs([experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{training_fingerprint}'", max_results=1)
+    found = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{training_fingerprint}'", max_results=1
+    )
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
         return experiment_id, run_id
-    tags = {FINGERPRINT_TAG: training_fingerprint, "sft.recipe": recipe, "sft.dataset": branch.dataset.name, "sft.snapshot": branch.snapshot}
+    tags = {
+        FINGERPRINT_TAG: training_fingerprint,
+        "sft.recipe": recipe,
+        "sft.dataset": branch.dataset.name,
+        "sft.snapshot": branch.snapshot,
+    }
     run = client.create_run(experiment_id, run_name=f"{recipe} {branch.snapshot}", tags=tags)
     return experiment_id, run.info.run_id
 
@@ -162,7 +197,11 @@ class MlflowReporter(Reporter):
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         with contextlib.suppress(Exception):
-            self._client.log_text(self._run_id, json.dumps(list(rows), indent=2, ensure_ascii=False), f"samples/update-{step:06d}.json")
+            self._client.log_text(
+                self._run_id,
+                json.dumps(list(rows), indent=2, ensure_ascii=False),
+                f"samples/update-{step:06d}.json",
+            )
 
     def flush(self) -> None:
         """Sends what is waiting; keeps it for the next time where MLflow does not answer."""
@@ -197,7 +236,9 @@ def log_lineage(client: Any, run_id: str, artifact: Artifact) -> None:
     inputs = []
     for upstream in ancestors(artifact):
         manifest = upstream.manifest
-        client.log_artifact(run_id, str(upstream.path / "manifest.json"), f"manifests/{manifest.asset.split('/')[-1]}")
+        client.log_artifact(
+            run_id, str(upstream.path / "manifest.json"), f"manifests/{manifest.asset.split('/')[-1]}"
+        )
         if manifest.asset.endswith(("/grouped_split", "/packed_shards", "/raw_rows")):
             dataset = Dataset(name=f"{manifest.asset}@{manifest.partition}", digest=manifest.data_version[:36], source_type="sft_artifact",
                               source=json.dumps({"fingerprint": manifest.fingerprint, "data_version": manifest.data_version}))  # fmt: skip
@@ -211,9 +252,18 @@ def log_evaluation(client: Any, run_id: str, artifact: Artifact) -> None:
 
     result = json.loads(artifact.file("evaluation.json").read_text())
     now = int(time.time() * 1000)
-    metrics = [Metric(f"test/{who}/{name}", float(v), now, 0) for who in ("base", "tuned") for name, v in result[who].items() if isinstance(v, (int, float))]
+    metrics = [
+        Metric(f"test/{who}/{name}", float(v), now, 0)
+        for who in ("base", "tuned")
+        for name, v in result[who].items()
+        if isinstance(v, (int, float))
+    ]
     for checkpoint in result["checkpoints"]:
-        metrics += [Metric(f"validation/{k}", float(v), now, checkpoint["step"]) for k, v in checkpoint.items() if k != "step" and type(v) in (int, float)]
+        metrics += [
+            Metric(f"validation/{k}", float(v), now, checkpoint["step"])
+            for k, v in checkpoint.items()
+            if k != "step" and type(v) in (int, float)
+        ]
     client.log_batch(run_id, metrics=metrics)
     for name in ("evaluation.json", "samples.parquet"):
         client.log_artifact(run_id, str(artifact.file(name)), "evaluation")

@@ -10,7 +10,9 @@ from sft_pipeline.store import Artifact, Store
 CHAMPION = "champion"
 
 
-def register(client: Any, run_id: str, export: Artifact, branch: Branch, store: Store, move: bool = True) -> str:
+def register(
+    client: Any, run_id: str, export: Artifact, branch: Branch, store: Store, move: bool = True
+) -> str:
     """Registers an export, and moves the champion alias where it beats the champion on the test groups they share.
 
     Args:
@@ -24,7 +26,11 @@ def register(client: Any, run_id: str, export: Artifact, branch: Branch, store: 
     evaluation = manifest.inputs["evaluation"].fingerprint
     with contextlib.suppress(Exception):
         client.create_registered_model(name, description=branch.the_recipe().description)
-    same = [v for v in client.search_model_versions(f"name='{name}'") if v.tags.get("sft.fingerprint") == manifest.fingerprint]
+    same = [
+        v
+        for v in client.search_model_versions(f"name='{name}'")
+        if v.tags.get("sft.fingerprint") == manifest.fingerprint
+    ]
     version = same[0] if same else client.create_model_version(
         name,
         source=f"runs:/{run_id}/exported_model",
@@ -37,14 +43,22 @@ def register(client: Any, run_id: str, export: Artifact, branch: Branch, store: 
             "sft.snapshot": manifest.partition,
         },
     )  # fmt: skip
-    moved, why = _beats_champion(client, name, version, evaluation, branch, store) if move else (False, "a run with overrides moves no alias")
+    moved, why = (
+        _beats_champion(client, name, version, evaluation, branch, store)
+        if move
+        else (False, "a run with overrides moves no alias")
+    )
     if moved:
         client.set_registered_model_alias(name, CHAMPION, version.version)
     client.set_model_version_tag(name, version.version, "sft.champion_decision", why)
-    return f"registered {name} version {version.version}; champion {'moved to it' if moved else 'stays'}: {why}"
+    return (
+        f"registered {name} version {version.version}; champion {'moved to it' if moved else 'stays'}: {why}"
+    )
 
 
-def _beats_champion(client: Any, name: str, version: Any, evaluation: str, branch: Branch, store: Store) -> tuple[bool, str]:
+def _beats_champion(
+    client: Any, name: str, version: Any, evaluation: str, branch: Branch, store: Store
+) -> tuple[bool, str]:
     champion = None
     with contextlib.suppress(Exception):
         champion = client.get_model_version_by_alias(name, CHAMPION)
@@ -55,12 +69,18 @@ def _beats_champion(client: Any, name: str, version: Any, evaluation: str, branc
     term = branch.the_recipe().evaluation.rank_by[0]
     theirs, ours = store.get(champion.tags.get("sft.evaluation", "")), store.get(evaluation)
     if theirs is None or ours is None:
-        return False, f"the evaluation of champion version {champion.version} is not in this store, so the two cannot be compared"
+        return (
+            False,
+            f"the evaluation of champion version {champion.version} is not in this store, so the two cannot be compared",
+        )
     groups, old, new = compare_on_shared_groups(theirs, ours, term.lstrip("-"))
     if not groups:
         return False, f"it shares no test group with champion version {champion.version}"
     better = new < old if term.startswith("-") else new > old
-    return better, f"{term.lstrip('-')} {new:.4f} against {old:.4f} of version {champion.version} on {groups} shared test groups"
+    return (
+        better,
+        f"{term.lstrip('-')} {new:.4f} against {old:.4f} of version {champion.version} on {groups} shared test groups",
+    )
 
 
 def compare_on_shared_groups(old: Artifact, new: Artifact, name: str) -> tuple[int, float, float]:
@@ -85,7 +105,9 @@ def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {}
     if name not in table.column_names:
         return scores
-    for side, step, group, value in zip(*(table[c].to_pylist() for c in ("side", "step", "group", name)), strict=True):
+    for side, step, group, value in zip(
+        *(table[c].to_pylist() for c in ("side", "step", "group", name)), strict=True
+    ):
         if side == "test" and str(step) == winner and value is not None:
             scores.setdefault(group, []).append(float(value))
     return scores

@@ -9,6 +9,7 @@ from sft_pipeline.outside import MODEL_FILES, digest_file, digest_files
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig, JsonSchemaGrader, PythonGrader
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.tokenized_rows.config import TOKENIZER_FILES, split_revision
 
 
 def _config(branch: Branch) -> EvaluationStageConfig:
@@ -18,7 +19,7 @@ def _config(branch: Branch) -> EvaluationStageConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    found = digest_files(recipe.model.base, MODEL_FILES)
+    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
     for grader in recipe.evaluation.graders:
         if isinstance(grader, JsonSchemaGrader) and isinstance(grader.schema_, str):
             found[grader.schema_] = _digest(grader.name, project_path(grader.schema_))

@@ -13,14 +13,27 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.compare import Comparison, compare
 from sft_pipeline.stages.evaluation.config import EvaluationConfig, EvaluationStageConfig
 from sft_pipeline.stages.evaluation.graders import Grader, check_expected, make_graders
-from sft_pipeline.stages.evaluation.judge import Judgement, Side, Speech, judge
+from sft_pipeline.stages.evaluation.judge import Judgement, Side, judge
 from sft_pipeline.stages.evaluation.models import Models
 from sft_pipeline.stages.evaluation.rows import chosen_positions, held_out_rows
 from sft_pipeline.stages.evaluation.samples import SamplesWriter
 from sft_pipeline.stages.evaluation.select import Candidate, Gate, Selection, select
-from sft_pipeline.stages.evaluation.shown import checkpoint_rows, comparison_markdown, plot_checkpoints, plot_comparison, some_samples
-from sft_pipeline.stages.evaluation.speech import speech_of
-from sft_pipeline.stages.evaluation.verdicts import TEST_LOSS, gates_passed, graded_rows, improvement, replies_end, selection_explained
+from sft_pipeline.stages.evaluation.shown import (
+    checkpoint_rows,
+    comparison_markdown,
+    plot_checkpoints,
+    plot_comparison,
+    some_samples,
+)
+from sft_pipeline.stages.evaluation.speech import Speech, speech_of
+from sft_pipeline.stages.evaluation.verdicts import (
+    TEST_LOSS,
+    gates_passed,
+    graded_rows,
+    improvement,
+    replies_end,
+    selection_explained,
+)
 from sft_pipeline.stages.stage import Build, Built, markdown, number, plot, table, text
 from sft_pipeline.stages.tables import count_rows
 from sft_pipeline.store import Artifact
@@ -48,7 +61,7 @@ def build(b: Build) -> Built:
     comparisons = compare_sides(base, tuned, test, graders, config)
     _report_test(comparisons, selection.step, shown, b.report)
     groups = {s.name: _groups(s.parts) for s in (validation, test)}
-    write_json(b.out / "evaluation.json", _summary(config, judged, selection, base, tuned, comparisons, (validation, test), groups, ungradable))
+    write_json(b.out / "evaluation.json", _rounded(_summary(config, judged, selection, base, tuned, comparisons, (validation, test), groups, ungradable)))
     return Built(
         counts={
             "checkpoints": len(judged),
@@ -211,6 +224,15 @@ def _summary(
         "decoding": json.loads(config.decoding.model_dump_json()),
         "max_new_tokens": config.max_new_tokens,
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six decimals: what lies behind them depends on how many threads summed."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _plots(out: Path, comparisons: Sequence[Comparison], selection: Selection) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
 from sft_pipeline.stages.evaluation.rows import HeldOut, held_out_rows
+from sft_pipeline.stages.evaluation.speech import Speech
 from sft_pipeline.stages.tables import count_rows, read_batches
 
 ROWS_AT_ONCE = 4096
@@ -31,15 +32,6 @@ class Side:
     name: str
     parts: list[Path]
     positions: list[int]
-
-
-@dataclass(frozen=True)
-class Speech:
-    """How prompts become replies: the ids that end a reply, and from ids to text (control tokens left out)."""
-
-    stop_ids: frozenset[int]
-    pad_id: int
-    decode: Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -108,31 +100,35 @@ def judge(
         replies = _replies(model, rows, config, speech, span)
         samples = []
         for row, reply in zip(rows, replies):
-            prompt, text = speech.decode(row.prompt), spoken(row, reply, speech.decode)
+            prompt, (text, finished) = speech.decode(row.prompt), spoken(row, reply, speech)
             seen = {"row_id": row.row_id, "group": row.group, "prompt": prompt, "completion": row.completion}
             graded = {g.name: g(text, row.completion, seen) for g in graders}
             for grader, score in graded.items():
                 scores[grader].append(score)
-            unfinished += not reply.finished
+            unfinished += not finished
             samples.append(
-                {"row_id": row.row_id, "group": row.group, "prompt": prompt, "reply": text, "expected": row.completion, "finished": reply.finished, "scores": graded}
+                {"row_id": row.row_id, "group": row.group, "prompt": prompt, "reply": text, "expected": row.completion, "finished": finished, "scores": graded}
             )
         keep(samples)
         span.passed(len(rows))
     return Judgement(nll, tokens, {n: np.asarray(s, dtype=np.float64) for n, s in scores.items()}, unfinished)
 
 
-def spoken(row: HeldOut, reply: Reply, decode: Callable[[Sequence[int]], str]) -> str:
-    """The reply as text, without what the template itself puts around every answer (an empty thinking block, say)."""
-    text, learned = decode(reply.ids), decode(row.target)
+def spoken(row: HeldOut, reply: Reply, speech: Speech) -> tuple[str, bool]:
+    """(the reply as text, whether it ended by itself).
+
+    What the template itself puts around every answer (an empty thinking block, say) is taken off: the model has
+    learned to say it, and the expected completion is without it.
+    """
+    text, learned, finished = speech.decode(reply.ids), speech.decode(row.target), reply.finished
+    if speech.stop_text and speech.stop_text in text:
+        text, finished = text.partition(speech.stop_text)[0], True
     before, found, after = learned.partition(row.completion)
-    if not found:
-        return text
-    if before.strip():
+    if found and before.strip():
         text = text.removeprefix(before)
-    if after.strip():
+    if found and after.strip():
         text = text.removesuffix(after)
-    return text
+    return text, finished
 
 
 def _losses(model: Any, side: Side, span: _Span) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +136,7 @@ def _losses(model: Any, side: Side, span: _Span) -> tuple[np.ndarray, np.ndarray
     counts: list[int] = []
     for batch in read_batches(side.parts, ["input_ids", "labels"], ROWS_AT_ONCE):
         ids, labels = batch.column("input_ids"), batch.column("labels")
-        examples = [(i.values.to_numpy(zero_copy_only=False), y.values.to_numpy(zero_copy_only=False)) for i, y in zip(ids, labels)]
+        examples = [(np.array(i.values), np.array(y.values)) for i, y in zip(ids, labels)]
         for total, count in score_nll(model, examples, report=span):
             sums.append(total)
             counts.append(count)

@@ -31,13 +31,15 @@ def chosen_positions(parts: Sequence[Path], limit: int | None) -> list[int]:
     """The rows of a side that are generated, in their order: all, or `limit` of them.
 
     The sample is the rows with the smallest SHA-256 of their row_id: the same for every checkpoint and every recipe
-    with this limit, and mostly the same in a later snapshot.
+    with this limit, and mostly the same in a later snapshot. Further parts of a row that was split ("<row_id>/1")
+    begin in the middle of it: nobody would send that as a prompt, and they are not generated.
     """
     position = 0
     keyed: list[tuple[bytes, int]] = []
     for batch in read_batches(parts, ["row_id"]):
         for row_id in batch.column(0).to_pylist():
-            keyed.append((hashlib.sha256(row_id.encode()).digest(), position))
+            if "/" not in row_id:
+                keyed.append((hashlib.sha256(row_id.encode()).digest(), position))
             position += 1
         if limit is not None and len(keyed) > 4 * limit + 10_000:
             keyed = heapq.nsmallest(limit, keyed)

@@ -6,6 +6,20 @@ from pydantic import Field
 
 from sft_pipeline.config.base import Config
 
+NAMED_TEMPLATES = ("chatml", "llama3", "qwen", "mistral", "alpaca", "plain")
+"""The templates in `templates/`; a recipe names one, the tokenizer's own, or a Jinja file."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Everything this stage reads of a tokenizer folder."""
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """"owner/name@revision" as ("owner/name", "revision"); a name without @ has no revision."""
+    base, _, revision = name.partition("@")
+    return (base, revision) if revision and not name.startswith((".", "/", "~")) else (name, None)
+
 
 class TemplateConfig(Config):
     """The chat template."""

@@ -12,7 +12,7 @@ class ContractConfig(Config):
     """The row contract. Lengths are in characters."""
 
     max_reject_rate: Annotated[float, Field(ge=0, le=1, description="the blocking check fails above this rejected fraction")] = 0.10
-    require_group: Annotated[bool | None, Field(description="null: required where `columns` maps a group or the rows carry one")] = None
+    require_group: Annotated[bool | None, Field(description="null: required where `columns` maps a group or the source's rows carry one")] = None
     min_prompt_chars: Annotated[int, Field(ge=0)] = 1
     max_prompt_chars: Annotated[int, Field(ge=1)] = 200_000
     min_completion_chars: Annotated[int, Field(ge=1)] = 1
@@ -31,3 +31,4 @@ class ValidatedRowsConfig(Config):
 
     contract: ContractConfig
     shapes: list[SourceShape]
+    time_column: str | None = None

@@ -1,0 +1,364 @@
+"""The trainer: TRL's SFTTrainer on packed shards.
+
+What TRL and transformers do well is theirs: the loop, AdamW, clipping, mixed precision, data-parallel wrapping,
+callbacks, reporting. Ours is what an update is. One item of the feed is one update of the plan, so a step of the loop,
+an update of the optimizer, a position in the plan and `global_step` are the same number. Its loss is the mean over the
+supervised tokens of the whole update: all micro-batches, all ranks.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
+from transformers import PrinterCallback, TrainerCallback  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
+
+from sft_pipeline.learning.config import TrainingConfig  # noqa: E402
+from sft_pipeline.learning.feed import Feed, Microbatch, UpdateBatch, all_blocks  # noqa: E402
+from sft_pipeline.learning.loss import install_supervised_forward  # noqa: E402
+from sft_pipeline.learning.schedule import Schedule, rate  # noqa: E402
+from sft_pipeline.learning.shards import Shards  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UpdateNumbers:
+    """What one update was. `step` counts from 1; tokens are without padding; counts are over all ranks."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    examples: int
+    tokens: int
+    supervised: int
+    seconds: float
+
+
+class Listener(Protocol):
+    """Who watches a training. Every rank has one, so that they decide alike."""
+
+    def updated(self, numbers: UpdateNumbers) -> None: ...
+    def evaluated(self, step: int, val_loss: float) -> None: ...
+    def should_stop(self) -> bool: ...
+
+
+class NotFinite(Exception):
+    """The loss or the gradient is NaN or infinite; the update was not applied."""
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        super().__init__(f"{what} of update {step} is {value}")
+        self.step, self.what, self.value = step, what, value
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Updates between evaluations and between checkpoints; the last update has both."""
+
+    total: int
+    evaluate: int
+    save: int
+
+    @classmethod
+    def of(cls, training: TrainingConfig, total: int) -> "Intervals":
+        evaluate = training.eval_steps or max(1, math.ceil(total / 10))
+        return cls(total, evaluate, training.save_steps or evaluate)
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate == 0 or step == self.total
+
+    def saves(self, step: int) -> bool:
+        return step % self.save == 0 or step == self.total
+
+
+class Saver(Protocol):
+    """Writes a checkpoint of a trainer, atomically."""
+
+    def __call__(self, trainer: "SupervisedTrainer") -> None: ...
+
+
+class Restorer(Protocol):
+    """Puts back what a checkpoint holds beside the weights. `step` is the last update it has seen."""
+
+    step: int
+
+    def optimizer(self, trainer: "SupervisedTrainer") -> None: ...
+    def rng(self, trainer: "SupervisedTrainer") -> None: ...
+
+
+class _Updates:
+    """The feed as the loop's dataloader."""
+
+    def __init__(self, feed: Feed, start: int) -> None:
+        self.feed, self.start = feed, start
+
+    def __len__(self) -> int:
+        return self.feed.updates
+
+    def __iter__(self) -> Iterator[UpdateBatch]:
+        return self.feed.iterate(self.start)
+
+
+class _Conductor(TrainerCallback):
+    """Says when to evaluate, save and stop."""
+
+    def __init__(self, trainer: "SupervisedTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        assert_wrapped(self.trainer.model_wrapped, self.trainer.feed.world)
+        if state.global_step == 0 and self.trainer.validation is not None and self.trainer.evaluate_first:
+            self.trainer.evaluate()
+            self.trainer.clock = time.monotonic()
+
+    def on_step_end(self, args, state, control, **_):
+        trainer = self.trainer
+        state.epoch = state.global_step / max(1, trainer.feed.updates)
+        trainer.finish_update(state.global_step)
+        control.should_evaluate = trainer.validation is not None and trainer.intervals.evaluates(state.global_step)
+        control.should_save = trainer.saver is not None and trainer.intervals.saves(state.global_step)
+
+    def on_evaluate(self, args, state, control, **_):
+        if self.trainer.listener.should_stop():
+            control.should_training_stop = True
+            control.should_save = self.trainer.saver is not None and state.global_step > 0
+
+
+class SupervisedTrainer(SFTTrainer):
+    """TRL's trainer over the update plan.
+
+    Args:
+        model: As `load_for_training` gives it.
+        feed: Updates in plan order.
+        validation: Held-out blocks, or None.
+        tokenizer: Of the recipe; the trainer only reads its special tokens.
+        precision: Resolved: bf16, fp16 or fp32.
+        folder: Where TensorBoard files may go; nothing else is written there.
+        resume: (folder holding a trainer_state.json, what puts optimizer and random state back), or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        feed: Feed,
+        validation: Shards | None,
+        tokenizer: Any,
+        training: TrainingConfig,
+        schedule: Schedule,
+        precision: str,
+        folder: Path,
+        listener: Listener,
+        saver: Saver | None = None,
+        resume: tuple[Path, Restorer] | None = None,
+        intervals: Intervals | None = None,
+        evaluate_first: bool = True,
+    ) -> None:
+        self.feed, self.validation, self.listener, self.saver, self.resume = feed, validation, listener, saver, resume
+        self.training, self.schedule, self.evaluate_first = training, schedule, evaluate_first
+        self.intervals = intervals or Intervals.of(training, feed.updates)
+        self.clock = time.monotonic()
+        self._norm = self._rate = 0.0
+        self._now: tuple[float, int, int, int] = (0.0, 0, 0, 0)
+        cpu = next(model.parameters()).device.type == "cpu"
+        super().__init__(
+            model=model,
+            args=_arguments(training, schedule, precision, folder, feed.updates, cpu=cpu, distributed=feed.world > 1),
+            # TRL wants a dataset to look at; the feed takes its place in get_train_dataloader.
+            train_dataset=Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, 0]]}),
+            data_collator=list,
+            processing_class=tokenizer,
+            optimizers=(None, None),
+        )
+        for parameter in model.parameters():
+            # TRL rounds the adapters of a 4-bit model to bf16: undone, see load_for_training.
+            if parameter.requires_grad and parameter.dtype != torch.float32 and torch.is_floating_point(parameter):
+                parameter.data = parameter.data.float()
+        self.loss_path = install_supervised_forward(model)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Conductor(self))
+        assert_launch(self.accelerator, feed.world)
+
+    # What an update is
+
+    def get_train_dataloader(self) -> Any:
+        return _Updates(self.feed, self.resume[1].step if self.resume else 0)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        return None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def compute_loss(self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Summed NLL of a micro-batch, in fp32."""
+        return model(**inputs.inputs, supervised_index=inputs.index, supervised_targets=inputs.targets, reduction="sum")["nll"]
+
+    def training_step(self, model: Any, inputs: UpdateBatch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a whole update. Returns its loss: mean NLL over its supervised tokens."""
+        device, world = self.args.device, self.accelerator.num_processes
+        model.train()
+        counts = self._over_ranks(torch.tensor([inputs.supervised, inputs.tokens, inputs.examples], dtype=torch.int64, device=device))
+        supervised, tokens, examples = counts.tolist()
+        total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        last = len(inputs.microbatches) - 1
+        for i, microbatch in enumerate(inputs.microbatches):
+            with contextlib.nullcontext() if i == last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager(), self.maybe_activation_offload_context:
+                    nll = self.compute_loss(model, microbatch.to(device))
+                # Data-parallel gradients are averaged over ranks, hence the factor.
+                self.accelerator.backward(nll * (world / max(1, supervised)))
+            total += nll.detach()
+        loss = float(self._over_ranks(total)) / max(1, supervised)
+        if not math.isfinite(loss):
+            raise NotFinite(self.state.global_step + 1, "the loss", loss)
+        self._now = (loss, examples, tokens, supervised)
+        return torch.tensor(loss, device=device)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._norm, self._rate = float(norm), self._get_learning_rate()
+        if not math.isfinite(self._norm) and self.accelerator.scaler is None:
+            raise NotFinite(self.state.global_step + 1, "the gradient norm", self._norm)
+        return norm
+
+    def finish_update(self, step: int) -> None:
+        now = time.monotonic()
+        loss, examples, tokens, supervised = self._now
+        self.listener.updated(UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, now - self.clock))
+        if self.args.report_to:
+            self.log({"loss": loss, "learning_rate": self._rate, "grad_norm": self._norm, "supervised_tokens_per_second": supervised / max(1e-9, now - self.clock)})
+        self.clock = now
+
+    def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, reduction="sum") if self.accelerator.num_processes > 1 else value
+
+    # Optimizer and schedule
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            total, schedule = self.feed.updates, self.schedule
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            self.lr_scheduler = LambdaLR(inner, lambda update: rate(update, total, schedule) / schedule.peak)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Evaluation
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validation loss: summed NLL over supervised tokens, over all ranks; the training's random state is put back."""
+        if self.validation is None:
+            return {}
+        with keep_rng():
+            val_loss = self.validation_loss()
+            step = self.state.global_step
+            self.listener.evaluated(step, val_loss)
+        metrics = {"eval_loss": val_loss}
+        if self.args.report_to:
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.clock = time.monotonic()
+        return metrics
+
+    def validation_loss(self) -> float:
+        model, device, feed = self.model, self.args.device, self.feed
+        training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        with torch.no_grad(), self.accelerator.autocast():
+            for microbatch in all_blocks(self.validation, layout=feed.layout, per_device_batch=feed.per_device_batch, max_tokens=feed.max_tokens, rank=feed.rank, world=feed.world):
+                total[0] += self.compute_loss(model, microbatch.to(device)).double()
+                total[1] += len(microbatch.targets)
+        model.train(training)
+        nll, supervised = self._over_ranks(total).tolist()
+        return nll / max(1.0, supervised)
+
+    # Checkpoints
+
+    def run(self) -> int:
+        """Trains to the end of the plan, or until the listener stops it. Returns the last update's number.
+
+        Raises:
+            NotFinite: The loss or gradient is not finite; the update was not applied.
+        """
+        self.train(resume_from_checkpoint=str(self.resume[0]) if self.resume else None)
+        return self.state.global_step
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.saver is not None
+        self.saver(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights are there already: `load_for_training` was given the checkpoint."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.resume:
+            self.resume[1].optimizer(self)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """With the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.resume:
+            self.resume[1].rng(self)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._metrics["train"].clear()
+        self._metrics["eval"].clear()
+        super().log(logs, start_time)
+
+
+def _arguments(training: TrainingConfig, schedule: Schedule, precision: str, folder: Path, updates: int, *, cpu: bool, distributed: bool) -> SFTConfig:
+    """Every setting is explicit whose default would do something else: bf16 on, checkpointing on, truncation at 1,024."""
+    return SFTConfig(
+        output_dir=str(folder), max_steps=updates, per_device_train_batch_size=training.per_device_batch, gradient_accumulation_steps=1,
+        learning_rate=schedule.peak, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused",
+        weight_decay=training.weight_decay, adam_beta1=training.adam_betas[0], adam_beta2=training.adam_betas[1],
+        adam_epsilon=training.adam_epsilon, max_grad_norm=training.clip,
+        bf16=precision == "bf16", fp16=precision == "fp16", gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        torch_compile=training.compile, neftune_noise_alpha=training.neftune_alpha, max_length=None, packing=False, padding_free=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, use_cpu=cpu, ddp_backend="gloo" if cpu and distributed else None,
+        ddp_find_unused_parameters=False, average_tokens_across_devices=False, ignore_data_skip=True, dataloader_num_workers=0,
+        dataloader_pin_memory=False, save_strategy="no", eval_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
+        report_to=list(training.report_to) or "none", disable_tqdm=True, seed=training.seed, data_seed=training.seed,
+    )  # fmt: skip
+
+
+def assert_launch(accelerator: Any, world: int) -> None:
+    """Several launch mistakes train copies that never talk to each other; none of them may pass unseen."""
+    kind = accelerator.distributed_type.value if hasattr(accelerator.distributed_type, "value") else str(accelerator.distributed_type)
+    if accelerator.num_processes != world:
+        raise AssertionError(f"launched as {world} processes, but the trainer sees {accelerator.num_processes} ({kind}): they would train unsynchronised copies")
+    if world > 1 and kind not in ("MULTI_CPU", "MULTI_GPU"):
+        raise AssertionError(f"{world} processes under distributed type {kind}: gradients would not be summed")
+
+
+def assert_wrapped(model: Any, world: int) -> None:
+    """With more than one process the model must be in a wrapper that sums gradients."""
+    if world > 1 and not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise AssertionError(f"{world} processes, but the model is a bare {type(model).__name__}: gradients would not be summed")
+
+
+@contextlib.contextmanager
+def keep_rng() -> Iterator[None]:
+    """Puts every random state back as it was, so that an evaluation does not change the training."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy_state)

@@ -1,0 +1,163 @@
+"""Where one group or row is: source lines, sides, blocks and updates, and the exported models that learned it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from sft_pipeline.lineage.walk import walk
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.store import Artifact, Store
+
+SIDES = ("train", "validation", "test")
+ROW_STAGES = {"raw_rows": ("rows",), "validated_rows": ("rows",), "grouped_split": SIDES, "tokenized_rows": SIDES}
+_PART = r"/\d+$"
+REJECT_FILES = ("rejects.parquet", "quarantine.parquet")
+
+
+@dataclass
+class Trace:
+    """Where `key` was found. Every entry is a flat dict, with asset, partition, fingerprint and path of the artifact.
+
+    Attributes:
+        row_ids: The rows of the group, or the row itself.
+        sources: source file and line: row_id, file, line.
+        artifacts: side (null where there are none), rows, note (for example why they were rejected).
+        blocks: side, block, row_ids, updates (numbers from 0; training side only).
+        models: Exported models whose chosen checkpoint was trained on one of the blocks: step, updates.
+    """
+
+    key: str
+    row_ids: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def found(self) -> bool:
+        return bool(self.artifacts)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def trace(key: str, store: Store | None = None, report: Reporter | None = None) -> Trace:
+    """Looks for a group key or a row_id in every artifact of the store.
+
+    Held-out rows are found in artifacts, though in no block of the training side and therefore in no model. A block
+    that comes only after the chosen checkpoint's step was not learned either.
+    """
+    store, report = store or Store(), report or Reporter()
+    by_stage: dict[str, list[Artifact]] = {}
+    for artifact in store.all():
+        by_stage.setdefault(artifact.manifest.asset.rpartition("/")[2], []).append(artifact)
+    found = Trace(key)
+    ids = _row_ids(key, by_stage)
+    todo = sum(len(a) for a in by_stage.values())
+    done = 0
+    for stage, folders in ROW_STAGES.items():
+        for artifact in by_stage.get(stage, []):
+            for folder in folders:
+                _trace_rows(artifact, stage, folder, ids, found)
+            _trace_rejects(artifact, ids, found)
+            report.progress("tracing", done := done + 1, todo, "artifacts")
+    found.row_ids = sorted(ids & {s["row_id"] for s in found.sources}) or sorted(ids) if found.artifacts else []
+    for artifact in by_stage.get("packed_shards", []):
+        _trace_blocks(artifact, ids, found)
+        report.progress("tracing", done := done + 1, todo, "artifacts")
+    for artifact in by_stage.get("exported_model", []):
+        _trace_model(artifact, store, found)
+        report.progress("tracing", done := done + 1, todo, "artifacts")
+    report.progress("tracing", todo, todo, "artifacts")
+    return found
+
+
+def _about(artifact: Artifact) -> dict[str, Any]:
+    m = artifact.manifest
+    return {"asset": m.asset, "partition": m.partition, "fingerprint": m.fingerprint, "path": str(artifact.path)}
+
+
+def _row_ids(key: str, by_stage: dict[str, list[Artifact]]) -> set[str]:
+    """The key itself, and the rows of the group of that name."""
+    ids = {key}
+    for artifact in by_stage.get("validated_rows", []):
+        for batch in _scan(artifact.parts("rows"), ["row_id"], ds.field("group") == key):
+            ids.update(batch.column(0).to_pylist())
+    return ids
+
+
+def _row(name: str = "row_id") -> ds.Expression:
+    """The row's id without the "/1", "/2", ... that tokenized_rows appends to the parts of a row it split."""
+    return pc.replace_substring_regex(ds.field(name), pattern=_PART, replacement="")
+
+
+def _scan(parts: Sequence[Path], columns: list[str], condition: ds.Expression) -> Iterator[pa.RecordBatch]:
+    if parts:
+        dataset = ds.dataset([str(p) for p in parts], format="parquet")
+        yield from dataset.to_batches(columns=columns, filter=condition)
+
+
+def _trace_rows(artifact: Artifact, stage: str, folder: str, ids: set[str], found: Trace) -> None:
+    columns = ["row_id", "file", "line"] if stage == "raw_rows" else ["row_id"]
+    rows = [r for b in _scan(artifact.parts(folder), columns, _row().isin(sorted(ids))) for r in b.to_pylist()]
+    if not rows:
+        return
+    found.artifacts.append({**_about(artifact), "side": None if folder == "rows" else folder, "rows": len(rows), "note": None})
+    if stage == "raw_rows":
+        places = {(s["file"], s["line"], s["row_id"]) for s in found.sources}
+        for row in rows:
+            if (row["file"], row["line"], row["row_id"]) not in places:
+                found.sources.append({**_about(artifact), "row_id": row["row_id"], "file": row["file"], "line": row["line"]})
+
+
+def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
+    for name in REJECT_FILES:
+        path = artifact.file(name)
+        if not path.is_file():
+            continue
+        rows = [r for b in _scan([path], ["row_id", "reasons"], _row().isin(sorted(ids))) for r in b.to_pylist()]
+        if rows:
+            reasons = sorted({reason for r in rows for reason in r["reasons"]})
+            found.artifacts.append({**_about(artifact), "side": None, "rows": len(rows), "note": f"in {name}: {', '.join(reasons)}"})
+
+
+def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
+    wanted = pa.array(sorted(ids))
+    for side in ("train", "validation"):
+        held: dict[int, list[str]] = {}
+        for part in artifact.parts(side):
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(columns=["block", "row_ids"]):
+                    lists = batch.column("row_ids")
+                    hit = pc.is_in(pc.replace_substring_regex(lists.flatten(), pattern=_PART, replacement=""), wanted)
+                    for at, row_id in zip(lists.value_parent_indices().filter(hit).to_pylist(), lists.flatten().filter(hit).to_pylist()):
+                        held.setdefault(batch.column("block")[at].as_py(), []).append(row_id)
+        if not held:
+            continue
+        updates = _updates(artifact, set(held)) if side == "train" else {}
+        found.artifacts.append({**_about(artifact), "side": side, "rows": sum(map(len, held.values())), "note": f"{len(held)} blocks"})
+        found.blocks += [{**_about(artifact), "side": side, "block": b, "row_ids": rows, "updates": updates.get(b, [])} for b, rows in sorted(held.items())]
+
+
+def _updates(artifact: Artifact, blocks: set[int]) -> dict[int, list[int]]:
+    updates: dict[int, list[int]] = {}
+    for batch in _scan([artifact.file("plan.parquet")], ["update", "block"], ds.field("block").isin(sorted(blocks))):
+        for row in batch.to_pylist():
+            updates.setdefault(row["block"], []).append(row["update"])
+    return {b: sorted(u) for b, u in updates.items()}
+
+
+def _trace_model(artifact: Artifact, store: Store, found: Trace) -> None:
+    """Adds an exported model if a block of its own packed_shards came into an update before its checkpoint."""
+    chain = walk(artifact.path, store)
+    packed = {n.fingerprint for n in chain.by_stage("packed_shards")}
+    step = artifact.manifest.counts.get("step")
+    learned = sorted({u for b in found.blocks if b["fingerprint"] in packed and b["side"] == "train" for u in b["updates"] if step is None or u < step})
+    if learned:
+        found.models.append({**_about(artifact), "step": step, "updates": learned, "accepted": artifact.manifest.accepted})

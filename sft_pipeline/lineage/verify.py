@@ -1,0 +1,212 @@
+"""Re-hashes everything that can be reached of a model's chain, and checks that the manifests fit each other."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.lineage.walk import Chain, Node, artifact_root, copied_manifests, walk
+from sft_pipeline.project import project_path
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.store import Manifest, Store
+from sft_pipeline.store.files import sha256_file, sha256_json
+from sft_pipeline.store.manifest import MANIFEST_NAME, data_version
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not fit: the file it is about, and what is wrong."""
+
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome.
+
+    Attributes:
+        verified: Nothing that could be reached differs from what was recorded.
+        findings: What differs.
+        unreachable: What was recorded but could not be looked at; it is neither verified nor refuted.
+        files: Files that were hashed.
+        bytes: Their size.
+    """
+
+    verified: bool
+    findings: tuple[Finding, ...]
+    unreachable: tuple[str, ...]
+    files: int
+    bytes: int
+    chain: Chain | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verified": self.verified,
+            "findings": [{"file": f.file, "problem": f.problem} for f in self.findings],
+            "unreachable": list(self.unreachable),
+            "files": self.files,
+            "bytes": self.bytes,
+        }
+
+
+@dataclass
+class _Work:
+    report: Reporter
+    findings: list[Finding] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+    hashed: dict[Path, str] = field(default_factory=dict)
+    bytes: int = 0
+    total: int = 0
+
+    def wrong(self, file: Path | str, problem: str) -> None:
+        self.findings.append(Finding(str(file), problem))
+
+    def sha256(self, path: Path) -> str:
+        if path not in self.hashed:
+            self.hashed[path] = sha256_file(path)
+            self.bytes += path.stat().st_size
+            self.report.progress("verifying", self.bytes, max(self.total, self.bytes), "bytes")
+        return self.hashed[path]
+
+
+def verify(folder: Path, store: Store | None = None, report: Reporter | None = None) -> Verification:
+    """Verifies an exported model (or any artifact) and all that it was made from.
+
+    Hashed are the artifact's own files, every upstream artifact that lies in the store, the source files, and the base
+    model's and tokenizer's files at the places that the manifests record. An export that was moved elsewhere is
+    verified with the manifests in its `lineage/` folder.
+
+    Args:
+        folder: The artifact, or a folder inside it.
+        store: Where upstream artifacts lie; `$SFT_HOME` by default.
+
+    Raises:
+        InputError: `folder` is no artifact.
+    """
+    store = store or Store()
+    work = _Work(report or Reporter())
+    root = artifact_root(folder)
+    try:
+        chain = walk(root, store)
+    except InputError as error:
+        return Verification(False, (Finding(str(root / MANIFEST_NAME), str(error)),), (), 0, 0)
+    work.total = _expected_bytes(chain)
+    by_fingerprint = {n.fingerprint: n for n in chain.nodes}
+    for node in chain.nodes:
+        _verify_node(node, work)
+        _verify_inputs(node, by_fingerprint, work)
+    _verify_copies(chain, work)
+    _verify_outside(chain, work)
+    findings = tuple(dict.fromkeys(work.findings))
+    return Verification(not findings, findings, tuple(dict.fromkeys(work.unreachable)), len(work.hashed), work.bytes, chain)
+
+
+def _expected_bytes(chain: Chain) -> int:
+    return sum(f.bytes for n in chain.nodes if n.path and n.manifest for f in n.manifest.files)
+
+
+# -- one artifact -------------------------------------------------------------------------------------------------
+
+
+def _verify_node(node: Node, work: _Work) -> None:
+    if node.problem:
+        work.wrong(node.problem.split(": ", 1)[0], "the manifest cannot be read")
+    if node.manifest is None or node.manifest_path is None:
+        if not node.problem:
+            work.unreachable.append(f"{node.asset} {node.partition} ({node.fingerprint[:12]}): neither in the store nor in the export's lineage")
+        return
+    if node.manifest.fingerprint != node.fingerprint or node.manifest.asset != node.asset:
+        work.wrong(node.manifest_path, f"it is the manifest of {node.manifest.asset} ({node.manifest.fingerprint[:12]}), not of {node.asset} ({node.fingerprint[:12]})")
+    for problem in _manifest_problems(node.manifest):
+        work.wrong(node.manifest_path, problem)
+    if node.path is None:
+        work.unreachable.append(f"{node.asset} {node.partition} ({node.fingerprint[:12]}): its files are not in the store; only its manifest was checked")
+        return
+    for problem in _seal_problems(node.manifest_path):
+        work.wrong(node.manifest_path, problem)
+    known = {MANIFEST_NAME}
+    for entry in node.manifest.files:
+        path = node.path / entry.path
+        known.add(entry.path)
+        if not path.is_file():
+            work.wrong(path, "missing")
+        elif work.sha256(path) != entry.sha256:
+            work.wrong(path, f"its SHA-256 differs from the one in the manifest of {node.asset}")
+    for path in sorted(node.path.rglob("*")):
+        if path.is_file() and path.relative_to(node.path).as_posix() not in known:
+            work.wrong(path, f"not a file of {node.asset}: the manifest does not list it")
+
+
+def _manifest_problems(manifest: Manifest) -> Iterator[str]:
+    """What does not fit inside one manifest."""
+    if data_version(manifest.files) != manifest.data_version:
+        yield "its data version is not that of the files it lists"
+
+
+def _seal_problems(path: Path) -> Iterator[str]:
+    """What was changed in the manifest itself, where it was written with a seal."""
+    written = path.read_bytes()
+    data = json.loads(written)
+    seal = data.pop("manifest_sha256", None)
+    if seal is not None and sha256_json(data) != seal:
+        yield "the manifest was changed: its own SHA-256 differs"
+    elif seal is not None and (json.dumps({**data, "manifest_sha256": seal}, indent=2, ensure_ascii=False) + "\n").encode() != written:
+        yield "the manifest was changed: it is not laid out as it was written"
+
+
+def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], work: _Work) -> None:
+    """What a consumer recorded of its inputs is what the inputs say of themselves."""
+    if node.manifest is None:
+        return
+    for name, entry in node.manifest.inputs.items():
+        upstream = by_fingerprint.get(entry.fingerprint)
+        if upstream is None or upstream.manifest is None:
+            continue
+        if upstream.manifest.data_version != entry.data_version:
+            work.wrong(
+                upstream.manifest_path or upstream.asset,
+                f"{node.asset} was made from {name} with the data version {entry.data_version[:12]}, this one has {upstream.manifest.data_version[:12]}",
+            )
+        if not upstream.manifest.accepted:
+            work.wrong(upstream.manifest_path or upstream.asset, f"{upstream.asset} is not accepted, but {node.asset} was made from it")
+
+
+def _verify_copies(chain: Chain, work: _Work) -> None:
+    """The manifests that an export carries are those of the store."""
+    copies = copied_manifests(chain.root)
+    for node in chain.nodes:
+        copy = copies.get(node.fingerprint)
+        if copy is None or node.manifest is None or node.path is None or node.path == chain.root:
+            continue
+        carried = Manifest.read(copy)
+        differing = [
+            name for name in ("asset", "partition", "data_version", "code_version", "created_at", "accepted", "files", "inputs")
+            if getattr(carried, name) != getattr(node.manifest, name)
+        ]  # fmt: skip
+        if differing:
+            work.wrong(node.manifest_path or copy, f"differs from the copy in {copy} in {', '.join(differing)}")
+
+
+# -- what lies outside the store ----------------------------------------------------------------------------------
+
+
+def _verify_outside(chain: Chain, work: _Work) -> None:
+    """Sources, base model, tokenizer, schemas and graders, where they are still at their recorded places."""
+    for node in chain.nodes:
+        if node.manifest is None:
+            continue
+        for name, digest in node.manifest.outside.items():
+            if digest.startswith("hub:"):
+                work.unreachable.append(f"{name} (read by {node.asset}): on the hub at a pinned revision")
+                continue
+            path = project_path(name)
+            if not path.is_file():
+                work.unreachable.append(f"{name} (read by {node.asset}): not at its recorded place {path}")
+            elif work.sha256(path) != digest:
+                work.wrong(path, f"its SHA-256 differs from the one that {node.asset} recorded")

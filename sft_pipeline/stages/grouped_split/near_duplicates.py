@@ -1,0 +1,209 @@
+"""Pairs of rows whose Jaccard similarity of word 3-grams reaches a threshold, and how far such pairs reach.
+
+The search is exact: an all-pairs set join by prefix filtering (Bayardo, Ma, Srikant 2007; Xiao et al. 2008) instead of
+MinHash-LSH, which misses some pairs by chance. If J(x, y) >= t then the |x| - ceil(t |x|) + 1 first elements of x and of
+y, in any one order of all shingles, share an element; with the rarest first, few other pairs do. A bitmap of each set
+then bounds the overlap from above, and what is left is counted. Rows with equal sets are one node.
+
+    rows --shingles--> sets on disk --equal sets joined--> nodes --prefixes--> index --rounds--> neighbours
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from sft_pipeline.stages.grouped_split.shingles import mixed, ranges, shingle_sets
+
+BITS = 256
+FREQUENCY_SLOTS = 1 << 22
+PAIRS_AT_ONCE = 1 << 20
+ELEMENTS_AT_ONCE = 1 << 22
+ROWS_AT_ONCE = 1 << 15
+
+
+class ShingleSets:
+    """The shingle set of every row, kept on disk; per row 32 bytes of bitmap and some 30 bytes more in memory.
+
+    Attributes:
+        node: For each row, the index of the first row with an equal set (int64 [rows]).
+    """
+
+    def __init__(self, texts: Iterable[pa.Array], folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._path = folder / "shingles.u32"
+        sizes, bitmaps, signatures = [np.zeros(0, np.int64)], [np.zeros((0, BITS // 64), np.uint64)], [np.zeros((0, 2), np.uint64)]
+        self._frequency = np.zeros(FREQUENCY_SLOTS, np.int64)
+        with self._path.open("wb") as stream:
+            for batch in texts:
+                size, hashes = shingle_sets(batch)
+                hashes.tofile(stream)
+                sizes.append(size)
+                bitmaps.append(_bitmaps(size, hashes))
+                signatures.append(_signatures(size, hashes))
+                self._frequency += np.bincount(hashes % FREQUENCY_SLOTS, minlength=FREQUENCY_SLOTS)
+        self.size = np.concatenate(sizes)
+        self._start = np.cumsum(self.size) - self.size
+        self._bitmap = np.concatenate(bitmaps)
+        self.node = _first_equal(self.size, np.concatenate(signatures))
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def _read(self, first: int, last: int) -> np.ndarray:
+        """The hashes of the rows [first, last), read from the disk."""
+        count = int(self.size[first:last].sum())
+        return np.fromfile(self._path, np.uint32, count, offset=4 * int(self._start[first]) if count else 0)
+
+    def prefixes(self, threshold: float) -> np.ndarray:
+        """The index: (shingle << 32 | node), sorted, for the prefix of every node (uint64)."""
+        found = [np.zeros(0, np.uint64)]
+        for first in range(0, len(self), ROWS_AT_ONCE):
+            last = min(first + ROWS_AT_ONCE, len(self))
+            size, hashes = self.size[first:last], self._read(first, last)
+            row = np.repeat(np.arange(last - first, dtype=np.uint64), size)
+            rarity = np.minimum(self._frequency[hashes % FREQUENCY_SLOTS], 0xFFFF).astype(np.uint64)
+            ordered = np.sort((row << np.uint64(48)) | (rarity << np.uint64(32)) | hashes)
+            length = size - np.ceil(threshold * size - 1e-9).astype(np.int64) + 1
+            length[self.node[first:last] != np.arange(first, last)] = 0  # an equal row stands for it
+            taken = ordered[ranges(np.cumsum(size) - size, length)]
+            found.append(((taken & np.uint64(0xFFFFFFFF)) << np.uint64(32)) | ((taken >> np.uint64(48)) + np.uint64(first)))
+        index = np.concatenate(found)
+        index.sort()
+        return index
+
+    def may_reach(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
+        """Whether pairs of rows can be similar enough, by their sizes and bitmaps. Never wrong when it says no."""
+        a, b = self.size[one], self.size[other]
+        needed = np.ceil(threshold / (1 + threshold) * (a + b) - 1e-9)
+        fits = np.minimum(a, b) >= needed
+        x, y = self._bitmap[one], self._bitmap[other]
+        only_x, only_y = (np.bitwise_count(m).sum(axis=1, dtype=np.int64) for m in (x & ~y, y & ~x))
+        return fits & (a - only_x >= needed) & (b - only_y >= needed)
+
+    def similarity(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """The exact Jaccard similarity of pairs of rows (float64)."""
+        result = np.zeros(len(one))
+        elements = self.size[one] + self.size[other]
+        hashes = np.memmap(self._path, np.uint32, "r") if elements.any() else np.zeros(0, np.uint32)
+        chunk = np.cumsum(elements) // ELEMENTS_AT_ONCE
+        for piece in np.split(np.arange(len(one)), np.flatnonzero(np.diff(chunk)) + 1):
+            x, y = one[piece], other[piece]
+            pair = np.arange(len(piece), dtype=np.uint64) << np.uint64(32)
+            keys = np.concatenate([np.repeat(pair, self.size[r]) | hashes[ranges(self._start[r], self.size[r])] for r in (x, y)])
+            keys.sort()
+            twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
+            common = np.bincount(twice.astype(np.int64), minlength=len(piece))
+            result[piece] = common / (self.size[x] + self.size[y] - common)
+        return result
+
+
+def neighbours(sets: ShingleSets, index: np.ndarray, threshold: float, near: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each asked node that has one, a neighbour among the `near` nodes.
+
+    Args:
+        near, asked: Masks over rows (only nodes count), disjoint.
+
+    Returns:
+        (asked node, its neighbour, their similarity), by ascending asked node.
+    """
+    node = (index & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    shingle = index >> np.uint64(32)
+    near_at, asked_at = near[node], asked[node]
+    near_node, near_shingle = node[near_at], shingle[near_at]
+    asked_node, asked_shingle = node[asked_at], shingle[asked_at]
+    left = np.searchsorted(near_shingle, asked_shingle, "left")
+    count = np.searchsorted(near_shingle, asked_shingle, "right") - left
+    open_ = asked.copy()
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for first in range(0, len(asked_node), PAIRS_AT_ONCE):
+        here = slice(first, first + PAIRS_AT_ONCE)
+        _search(sets, threshold, asked_node[here], near_node, left[here], count[here], open_, found)
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    one, other, similarity = (np.concatenate(columns) for columns in zip(*found))
+    order = np.argsort(one, kind="stable")
+    return one[order], other[order], similarity[order]
+
+
+def _search(
+    sets: ShingleSets, threshold: float, asked: np.ndarray, near: np.ndarray, left: np.ndarray, count: np.ndarray, open_: np.ndarray, found: list
+) -> None:
+    """Goes through the candidates of each index entry, a few of every entry at a time, so that a node which has found a
+    neighbour is not asked again: in a large cluster this makes the work linear."""
+    step = 0
+    while True:
+        live = (count > step) & open_[asked]
+        asked, left, count = asked[live], left[live], count[live]
+        if not len(asked):
+            return
+        width = max(1, PAIRS_AT_ONCE // len(asked))
+        take = np.minimum(count - step, width)
+        one = np.repeat(asked, take)
+        other = near[ranges(left + step, take)]
+        keys = np.unique((one.astype(np.uint64) << np.uint64(32)) | other.astype(np.uint64))
+        one, other = (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        fits = sets.may_reach(one, other, threshold)
+        one, other = one[fits], other[fits]
+        similarity = sets.similarity(one, other)
+        good = similarity >= threshold - 1e-12
+        one, other, similarity = one[good], other[good], similarity[good]
+        best = np.lexsort((other, -similarity, one))
+        firsts = best[np.unique(one[best], return_index=True)[1]]
+        open_[one[firsts]] = False
+        found.append((one[firsts], other[firsts], similarity[firsts]))
+        step += width
+
+
+def cluster_of(sets: ShingleSets, index: np.ndarray, threshold: float, start: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Everything that hangs together with the `start` nodes through near-duplicates of near-duplicates.
+
+    Args:
+        start, among: Masks over rows (only nodes count); the search goes through `among` and stays in it.
+
+    Returns:
+        (node reached, the node it was reached from, their similarity), in the order of reaching.
+    """
+    near, asked = start.copy(), among & ~start
+    found = []
+    while near.any():
+        reached = neighbours(sets, index, threshold, near, asked)
+        found.append(reached)
+        near = np.zeros_like(near)
+        near[reached[0]] = True
+        asked[reached[0]] = False
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    one, other, similarity = (np.concatenate(columns) for columns in zip(*found))
+    return one, other, similarity
+
+
+def _bitmaps(size: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Which of BITS residues occur in each set (uint64 [n, BITS / 64])."""
+    bits = np.zeros(len(size) * (BITS // 8), np.uint8)
+    residue = (mixed(hashes.astype(np.uint64)) % np.uint64(BITS)).astype(np.int64)
+    marked = np.zeros((len(size), BITS), bool)
+    marked[np.repeat(np.arange(len(size)), size), residue] = True
+    bits = np.packbits(marked, axis=1)
+    return bits.view(np.uint64)
+
+
+def _signatures(size: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """128 bits per set, equal for equal sets (uint64 [n, 2])."""
+    if not len(size):
+        return np.zeros((0, 2), np.uint64)
+    starts = np.cumsum(size) - size
+    wide = hashes.astype(np.uint64)
+    return np.stack([np.add.reduceat(mixed(wide * np.uint64(k) + np.uint64(k)), starts) for k in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)], axis=1)
+
+
+def _first_equal(size: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+    """For each row the first row with the same set."""
+    if not len(size):
+        return np.zeros(0, np.int64)
+    keys = np.column_stack([signatures, size.astype(np.uint64)]).view([("a", np.uint64), ("b", np.uint64), ("n", np.uint64)]).ravel()
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]

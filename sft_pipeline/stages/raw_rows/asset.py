@@ -1,0 +1,26 @@
+"""raw_rows as an asset."""
+
+from sft_pipeline.stages.raw_rows.config import RawRowsConfig, RawSource
+from sft_pipeline.stages.raw_rows.locate import source_digests
+from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+
+
+def _config(branch: Branch) -> RawRowsConfig:
+    return RawRowsConfig(sources=[RawSource(path=s.path, limit=s.limit, weight=s.weight, static=s.static) for s in branch.dataset.sources])
+
+
+STAGE = Stage(
+    name="raw_rows",
+    description="Every row of the snapshot as it lies in the source files, with source, file and line. Nothing is judged; what cannot be decoded is kept in `rejects.parquet`.",
+    kinds=frozenset({"parquet"}),
+    inputs=(),
+    config=_config,
+    build="sft_pipeline.stages.raw_rows.build:build",
+    checks=(
+        CheckSpec("undecodable_rows", blocking=False, description="Every line of every file can be decoded"),
+        CheckSpec("has_rows", blocking=True, description="The snapshot has at least one row"),
+    ),
+    outside=lambda branch: source_digests(branch.dataset, branch.snapshot),
+    packages=("pyarrow",),
+    of_dataset=True,
+)

@@ -1,0 +1,163 @@
+"""Builds raw_rows: every file of the snapshot read as it is, with the place of each row kept."""
+
+import shutil
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages import tables
+from sft_pipeline.stages.raw_rows.config import RawRowsConfig
+from sft_pipeline.stages.raw_rows.decode import Bad, Row
+from sft_pipeline.stages.raw_rows.hub import is_hub, read_hub
+from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files
+from sft_pipeline.stages.raw_rows.readers import read_file
+from sft_pipeline.stages.raw_rows.sample import chosen, rank, sizes
+from sft_pipeline.stages.raw_rows.streams import SourceFile
+from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
+
+ROWS = pa.schema([("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("content", pa.string())])
+FLUSH_ROWS = 4_096
+FLUSH_CHARACTERS = 16 << 20
+
+
+def build(b: Build) -> Built:
+    """Reads the sources of `b.snapshot`, samples them where configured, and writes rows/ and rejects.parquet."""
+    config: RawRowsConfig = b.config
+    check_snapshot(config.sources, b.snapshot)
+    sampled = any(s.limit is not None for s in config.sources) or len({s.weight for s in config.sources}) > 1
+    spool = b.work / "spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    files = {i: find_files(config.sources, i, b.snapshot) for i, s in enumerate(config.sources) if not is_hub(s.path)}
+    reading = _Reading(b.report, total=sum(f.bytes for found in files.values() for f in found))
+    read: list[int] = []
+    ranks: list[np.ndarray] = []
+    with tables.FileWriter(b.out / "rejects.parquet", tables.REJECTS) as rejects:
+        if not sampled:
+            with tables.PartWriter(b.out / "rows", ROWS) as rows:
+                for i in range(len(config.sources)):
+                    read.append(len(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=False)))
+        else:
+            for i in range(len(config.sources)):
+                with tables.PartWriter(spool / str(i), ROWS) as rows:
+                    ranks.append(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=True))
+            read = [len(r) for r in ranks]
+    kept = read
+    if sampled:
+        kept = sizes(read, [s.limit for s in config.sources], [s.weight for s in config.sources])
+        with tables.PartWriter(b.out / "rows", ROWS) as rows:
+            for i in range(len(config.sources)):
+                _copy_chosen(sorted((spool / str(i)).glob("*.parquet")), chosen(ranks[i], kept[i]), rows)
+        shutil.rmtree(spool)
+        for i, source in enumerate(config.sources):
+            b.report.log(f"{source.path}: {kept[i]:,} of {read[i]:,} rows taken (limit {source.limit}, weight {source.weight:g})")
+    bad = tables.count_rows([b.out / "rejects.parquet"])
+    if not sum(read) and not bad:
+        raise InputError(f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in config.sources)}. Add rows, or remove the snapshot's folder")
+    counts = {
+        "read": sum(read) + bad, "rows": sum(kept), "rejects": bad, "sampled_out": sum(read) - sum(kept),
+        "files": sum(len(f) for f in files.values()), "bytes": reading.total,
+    }  # fmt: skip
+    return Built(counts=counts, checks=_checks(b.out, counts), evidence=_evidence(config, counts, read, kept))
+
+
+class _Reading:
+    """Progress by bytes."""
+
+    def __init__(self, report: Reporter, total: int) -> None:
+        self.total, self._report, self._done, self._told = total, report, 0, 0
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._done - self._told > 4 << 20 or self._done >= self.total:
+            self._told = self._done
+            self._report.progress("read", min(self._done, self.total), self.total, "bytes")
+
+
+def _rows_of(config: RawRowsConfig, source: int, files: list[SourceFile], reading: _Reading) -> Iterator[tuple[str, Row | Bad]]:
+    if is_hub(path := config.sources[source].path):
+        for row in read_hub(path):
+            yield path, row
+    for file in files:
+        for row in read_file(file, reading.advance):
+            yield file.name, row
+
+
+def _read_source(
+    config: RawRowsConfig, source: int, files: list[SourceFile], rows: tables.PartWriter, rejects: tables.FileWriter, reading: _Reading, *, ranked: bool
+) -> np.ndarray:
+    """Writes one source's rows and rejects. Returns a rank per row (zeros unless `ranked`)."""
+    ranks = array("Q")
+    good: list[Row] = []
+    names: list[str] = []
+    characters = 0
+
+    def flush() -> None:
+        nonlocal characters
+        lines, ids, contents = zip(*good) if good else ((), (), ())
+        columns = [pa.array(ids, pa.string()), pa.array([source] * len(ids), pa.int32()), pa.array(names, pa.string()), pa.array(lines, pa.int64()), pa.array(contents, pa.string())]
+        rows.write(pa.RecordBatch.from_arrays(columns, schema=ROWS))
+        good.clear()
+        names.clear()
+        characters = 0
+
+    for name, row in _rows_of(config, source, files, reading):
+        if isinstance(row, Bad):
+            rejects.append([{"row_id": row.row_id, "source": source, "file": name, "line": row.line, "reasons": [str(row.reason)], "raw": row.raw}])
+            continue
+        good.append(row)
+        names.append(name)
+        ranks.append(rank(row.row_id) if ranked else 0)
+        characters += len(row.content)
+        if len(good) == FLUSH_ROWS or characters > FLUSH_CHARACTERS:
+            flush()
+    flush()
+    return np.frombuffer(ranks, dtype=np.uint64) if ranks else np.zeros(0, np.uint64)
+
+
+def _copy_chosen(paths: list[Path], mask: np.ndarray, rows: tables.PartWriter) -> None:
+    start = 0
+    for batch in tables.read_batches(paths):
+        rows.write(batch.filter(pa.array(mask[start : start + batch.num_rows])))
+        start += batch.num_rows
+
+
+def first_offenders(path: Path, count: int = 10) -> list[dict[str, str]]:
+    """The first rejects of a file, for people: where, why, and the beginning of the raw row."""
+    found: list[dict[str, str]] = []
+    for row in tables.read_rows([path]):
+        if len(found) == count:
+            break
+        found.append({"where": f"{row['file']}:{row['line']}", "reasons": ", ".join(row["reasons"]), "raw": row["raw"][:200]})
+    return found
+
+
+def _checks(out: Path, counts: dict[str, int]) -> tuple[Check, ...]:
+    offenders = first_offenders(out / "rejects.parquet")
+    evidence: dict[str, Evidence] = {"rejects": number(counts["rejects"])}
+    if offenders:
+        reasons = tables.count_reasons([out / "rejects.parquet"])
+        evidence |= {"reasons": table([{"reason": k, "rows": v} for k, v in reasons.items()]), "first": table(list(offenders))}
+    where = f"; the first is {offenders[0]['where']} ({offenders[0]['reasons']})" if offenders else ""
+    return (
+        Check("undecodable_rows", not counts["rejects"], f"{counts['rejects']:,} of {counts['read']:,} rows could not be decoded{where}", evidence),
+        Check("has_rows", counts["rows"] > 0, f"{counts['rows']:,} rows were read", {"rows": number(counts["rows"])}),
+    )
+
+
+def _evidence(config: RawRowsConfig, counts: dict[str, int], read: list[int], kept: list[int]) -> dict[str, Evidence]:
+    sources = [
+        {"source": i, "path": s.path, "decoded": n, "taken": k, "limit": s.limit or "", "weight": s.weight}
+        for i, (s, n, k) in enumerate(zip(config.sources, read, kept))
+    ]
+    return {
+        "row_count": number(counts["rows"]),
+        "rejects": number(counts["rejects"]),
+        "bytes": number(counts["bytes"]),
+        "sources": table(sources),
+        "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),
+    }

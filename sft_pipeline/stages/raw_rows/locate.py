@@ -1,0 +1,156 @@
+"""Which snapshots a dataset has, and which files a snapshot is made of."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.outside import digest_file
+from sft_pipeline.project import project_path
+from sft_pipeline.stages.raw_rows.config import RawSource
+from sft_pipeline.stages.raw_rows.hub import hub_digests, is_hub
+from sft_pipeline.stages.raw_rows.readers import SUPPORTED, is_supported
+from sft_pipeline.stages.raw_rows.streams import SourceFile
+from sft_pipeline.store.files import sha256_json
+
+if TYPE_CHECKING:
+    from sft_pipeline.config.dataset import DatasetConfig
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def snapshots(dataset: "DatasetConfig") -> list[str]:
+    """The names of the dataset's snapshots, sorted: subfolders that every non-static source has.
+
+    A dataset of static sources has the one snapshot `static-<digest12>`, named after its content.
+
+    Raises:
+        InputError: A source's folder does not exist.
+    """
+    return snapshots_of(dataset.sources)
+
+
+def source_digests(dataset: "DatasetConfig", snapshot: str) -> dict[str, str]:
+    """{file as the configuration gives it: sha256} for every source file of the snapshot.
+
+    Keys are relative to the project root where the configured path is, so `project_path(key)` finds the file again;
+    a hub dataset is one entry with its commit.
+
+    Raises:
+        InputError: Unknown snapshot, a missing path, or no file of a known format.
+    """
+    check_snapshot(dataset.sources, snapshot)
+    return _digests(dataset.sources, snapshot)
+
+
+def snapshots_of(sources: Sequence[RawSource]) -> list[str]:
+    """As `snapshots`, from the sources."""
+    moving = [s for s in sources if not _is_static(s)]
+    if not moving:
+        return [f"static-{sha256_json(sorted(_digests(sources, '').values()))[:12]}"]
+    names = set.intersection(*(_subfolders(s) for s in moving))
+    return sorted(names)
+
+
+def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
+    """Raises:
+    InputError: There is no such snapshot; the message names the newest ones.
+    """
+    known = snapshots_of(sources)
+    if snapshot in known:
+        return
+    moving = [s.path for s in sources if not _is_static(s)]
+    if not moving:
+        raise InputError(f"no snapshot {snapshot}: the sources are static, and their content is the snapshot {known[0]}")
+    where = ", ".join(moving)
+    if not known:
+        raise InputError(
+            f"no snapshot {snapshot}: {where} has no subfolder{' that all sources share' if len(moving) > 1 else ''}. "
+            "Put each snapshot's files into a subfolder of its own, or set `static: true` for files that do not change"
+        )
+    newest = ", ".join(known[-3:][::-1])
+    raise InputError(f"no snapshot {snapshot}: there is no folder {snapshot} in {where}. Newest: {newest}")
+
+
+def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list[SourceFile]:
+    """The files of one source (not of the hub), sorted by name.
+
+    Raises:
+        InputError: The path does not exist, or holds no file of a known format.
+    """
+    config = sources[source]
+    given = config.path if config.static else f"{config.path.rstrip('/')}/{snapshot}"
+    fs, path = _resolve(given)
+    if fs.isfile(path):
+        root, given_root, found = str(PurePosixPath(path).parent), given.rpartition("/")[0], [path]
+        if not is_supported(path):
+            raise InputError(f"{given}: no reader for this file. Known formats: {', '.join(SUPPORTED)}")
+    elif fs.isdir(path):
+        root, given_root, found = path, given.rstrip("/"), fs.find(path)
+    elif _MAGIC.search(given):
+        given_root = given[: _MAGIC.search(given).start()].rpartition("/")[0]  # type: ignore[union-attr]
+        root = _resolve(given_root or ".")[1]
+        found = [p for p in fs.glob(path) if fs.isfile(p)]
+    else:
+        raise InputError(f"{given} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml")
+    files = []
+    for each in sorted(found):
+        name = each.removeprefix(root).lstrip("/")
+        if is_supported(name) and not any(part.startswith(".") for part in name.split("/")):
+            files.append(SourceFile(source, name, f"{given_root}/{name}" if given_root else name, fs, each, int(fs.size(each) or 0)))
+    if not files:
+        raise InputError(f"{given}: no file to read ({path}). Known formats: {', '.join(SUPPORTED)}")
+    return files
+
+
+def _digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for i, source in enumerate(sources):
+        if is_hub(source.path):
+            found |= hub_digests(source.path)
+        else:
+            found |= {file.given: _digest(file) for file in find_files(sources, i, snapshot)}
+    return found
+
+
+def _digest(file: SourceFile) -> str:
+    if _is_local(file.fs):
+        return digest_file(Path(file.path))
+    with file.fs.open(file.path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_static(source: RawSource) -> bool:
+    """A hub dataset is pinned by its revision, so it is the same in every snapshot."""
+    return source.static or is_hub(source.path)
+
+
+def _subfolders(source: RawSource) -> set[str]:
+    fs, path = _resolve(source.path)
+    if fs.isfile(path) or _MAGIC.search(source.path):
+        raise InputError(f"{source.path} is a file, not a folder with one subfolder per snapshot: set `static: true` for this source")
+    if not fs.isdir(path):
+        raise InputError(f"{source.path} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml")
+    names = (PurePosixPath(entry["name"]).name for entry in fs.ls(path, detail=True) if entry["type"] == "directory")
+    return {name for name in names if not name.startswith(".")}
+
+
+def _resolve(path: str) -> tuple[Any, str]:
+    """The fsspec file system and the path in it."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    if "://" not in path:
+        return LocalFileSystem(), str(project_path(path))
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{path}: no file system for this address ({error})") from error
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)

@@ -1,0 +1,196 @@
+"""One streaming reader per file format. Each yields rows and rejects in file order and judges nothing."""
+
+import csv
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.stages.raw_rows.decode import (
+    MAX_LINE,
+    Bad,
+    Row,
+    Undecodable,
+    bad,
+    decode_object,
+    encode,
+    without_nan,
+)
+from sft_pipeline.stages.raw_rows.json_document import looks_like_lines, read_document
+from sft_pipeline.stages.raw_rows.streams import CODECS, Advance, SourceFile, open_stream, read_lines
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUPPORTED = (*tuple(s + c for s in SUFFIXES[:-1] for c in ("", *CODECS)), ".parquet")
+
+
+def is_supported(name: str) -> bool:
+    """Whether the file's name is that of a format with a reader."""
+    return name.lower().endswith(SUPPORTED)
+
+
+def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[Row | Bad]:
+    """The rows and rejects of one file.
+
+    Args:
+        advance: Called with the number of bytes read of the file as it lies there (compressed or not).
+
+    Raises:
+        InputError: The file cannot be read as a whole: truncated, corrupt, not what its name says.
+    """
+    name = file.path.lower()
+    for codec in CODECS:
+        name = name.removesuffix(codec)
+    if name.endswith(".parquet"):
+        return _read_parquet(file, advance)
+    if name.endswith(".csv"):
+        return _read_csv(file, advance, ",")
+    if name.endswith(".tsv"):
+        return _read_csv(file, advance, "\t")
+    if name.endswith(".json") and not looks_like_lines(file):
+        return read_document(file, advance)
+    return _read_json_lines(file, advance)
+
+
+def _read_json_lines(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
+    """One object per line; blank lines are no rows."""
+    with open_stream(file, advance) as stream:
+        for number, line in read_lines(stream, file):
+            if isinstance(line, Bad):
+                yield line
+            elif data := line.strip():
+                yield decode_object(number, data)
+
+
+# -- CSV ----------------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """Feeds the csv module line by line, and remembers the lines of the record that is being read."""
+
+    def __init__(self, lines: Iterator[tuple[int, bytes | Bad]]) -> None:
+        self._lines = lines
+        self._again: deque[tuple[int, str]] = deque()
+        self.record: list[tuple[int, str]] = []
+        self.too_long: Bad | None = None
+        self._bytes = 0
+
+    def begin(self) -> None:
+        self.record, self._bytes = [], 0
+
+    def put_back(self) -> None:
+        """Everything but the record's first line is read again."""
+        self._again.extendleft(reversed(self.record[1:]))
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        if self._again:
+            number, text = self._again.popleft()
+        else:
+            number, line = next(self._lines)
+            if isinstance(line, Bad):
+                self.too_long = line
+                raise csv.Error("line too long")
+            text = line.decode("utf-8", "surrogateescape")
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+        self.record.append((number, text))
+        self._bytes += len(text)
+        if self._bytes > MAX_LINE:
+            raise csv.Error("record too long")
+        return text
+
+
+def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Row | Bad]:
+    """Records under a header; every value is text. A broken record costs its first line, never the rows after it."""
+    csv.field_size_limit(MAX_LINE)
+    with open_stream(file, advance) as stream:
+        lines = _Lines(read_lines(stream, file))
+        header: list[str] | None = None
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        while True:
+            lines.begin()
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                if lines.record:
+                    yield bad(lines.record[0][0], Undecodable.INVALID_CSV, lines.record[0][1])
+                    lines.put_back()
+                if lines.too_long:
+                    yield lines.too_long
+                    lines.too_long = None
+                reader = csv.reader(lines, delimiter=delimiter, strict=True)
+                continue
+            if not fields:
+                continue
+            if header is None:
+                header = _header(file, fields)
+                continue
+            number, raw = lines.record[0][0], "".join(text for _, text in lines.record)
+            if len(fields) != len(header):
+                yield bad(number, Undecodable.RAGGED_ROW, raw)
+            else:
+                yield encode(number, dict(zip(header, fields)), raw)
+
+
+def _header(file: SourceFile, fields: list[str]) -> list[str]:
+    if len(set(fields)) != len(fields):
+        twice = sorted({f for f in fields if fields.count(f) > 1})
+        raise InputError(f"{file.given}, line 1: the header names {', '.join(map(repr, twice))} twice: rename the columns")
+    return fields
+
+
+# -- Parquet ------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
+    """`line` is the row's number from 1. A NaN is a missing value; times become ISO text, decimals text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with file.fs.open(file.path, "rb") as stream, pq.ParquetFile(stream) as parquet:
+            share = file.bytes / max(1, parquet.metadata.num_rows)
+            for batch in parquet.iter_batches(batch_size=512):
+                for value in _values(batch):
+                    number += 1
+                    yield _table_row(number, value)
+                advance(int(batch.num_rows * share))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.given}: not a readable Parquet file after row {number} ({str(error).splitlines()[0]}): copy it again") from error
+
+
+def _values(batch: Any) -> list[Any]:
+    """The batch's rows as dicts; a row with broken text as the exception that it raised."""
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, ValueError):
+        values: list[Any] = []
+        for i in range(batch.num_rows):
+            try:
+                values += batch.slice(i, 1).to_pylist()
+            except (UnicodeDecodeError, ValueError) as error:
+                values.append(error)
+        return values
+
+
+def _table_row(number: int, value: Any) -> Row | Bad:
+    if isinstance(value, UnicodeDecodeError):
+        return bad(number, Undecodable.INVALID_UTF8, value.object)
+    if isinstance(value, Exception):
+        return bad(number, Undecodable.UNSUPPORTED_VALUE, str(value))
+    row = encode(number, value, "")
+    if isinstance(row, Bad) and row.reason is Undecodable.NOT_FINITE:
+        value = without_nan(value)
+        row = encode(number, value, "")
+    return bad(number, row.reason, repr(value).encode("utf-8", "backslashreplace")) if isinstance(row, Bad) else row
+
+
+def table_rows(values: Iterator[Any]) -> Iterator[Row | Bad]:
+    """Rows of a table that something else reads, numbered from 1."""
+    for number, value in enumerate(values, 1):
+        yield _table_row(number, value)

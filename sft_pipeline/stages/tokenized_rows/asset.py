@@ -1,0 +1,49 @@
+"""The asset `tokenized_rows`: chat template, token ids, and the mask of supervised tokens."""
+
+from sft_pipeline.outside import digest_path
+from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.tokenized_rows.config import (
+    NAMED_TEMPLATES,
+    TOKENIZER_FILES,
+    TokenizedRowsConfig,
+    split_revision,
+)
+
+
+def _config(branch: Branch) -> TokenizedRowsConfig:
+    recipe = branch.the_recipe()
+    return TokenizedRowsConfig(tokenizer=recipe.tokenizer, revision=recipe.model.revision, template=recipe.template, tokens=recipe.tokens)
+
+
+def _outside(branch: Branch) -> dict[str, str]:
+    recipe = branch.the_recipe()
+    digests = {"tokenizer": digest_path(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)}
+    template = recipe.template.chat_template
+    if template != "tokenizer" and template not in NAMED_TEMPLATES:
+        digests["chat_template"] = digest_path(template)
+    return digests
+
+
+STAGE = Stage(
+    name="tokenized_rows",
+    description="Each row rendered with the chat template, tokenized, and its supervised tokens marked; every mask derived two ways that agree.",
+    kinds=frozenset({"parquet", "huggingface"}),
+    inputs=("grouped_split",),
+    config=_config,
+    build="sft_pipeline.stages.tokenized_rows.build:build",
+    checks=(
+        CheckSpec("supervised_everywhere", True, "every row has a supervised token, and position 0 never is one"),
+        CheckSpec("mask_certificate", True, "character offsets and token prefix lengths give the same mask for every row"),
+        CheckSpec("decode_round_trip", True, "decoding the supervised span gives exactly what the template emits after the prompt, with the completion in it once"),
+        CheckSpec("prompt_prefix_exact", True, "the prompt that a server would send is a token-exact prefix of every row"),
+        CheckSpec("no_forged_control_tokens", True, "every control token in the output was placed by the template"),
+        CheckSpec("fingerprints_recorded", True, "template, tokenizer and mask fingerprints are in formatting.json"),
+        CheckSpec("counts_add_up", True, "rows read = rows accepted + rows rejected"),
+        CheckSpec("sides_not_empty", True, "no side that had rows has lost them all, and train has some"),
+        CheckSpec("reject_rate", False, "at most 5 % of the rows are rejected or truncated"),
+        CheckSpec("tokenizer_skew", False, "AutoTokenizer, which servers use, gives the ids and the prompts of tokenizer.json on a sample of these rows"),
+        CheckSpec("stop_token", False, "turns end with a single token at which a server stops, and the text does not depend on the clock"),
+    ),
+    outside=_outside,
+    packages=("tokenizers", "jinja2", "transformers"),
+)

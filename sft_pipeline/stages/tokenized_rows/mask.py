@@ -1,0 +1,103 @@
+"""Which tokens carry loss, derived twice.
+
+(a) From characters: the offsets of the encoding say which token covers the first and the last character of a span.
+(b) From tokens alone: a control token always splits the text, so the tokens before a character are those up to the
+    last control token before it (found by counting control tokens) plus the tokens of what lies between.
+
+Both must name the same tokens, and (b) must find its tokens where the row has them, or the row is rejected.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from sft_pipeline.stages.tokenized_rows.rendering import Span
+from sft_pipeline.stages.tokenized_rows.tokenizer import Piece, Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row's ids: the server's prompt, and apart from it what follows.
+
+    Encoding the two apart keeps a token from forming across the boundary, which no server would ever see.
+    """
+
+    tokenizer: Tokenizer
+    prompt: Piece
+    rest: Piece
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return self.prompt.ids + self.rest.ids
+
+    def locate(self, char: int) -> tuple[Piece, int, int]:
+        """(piece, tokens before the piece, character within the piece) of a character of the row's text."""
+        if char < len(self.prompt.text):
+            return self.prompt, 0, char
+        return self.rest, len(self.prompt.ids), char - len(self.prompt.text)
+
+
+def tokens_by_offsets(row: Encoded, span: Span) -> Span | None:
+    """(a) The tokens of a character span, by the encoding's offsets. None where a character has no token."""
+    piece, base, char = row.locate(span[0])
+    start = piece.token_at(char)
+    piece, last_base, char = row.locate(span[1] - 1)
+    end = piece.token_at(char)
+    if start is None or end is None:
+        return None
+    # A character of several tokens (bytes of an emoji) is looked up as its first: take in the others.
+    while end + 1 < len(piece.ids) and piece.token_at(char) is not None and _same_char(piece, end, end + 1):
+        end += 1
+    return base + start, last_base + end + 1
+
+
+def _same_char(piece: Piece, first: int, second: int) -> bool:
+    a = piece.encoding.token_to_chars(first + piece.skip_tokens)
+    return a is not None and a == piece.encoding.token_to_chars(second + piece.skip_tokens)
+
+
+def tokens_by_prefix(row: Encoded, span: Span) -> Span | None:
+    """(b) The tokens of a character span, by the number of tokens before its ends. None where that cannot be told."""
+    start = _tokens_before(row, *row.locate(span[0]))
+    end = _tokens_before(row, *_end_of(row, span[1]))
+    return None if start is None or end is None else (start, end)
+
+
+def _end_of(row: Encoded, char: int) -> tuple[Piece, int, int]:
+    """Like `locate`, for the position after a span's last character."""
+    piece, base, last = row.locate(char - 1)
+    return piece, base, last + 1
+
+
+def _tokens_before(row: Encoded, piece: Piece, base: int, char: int) -> int | None:
+    tokenizer = row.tokenizer
+    if char == 0:
+        return base
+    matches = [m for m in tokenizer.control_pattern.finditer(piece.text, 0, char)]
+    if not matches:
+        if char == len(piece.text):
+            return base + len(piece.ids)
+        known = tokenizer.ids(piece.text[:char]) if base == 0 else tokenizer.continue_batch([piece.text[:char]], [row.prompt.ids[-1]])[0].ids
+        return base + len(known) if piece.ids[: len(known)] == known else None
+    places = [i for i, token in enumerate(piece.ids) if token in tokenizer.control_ids]
+    if len(places) < len(matches):
+        return None
+    after = places[len(matches) - 1] + 1
+    tail = piece.text[matches[-1].end() : char]
+    if tail:
+        known = list(tokenizer.tail_ids(matches[-1].group(), tail))
+        if piece.ids[after : after + len(known)] != known:
+            return None
+        after += len(known)
+    return base + after
+
+
+def control_tokens_match(row: Encoded) -> bool:
+    """Whether the control tokens among the ids are exactly those that stand in the text, in order.
+
+    The text's own were placed by the template: `ForgeryGuard` has seen to it that no message holds one.
+    """
+    return all(_expected(row.tokenizer, p.text) == [i for i in p.ids if i in row.tokenizer.control_ids] for p in (row.prompt, row.rest))
+
+
+def _expected(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [tokenizer.control[m] for m in tokenizer.control_pattern.findall(text)]

@@ -1,0 +1,189 @@
+"""A conversation as text, with the characters that the assistant contributes marked.
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    |------------------ prompt --------------------------||---- turn ----|tail
+
+The prompt is what a server sends: the messages before the turn, with the generation prompt. The turn is what the
+template emits after it, up to and including what ends the turn. What follows (a newline, often) nobody generates.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from sft_pipeline.stages.tokenized_rows.conversation import Conversation, refusal
+from sft_pipeline.stages.tokenized_rows.reasons import Reason, Rejected
+from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
+
+Span = tuple[int, int]
+
+# Text that the template writes into a turn and that holds the completion again; shorter ones coincide by chance.
+_REPEATED = 12
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row's text.
+
+    Attributes:
+        text: All of it.
+        prompt_end: Characters of the prompt that a server would send before the final turn.
+        final: The final turn's characters.
+        turns: The supervised turns, in order; `final` is the last of them unless its weight is 0.
+        loss: The characters that carry loss: those of `turns`, or with `all` everything but weight-0 messages.
+        inserted: What the template wrote into the final turn before and after the completion (stop excluded).
+        not_supervised: Assistant turns left out, because the rendered text is not what a server would have seen.
+    """
+
+    text: str
+    prompt_end: int
+    final: Span
+    turns: tuple[Span, ...]
+    loss: tuple[Span, ...]
+    inserted: tuple[str, str] = ("", "")
+    not_supervised: int = 0
+
+
+def render_row(template: ChatTemplate, given: Conversation, supervise: str) -> Rendered:
+    """Renders a row and finds its supervised characters.
+
+    Args:
+        supervise: "completion", "assistant", "last_turn" or "all".
+
+    Raises:
+        Rejected: TEMPLATE_ERROR, PROMPT_NOT_PREFIX, COMPLETION_NOT_RENDERED or NOTHING_SUPERVISED.
+    """
+    try:
+        text = template.render(given.messages, given.tools)
+        prompt = _prompt(template, given, given.last)
+        if not text.startswith(prompt):
+            raise Rejected(Reason.PROMPT_NOT_PREFIX)
+        final, inserted = _final_turn(text, len(prompt), given.messages[-1], template.stop)
+        turns, left_out = _turns(template, given, supervise, text, final)
+        loss = turns if supervise != "all" else _all_but_weightless(template, given, text, final)
+    except jinja2.TemplateError as error:
+        raise refusal(error) from None
+    if not loss:
+        raise Rejected(Reason.NOTHING_SUPERVISED)
+    return Rendered(text, len(prompt), final, turns, loss, inserted, left_out)
+
+
+def _prompt(template: ChatTemplate, given: Conversation, index: int) -> str:
+    """What a server sends to have message `index` generated."""
+    return template.render(given.messages[:index], given.tools, add_generation_prompt=True)
+
+
+def _turns(template: ChatTemplate, given: Conversation, supervise: str, text: str, final: Span) -> tuple[tuple[Span, ...], int]:
+    """The supervised turns, and how many earlier ones do not qualify.
+
+    An earlier turn qualifies where the text begins with the prompt that a server would have sent for it, and its
+    whole content follows. Templates that rewrite history (thinking stripped from earlier turns) fail one of the two.
+    """
+    found, left_out = [], 0
+    for index in _supervised_messages(given, supervise):
+        if index == given.last:
+            found.append(final)
+            continue
+        prompt = _prompt(template, given, index)
+        span = _earlier_turn(text, prompt, given.messages[index], template.stop, final[0])
+        if span is None or (found and span[0] < found[-1][1]):
+            left_out += 1
+        else:
+            found.append(span)
+    return tuple(found), left_out
+
+
+def _supervised_messages(given: Conversation, supervise: str) -> list[int]:
+    """Indices of the assistant messages that are to be learnt, in order."""
+    assistants = [i for i, m in enumerate(given.messages) if m["role"] == "assistant" and given.weights[i] != 0]
+    if supervise == "assistant":
+        return assistants
+    if supervise == "last_turn":
+        asked = max((i for i, m in enumerate(given.messages) if m["role"] == "user"), default=-1)
+        return [i for i in assistants if i > asked]
+    return [i for i in assistants if i == given.last]
+
+
+def _final_turn(text: str, start: int, message: dict[str, Any], stop: str | None) -> tuple[Span, tuple[str, str]]:
+    """The final turn's span, and what the template wrote around the completion.
+
+    Raises:
+        Rejected: The completion is not in the text once.
+    """
+    emitted = text[start:]
+    content = message.get("content", "")
+    begin, end = _locate(emitted, content)
+    if begin < 0:  # white space may be laid out anew (around a thinking block, say), but nothing may be lost
+        if _squeeze(content) not in _squeeze(emitted):
+            raise Rejected(Reason.COMPLETION_NOT_RENDERED)
+        begin = end = 0
+    finish = _finish(emitted, end, stop)
+    if finish == 0:
+        raise Rejected(Reason.COMPLETION_NOT_RENDERED, "the template emits nothing after the prompt")
+    before, after = emitted[:begin], emitted[end:finish]
+    after = after.removesuffix(stop) if stop else after
+    if end and len(content) >= _REPEATED and (content in before or content in after):
+        raise Rejected(Reason.COMPLETION_NOT_RENDERED, "the template emits the completion more than once")
+    if begin == end:  # laid out anew, or no content at all (tool calls): nothing to compare with
+        before = after = ""
+    return (start, start + finish), (before, after)
+
+
+def _earlier_turn(text: str, prompt: str, message: dict[str, Any], stop: str | None, limit: int) -> Span | None:
+    if not text.startswith(prompt):
+        return None
+    start = len(prompt)
+    emitted = text[start:limit]
+    begin, end = _locate(emitted, message.get("content", ""))
+    if begin < 0:
+        return None
+    if stop is None:
+        return (start, start + end)
+    finish = emitted.find(stop, end)
+    return None if finish < 0 else (start, start + finish + len(stop))
+
+
+def _locate(emitted: str, content: str) -> Span:
+    """Where the content stands in the text, whole or stripped at its ends; (-1, -1) where it does not."""
+    for candidate in (content, content.strip("\n"), content.strip()):
+        begin = emitted.find(candidate)
+        if begin >= 0:
+            return begin, begin + len(candidate)
+    return -1, -1
+
+
+def _finish(emitted: str, content_end: int, stop: str | None) -> int:
+    """Where the final turn ends: after its stop, or where the template has written its last visible character."""
+    if stop is not None:
+        found = emitted.find(stop, content_end)
+        if found >= 0:
+            return found + len(stop)
+    return max(len(emitted.rstrip()), content_end)
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _all_but_weightless(template: ChatTemplate, given: Conversation, text: str, final: Span) -> tuple[Span, ...]:
+    """Everything but the messages of weight 0: an assistant's whole turn, other messages' content."""
+    holes: list[Span] = []
+    cursor = 0
+    for index, message in enumerate(given.messages):
+        begin, end = _locate(text[cursor:], message.get("content", ""))
+        span = (cursor + begin, cursor + end)
+        if given.weights[index] == 0:
+            if message["role"] == "assistant":
+                turn = final if index == given.last else _earlier_turn(text, _prompt(template, given, index), message, template.stop, final[0])
+                span, begin = (turn, 0) if turn else (span, begin)
+            if begin < 0:
+                raise Rejected(Reason.COMPLETION_NOT_RENDERED, f"message {index} has weight 0, and its text is not in the rendered row")
+            holes.append(span)
+        cursor = max(cursor, span[1]) if begin >= 0 else cursor
+    spans, start = [], 0
+    for begin, end in [*holes, (len(text), len(text))]:
+        if begin > start:
+            spans.append((start, begin))
+        start = max(start, end)
+    return tuple(spans)

@@ -1,0 +1,37 @@
+"""The asset `trained_checkpoints`: checkpoints of one training, each of which can be resumed, and its curves."""
+
+from sft_pipeline.outside import MODEL_FILES, digest_files
+from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+def _config(branch: Branch) -> TrainedCheckpointsConfig:
+    recipe = branch.the_recipe()
+    return TrainedCheckpointsConfig(model=recipe.model, training=recipe.training)
+
+
+def _outside(branch: Branch) -> dict[str, str]:
+    recipe = branch.the_recipe()
+    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(recipe.tokenizer, TOKENIZER_FILES)
+
+
+STAGE = Stage(
+    name="trained_checkpoints",
+    description="TRL's SFTTrainer over the update plan: loss at supervised positions only, atomic resumable checkpoints, curves, samples, a diagnosis in words.",
+    kinds=frozenset({"pytorch", "huggingface"}),
+    inputs=("tokenized_rows", "packed_shards"),
+    acceptance=("sanity_check",),
+    config=_config,
+    build="sft_pipeline.stages.trained_checkpoints.build:build",
+    checks=(
+        CheckSpec("finite_loss", True, "No update had a loss or gradient that is NaN or infinite."),
+        CheckSpec("checkpoints_resumable", True, "Every checkpoint has the eleven items of a resume bundle, and their hashes hold."),
+        CheckSpec("budget_as_planned", True, "Updates, examples and supervised tokens consumed are those of the plan."),
+        CheckSpec("diagnosis", False, "The curves show no stalled, diverging or spiking loss and no overfitting."),
+    ),
+    outside=_outside,
+    packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy"),
+    isolated=True,
+)

@@ -1,0 +1,34 @@
+"""What the plan says a run consumes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sums over updates; supervised: tokens that carry loss."""
+
+    updates: int
+    examples: int
+    tokens: int
+    supervised: int
+
+
+def planned_budget(feed: Any, updates: int) -> Budget:
+    """Counts the blocks of the first `updates` updates, each block as often as the plan takes it.
+
+    Counted from the shards' own columns, apart from the code that lays blocks out for the model.
+    """
+    times: dict[int, int] = {}
+    for update in range(updates):
+        for block in feed.plan.blocks(update):
+            times[int(block)] = times.get(int(block), 0) + 1
+    examples = tokens = supervised = 0
+    for number in sorted(times):
+        block = feed.shards.block(number)
+        examples += times[number] * len(block.lengths)
+        tokens += times[number] * len(block.input_ids)
+        supervised += times[number] * int(np.count_nonzero((block.labels != -100) & (block.position_ids != 0)))
+    return Budget(updates, examples, tokens, supervised)

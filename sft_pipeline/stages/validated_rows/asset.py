@@ -1,0 +1,27 @@
+"""validated_rows as an asset."""
+
+from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
+
+
+def _config(branch: Branch) -> ValidatedRowsConfig:
+    dataset = branch.dataset
+    shapes = [SourceShape(format=s.format, columns=s.columns) for s in dataset.sources]
+    return ValidatedRowsConfig(contract=dataset.contract, shapes=shapes, time_column=dataset.split.time_column)
+
+
+STAGE = Stage(
+    name="validated_rows",
+    description="Conversations that keep the row contract. Every other row of the snapshot is in `quarantine.parquet` with all its reasons; `quarantine.md` sums them up.",
+    kinds=frozenset({"parquet"}),
+    inputs=("raw_rows",),
+    config=_config,
+    build="sft_pipeline.stages.validated_rows.build:build",
+    checks=(
+        CheckSpec("reject_rate", blocking=True, description="The rejected fraction is within contract.max_reject_rate"),
+        CheckSpec("counts_add_up", blocking=True, description="accepted + quarantined = read"),
+        CheckSpec("has_rows", blocking=True, description="At least one row was accepted"),
+    ),
+    packages=("pyarrow",),
+    of_dataset=True,
+)

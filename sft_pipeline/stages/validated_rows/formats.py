@@ -1,0 +1,286 @@
+"""The known row formats, each turned into one list of messages.
+
+A message is a dict of role (system, user, assistant, tool), content (text), weight (loss weight or None) and
+tool_calls (JSON text or None). A function here reads a raw row and says what is wrong with its shape; whether the
+conversation makes sense is for `contract.py` to say.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_pipeline.stages.validated_rows.quarantine import Reason
+
+MISSING: Any = object()
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
+}  # fmt: skip
+CALL_ROLES = ("function_call", "tool_call")
+WEIGHT_KEYS = ("weight", "loss_weight", "loss")
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Conversation:
+    """A row's messages. A message whose content is None has a reason already and is not judged further."""
+
+    messages: list[Message] = field(default_factory=list)
+    tools: str | None = None
+    reasons: list[Reason] = field(default_factory=list)
+
+    def refuse(self, reason: Reason) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def say(self, role: str, content: str | None, weight: float | None = None, tool_calls: str | None = None) -> None:
+        self.messages.append({"role": role, "content": content, "weight": weight, "tool_calls": tool_calls})
+
+
+class Fields:
+    """A raw row read through a column mapping."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        self._row, self._columns = row, columns
+
+    def get(self, name: str) -> Any:
+        """The value of a field, or MISSING."""
+        return look_up(self._row, self._columns.get(name, name))
+
+    def inner(self, message: Mapping[str, Any], *names: str) -> Any:
+        """The value of the first of the names that a message has (mapped ones first), or MISSING."""
+        for name in names:
+            if (value := message.get(self._columns.get(name, name), MISSING)) is not MISSING:
+                return value
+        return MISSING
+
+
+def look_up(row: Any, column: str) -> Any:
+    """A column by its name or, where there is none of that name, by a dotted path; MISSING where there is neither."""
+    if column in row:
+        return row[column]
+    value = row
+    for key in column.split("."):
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+        elif isinstance(value, Sequence) and not isinstance(value, str) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return MISSING
+    return value
+
+
+def normalise(format_: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
+    """The conversation in a raw row of the given format."""
+    conversation = Conversation()
+    fields = Fields(row, columns)
+    FORMATS[format_](fields, conversation)
+    conversation.tools = _tools(fields, conversation)
+    return conversation
+
+
+# -- formats ------------------------------------------------------------------------------------------------------
+
+
+def _messages(fields: Fields, to: Conversation) -> None:
+    """messages: [{role, content, weight?, tool_calls?}]; `system` beside it is put first."""
+    _turns_of(fields, to, "messages")
+
+
+def _sharegpt(fields: Fields, to: Conversation) -> None:
+    """conversations: [{from, value}]; `system` beside it is put first."""
+    _turns_of(fields, to, "conversations")
+
+
+def _turns_of(fields: Fields, to: Conversation, name: str) -> None:
+    turns = fields.get(name)
+    if not isinstance(turns, list):
+        to.refuse(Reason.MISSING_FIELD if turns is MISSING or turns is None else Reason.WRONG_TYPE)
+        return
+    _turns(fields, to, turns)
+    if not any(m["role"] == "system" for m in to.messages):
+        _put_system_first(fields, to, "system")
+
+
+def _prompt_completion(fields: Fields, to: Conversation) -> None:
+    """prompt and completion, each text or a list of messages; `system` beside them is put first."""
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = fields.get(name)
+        if isinstance(value, list):
+            _turns(fields, to, value)
+        else:
+            to.say(role, _text(value, to))
+    if not any(m["role"] == "system" for m in to.messages):
+        _put_system_first(fields, to, "system")
+
+
+def _instruction(fields: Fields, to: Conversation) -> None:
+    """Alpaca: instruction, optional input below it, output; `history` holds earlier [prompt, reply] pairs."""
+    _put_system_first(fields, to, "system")
+    history = fields.get("history")
+    if history is not MISSING and history is not None:
+        if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
+            to.refuse(Reason.WRONG_TYPE)
+        else:
+            for prompt, reply in history:
+                to.say("user", _text(prompt, to))
+                to.say("assistant", _text(reply, to))
+    to.say("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("input"), to)))
+    to.say("assistant", _text(fields.get("output"), to))
+
+
+def _dolly(fields: Fields, to: Conversation) -> None:
+    """instruction, optional context below it, response."""
+    to.say("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("context"), to)))
+    to.say("assistant", _text(fields.get("response"), to))
+
+
+def _question_response(fields: Fields, to: Conversation) -> None:
+    """OpenOrca: optional system_prompt, question, response."""
+    _put_system_first(fields, to, "system_prompt")
+    to.say("user", _text(fields.get("question"), to))
+    to.say("assistant", _text(fields.get("response"), to))
+
+
+FORMATS: dict[str, Callable[[Fields, Conversation], None]] = {
+    "messages": _messages,
+    "prompt_completion": _prompt_completion,
+    "instruction": _instruction,
+    "sharegpt": _sharegpt,
+    "dolly": _dolly,
+    "question_response": _question_response,
+}
+
+
+# -- values -------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, to: Conversation) -> str | None:
+    """Required text. Null is the empty text, which the contract judges."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    to.refuse(Reason.MISSING_FIELD if value is MISSING else Reason.WRONG_TYPE)
+    return None
+
+
+def _optional(value: Any, to: Conversation) -> str:
+    return "" if value is MISSING else _text(value, to) or ""
+
+
+def _joined(first: str | None, second: str) -> str | None:
+    """The second text below the first, where both say something."""
+    if first is None:
+        return None
+    return "\n\n".join(text for text in (first, second) if text.strip())
+
+
+def _put_system_first(fields: Fields, to: Conversation, name: str) -> None:
+    if (system := _optional(fields.get(name), to)).strip():
+        to.messages.insert(0, {"role": "system", "content": system, "weight": None, "tool_calls": None})
+
+
+def _turns(fields: Fields, to: Conversation, turns: list[Any]) -> None:
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            to.refuse(Reason.WRONG_TYPE)
+            to.say("", None)
+            continue
+        name = fields.inner(turn, "role", "from")
+        role = ROLES.get(name.lower()) if isinstance(name, str) else None
+        if role is None:
+            to.refuse(Reason.MISSING_FIELD if name is MISSING else Reason.ILLEGAL_ROLE)
+        content, calls = _content(fields.inner(turn, "content", "value"), to)
+        given = turn.get("tool_calls")
+        if given:
+            calls = [*calls, *given] if isinstance(given, list) else [*calls, given]
+        if name is not MISSING and role == "assistant" and name.lower() in CALL_ROLES:
+            calls, content = [*calls, content], ""
+        if calls and content is None:
+            content = ""
+        to.say(role or "", content, _weight(turn, to), _tool_calls(calls, to) if calls else None)
+
+
+def _content(value: Any, to: Conversation) -> tuple[str | None, list[Any]]:
+    """The text of a message, and tool calls that stand among its parts."""
+    if value is MISSING:
+        value = None
+    if not isinstance(value, list):
+        return _text(value, to), []
+    texts, calls = [], []
+    for part in value:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        inner = part.get("text", part.get("value")) if isinstance(part, Mapping) else part
+        if kind in ("tool_call", "function_call"):
+            calls.append(inner)
+        elif kind not in (None, "text") or not isinstance(inner, str):
+            to.refuse(Reason.UNSUPPORTED_CONTENT)
+            return None, []
+        else:
+            texts.append(inner)
+    return "".join(texts), calls
+
+
+def _weight(turn: Mapping[str, Any], to: Conversation) -> float | None:
+    """The loss weight of a message; `loss: false` is weight 0."""
+    for key in WEIGHT_KEYS:
+        if (value := turn.get(key)) is not None:
+            if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+                return float(value)
+            to.refuse(Reason.WRONG_TYPE)
+    return None
+
+
+def _parsed(value: Any) -> Any:
+    """JSON that may be given as text; None where it is not JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
+    """Calls in the common form [{type: function, function: {name, arguments}}], as JSON text."""
+    found: list[dict[str, Any]] = []
+    for given in calls:
+        parsed = _parsed(given)
+        for call in parsed if isinstance(parsed, list) else [parsed]:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                to.refuse(Reason.INVALID_TOOL_CALL)
+                return None
+            arguments = _parsed(function.get("arguments", function.get("parameters", {})))
+            if not isinstance(arguments, Mapping):
+                to.refuse(Reason.INVALID_TOOL_CALL)
+                return None
+            entry: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+            if isinstance(call.get("id"), str):
+                entry["id"] = call["id"]
+            found.append(entry)
+    return _compact(found)
+
+
+def _tools(fields: Fields, to: Conversation) -> str | None:
+    """The tools that the row declares, in the common form, as JSON text; None where there are none."""
+    value = fields.get("tools")
+    if value is MISSING or value is None or value in ("", [], "[]"):
+        return None
+    parsed = _parsed(value)
+    if not isinstance(parsed, list) or not all(isinstance(tool, Mapping) for tool in parsed):
+        to.refuse(Reason.INVALID_TOOLS)
+        return None
+    return _compact([tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed])

@@ -1,0 +1,184 @@
+"""MLflow on sqlite: one run per training fingerprint, one curve across a retry, and the champion alias."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sft_pipeline.config.dataset import DatasetConfig
+from sft_pipeline.config.recipe import RecipeConfig
+from sft_pipeline.errors import InputError
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.graph import STAGES
+from sft_pipeline.stages.stage import Branch
+from sft_pipeline.store import Artifact, Store
+
+RANK = {"graders": [{"name": "right", "kind": "exact_match"}], "rank_by": ["right"]}
+BRANCH = Branch(
+    DatasetConfig(name="d", sources=[{"path": "rows"}]),
+    "s1",
+    RecipeConfig(name="r", dataset="d", model={"base": "m"}, evaluation=RANK),
+)
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; making one takes seconds, copying it does not."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def client(home: Path, migrated_database: Path):
+    from sft_pipeline.tracking.mlflow import connect
+
+    shutil.copy(migrated_database, home / "mlflow.db")
+    return connect()
+
+
+def put(
+    store: Store,
+    asset: str,
+    fingerprint: str,
+    inputs: dict[str, Artifact],
+    write=lambda folder: None,
+    snapshot: str = "s1",
+) -> Artifact:
+    with store.building(fingerprint) as folder:
+        write(folder)
+        return store.commit(
+            folder, volatile=(),
+            fill=lambda _: {
+                "asset": asset, "partition": snapshot, "code_version": "c", "config": {}, "accepted": True, "counts": {}, "environment": {},
+                "inputs": {n: a.as_input() for n, a in inputs.items()},
+            },
+        )  # fmt: skip
+
+
+def track(stage: str, fingerprint: str, inputs: dict[str, Artifact]):
+    from sft_pipeline.tracking.mlflow import MlflowTracker
+
+    return MlflowTracker("dagster-run")(STAGES[stage], BRANCH, fingerprint, inputs, Reporter())
+
+
+def evaluation(store: Store, name: str, training: Artifact, scores: dict[str, float]) -> Artifact:
+    def write(folder: Path) -> None:
+        mean = sum(scores.values()) / len(scores)
+        (folder / "evaluation.json").write_text(json.dumps({
+            "chosen_step": 10, "base": {"right": 0.0, "val_loss": 3.0}, "tuned": {"right": mean, "val_loss": 1.0},
+            "checkpoints": [{"step": 10, "right": mean, "val_loss": 1.0}],
+        }))  # fmt: skip
+        rows = [
+            {"side": "test", "step": step, "group": g, "right": v if step == "10" else 0.0}
+            for g, v in scores.items()
+            for step in ("base", "10")
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+
+    return put(store, "r/evaluation", name, {"trained_checkpoints": training}, write)
+
+
+def export(store: Store, name: str, judged: Artifact) -> Artifact:
+    return put(
+        store,
+        "r/exported_model",
+        name,
+        {"evaluation": judged},
+        lambda f: (f / "README.md").write_text("card"),
+    )
+
+
+def test_a_retry_goes_on_in_the_same_run_with_one_curve(client, home: Path) -> None:
+    rows = put(Store(), "d/raw_rows", "1" * 64, {})
+    with (
+        pytest.raises(RuntimeError),
+        track("trained_checkpoints", "2" * 64, {"packed_shards": rows}) as first,
+    ):
+        first.report.metrics({"loss": 3.0}, 1)
+        first.report.metrics({"loss": 2.0}, 2)
+        raise RuntimeError("killed")
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    with track("trained_checkpoints", "2" * 64, {"packed_shards": rows}) as second:
+        second.report.metrics({"loss": 2.0}, 2)
+        second.report.metrics({"loss": 1.0}, 3)
+        second.report.samples([{"prompt": "a", "reply": "b"}], 3)
+        second.committed(put(Store(), "r/trained_checkpoints", "2" * 64, {"packed_shards": rows}))
+    assert second.run_id == first.run_id
+    run = client.get_run(second.run_id)
+    assert run.info.status == "FINISHED"
+    assert [(m.step, m.value) for m in client.get_metric_history(second.run_id, "loss")] == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 1.0),
+    ]
+    assert run.data.params["training.epochs"] == "2"
+    assert run.data.tags["sft.dagster_run_id"] == "dagster-run"
+    assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["d/raw_rows@s1"]
+    assert second.evidence["mlflow_run"].value.endswith(f"/runs/{second.run_id}")
+    names = {a.path for a in client.list_artifacts(second.run_id, "manifests")}
+    assert names == {"manifests/raw_rows", "manifests/trained_checkpoints"}
+
+
+def test_another_training_is_another_run(client) -> None:
+    with track("trained_checkpoints", "2" * 64, {}) as first:
+        pass
+    with track("trained_checkpoints", "3" * 64, {}) as second:
+        pass
+    assert first.run_id != second.run_id
+
+
+def test_data_stages_open_no_run() -> None:
+    with track("packed_shards", "2" * 64, {}) as tracked:
+        assert tracked.run_id is None
+
+
+def test_evaluation_and_export_reach_the_run_and_the_champion_moves_only_to_a_better_model(client) -> None:
+    store = Store()
+
+    def one(name: str, scores: dict[str, float]) -> str:
+        training = put(store, "r/trained_checkpoints", name * 63 + "a", {})
+        judged = evaluation(store, name * 63 + "b", training, scores)
+        with track("evaluation", judged.manifest.fingerprint, {"trained_checkpoints": training}) as tracked:
+            tracked.committed(judged)
+        made = export(store, name * 63 + "c", judged)
+        with track(
+            "exported_model",
+            made.manifest.fingerprint,
+            {"trained_checkpoints": training, "evaluation": judged},
+        ) as tracked:
+            tracked.committed(made)
+        return tracked.run_id
+
+    run_id = one("1", {"A": 1.0, "B": 0.0})
+    metrics = client.get_run(run_id).data.metrics
+    assert (metrics["test/right/base"] if "test/right/base" in metrics else metrics["test/base/right"]) == 0.0
+    assert client.get_metric_history(run_id, "validation/right")[0].step == 10
+
+    def champion() -> str:
+        return client.get_model_version_by_alias("r", "champion").version
+
+    assert champion() == "1"
+    one("2", {"A": 1.0, "B": 0.0, "C": 1.0})  # no better on the groups both were judged on
+    assert champion() == "1"
+    one("3", {"X": 1.0})  # no group in common
+    assert champion() == "1"
+    one("4", {"A": 1.0, "B": 1.0})
+    assert champion() == "4"
+    decisions = {v.version: v.tags["sft.champion_decision"] for v in client.search_model_versions("name='r'")}
+    assert "2 shared test groups" in decisions["4"] and "shares no test group" in decisions["3"]
+
+
+def test_a_server_that_does_not_answer_is_one_message(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_pipeline.tracking.mlflow import connect
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match=r"MLflow does not answer at http://127\.0\.0\.1:9") as caught:
+        connect()
+    assert "secret" not in str(caught.value).split(":", 2)[0]

@@ -1,0 +1,114 @@
+"""Bad input gives one clear message and a documented exit code, no traceback, and nothing half-written."""
+
+import gzip
+import json
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sft_pipeline_tests.command import Ran, sft
+from sft_pipeline_tests.whole_pipeline.conftest import GOOD_ROWS
+
+LINES = "".join(json.dumps(r) + "\n" for r in GOOD_ROWS).encode()
+
+
+def told_clearly(ran: Ran, home: Path, code: int, *words: str) -> None:
+    assert ran.code == code, ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    for word in words:
+        assert word in ran.stderr + json.dumps(ran.json), ran.stderr[-3000:]
+    assert not list((home / "staging").glob("*")) if (home / "staging").exists() else True
+    assert all((p / "manifest.json").is_file() for p in (home / "objects").glob("*"))
+
+
+def run(folder: Path, tmp_path: Path, *more: str, until: str = "packed_shards") -> tuple[Ran, Path]:
+    home = tmp_path / "home"
+    return sft("run", "small_lora", "--json", "--until", until, *more, home=home, config=folder), home
+
+
+def test_a_missing_folder(branch: Callable[..., Path], tmp_path: Path) -> None:
+    folder = branch(dataset={"sources": [{"path": str(tmp_path / "nowhere")}]})
+    told_clearly(*run(folder, tmp_path), 2, "nowhere")
+
+
+def test_an_unknown_snapshot(branch: Callable[..., Path], tmp_path: Path) -> None:
+    told_clearly(*run(branch(), tmp_path, "--snapshot", "2027-01-01"), 2, "2026-01-01")
+
+
+def test_an_empty_snapshot(branch: Callable[..., Path], tmp_path: Path) -> None:
+    told_clearly(*run(branch(b""), tmp_path), 2)
+
+
+def test_a_truncated_gzip(branch: Callable[..., Path], tmp_path: Path) -> None:
+    told_clearly(*run(branch(gzip.compress(LINES)[:-20], file="rows.jsonl.gz"), tmp_path), 2, "rows.jsonl.gz")
+
+
+def test_bad_lines_are_quarantined_and_too_many_block(branch: Callable[..., Path], tmp_path: Path) -> None:
+    bad = b"\xff\xfe broken\n" + b'{"thread_id": "X1", "prompt": "p", "completion": null}\n' + json.dumps(
+        {"thread_id": "X2", "prompt": "p", "completion": "x" * 5_000_000}
+    ).encode() + b"\n"  # fmt: skip
+    folder = branch(LINES + bad)
+    ran, home = run(folder, tmp_path, until="validated_rows")
+    assert ran.code == 0, ran.stderr[-3000:]
+    counts = json.loads(Path(ran.json["artifacts"]["validated_rows"], "manifest.json").read_text())["counts"]
+    assert (counts["accepted"], counts["quarantined"]) == (60, 3)
+    folder = branch(LINES + bad * 10)
+    ran = sft("run", "small_lora", "--json", home=home, config=folder)
+    told_clearly(ran, home, 3, "reject_rate")
+    assert ran.json["status"] == "blocked"
+    assert "grouped_split" not in ran.json["artifacts"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"training": {"learning_rte": 1}}, ("small_lora.yaml:", "learning_rate")),
+        ({"model": {"base": "data/no_such_model"}}, ("no_such_model",)),
+        ({"dataset": "smal"}, ("did you mean",)),
+    ],
+)
+def test_a_bad_recipe(
+    branch: Callable[..., Path], tmp_path: Path, recipe: dict, words: tuple[str, ...]
+) -> None:
+    told_clearly(*run(branch(recipe=recipe), tmp_path), 2, *words)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """An SFT_HOME whose staging folder is a file system of 64 KiB."""
+    home = tmp_path / "home"
+    staging = home / "staging"
+    staging.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(staging)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield home
+    finally:
+        subprocess.run(["umount", "-l", str(staging)], check=False)
+
+
+def test_a_full_disk(branch: Callable[..., Path], tiny_disk: Path) -> None:
+    folder = branch(
+        [
+            {
+                "thread_id": f"T{i}",
+                "prompt": f"{i} " * 4000,
+                "completion": random.Random(i).randbytes(4000).hex(),
+            }
+            for i in range(100)
+        ]
+    )
+    ran = sft("run", "small_lora", "--json", "--until", "raw_rows", home=tiny_disk, config=folder)
+    told_clearly(ran, tiny_disk, 2, "no space left")
+    assert not (tiny_disk / "objects").exists()
+
+
+def test_an_unknown_asset_and_a_wrong_option(branch: Callable[..., Path], tmp_path: Path) -> None:
+    told_clearly(*run(branch(), tmp_path, until="packed_shard"), 2, "packed_shards")
+    told_clearly(sft("run", "small_lora", "--jsn", home=tmp_path / "home"), tmp_path / "home", 2, "jsn")
