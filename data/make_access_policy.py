@@ -125,15 +125,14 @@ FACTS = {
 }
 TROUBLE = {"gone": True, "gone service": True, "compromised": True, "trained": False, "sponsored": False,
            "frozen": True, "signed off": False, "contract": False}
-ASIDES = ["The call came from {city} on {day}.", "{q} from {team} is in copy.", "The printer in {city} is out of paper.",
-          "Ticket Q{num} has the same sender.", "Lunch with {q} is moved to {day}.", "The line to {city} was bad.",
-          "{q} filed this on {day} at {h} o'clock.", "The desk phone is {num}.", "The team meets in {city} on {day}.",
-          "{team} moved to floor {h} in {month}.", "{q} will be back on {day}.", "This came in as mail {num}.",
-          "The lift in {city} is being painted.", "{q} sends greetings from {city}.", "It rained in {city} all {day}.",
-          "The last audit was in {month}.", "{q} and {q2} share a desk in {city}.", "Invoice Q{num} is a separate matter.",
-          "The answer goes to {q} in {team}.", "A parcel for {q} waits in {city}.", "{team} pays for it from the {month} budget.",
-          "The office in {city} closes at {h} on {day}.", "{q} asked twice since {month}.", "Please reply before {day}.",
-          "{q2} of {team} had a similar case in {month}.", "The train from {city} was {h} minutes late."]
+ASIDES = ["The call came from {city} on {day}.", "{q} from {team} is in copy.", "Ticket Q{num} has the same sender.",
+          "Lunch with {q} is moved to {day}.", "{q} filed this on {day}.", "The desk phone is {num}.",
+          "The team meets in {city} on {day}.", "{team} moved to {city} in {month}.", "{q} will be back on {day}.",
+          "This came in as mail {num}.", "{q} sends greetings from {city}.", "It rained in {city} on {day}.",
+          "The last audit was in {month}.", "{q} and {q2} share a desk in {city}.", "Ticket Q{num} is a separate matter.",
+          "The answer goes to {q} in {team}.", "A parcel for {q} waits in {city}.", "The office in {city} closes on {day}.",
+          "{q} asked twice since {month}.", "Please reply before {day}.", "{q} of {team} had a similar case in {month}.",
+          "The train from {city} was late on {day}."]
 OPENERS = ["Hello desk,", "Good morning.", "New case.", "Hi, a question.", "From the {team} queue:", "{day} shift:",
            "For the {city} desk:", "Logged by {q}:"]
 FOLLOW_UPS = ["Follow-up.", "Next question on this case.", "News on the same matter.", "One more thing here.",
@@ -263,7 +262,7 @@ def fill(rng: random.Random, template: str, case: Case) -> str:
     text = template.format(
         p=case.requester, i=case.subject, k=DESKS[case.desk][2], l=case.place, c=case.content, d=case.destination,
         t=case.team, n=case.days, w="{w}", q=full_name(rng), q2=full_name(rng), team=rng.choice(TEAMS),
-        city=rng.choice(CITIES), day=rng.choice(WEEKDAYS), month=rng.choice(MONTHS), h=rng.randint(2, 19), num=rng.randint(1000, 9999))
+        city=rng.choice(CITIES), day=rng.choice(WEEKDAYS), month=rng.choice(MONTHS), num=rng.randint(1000, 9999))
     return text[0].upper() + text[1:]
 
 
@@ -274,20 +273,20 @@ def request(rng: random.Random, case: Case) -> str:
 
 def statements(rng: random.Random, case: Case) -> dict[str, str]:
     """The sentences that state facts: all that matter, and some of those that are in order."""
-    said = {name for name, value in case.facts.items() if value == TROUBLE[name] or rng.random() < 0.4}
+    said = {name for name, value in case.facts.items() if value == TROUBLE[name] or rng.random() < 0.25}
     said |= case.must_say()
     return {name: fill(rng, rng.choice(FACTS[name][case.facts[name]]), case) for name in sorted(said)}
 
 
 def prompt(rng: random.Random, case: Case, follow_up: bool) -> str:
     body = [fill(rng, rng.choice(ROLES[case.role]), case), *statements(rng, case).values()]
-    asides = rng.choice([0, 1]) if len(body) > 3 else rng.choice([1, 1, 2])
+    asides = rng.choice([0, 1]) if len(body) > 2 else rng.choice([1, 2])
     body += [fill(rng, text, case) for text in rng.sample(ASIDES, asides)]
     rng.shuffle(body)
     body.insert(rng.choice([0, 0, len(body), rng.randint(0, len(body))]), request(rng, case))
-    if follow_up or rng.random() < 0.35:
+    if follow_up or rng.random() < 0.3:
         body.insert(0, fill(rng, rng.choice(FOLLOW_UPS if follow_up else OPENERS), case))
-    if rng.random() < 0.6:
+    if rng.random() < 0.5:
         body.append(fill(rng, rng.choice(CLOSERS), case))
     return " ".join(body)
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 7
-VOCABULARY = 1024
+VOCABULARY = 1280
 COPYING, MIXTURE, CONVERSATIONS, THREADS = 300, 1000, 48, 2  # updates of each phase, rows of an update, threads
 PROMPT_WEIGHT = 0.1  # of the loss at a prompt's tokens, against 1 at a reply's
 OUTPUT = Path(__file__).resolve().parent / "base_model"
@@ -136,7 +136,7 @@ def pairs_to_json(rng: random.Random) -> Turn:
 
 
 GENERAL: list[Callable[[random.Random], Turn]] = [
-    repeat, position, look_up, look_up, compare, compare, larger, member, count, pairs_to_json, pairs_to_json]
+    repeat, position, look_up, compare, compare, larger, member, count, pairs_to_json, pairs_to_json]
 
 # --- reading a note in the words of the access desk: what it says, never what follows from it ---
 
@@ -150,6 +150,8 @@ FACT_QUESTIONS = {
     "signed off": ["Did data protection sign it off?"],
     "contract": ["Is there a contract?", "Is the contract signed?"],
 }
+PROBLEMS = {"gone": "gone", "gone service": "gone", "compromised": "loss", "trained": "course", "sponsored": "sponsor",
+            "frozen": "freeze", "signed off": "data", "contract": "contract"}  # what a trouble is called in a list
 
 
 def note(rng: random.Random) -> tuple[str, list[Turn]]:
@@ -181,17 +183,24 @@ def note(rng: random.Random) -> tuple[str, list[Turn]]:
     keys = rng.sample(sorted(fields), rng.randint(1, 3))
     turns.append(Turn("note: JSON", f"As JSON: {', '.join(keys)}.", as_json({k: fields[k] for k in keys}), json_form(keys)))
     rng.shuffle(turns)
+    problems = sorted(PROBLEMS[name] for name in said if case.facts[name] == desk.TROUBLE[name])
+    listed = Turn("note: problems", "Problems?", ", ".join(problems) or "none", r"none|\w+(, \w+)*")
+    state = {PROBLEMS[name]: "bad" if PROBLEMS[name] in problems else "good" for name in said}
+    told = " ".join(f"{name} {state[name]}" for name in sorted(state))
+    stated = Turn("note: states", "What is said?", told or "nothing", r"nothing|\w+ (good|bad)( \w+ (good|bad))*")
+    turns.insert(rng.randint(0, 1), listed)
+    turns.insert(rng.randint(0, 2), stated)
     return " ".join(body), turns
 
 
 def conversation(rng: random.Random) -> list[Turn]:
     """One to four turns; the first holds all that the later ones ask about."""
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         return [rng.choice(GENERAL)(rng) for _ in range(rng.randint(1, 3))]
     text, turns = note(rng)
     first = turns[0]
     joined = f"{first.question} {text}" if rng.random() < 0.3 else f"{text} {first.question}"
-    return [Turn(first.task, joined, first.answer, first.form), *turns[1:rng.randint(2, 5)]]
+    return [Turn(first.task, joined, first.answer, first.form), *turns[1:rng.randint(3, 6)]]
 
 
 # --- tokenizer and model -----------------------------------------------------
@@ -342,8 +351,8 @@ Byte-level BPE with {len(tokenizer)} tokens, trained on the pretraining mixture.
 
 {COPYING} updates of repeating words, then {MIXTURE} of the mixture below, each of {CONVERSATIONS} conversations ({facts["tokens"]:,} tokens in all). Muon for the matrices of the layers, AdamW for the rest, loss weight {PROMPT_WEIGHT} at prompts and 1 at replies, seed {SEED}, {facts["minutes"]:.1f} minutes on {THREADS} CPU threads.
 
-- 40 % general tasks: repeating words, first or last word, looking up a fact of a name, comparing numbers, membership, counting, turning named pairs into JSON. The words are those of the access dataset, its JSON keys, decisions and rule ids among others, drawn at random.
-- 60 % notes: shuffled sentences about an invented request, in the phrases of the access dataset, with questions about single things they state (the id, the person, the place, the wish, the days, whether a fact holds, or some of these as JSON).
+- 30 % general tasks: repeating words, first or last word, looking up a fact of a name, comparing numbers, membership, counting, turning named pairs into JSON. The words are those of the access dataset, its JSON keys, decisions and rule ids among others, drawn at random.
+- 70 % notes: shuffled sentences about an invented request, in the phrases of the access dataset, with questions about single things they state (the id, the person, the place, the wish, the days, whether a fact holds, which facts are bad, or some of these as JSON).
 
 No text relates a request to a decision or a rule: the access policy is unknown to this model.
 

@@ -182,9 +182,14 @@ class Supervisor:
     def _descendants(self) -> list[int]:
         if processes.LINUX:
             return processes.descendants(os.getpid())
-        if self._command is not None and self._status is None:
-            return [-self._command.pid]  # kill(2): the process group
-        return []
+        if self._command is None:
+            return []
+        group = -self._command.pid  # as kill(2) takes a process group
+        try:
+            os.kill(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return []
+        return [group]
 
     # -- waiting -------------------------------------------------------------------------------------------------
 

@@ -29,14 +29,15 @@ def base_folder(config: ModelConfig) -> Path:
 
 
 def tokenizer_folder(config: ModelConfig) -> Path:
-    """The folder of the tokenizer: its own, or the base's.
+    """The folder of the tokenizer: its own (a hub id may be pinned as owner/name@commit), or the base's.
 
     Raises:
         InputError: As `base_folder`.
     """
     if config.tokenizer is None:
         return base_folder(config)
-    return model_folder(config.tokenizer, config.revision, "model.tokenizer")
+    name, _, own = config.tokenizer.partition("@") if HUB_ID.match(config.tokenizer.partition("@")[0]) else (config.tokenizer, "", "")
+    return model_folder(name, own or config.revision, "model.tokenizer")
 
 
 def model_folder(name: str, revision: str | None, key: str, *, remote_code: bool = False) -> Path:

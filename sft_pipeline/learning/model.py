@@ -250,6 +250,15 @@ def save_weights(model: Any, folder: Path, config: ModelConfig) -> None:
         plain.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def memory_mb() -> float:
+    """Peak GPU memory of this process, or its resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import psutil
+
+    return psutil.Process(os.getpid()).memory_info().rss / 2**20
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trained). A 4-bit weight stores two values a byte, so it counts twice."""
     total = trained = 0

@@ -150,13 +150,13 @@ def _manifest_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _seal_problems(path: Path) -> Iterator[str]:
-    """What was changed in the manifest itself, where it was written with a seal."""
+    """What was changed in the manifest itself since it was written."""
     written = path.read_bytes()
     data = json.loads(written)
     seal = data.pop("manifest_sha256", None)
-    if seal is not None and sha256_json(data) != seal:
-        yield "the manifest was changed: its own SHA-256 differs"
-    elif seal is not None and (json.dumps({**data, "manifest_sha256": seal}, indent=2, ensure_ascii=False) + "\n").encode() != written:
+    if seal != sha256_json(data):
+        yield "the manifest was changed: it is not what its own SHA-256 (manifest_sha256) says"
+    elif (json.dumps({**data, "manifest_sha256": seal}, indent=2, ensure_ascii=False) + "\n").encode() != written:
         yield "the manifest was changed: it is not laid out as it was written"
 
 

@@ -162,5 +162,5 @@ def _found(entry: InputEntry, objects: list[Path], copies: Mapping[str, Path]) -
     return Node(**_recorded(entry), problem=problem)
 
 
-def _recorded(entry: InputEntry) -> dict[str, str]:
+def _recorded(entry: InputEntry) -> dict[str, Any]:
     return entry.model_dump(include={"asset", "partition", "fingerprint", "data_version", "role"})

@@ -13,7 +13,7 @@ from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.config.load import find_recipe, load_catalog
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
-from sft_pipeline.launch.reaper import process_identity
+from sft_pipeline.launch.reaper import WORKER_TAG, process_identity
 from sft_pipeline.orchestration.metadata import to_metadata
 from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.code_version import code_version
@@ -26,7 +26,7 @@ from sft_pipeline.store.files import sha256_json
 GPU_POOL = "gpu"
 SET_TAG = "sft/set"  # JSON list of "a.b=value": the overrides of this run
 RECIPE_TAG = "sft/recipe_source"  # the recipe's name or file, as given to `sft run`
-WORKER_TAG = "sft/worker"  # the process that runs this run, so that a dead one can be told
+
 DEFAULT_OWNER = "team:sft"
 
 

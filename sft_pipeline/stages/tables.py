@@ -207,3 +207,13 @@ def count_reasons(paths: Iterable[Path]) -> dict[str, int]:
         for entry in pc.value_counts(pc.list_flatten(batch.column(0))).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def first_offenders(path: Path, count: int = 10) -> list[dict[str, str]]:
+    """The first rows of a rejects file, for people: where, why, and the beginning of the raw row."""
+    found: list[dict[str, str]] = []
+    for row in read_rows([path]):
+        found.append({"where": f"{row['file']}:{row['line']}", "reasons": ", ".join(row["reasons"]), "raw": row["raw"][:200]})
+        if len(found) == count:
+            break
+    return found

@@ -55,3 +55,11 @@ def test_loss_is_a_ratio_of_sums_and_lower_wins():
 def test_no_rows_give_nulls():
     found = compare("x", [], [], [])
     assert math.isnan(found.base.value) and found.to_json()["difference"] == {"value": None, "low": None, "high": None}
+
+
+def test_no_spread_in_the_sample_is_not_certainty():
+    """24 of 24 in 12 groups: the exact interval of 12 of 12, not 1 to 1."""
+    found = compare("x", [0.0] * 24, [1.0] * 24, [str(i // 2) for i in range(24)])
+    assert found.tuned.low == pytest.approx(0.7354, abs=1e-4) and found.tuned.high == 1
+    assert found.base.high == pytest.approx(1 - 0.7354, abs=1e-4) and found.base.low == 0
+    assert found.difference.value == 1 == found.difference.high and found.difference.low == pytest.approx(1 - 0.2646 * 2**0.5, abs=1e-3)

@@ -71,7 +71,7 @@ def test_a_bad_schema_file_is_named_with_its_grader(tmp_path, content, said):
 
 def test_a_reference_out_of_the_schema_is_an_error_and_no_download():
     it = grader(kind="json_schema", schema={"$ref": "https://example.com/schema.json"})
-    with pytest.raises(InputError, match="grader it.*example.com"):
+    with pytest.raises(InputError, match=r"grader it.*example.com"):
         score(it, "{}")
 
 
@@ -98,7 +98,7 @@ def test_optional_fields_may_be_absent_on_both_sides_but_a_misspelt_one_is_repor
 
 
 def test_a_grader_that_fits_no_completion_is_reported():
-    with pytest.raises(InputError, match="grader it: no expected completion.*row r1.*not JSON"):
+    with pytest.raises(InputError, match=r"grader it: no expected completion.*row r1.*not JSON"):
         g.check_expected([grader(kind="json_fields", fields=["a"])], [("r1", "yes"), ("r2", "no")])
 
 
@@ -118,9 +118,9 @@ def test_regex_found_and_group_equal():
     assert score(it, "I say class: loan!", "class: loan") == 1
     assert score(it, "class: card", "class: loan") == 0
     assert score(it, "loan", "class: loan") == 0
-    with pytest.raises(InputError, match="grader it.*group 2"):
+    with pytest.raises(InputError, match=r"grader it.*group 2"):
         grader(kind="regex", pattern="(a)", group=2)
-    with pytest.raises(InputError, match="grader it.*not a regular expression"):
+    with pytest.raises(InputError, match=r"grader it.*not a regular expression"):
         grader(kind="regex", pattern="(")
 
 

@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from sft_pipeline.learning.config import ModelConfig
-from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.evaluation.build import build as evaluate
-from sft_pipeline.stages.evaluation.config import EvaluationStageConfig
-from sft_pipeline.stages.exported_model.build import build
-from sft_pipeline.stages.exported_model.config import ExportedModelConfig
 from sft_pipeline.store import Store
 from sft_pipeline_tests.evaluation import world as w
-
-GRADERS = [{"name": "format_pass_rate", "kind": "regex", "pattern": "decision"}]
+from sft_pipeline_tests.exported_model.branch import LORA, export, inputs_for
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +26,6 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def split(project):
     return w.dataset(project, {"train": w.rows_of(0, 12), "validation": w.rows_of(12, 4), "test": w.rows_of(16, 6)})["grouped_split"]
-
-
-def inputs_for(project, split, model, name, **template):
-    """Everything before the export: {stage name: artifact}."""
-    world = w.World(project.root / name, project.store)
-    world.root.mkdir()
-    (world.root / "base").symlink_to(project.root / "base")
-    rows = w.tokenized(world, split, owner=name, **template)
-    trained = w.checkpoints(world, rows, model, {7: 0}, learn=False)
-    settings = EvaluationStageConfig.model_validate({"model": model.model_dump(), "evaluation": {"graders": GRADERS, "require_improvement": False, "max_new_tokens": 12}})
-    built, out = world.build(evaluate, "evaluation", settings, {"tokenized_rows": rows, "trained_checkpoints": trained})
-    evaluated = world.artifact("evaluation", name, out, inputs={"tokenized_rows": rows, "trained_checkpoints": trained}, built=built)
-    return {"grouped_split": split, "tokenized_rows": rows, "trained_checkpoints": trained, "evaluation": evaluated}
-
-
-def export(project, inputs, model, **settings):
-    config = ExportedModelConfig.model_validate({"export": settings, "model": model.model_dump(), "recipe": "recipe", "dataset": "dataset"})
-    built, out = project.build(build, "exported_model", config, inputs, Reporter())
-    return {c.name: c for c in built.checks}, built, out
-
-
-LORA = ModelConfig.model_validate({"base": "base", "parameterization": "lora", "lora": {"r": 4, "alpha": 8, "dropout": 0.0}})
 
 
 @pytest.fixture(scope="module")

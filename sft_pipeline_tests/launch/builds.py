@@ -87,6 +87,22 @@ def do_hang(b: Build) -> Built:
         time.sleep(60)
 
 
+def do_hang_once(b: Build) -> Built:
+    """Hangs the first time; the second time, it is built if nothing of the first is left."""
+    pids = Path(b.config.folder) / "pids"
+    if not pids.exists():
+        return do_hang(b)
+    left = [p for p in pids.read_text().split() if "State:\tZ" not in _status(p)]
+    return Built({"left": len(left)})
+
+
+def _status(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return "State:\tZ"
+
+
 def do_wait(b: Build) -> Built:
     note(b)
     while True:

@@ -131,6 +131,22 @@ def test_starts_without_the_heavy_libraries():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_without_proc_the_process_group_is_ended(tmp_path: Path):
+    script = f"import os, time; os.fork(); open({str(tmp_path / 'pids')!r}, 'a').write('%d\\n' % os.getpid()); time.sleep(60)"
+    elsewhere = "import sys; from sft_pipeline.launch import processes, supervise; processes.LINUX = False; sys.exit(supervise.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", elsewhere, "--lock", str(tmp_path / ".lock"), "--watch", f"{os.getpid()}:0", "--", *PYTHON, script]
+    supervisor = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    group = pids_in(tmp_path / "pids", 2)
+    try:
+        supervisor.terminate()
+        assert supervisor.wait(20) == EXIT_STOPPED
+        wait_until(lambda: not running(group))
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+        clean_up(group)
+
+
 def test_descendants_are_found_whatever_the_name_of_the_process(tmp_path: Path):
     odd = tmp_path / "a) (b 1 2"
     odd.symlink_to("/bin/sleep")

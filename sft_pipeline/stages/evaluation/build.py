@@ -181,7 +181,7 @@ def _groups(parts: Sequence[Path]) -> list[str]:
 
 
 def _report_test(comparisons: Sequence[Comparison], step: int, shown: list[dict[str, Any]], report: Reporter) -> None:
-    values = {}
+    values: dict[str, float] = {}
     for c in comparisons:
         values |= {f"test/base_{c.name}": c.base.value, f"test/tuned_{c.name}": c.tuned.value, f"test/difference_{c.name}": c.difference.value}
     report.metrics({k: v for k, v in values.items() if not math.isnan(v)}, step=step)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 RESAMPLES = 2000
 _CELLS_AT_ONCE = 4_000_000
@@ -61,11 +62,11 @@ def _without_nan(value: Any) -> Any:
 
 def compare(
     name: str,
-    base: Sequence[float],
-    tuned: Sequence[float],
+    base: npt.ArrayLike,
+    tuned: npt.ArrayLike,
     groups: Sequence[str],
     *,
-    weights: Sequence[float] | None = None,
+    weights: npt.ArrayLike | None = None,
     lower_is_better: bool = False,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -90,6 +91,7 @@ def compare(
     kept = drawn[2] > 0
     mean_a, mean_b = drawn[0][kept] / drawn[2][kept], drawn[1][kept] / drawn[2][kept]
     whole = [math.fsum(x) / math.fsum(w) for x in (a, b)]
+    intervals = [_widened(_interval(value, drawn), x, n_groups) for value, drawn, x in ((whole[0], mean_a, a), (whole[1], mean_b, b))]
     row_a, row_b = (x / np.where(w > 0, w, 1) for x in (a, b))
     higher, lower = int((row_b > row_a).sum()), int((row_b < row_a).sum())
     wins, losses = (lower, higher) if lower_is_better else (higher, lower)
@@ -98,9 +100,9 @@ def compare(
         lower_is_better=lower_is_better,
         rows=len(a),
         groups=n_groups,
-        base=_interval(whole[0], mean_a),
-        tuned=_interval(whole[1], mean_b),
-        difference=_interval(whole[1] - whole[0], mean_b - mean_a),
+        base=intervals[0],
+        tuned=intervals[1],
+        difference=_difference(*intervals, mean_b - mean_a),
         p_value=sign_test(wins, losses),
         wins=wins,
         losses=losses,
@@ -123,6 +125,27 @@ def _resampled(per_group: np.ndarray, seed: int, resamples: int) -> np.ndarray:
 def _interval(value: float, drawn: np.ndarray) -> Interval:
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
     return Interval(float(value), float(low), float(high))
+
+
+def _widened(found: Interval, scores: np.ndarray, groups: int) -> Interval:
+    """Where every row passes, or every row fails, a bootstrap sees no uncertainty at all: the exact binomial interval
+    (Clopper and Pearson 1934) with the groups as trials takes its place."""
+    slack = 1 - 0.025 ** (1 / groups)
+    if (scores == 1).all():
+        return Interval(found.value, 1 - slack, 1.0)
+    if (scores == 0).all():
+        return Interval(found.value, 0.0, slack)
+    return found
+
+
+def _difference(base: Interval, tuned: Interval, drawn: np.ndarray) -> Interval:
+    """The bootstrap's interval, or where it has no width the two models' own ones combined (Newcombe 1998)."""
+    found = _interval(tuned.value - base.value, drawn)
+    if found.low != found.high or math.isnan(found.low):
+        return found
+    below = math.hypot(tuned.value - tuned.low, base.high - base.value)
+    above = math.hypot(tuned.high - tuned.value, base.value - base.low)
+    return Interval(found.value, found.value - below, found.value + above)
 
 
 def sign_test(wins: int, losses: int) -> float:

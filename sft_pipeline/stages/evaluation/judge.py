@@ -136,7 +136,7 @@ def _losses(model: Any, side: Side, span: _Span) -> tuple[np.ndarray, np.ndarray
     counts: list[int] = []
     for batch in read_batches(side.parts, ["input_ids", "labels"], ROWS_AT_ONCE):
         ids, labels = batch.column("input_ids"), batch.column("labels")
-        examples = [(np.array(i.values), np.array(y.values)) for i, y in zip(ids, labels)]
+        examples: Any = [(np.array(i.values), np.array(y.values)) for i, y in zip(ids, labels)]
         for total, count in score_nll(model, examples, report=span):
             sums.append(total)
             counts.append(count)

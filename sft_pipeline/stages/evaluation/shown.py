@@ -97,7 +97,7 @@ def plot_checkpoints(path: Path, selection: Selection) -> None:
     right.set_ylabel("val_loss, nats per token")
     handles, labels = axis.get_legend_handles_labels()
     more, also = right.get_legend_handles_labels()
-    axis.legend(handles + more, labels + also, fontsize=8)
+    figure.legend(handles + more, labels + also, fontsize=8, loc="outside lower center", ncols=3)
     _save(figure, path)
 
 

@@ -43,7 +43,7 @@ from sft_pipeline.stages.stage import Build, Built, Check, markdown, number, tab
 from sft_pipeline.stages.tokenized_rows.template import load_template
 from sft_pipeline.store import Artifact
 
-STEPS = 7
+STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def build(b: Build) -> Built:
     )  # fmt: skip
     (b.out / "README.md").write_text(card(facts), encoding="utf-8")
     tick("model card written")
+    b.report.progress("exporting", STEPS, STEPS, "steps")
     sizes = _sizes(b.out)
     return Built(
         counts={"step": step, "files": len(sizes), "bytes": sum(s["bytes"] for s in sizes)},
@@ -126,7 +127,7 @@ class _Steps:
     def __call__(self, what: str) -> None:
         self.done += 1
         self.report.log(f"export: {what}")
-        self.report.progress("exporting", min(self.done, STEPS), STEPS, "steps")
+        self.report.progress("exporting", min(self.done, STEPS - 1), STEPS, "steps")
 
 
 def _write_and_prove(
@@ -227,9 +228,11 @@ def _as_run(trained: Artifact) -> dict[str, Any]:
     """What training filled in for values that the recipe leaves open."""
     path = trained.file("training.json")
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    flat = {**data, **(data.get("model") if isinstance(data.get("model"), dict) else {}), **(data.get("schedule") if isinstance(data.get("schedule"), dict) else {})}
-    wanted = ("precision", "attention", "learning_rate", "peak_learning_rate", "updates", "warmup_updates", "warmup_steps", "trainable_parameters", "total_parameters")
-    return {k: flat[k] for k in wanted if isinstance(flat.get(k), str | int | float)}
+    parts = {name: data.get(name) or {} for name in ("model", "schedule", "updates")}
+    found = {name: parts["model"].get(name) for name in ("architecture", "precision", "attention", "trainable_parameters", "total_parameters")}
+    found |= {"peak learning rate": parts["schedule"].get("peak"), "updates": parts["updates"].get("done")}
+    found |= {name: data.get(name) for name in ("examples", "supervised_tokens", "stopped")}
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def _sizes(folder: Path) -> list[dict[str, Any]]:

@@ -112,7 +112,8 @@ def _samples(facts: CardFacts) -> str:
 
 
 def _block(text: str | None) -> str:
-    text = "(empty)" if not text else text if len(text) <= 1200 else text[:600] + "\n…\n" + text[-600:]
+    text = (text or "").strip("\n")
+    text = "(empty)" if not text.strip() else text if len(text) <= 1200 else text[:600] + "\n…\n" + text[-600:]
     fence = "```"
     while fence in text:
         fence += "`"

@@ -68,7 +68,7 @@ def reload_model(folder: Path, *, trust_remote_code: bool) -> Any:
     """The exported weights as a stranger would load them."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

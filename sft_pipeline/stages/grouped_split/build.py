@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sft_pipeline.stages import charts, tables
 from sft_pipeline.stages.grouped_split.config import SplitConfig
@@ -17,18 +18,12 @@ from sft_pipeline.stages.grouped_split.shingles import texts_of
 from sft_pipeline.stages.grouped_split.split import SIDES, Sides, first_times, overlap
 from sft_pipeline.stages.grouped_split.summary import SideSummary, summarize
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, plot, table
-from sft_pipeline.stages.validated_rows.build import ROWS
+from sft_pipeline.stages.validated_rows.rows import ROWS
 from sft_pipeline.store.files import write_json
 
 NEAR_DUPLICATE = "near_duplicate_of_held_out"
-PAIRS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("row_id", "group", "side", "of_row_id", "of_group", "of_side")),
-        ("similarity", pa.float64()),
-        ("text", pa.string()),
-        ("of_text", pa.string()),
-    ]
-)
+EXCERPT = pa.schema([(name, pa.string()) for name in ("row_id", "group", "side", "text")])
+PAIRS = pa.schema([("similarity", pa.float64()), *((f"{of}{f.name}", f.type) for of in ("", "of_") for f in EXCERPT)])
 SHOWN_TEXT = 500
 
 
@@ -82,25 +77,32 @@ def _texts(b: Build, paths: list[Path], total: int, name: str) -> Iterator[pa.Ar
 
 def _write(b: Build, parts: list[Path], side: np.ndarray, dropped: np.ndarray, found: Straddling) -> None:
     """Writes the three sides, rejects.parquet and near_duplicates.parquet, in the order of the rows."""
-    shown: dict[int, dict[str, str]] = {key: {} for key in [*found.row.tolist(), *found.near.tolist()]}
-    writers = [tables.PartWriter(b.out / name, ROWS) for name in SIDES]
+    shown = np.unique(np.concatenate([found.row, found.near]))
+    excerpts = [pa.RecordBatch.from_pylist([], schema=EXCERPT)]
+    train, validation, test = (tables.PartWriter(b.out / name, ROWS) for name in SIDES)
     done = 0
-    with writers[0], writers[1], writers[2], tables.FileWriter(b.out / "rejects.parquet", tables.REJECTS) as rejects:
+    with train, validation, test, tables.FileWriter(b.out / "rejects.parquet", tables.REJECTS) as rejects:
         for batch in tables.read_batches(parts):
             here = slice(done, done + batch.num_rows)
-            for i, writer in enumerate(writers):
+            for i, writer in enumerate((train, validation, test)):
                 writer.write(batch.filter(pa.array((side[here] == i) & ~dropped[here])))
             rejects.append([_reject(row) for row in batch.filter(pa.array(dropped[here])).to_pylist()])
-            for i in range(done, done + batch.num_rows) if shown else ():
-                if i in shown:
-                    row = batch.slice(i - done, 1)
-                    text = texts_of(row.column("messages"))[0].as_py()[:SHOWN_TEXT]
-                    shown[i] = {"row_id": row.column("row_id")[0].as_py(), "group": row.column("group")[0].as_py(), "side": SIDES[side[i]], "text": text}
-            done += batch.num_rows
+            excerpts.append(_excerpt(batch, shown[np.searchsorted(shown, done) : np.searchsorted(shown, here.stop)] - done, side[here]))
+            done = here.stop
             b.report.progress("write", done, len(side), "rows")
+    rows = pa.Table.from_batches(excerpts)
+    one, other = (rows.take(pa.array(np.searchsorted(shown, x))) for x in (found.row, found.near))
     with tables.FileWriter(b.out / "near_duplicates.parquet", PAIRS) as pairs:
-        for row, near, similarity in zip(found.row.tolist(), found.near.tolist(), found.similarity.tolist()):
-            pairs.append([{**shown[row], **{f"of_{k}": v for k, v in shown[near].items()}, "similarity": similarity}])
+        columns = {f.name: one[f.name] for f in EXCERPT} | {f"of_{f.name}": other[f.name] for f in EXCERPT}
+        pairs.write(pa.table({**columns, "similarity": found.similarity}).select(PAIRS.names))
+
+
+def _excerpt(batch: pa.RecordBatch, at: np.ndarray, side: np.ndarray) -> pa.RecordBatch:
+    """Some rows of a batch, as the list of pairs shows them."""
+    taken = batch.take(pa.array(at))
+    texts = pc.utf8_slice_codeunits(texts_of(taken.column("messages")), 0, SHOWN_TEXT)
+    names = pa.array([SIDES[s] for s in side[at]], pa.string())
+    return pa.RecordBatch.from_arrays([taken.column("row_id"), taken.column("group"), names, texts], schema=EXCERPT)
 
 
 def _reject(row: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class SplitConfig(Config):
 
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of groups")] = 0.1
     test: Annotated[float, Field(ge=0, lt=1, description="fraction of groups")] = 0.1
-    salt: Annotated[str, Field(description="another salt deals the groups anew")] = "sft-v1"
+    salt: Annotated[str, Field(description="another salt deals the groups anew")] = "salt-v1"
     groups: Annotated[FixedGroups, Field(description="sides fixed by hand, before the salt is asked")] = FixedGroups()
     time_column: Annotated[str | None, Field(description="column of the raw rows with an ISO date or time, for time_cutoff")] = None
     time_cutoff: Annotated[str | None, Field(description="groups whose first row is at or after this ISO time are held out as test")] = None

@@ -34,12 +34,12 @@ def straddling(sets: ShingleSets, side: np.ndarray, threshold: float) -> Straddl
     """
     first = _first_rows(sets, side)
     is_node = sets.node == np.arange(len(sets))
-    index = sets.prefixes(threshold)
+    index = sets.index(threshold)
     taken = np.zeros(len(sets), bool)
     rows, near, similarity = [], [], []
     for held_out, lower in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
         start = (first[held_out] >= 0) & ~taken
-        one, other, found = cluster_of(sets, index, threshold, start, is_node & ~taken)
+        one, other, found = cluster_of(sets, index, start, is_node & ~taken)
         link, strength = np.full(len(sets), -1), np.ones(len(sets))
         # The neighbour shown is a held-out row where its set has one, else any row of it.
         shown = np.where(first[held_out] >= 0, first[held_out], np.arange(len(sets)))
@@ -58,13 +58,13 @@ def straddling(sets: ShingleSets, side: np.ndarray, threshold: float) -> Straddl
 def leaked(sets: ShingleSets, side: np.ndarray, threshold: float) -> dict[str, int]:
     """Held-out rows with a near-duplicate on another side: for validation one in train, for test one in train or validation."""
     first = _first_rows(sets, side)
-    index = sets.prefixes(threshold)
+    index = sets.index(threshold)
     found = {}
     for held_out, lower in ((VALIDATION, (TRAIN,)), (TEST, (TRAIN, VALIDATION))):
         near = np.any([first[s] >= 0 for s in lower], axis=0)
         asked = first[held_out] >= 0
         hit = near & asked
-        hit[neighbours(sets, index, threshold, near, asked & ~near)[0]] = True
+        hit[neighbours(sets, index, near, asked & ~near)[0]] = True
         found[SIDES[held_out]] = int((hit[sets.node] & (side == held_out)).sum())
     return found
 

@@ -1,15 +1,18 @@
 """Pairs of rows whose Jaccard similarity of word 3-grams reaches a threshold, and how far such pairs reach.
 
 The search is exact: an all-pairs set join by prefix filtering (Bayardo, Ma, Srikant 2007; Xiao et al. 2008) instead of
-MinHash-LSH, which misses some pairs by chance. If J(x, y) >= t then the |x| - ceil(t |x|) + 1 first elements of x and of
-y, in any one order of all shingles, share an element; with the rarest first, few other pairs do. A bitmap of each set
-then bounds the overlap from above, and what is left is counted. Rows with equal sets are one node.
+MinHash-LSH, which misses some pairs by chance. Put all shingles into one order, the rarest first. The first shingle
+that x and y share, at position i of x, leaves them at most |x| - i in common. So if J(x, y) >= t, it is among the
+|x| - ceil(t |x|) + 1 first of each, and among the |x| - ceil(2t/(1+t) |x|) + 1 first of the smaller; few pairs without
+that similarity meet there. A bitmap of each set then bounds the overlap from above, and what is left is counted.
+Rows with equal sets are one node.
 
     rows --shingles--> sets on disk --equal sets joined--> nodes --prefixes--> index --rounds--> neighbours
 """
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,22 +61,22 @@ class ShingleSets:
         count = int(self.size[first:last].sum())
         return np.fromfile(self._path, np.uint32, count, offset=4 * int(self._start[first]) if count else 0)
 
-    def prefixes(self, threshold: float) -> np.ndarray:
-        """The index: (shingle << 32 | node), sorted, for the prefix of every node (uint64)."""
-        found = [np.zeros(0, np.uint64)]
+    def index(self, threshold: float) -> "Index":
+        """The prefixes of all nodes, by shingle."""
+        found: list[list[np.ndarray]] = [[np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]]
         for first in range(0, len(self), ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, len(self))
             size, hashes = self.size[first:last], self._read(first, last)
             row = np.repeat(np.arange(last - first, dtype=np.uint64), size)
             rarity = np.minimum(self._frequency[hashes % FREQUENCY_SLOTS], 0xFFFF).astype(np.uint64)
             ordered = np.sort((row << np.uint64(48)) | (rarity << np.uint64(32)) | hashes)
-            length = size - np.ceil(threshold * size - 1e-9).astype(np.int64) + 1
-            length[self.node[first:last] != np.arange(first, last)] = 0  # an equal row stands for it
-            taken = ordered[ranges(np.cumsum(size) - size, length)]
-            found.append(((taken & np.uint64(0xFFFFFFFF)) << np.uint64(32)) | ((taken >> np.uint64(48)) + np.uint64(first)))
-        index = np.concatenate(found)
-        index.sort()
-        return index
+            start = np.cumsum(size) - size
+            full, short = (size - np.ceil(share * size - 1e-9).astype(np.int64) + 1 for share in (threshold, 2 * threshold / (1 + threshold)))
+            stands_alone = self.node[first:last] == np.arange(first, last)  # an equal row stands for the others
+            for entries, at, length in ((found[0], start, short), (found[1], start + short, full - short)):
+                taken = ordered[ranges(at, np.where(stands_alone, length, 0))]
+                entries.append(((taken & np.uint64(0xFFFFFFFF)) << np.uint64(32)) | ((taken >> np.uint64(48)) + np.uint64(first)))
+        return Index(threshold, *(np.sort(np.concatenate(entries)) for entries in found))
 
     def may_reach(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
         """Whether pairs of rows can be similar enough, by their sizes and bitmaps. Never wrong when it says no."""
@@ -101,7 +104,19 @@ class ShingleSets:
         return result
 
 
-def neighbours(sets: ShingleSets, index: np.ndarray, threshold: float, near: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Index:
+    """(shingle << 32 | node), sorted (uint64): the short prefix of each node, and the rest of its full prefix."""
+
+    threshold: float
+    short: np.ndarray
+    rest: np.ndarray
+
+
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def neighbours(sets: ShingleSets, index: Index, near: np.ndarray, asked: np.ndarray) -> Pairs:
     """For each asked node that has one, a neighbour among the `near` nodes.
 
     Args:
@@ -110,27 +125,36 @@ def neighbours(sets: ShingleSets, index: np.ndarray, threshold: float, near: np.
     Returns:
         (asked node, its neighbour, their similarity), by ascending asked node.
     """
-    node = (index & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    shingle = index >> np.uint64(32)
-    near_at, asked_at = near[node], asked[node]
-    near_node, near_shingle = node[near_at], shingle[near_at]
-    asked_node, asked_shingle = node[asked_at], shingle[asked_at]
-    left = np.searchsorted(near_shingle, asked_shingle, "left")
-    count = np.searchsorted(near_shingle, asked_shingle, "right") - left
     open_ = asked.copy()
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for first in range(0, len(asked_node), PAIRS_AT_ONCE):
-        here = slice(first, first + PAIRS_AT_ONCE)
-        _search(sets, threshold, asked_node[here], near_node, left[here], count[here], open_, found)
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    one, other, similarity = (np.concatenate(columns) for columns in zip(*found))
-    order = np.argsort(one, kind="stable")
+    found: list[Pairs] = []
+    near_short, near_rest = (_of(part, near) for part in (index.short, index.rest))
+    asked_short, asked_rest = (_of(part, asked) for part in (index.short, index.rest))
+    for one, other in ((asked_short, near_short), (asked_short, near_rest), (asked_rest, near_short)):
+        shingle, near_node = other >> np.uint64(32), _nodes(other)
+        for first in range(0, len(one), PAIRS_AT_ONCE):
+            here = one[first : first + PAIRS_AT_ONCE]
+            left = np.searchsorted(shingle, here >> np.uint64(32), "left")
+            count = np.searchsorted(shingle, here >> np.uint64(32), "right") - left
+            _search(sets, index.threshold, _nodes(here), near_node, left, count, open_, found)
+    return _sorted_pairs(found, by_node=True)
+
+
+def _nodes(entries: np.ndarray) -> np.ndarray:
+    return (entries & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _of(entries: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return entries[mask[_nodes(entries)]]
+
+
+def _sorted_pairs(found: list[Pairs], *, by_node: bool) -> Pairs:
+    one, other, similarity = (np.concatenate(columns) for columns in zip((np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)), *found))
+    order = np.argsort(one, kind="stable") if by_node else np.arange(len(one))
     return one[order], other[order], similarity[order]
 
 
 def _search(
-    sets: ShingleSets, threshold: float, asked: np.ndarray, near: np.ndarray, left: np.ndarray, count: np.ndarray, open_: np.ndarray, found: list
+    sets: ShingleSets, threshold: float, asked: np.ndarray, near: np.ndarray, left: np.ndarray, count: np.ndarray, open_: np.ndarray, found: list[Pairs]
 ) -> None:
     """Goes through the candidates of each index entry, a few of every entry at a time, so that a node which has found a
     neighbour is not asked again: in a large cluster this makes the work linear."""
@@ -158,7 +182,7 @@ def _search(
         step += width
 
 
-def cluster_of(sets: ShingleSets, index: np.ndarray, threshold: float, start: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cluster_of(sets: ShingleSets, index: Index, start: np.ndarray, among: np.ndarray) -> Pairs:
     """Everything that hangs together with the `start` nodes through near-duplicates of near-duplicates.
 
     Args:
@@ -170,15 +194,12 @@ def cluster_of(sets: ShingleSets, index: np.ndarray, threshold: float, start: np
     near, asked = start.copy(), among & ~start
     found = []
     while near.any():
-        reached = neighbours(sets, index, threshold, near, asked)
+        reached = neighbours(sets, index, near, asked)
         found.append(reached)
         near = np.zeros_like(near)
         near[reached[0]] = True
         asked[reached[0]] = False
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    one, other, similarity = (np.concatenate(columns) for columns in zip(*found))
-    return one, other, similarity
+    return _sorted_pairs(found, by_node=False)
 
 
 def _bitmaps(size: np.ndarray, hashes: np.ndarray) -> np.ndarray:

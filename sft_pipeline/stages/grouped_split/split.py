@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_pipeline.stages.grouped_split.config import SplitConfig
-from sft_pipeline.stages.validated_rows.contract import time_of
+from sft_pipeline.stages.validated_rows.rows import time_of
 
 SIDES = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)

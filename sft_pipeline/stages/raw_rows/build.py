@@ -126,18 +126,8 @@ def _copy_chosen(paths: list[Path], mask: np.ndarray, rows: tables.PartWriter) -
         start += batch.num_rows
 
 
-def first_offenders(path: Path, count: int = 10) -> list[dict[str, str]]:
-    """The first rejects of a file, for people: where, why, and the beginning of the raw row."""
-    found: list[dict[str, str]] = []
-    for row in tables.read_rows([path]):
-        if len(found) == count:
-            break
-        found.append({"where": f"{row['file']}:{row['line']}", "reasons": ", ".join(row["reasons"]), "raw": row["raw"][:200]})
-    return found
-
-
 def _checks(out: Path, counts: dict[str, int]) -> tuple[Check, ...]:
-    offenders = first_offenders(out / "rejects.parquet")
+    offenders = tables.first_offenders(out / "rejects.parquet")
     evidence: dict[str, Evidence] = {"rejects": number(counts["rejects"])}
     if offenders:
         reasons = tables.count_reasons([out / "rejects.parquet"])

@@ -6,7 +6,7 @@ A row that fails anywhere is rejected with its reason; nothing is dropped withou
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -133,7 +133,7 @@ class RowEncoder:
 
     # -- ids and mask ----------------------------------------------------------------------------------------
 
-    def _encode(self, prepared: Sequence[_Prepared]) -> Iterable[Encoded]:
+    def _encode(self, prepared: Sequence[_Prepared]) -> Iterator[Encoded]:
         texts = [p.rendered.text for p in prepared]
         ends = [p.rendered.prompt_end for p in prepared]
         prompts = self.tokenizer.encode_batch([t[:e] for t, e in zip(texts, ends, strict=True)])
@@ -192,7 +192,7 @@ class RowEncoder:
             if given is None:
                 raise Rejected(Reason.NO_ROOM_FOR_COMPLETION, f"the completion alone does not fit into max_length {limit}")
             prepared = self._render(masked.prepared.row, given)
-            masked = self._mask(prepared, next(iter(self._encode([prepared]))))
+            masked = self._mask(prepared, next(self._encode([prepared])))
         end = min(len(masked.ids), limit)
         return masked, [Cut(0, end, dropped_before=max(whole - len(masked.ids), 1))]
 
@@ -227,6 +227,8 @@ class RowEncoder:
         numbers["examples"] += len(examples)
         numbers["split"] += len(examples) > 1
         numbers["truncated"] += any(e.truncated for e in examples) and len(examples) == 1
+        marks = masked.prepared.rendered.marks_agree
+        numbers["marks_agree" if marks else "marks_disagree"] += marks is not None
         numbers["turns_not_supervised"] += masked.not_supervised
         numbers["neutralised"] += masked.prepared.given.neutralised > 0
         self.tally.inserted[masked.prepared.rendered.inserted] += 1

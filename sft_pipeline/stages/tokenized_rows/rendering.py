@@ -34,6 +34,7 @@ class Rendered:
         loss: The characters that carry loss: those of `turns`, or with `all` everything but weight-0 messages.
         inserted: What the template wrote into the final turn before and after the completion (stop excluded).
         not_supervised: Assistant turns left out, because the rendered text is not what a server would have seen.
+        marks_agree: Whether the template's own {% generation %} marks name the same turns; None where it has none.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Rendered:
     loss: tuple[Span, ...]
     inserted: tuple[str, str] = ("", "")
     not_supervised: int = 0
+    marks_agree: bool | None = None
 
 
 def render_row(template: ChatTemplate, given: Conversation, supervise: str) -> Rendered:
@@ -55,7 +57,7 @@ def render_row(template: ChatTemplate, given: Conversation, supervise: str) -> R
         Rejected: TEMPLATE_ERROR, PROMPT_NOT_PREFIX, COMPLETION_NOT_RENDERED or NOTHING_SUPERVISED.
     """
     try:
-        text = template.render(given.messages, given.tools)
+        text, marks = template.render_marked(given.messages, given.tools)
         prompt = _prompt(template, given, given.last)
         if not text.startswith(prompt):
             raise Rejected(Reason.PROMPT_NOT_PREFIX)
@@ -66,7 +68,13 @@ def render_row(template: ChatTemplate, given: Conversation, supervise: str) -> R
         raise refusal(error) from None
     if not loss:
         raise Rejected(Reason.NOTHING_SUPERVISED)
-    return Rendered(text, len(prompt), final, turns, loss, inserted, left_out)
+    agree = {_trimmed(text, t) for t in turns} <= {_trimmed(text, m) for m in marks} if marks else None
+    return Rendered(text, len(prompt), final, turns, loss, inserted, left_out, agree)
+
+
+def _trimmed(text: str, span: Span) -> Span:
+    """The span without white space at its end: marks often enclose the newline after the stop token."""
+    return span[0], span[0] + len(text[slice(*span)].rstrip())
 
 
 def _prompt(template: ChatTemplate, given: Conversation, index: int) -> str:

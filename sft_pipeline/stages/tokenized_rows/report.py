@@ -25,7 +25,8 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
         Check(
             "mask_certificate",
             seen.broken["supervised count is wrong"] == 0,
-            f"both derivations agree on all {n['accepted']} rows kept; {rejected[Reason.MASK_DISAGREEMENT]} rows were rejected because they do not",
+            f"both derivations agree on all {n['accepted']} rows kept; {rejected[Reason.MASK_DISAGREEMENT]} rows were rejected because they do not"
+            + _marks(n["marks_agree"], n["marks_disagree"]),
             {"agreed": number(n["accepted"]), "disagreed": number(rejected[Reason.MASK_DISAGREEMENT])},
         ),
         _round_trip(seen, encoder),
@@ -51,6 +52,12 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
     )
 
 
+def _marks(agree: int, disagree: int) -> str:
+    if not agree + disagree:
+        return ""
+    return f"; the template's own generation marks name the same turns in {agree} of {agree + disagree} rows"
+
+
 def _supervised(seen: "Seen", examples: int) -> Check:
     broken = {k: v for k, v in seen.broken.items() if v}
     description = f"all {examples} examples have a supervised token, none at position 0" if not broken else f"broken: {broken}"
@@ -59,7 +66,7 @@ def _supervised(seen: "Seen", examples: int) -> Check:
 
 def _round_trip(seen: "Seen", encoder: RowEncoder) -> Check:
     n, rejected = encoder.tally.numbers, seen.rejects
-    written = [
+    written: list[dict[str, Any]] = [
         {"before the completion": before, "after it": after, "rows": rows}
         for (before, after), rows in encoder.tally.inserted.most_common(10)
         if before or after
@@ -93,8 +100,8 @@ def _prefix(seen: "Seen", encoder: RowEncoder) -> Check:
 
 def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int) -> Check:
     read = sum(seen.read.values())
-    good = read == n["rows"] == n["accepted"] + n["rejected"] and n["rejected"] == rejected_on_disk == sum(seen.rejects.values())
-    good = good and n["examples"] == sum(on_disk.values()) and all(on_disk[s] == seen.written[s] for s in on_disk)
+    rows_add_up = read == n["rows"] == n["accepted"] + n["rejected"] and n["rejected"] == rejected_on_disk == sum(seen.rejects.values())
+    good = rows_add_up and n["examples"] == sum(on_disk.values()) and all(on_disk[s] == seen.written[s] for s in on_disk)
     extra = n["examples"] - n["accepted"]
     return Check(
         "counts_add_up",
@@ -139,7 +146,7 @@ def _stop(encoder: RowEncoder, recorded: dict[str, Any]) -> Check:
 def evidence(seen: "Seen", encoder: RowEncoder, config: TokenizedRowsConfig) -> dict[str, Evidence]:
     """Numbers, tables and plots for people."""
     n = encoder.tally.numbers
-    found = {
+    found: dict[str, Evidence] = {
         "row_count": number(n["examples"]),
         "tokens": number(n["tokens"]),
         "supervised_tokens": number(n["supervised_tokens"]),

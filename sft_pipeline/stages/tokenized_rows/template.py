@@ -81,17 +81,21 @@ class ChatTemplate:
         text = self._render(messages, tools, add_generation_prompt)
         return text.replace(_BEGIN, "").replace(_END, "") if self.has_marks else text
 
-    def marks(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[tuple[int, int]]:
-        """Character spans of the rendered text that the template's {% generation %} blocks enclose."""
-        spans, length, start = [], 0, 0
-        for part in re.split(f"([{_BEGIN}{_END}])", self._render(messages, tools, False)):
+    def render_marked(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the spans of it that the template's {% generation %} blocks enclose."""
+        text = self._render(messages, tools, False)
+        if not self.has_marks:
+            return text, []
+        parts, spans, length, start = [], [], 0, 0
+        for part in re.split(f"([{_BEGIN}{_END}])", text):
             if part == _BEGIN:
                 start = length
             elif part == _END:
                 spans.append((start, length))
             else:
+                parts.append(part)
                 length += len(part)
-        return spans
+        return "".join(parts), spans
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool) -> str:
         template = self._compiled[self.tool_text if tools else self.text]

@@ -2,9 +2,8 @@
 
 from sft_pipeline.outside import MODEL_FILES, digest_files
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.tokenized_rows.config import TOKENIZER_FILES, split_revision
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
-
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 def _config(branch: Branch) -> TrainedCheckpointsConfig:
@@ -14,7 +13,7 @@ def _config(branch: Branch) -> TrainedCheckpointsConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(recipe.tokenizer, TOKENIZER_FILES)
+    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
 
 
 STAGE = Stage(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.learning import plots
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
-from sft_pipeline.stages.trained_checkpoints import plots
 from sft_pipeline.stages.trained_checkpoints.budget import Budget, planned_budget
 from sft_pipeline.stages.trained_checkpoints.bundle import NotResumable, checkpoint_folders, read_bundle
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig

@@ -1,7 +1,6 @@
 """Watching a training: its curves, its speed, when to stop early, and samples of what the model says."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_pipeline.learning.config import EarlyStopping
+from sft_pipeline.learning.model import memory_mb
 from sft_pipeline.learning.trainer import UpdateNumbers
 from sft_pipeline.reporting import Reporter
 
@@ -134,17 +134,6 @@ class Watch:
         if self._speed_log:
             with self._speed_log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
-
-
-def memory_mb() -> float:
-    """Peak GPU memory of this process, or its resident memory on a CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import psutil
-
-    return psutil.Process(os.getpid()).memory_info().rss / 2**20
 
 
 def _read_speed(path: Path, before: int) -> list[dict[str, float]]:

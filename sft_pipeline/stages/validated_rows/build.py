@@ -13,27 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages import charts, tables
-from sft_pipeline.stages.raw_rows.build import first_offenders
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
-from sft_pipeline.stages.validated_rows.contract import group_of, judge, time_of, warnings_of
+from sft_pipeline.stages.validated_rows.contract import group_of, judge, warnings_of
 from sft_pipeline.stages.validated_rows.formats import Conversation, look_up, normalise
 from sft_pipeline.stages.validated_rows.quarantine import Reason, reason_table, write_report
+from sft_pipeline.stages.validated_rows.rows import MESSAGE, ROWS, time_of
 
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())])
-ROWS = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("source", pa.int32()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("group", pa.string()),
-        ("messages", pa.list_(MESSAGE)),
-        ("tools", pa.string()),
-        ("time", pa.string()),
-        ("warnings", pa.list_(pa.string())),
-    ]
-)
 GROUP_COLUMNS = ("group", "group_id", "thread_id", "conversation_id")
 
 
@@ -203,7 +189,7 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
     named = ", ".join(f"{e['reason']} {e['rows']:,}" for e in reasons[:4])
     evidence: dict[str, Evidence] = {"reject_rate": number(rate), "bound": number(bound)}
     if reasons:
-        evidence |= {"reasons": table(list(reasons)), "first": table(list(first_offenders(quarantine)))}
+        evidence |= {"reasons": table(list(reasons)), "first": table(list(tables.first_offenders(quarantine)))}
     return (
         Check(
             "reject_rate", rate <= bound, f"{rejected:,} of {read:,} rows ({rate:.2%}) were rejected, at most {bound:.2%} may be{': ' + named if named else ''}", evidence

@@ -1,7 +1,6 @@
 """The row contract: what a conversation must be for a model to learn from it, and what is worth a warning."""
 
 import re
-from datetime import UTC, datetime
 from typing import Any
 
 from sft_pipeline.stages.validated_rows.config import ContractConfig
@@ -101,14 +100,3 @@ def group_of(value: Any) -> str | Reason | None:
     if value is MISSING or value is None:
         return None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else Reason.WRONG_TYPE
-
-
-def time_of(value: Any) -> str | None:
-    """An ISO time in UTC, to the microsecond, so that text order is time order; None where the value is no ISO time."""
-    if not isinstance(value, str):
-        return None
-    try:
-        time = datetime.fromisoformat(value.strip())
-        return (time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)).isoformat(timespec="microseconds")
-    except (ValueError, OverflowError):
-        return None

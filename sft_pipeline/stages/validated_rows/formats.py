@@ -206,7 +206,8 @@ def _turns(fields: Fields, to: Conversation, turns: list[Any]) -> None:
             calls, content = [*calls, content], ""
         if calls and content is None:
             content = ""
-        to.say(role or "", content, _weight(turn, to), _tool_calls(calls, to) if calls else None)
+        tool_calls = _tool_calls(calls, to) if calls else None
+        to.say(role or "", content if tool_calls or not calls else None, _weight(turn, to), tool_calls)
 
 
 def _content(value: Any, to: Conversation) -> tuple[str | None, list[Any]]:

@@ -1,0 +1,48 @@
+"""The asset `sanity_check`: the verdict that must stand before the money is spent."""
+
+from sft_pipeline.outside import MODEL_FILES, digest_files
+from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
+from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.tokenized_rows.config import NAMED_TEMPLATES, TOKENIZER_FILES, split_revision
+
+
+def _config(branch: Branch) -> SanityCheckConfig:
+    recipe = branch.the_recipe()
+    return SanityCheckConfig(
+        sanity=recipe.sanity,
+        model=recipe.model,
+        training=recipe.training,
+        tokenizer=recipe.tokenizer,
+        tokenizer_revision=recipe.model.revision,
+        template=recipe.template.model_dump(mode="json"),
+        tokens=recipe.tokens.model_dump(mode="json"),
+    )
+
+
+def _outside(branch: Branch) -> dict[str, str]:
+    recipe = branch.the_recipe()
+    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
+    template = recipe.template.chat_template
+    return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)
+
+
+STAGE = Stage(
+    name="sanity_check",
+    description="Before the money: boundary probe on the real model, overfitting a few rows, a short run with evaluations, sample generations, labels and vocabulary.",
+    kinds=frozenset({"pytorch"}),
+    inputs=("tokenized_rows", "packed_shards"),
+    config=_config,
+    build="sft_pipeline.stages.sanity_check.build:build",
+    checks=(
+        CheckSpec("ids_in_vocabulary", True, "Every id is inside the model's vocabulary, and blocks fit its positions."),
+        CheckSpec("labels_match", True, "Labels equal input ids wherever supervised, and the rows were made with this template and tokenizer."),
+        CheckSpec("boundaries", True, "No example of a block sees another: changing one moves no other's predictions, and packed loss equals unpacked loss."),
+        CheckSpec("overfits", True, "A throw-away copy can learn a few rows by heart."),
+        CheckSpec("short_run_stable", True, "A short run at the recipe's own learning rate neither diverges nor oscillates nor meets a NaN."),
+        CheckSpec("samples", False, "After the short run the model says something, and ends."),
+    ),
+    outside=_outside,
+    packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy"),
+    isolated=True,
+    reuse_unaccepted=False,
+)

@@ -1,0 +1,99 @@
+"""The data against the model: labels, vocabulary, positions, and how the rows were made. No weights are needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sft_pipeline.reporting import Reporter
+
+MOST = 20
+COLUMNS = ["block", "input_ids", "labels", "lengths", "row_ids"]
+
+
+@dataclass
+class DataFindings:
+    """Counts over every block of every side, and the first offending rows."""
+
+    tokens: int = 0
+    supervised: int = 0
+    outside_vocabulary: int = 0
+    mismatched_labels: int = 0
+    longest: int = 0
+    highest_id: int = -1
+    without_supervision: int = 0
+    offenders: list[dict[str, Any]] = field(default_factory=list)
+
+
+def check_blocks(parts: Mapping[str, Sequence[Path]], vocabulary: int, report: Reporter) -> DataFindings:
+    """Reads all blocks, one row group at a time.
+
+    Args:
+        parts: Parquet parts by side.
+        vocabulary: Rows of the model's embedding.
+    """
+    found = DataFindings()
+    total = sum(pq.ParquetFile(p).metadata.num_rows for paths in parts.values() for p in paths)
+    done = 0
+    for side, paths in parts.items():
+        for path in paths:
+            file = pq.ParquetFile(path, memory_map=True)
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=COLUMNS).combine_chunks()
+                if table.num_rows:
+                    _check(table, side, vocabulary, found)
+                done += table.num_rows
+                report.progress("checking blocks", done, total, "blocks")
+    return found
+
+
+def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:
+    lists = {name: table[name].chunk(0) for name in ("input_ids", "labels", "lengths", "row_ids")}
+    ids, labels = (lists[n].flatten().to_numpy() for n in ("input_ids", "labels"))
+    starts = np.concatenate([[0], np.cumsum(lists["input_ids"].value_lengths().to_numpy())])
+    supervised = labels != -100
+    outside = (ids < 0) | (ids >= vocabulary)
+    wrong = supervised & (labels != ids)
+    lengths = lists["lengths"].flatten().to_numpy()
+    found.tokens += len(ids)
+    found.supervised += int(supervised.sum())
+    found.outside_vocabulary += int(outside.sum())
+    found.mismatched_labels += int(wrong.sum())
+    found.longest = max(found.longest, int(lengths.max(initial=0)))
+    found.highest_id = max(found.highest_id, int(ids.max(initial=-1)))
+    example_starts = np.concatenate([[0], np.cumsum(lengths)])
+    if len(lengths) and example_starts[-1] == len(labels):
+        found.without_supervision += int((np.add.reduceat(supervised, example_starts[:-1], dtype=np.int64) == 0).sum())
+    row_ids = lists["row_ids"].flatten().to_pylist() if (outside.any() or wrong.any()) and len(found.offenders) < MOST else []
+    for at in np.flatnonzero(outside | wrong)[: MOST - len(found.offenders)] if row_ids else []:
+        example = int(np.searchsorted(example_starts, at, side="right")) - 1
+        block = int(np.searchsorted(starts, at, side="right")) - 1
+        found.offenders.append(
+            {
+                "side": side, "block": int(table["block"][block].as_py()), "row_id": row_ids[example] if example < len(row_ids) else "",
+                "position": int(at - starts[block]), "input_id": int(ids[at]), "label": int(labels[at]),
+                "why": "outside the vocabulary" if outside[at] else "label is not the input id",
+            }
+        )  # fmt: skip
+
+
+def changed_formatting(recorded: Mapping[str, Any], tokenizer: str, revision: str | None, template: Mapping[str, Any], tokens: Mapping[str, Any]) -> list[str]:
+    """What has changed since the rows were made: in words, empty where nothing has.
+
+    The tokenizer, template and mask of the recipe are fingerprinted as tokenized_rows does it, and compared with
+    formatting.json.
+    """
+    from sft_pipeline.stages.tokenized_rows.template import load_template
+    from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+    from sft_pipeline.store.files import sha256_json
+
+    now = load_tokenizer(tokenizer, revision)
+    current = {
+        "tokenizer": now.sha256,
+        "template": load_template(template["chat_template"], now).sha256,
+        "mask": sha256_json({**tokens, "system": template["system"]}),
+    }
+    return [f"the {what} changed after tokenization" for what, digest in current.items() if recorded.get(f"{what}_sha256") != digest]

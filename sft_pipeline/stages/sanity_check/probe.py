@@ -1,0 +1,228 @@
+"""The boundary probe: does any example of a packed block see another?
+
+Asked of the loaded model itself, in its dtype and with its attention, through the collator and the forward that
+training uses. Three questions, for every ordered pair (i, j) of examples:
+
+    moved[i][j]      change every token of i: how far do j's predictions move?             must be 0
+    gradient[i][j]   how much of the gradient of j's loss falls on i's embeddings?         must be 0
+    alone[j]         j's loss in the block, against its loss in a row of its own           must be equal
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft_pipeline.learning.feed import Layout, Microbatch, microbatches
+from sft_pipeline.learning.loss import causal_model, install_supervised_forward
+from sft_pipeline.learning.shards import Block, Shards
+
+EXAMPLES, TOKENS_EACH = 3, 48
+STATE_SPACE = ("mamba", "jamba", "zamba", "bamba", "falcon_h1", "falcon_mamba", "rwkv", "recurrent_gemma", "lfm2", "qwen3_next", "granitemoehybrid", "nemotron_h", "xlstm", "minimax")
+Collate = Callable[[Sequence[Block]], list[Microbatch]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """moved: nats; gradient: share of the own; alone: relative."""
+
+    moved: float
+    gradient: float
+    alone: float
+
+
+TIGHT, ROUGH = Tolerance(1e-4, 1e-5, 1e-4), Tolerance(2e-2, 1e-3, 3e-2)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The verdict for one layout; matrices are [examples][examples], i is changed and j looked at."""
+
+    layout: str
+    passed: bool
+    moved: list[list[float]] = field(default_factory=list)
+    gradient: list[list[float]] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    cause: str | None = None
+    remedy: str | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The matrix of differences, for people."""
+        return [
+            {"layout": self.layout, "changed": i, **{f"moved_{j}": self.moved[i][j] for j in range(len(self.moved))}, **{f"gradient_{j}": self.gradient[i][j] for j in range(len(self.gradient))}}
+            for i in range(len(self.moved))
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"layout": self.layout, "passed": self.passed, "moved": self.moved, "gradient": self.gradient, "packed_against_alone": self.alone, "cause": self.cause, "remedy": self.remedy}
+
+
+def collate_as(layout: Layout) -> Collate:
+    """The collator that training uses for a layout."""
+    return lambda blocks: microbatches(blocks, layout=layout, per_device_batch=1, max_tokens=1 << 20)
+
+
+def probe_block(shards: Shards, *, examples: int = EXAMPLES, tokens_each: int = TOKENS_EACH) -> Block | None:
+    """A block of the first examples of the shards, cut short: the probe looks at boundaries, not at meaning.
+
+    Returns None where there are not two examples of two tokens.
+    """
+    found: list[np.ndarray] = []
+    for number in range(len(shards)):
+        block = shards.block(number)
+        for start, length in zip(block.starts, block.lengths, strict=True):
+            if length >= 2 and len(found) < examples:
+                found.append(block.input_ids[start : start + min(length, tokens_each)])
+        if len(found) >= examples:
+            break
+    return joined(found) if len(found) > 1 else None
+
+
+def joined(segments: Sequence[np.ndarray]) -> Block:
+    """One block of whole segments, every token supervised."""
+    ids = np.concatenate(segments).astype(np.int32)
+    positions = np.concatenate([np.arange(len(s)) for s in segments]).astype(np.int32)
+    return Block(0, ids, ids.copy(), positions, np.array([len(s) for s in segments], dtype=np.int32))
+
+
+def probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
+    """Asks the three questions. The model is left as it was."""
+    install_supervised_forward(model)
+    training = model.training
+    model.eval()
+    try:
+        return _probe(model, block, layout, collate)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        cause, remedy = name_the_cause(model, layout, {"position_ids": None})
+        return Probe(layout, False, cause=f"{cause} (its forward refuses an input: {error})", remedy=remedy)
+    finally:
+        model.train(training)
+
+
+def _probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
+    tolerance = TIGHT if causal_model(model).dtype in (torch.float32, torch.float64) and not _four_bit(model) else ROUGH
+    vocabulary = causal_model(model).get_input_embeddings().weight.shape[0]
+    n = len(block.lengths)
+    segments = [block.input_ids[s : s + k] for s, k in zip(block.starts, block.lengths, strict=True)]
+    before = _losses(model, collate([block]), n, segments)
+    moved = []
+    for i in range(n):
+        changed = list(segments)
+        changed[i] = (segments[i] + 1 + np.arange(len(segments[i])) % 3) % vocabulary
+        after = _losses(model, collate([joined(changed)]), n, changed)
+        moved.append([float(np.abs(after[j] - before[j]).max()) for j in range(n)])
+    gradient = _gradients(model, block, collate, n, segments)
+    single = [_losses(model, collate_as("rows")([joined([s])]), 1, [s])[0].sum() for s in segments]
+    alone = [float(abs(before[j].sum() - single[j]) / max(abs(single[j]), 1e-9)) for j in range(n)]
+    others = [(i, j) for i in range(n) for j in range(n) if i != j]
+    passed = (
+        all(moved[i][j] <= tolerance.moved and gradient[i][j] <= tolerance.gradient for i, j in others)
+        and all(a <= tolerance.alone for a in alone)
+        and all(np.isfinite(before[j]).all() for j in range(n))
+    )
+    if passed:
+        return Probe(layout, True, moved, gradient, alone)
+    inputs = collate([block])[0].inputs
+    cause, remedy = name_the_cause(model, layout, inputs)
+    if not all(np.isfinite(b).all() for b in before):
+        cause, remedy = "the model's predictions are not finite before any training", "check the base model's weights and training.precision"
+    return Probe(layout, False, moved, gradient, alone, cause, remedy)
+
+
+def _four_bit(model: Any) -> bool:
+    return bool(getattr(causal_model(model), "is_loaded_in_4bit", False))
+
+
+def _losses(model: Any, batches: Sequence[Microbatch], n: int, segments: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """NLL of each predicted token, by example. Examples are told apart by their ids, since a layout may reorder them."""
+    found: list[np.ndarray | None] = [None] * n
+    device = causal_model(model).device
+    with torch.no_grad():
+        for m in batches:
+            m = m.to(device)
+            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")["nll"]
+            for j, part in _owners(m, segments, found):
+                found[j] = nll[part].double().cpu().numpy()
+    if any(f is None for f in found):
+        raise AssertionError("the collator lost an example")
+    return [f for f in found if f is not None]
+
+
+def _owners(m: Microbatch, segments: Sequence[np.ndarray], taken: list[Any]) -> list[tuple[int, slice]]:
+    """Which scored predictions belong to which example: runs of targets that equal an example's tokens after the first."""
+    targets = m.targets.cpu().numpy()
+    owners, start, used = [], 0, {j for j, t in enumerate(taken) if t is not None}
+    while start < len(targets):
+        for j, segment in enumerate(segments):
+            stop = start + len(segment) - 1
+            if j not in used and stop <= len(targets) and np.array_equal(targets[start:stop], segment[1:]):
+                used.add(j)
+                owners.append((j, slice(start, stop)))
+                start = stop
+                break
+        else:
+            raise AssertionError("the collator changed the order of tokens within an example")
+    return owners
+
+
+def _gradients(model: Any, block: Block, collate: Collate, n: int, segments: Sequence[np.ndarray]) -> list[list[float]]:
+    """Norm of d loss_j / d embeddings_i, as a share of d loss_j / d embeddings_j."""
+    embedding = causal_model(model).get_input_embeddings()
+    device = causal_model(model).device
+    shares = [[0.0] * n for _ in range(n)]
+    taken: list[np.ndarray] = []
+
+    def leaf(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        kept.append(output.detach().requires_grad_(True))
+        return kept[-1]
+
+    for m in collate([block]):
+        m = m.to(device)
+        kept: list[torch.Tensor] = []
+        hook = embedding.register_forward_hook(leaf)
+        try:
+            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")["nll"]
+        finally:
+            hook.remove()
+        owners = _owners(m, segments, [1 if any(x is j for x in taken) else None for j in range(n)])
+        for j, part in owners:
+            (grad,) = torch.autograd.grad(nll[part].sum(), kept[0], retain_graph=True)
+            norms = grad.reshape(-1, grad.shape[-1]).double().norm(dim=-1).cpu().numpy()
+            own = max(float(np.sqrt((norms[_span(m, part)] ** 2).sum())), 1e-30)
+            for i, other in owners:
+                if i != j:
+                    shares[i][j] = float(np.sqrt((norms[_span(m, other)] ** 2).sum())) / own
+    return shares
+
+
+def _span(m: Microbatch, part: slice) -> np.ndarray:
+    """Flat positions of an example's tokens: those it predicts from, and the last one."""
+    index = m.index.cpu().numpy()[part]
+    return np.append(index, index[-1] + 1)
+
+
+def name_the_cause(model: Any, layout: str, inputs: dict[str, Any]) -> tuple[str, str]:
+    """Why examples see each other, and what to do."""
+    causal = causal_model(model)
+    config = causal.config.get_text_config()
+    kind = getattr(config, "model_type", "")
+    layers = set(getattr(config, "layer_types", None) or [])
+    if any(kind.startswith(s) for s in STATE_SPACE) or layers & {"linear_attention", "mamba", "conv", "recurrent"} or getattr(causal, "_is_stateful", False):
+        return (
+            f"{kind} belongs to the state-space or convolution family: its state runs on across the boundary of examples, whatever the positions say",
+            "set packing.strategy: none",
+        )
+    if inputs.get("attention_mask") is not None:
+        return "an attention mask is passed beside the position ids: it switches the block-diagonal mask off", "leave attention_mask out of the packed batch"
+    if inputs.get("use_cache"):
+        return "the cache is on: positions are then not read as boundaries", "pass use_cache=False"
+    if layout != "rows" and "position_ids" not in inputs:
+        return "the packed batch has no position ids: the whole row is one document", "pass position ids that restart at each example"
+    return (
+        f"{type(causal).__name__} with attention {config._attn_implementation} does not read position ids as boundaries",
+        "set packing.strategy: none, or another model.attention",
+    )

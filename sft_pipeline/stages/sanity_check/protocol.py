@@ -1,0 +1,265 @@
+"""The trials on a throw-away copy of the model: overfit a few rows, run for a while, say something."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+from sft_pipeline.learning.feed import Feed, microbatches
+from sft_pipeline.learning.loss import install_supervised_forward
+from sft_pipeline.learning.schedule import Schedule
+from sft_pipeline.learning.shards import Block, Shards
+from sft_pipeline.learning.trainer import Intervals, NotFinite, SupervisedTrainer, UpdateNumbers
+from sft_pipeline.reporting import Reporter
+
+ADAPTER_OVERFIT_RATE, FULL_OVERFIT_RATE = 2e-3, 5e-4
+EVALUATION_BLOCKS = 16
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """Losses per supervised token over the same rows; `target` is what had to be reached."""
+
+    passed: bool
+    rows: int
+    losses: list[float]
+    target: float
+    learning_rate: float
+
+    @property
+    def words(self) -> str:
+        change = f"{self.losses[0]:.3f} to {self.losses[-1]:.3f} in {len(self.losses) - 1} updates on {self.rows} rows"
+        if self.passed:
+            return f"Learned by heart: the loss fell from {change}."
+        return f"The loss only went from {change}, {self.target:.3f} was needed: nothing can be learned from these labels, or too little is trained (LoRA rank, frozen parts)"
+
+
+def overfit(model: Any, rows: Sequence[Block], *, steps: int, fraction: float, adapters: bool, max_tokens: int, clip: float, report: Reporter) -> Overfit:
+    """Trains on the same few rows with AdamW until the loss is `fraction` of its start, for at most `steps` updates.
+
+    The rate is the trial's own: whether the rows *can* be learned is asked here, whether the recipe's rate is sound is
+    asked by the short run. Where the first rate does not do, a second one is tried: a fifth of it if the loss rose,
+    five times it if the loss fell too slowly.
+    """
+    install_supervised_forward(model)
+    batches = microbatches(rows, layout="rows", per_device_batch=1, max_tokens=max_tokens)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    rate = ADAPTER_OVERFIT_RATE if adapters else FULL_OVERFIT_RATE
+    count = sum(len(b.lengths) for b in rows)
+    for attempt in (0, 1):
+        losses = _descend(model, parameters, batches, steps, fraction, rate, clip, report)
+        if attempt or losses[-1] <= fraction * losses[0]:
+            break
+        other = rate * 5 if losses[-1] <= losses[0] else rate / 5
+        report.log(f"the overfitting trial went from {losses[0]:.2f} to {losses[-1]:.2f} at a learning rate of {rate:g}; trying {other:g}")
+        rate = other
+        with torch.no_grad():
+            for p, s in zip(parameters, start, strict=True):
+                p.copy_(s)
+    target = fraction * losses[0]
+    return Overfit(math.isfinite(losses[-1]) and losses[-1] <= target, count, losses, target, rate)
+
+
+def _descend(model: Any, parameters: list[Any], batches: Sequence[Any], steps: int, fraction: float, rate: float, clip: float, report: Reporter) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    supervised = max(1, sum(len(m.targets) for m in batches))
+    device = parameters[0].device
+    losses: list[float] = []
+    model.train()
+    for step in range(steps + 1):
+        total = 0.0
+        for m in batches:
+            m = m.to(device)
+            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")["nll"]
+            (nll / supervised).backward()
+            total += float(nll.detach())
+        losses.append(total / supervised)
+        report.progress("overfitting a few rows", step, steps, "updates")
+        done = step == steps or not math.isfinite(losses[-1]) or losses[-1] <= fraction * losses[0] or losses[-1] > 3 * losses[0] + 1
+        if done:
+            report.progress("overfitting a few rows", steps, steps, "updates")
+            break
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+@dataclass
+class ShortRun:
+    """The curves of the short run, and what they say."""
+
+    loss: Curve = field(default_factory=list)
+    val_loss: Curve = field(default_factory=list)
+    grad_norm: Curve = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    stride: float = 0.0
+    failure: str | None = None
+
+    def problems(self) -> list[str]:
+        """Divergence, oscillation and NaN, in words; empty when the run is sound."""
+        return [self.failure] if self.failure else judge(self.loss, self.val_loss, self.stride)
+
+
+def stride(parameters: Sequence[torch.Tensor], learning_rate: float) -> float:
+    """How far one AdamW update at this rate moves a trained weight, in units of the weights' own size (median of the
+    tensors' RMS; those that start at zero, as half of an adapter does, have none). About 0.001 in a sound recipe."""
+    sizes = [s for s in (float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1) if s > 0]
+    return learning_rate / median(sizes) if sizes else 0.0
+
+
+def judge(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
+    """What is wrong with a short run.
+
+    Divergence: the validation loss, or the level of the training loss, gets well above its start. Oscillation: from
+    update to update the loss jumps by half its level and more, without getting lower. Stride: an update moves weights
+    by half their size and more, so that what they held is gone, whatever the loss of a few updates says. The bounds
+    are wide: noise of a small batch must not stop a sound recipe.
+    """
+    found = []
+    values = [v for _, v in loss]
+    if any(not math.isfinite(v) for v in values + [v for _, v in val_loss]):
+        return ["the loss is NaN or infinite"]
+    if stride > 0.5:
+        found.append(f"one update moves the trained weights by {stride:.1f} times their size")
+    worst = max(val_loss[1:], key=lambda x: x[1], default=None)
+    if worst and worst[1] > 1.1 * val_loss[0][1] + 0.05:
+        found.append(f"the validation loss rose from {val_loss[0][1]:.3f} to {worst[1]:.3f} at update {worst[0]}")
+    quarter = max(1, len(values) // 4)
+    first, last = mean(values[:quarter]), mean(values[-quarter:]) if values else 0.0
+    if values and last > 1.3 * first + 0.05:
+        found.append(f"the training loss rose from {first:.3f} to {last:.3f}")
+    if len(values) >= 6:
+        jumps = median(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+        if jumps > 0.5 * mean(values) and last > 0.9 * first:
+            found.append(f"the loss oscillates by {jumps:.2f} from update to update around {mean(values):.2f}, without falling")
+    if values and max(values) > 4 * first + 2:
+        found.append(f"the loss jumped to {max(values):.1f} from {first:.2f}")
+    return found
+
+
+class _Record:
+    """The short run's listener."""
+
+    def __init__(self, run: ShortRun, total: int, report: Reporter) -> None:
+        self.run, self.total, self.report = run, total, report
+
+    def updated(self, numbers: UpdateNumbers) -> None:
+        self.run.loss.append((numbers.step, numbers.loss))
+        self.run.grad_norm.append((numbers.step, numbers.grad_norm))
+        self.run.seconds.append(numbers.seconds)
+        self.run.tokens.append(numbers.tokens)
+        self.report.progress("short run", numbers.step, self.total, "updates")
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        self.run.val_loss.append((step, val_loss))
+
+    def should_stop(self) -> bool:
+        return False
+
+
+class FirstBlocks(Shards):
+    """The first few blocks of a side: enough for a trial's evaluations."""
+
+    def __init__(self, parts: Sequence[Path], most: int) -> None:
+        super().__init__(parts)
+        self._where = self._where[:most]
+
+
+def short_run(model: Any, feed: Feed, validation: Shards | None, tokenizer: Any, model_config: ModelConfig, training: TrainingConfig, *, steps: int, precision: str, folder: Path, report: Reporter) -> ShortRun:
+    """The first updates of the plan with the recipe's own optimizer, peak rate and schedule, the latter compressed.
+
+    Three evaluations: before, in the middle, after.
+    """
+    steps = min(steps, len(feed.plan))
+    run = ShortRun(stride=stride([p for p in model.parameters() if p.requires_grad], Schedule.of(training, model_config).peak))
+    trainer = SupervisedTrainer(
+        model, feed=replace(feed, updates=steps), validation=validation, tokenizer=tokenizer, training=training.model_copy(update={"report_to": [], "compile": False}),
+        schedule=Schedule.of(training, model_config), precision=precision, folder=folder, listener=_Record(run, steps, report),
+        intervals=Intervals(steps, max(1, math.ceil(steps / 2)), steps),
+    )  # fmt: skip
+    try:
+        trainer.run()
+    except NotFinite as error:
+        run.failure = str(error)
+    return run
+
+
+def overfit_rows(shards: Shards, feed: Feed, count: int) -> list[Block]:
+    """The first `count` examples of the plan's first updates, each as a block of its own."""
+    found: list[Block] = []
+    for update in range(len(feed.plan)):
+        for number in feed.plan.blocks(update):
+            block = shards.block(int(number))
+            for start, n in zip(block.starts, block.lengths, strict=True):
+                cut = slice(int(start), int(start + n))
+                if (block.labels[cut][1:] != -100).any():
+                    found.append(Block(len(found), block.input_ids[cut], block.labels[cut], block.position_ids[cut], np.array([n], dtype=np.int32)))
+                if len(found) == count:
+                    return found
+    return found
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of the whole training, from the short run; seconds with one standard deviation of the updates' own spread."""
+
+    updates: int
+    seconds: float
+    error: float
+    memory_mb: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.updates:,} updates in about {_clock(self.seconds)} (give or take {_clock(self.error)}), {self.memory_mb:,.0f} MB; evaluations and checkpoints not counted"
+
+
+def forecast(run: ShortRun, updates: int, memory_mb: float) -> Forecast | None:
+    """The first update, which warms things up, does not count."""
+    seconds = run.seconds[1:] or run.seconds
+    if not seconds:
+        return None
+    spread = pstdev(seconds) if len(seconds) > 1 else seconds[0]
+    # The sum's own noise, and that of the mean it is scaled from.
+    error = spread * math.sqrt(updates) + updates * spread / math.sqrt(len(seconds))
+    return Forecast(updates, mean(seconds) * updates, error, memory_mb)
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True)
+class WorstBlock:
+    """One update's work on the fullest micro-batch: the memory it takes."""
+
+    tokens: int
+    memory_mb: float
+    seconds: float
+
+
+def worst_block(model: Any, shards: Shards, feed: Feed, memory: Any) -> WorstBlock:
+    """Forward and backward over the fullest blocks of the first row groups, as one micro-batch of the layout in use."""
+    blocks = [shards.block(i) for i in range(min(len(shards), 256))]
+    blocks.sort(key=lambda b: -len(b.input_ids))
+    batch = max(microbatches(blocks[: feed.per_device_batch], layout=feed.layout, per_device_batch=feed.per_device_batch, max_tokens=feed.max_tokens), key=lambda m: m.inputs["input_ids"].numel())
+    device = next(model.parameters()).device
+    model.train()
+    began = time.monotonic()
+    batch = batch.to(device)
+    model(**batch.inputs, supervised_index=batch.index, supervised_targets=batch.targets, reduction="sum")["nll"].backward()
+    model.zero_grad(set_to_none=True)
+    return WorstBlock(int(batch.inputs["input_ids"].numel()), memory(), time.monotonic() - began)

@@ -1,0 +1,108 @@
+"""Blocks on disk: every row once, boundaries kept, the same bytes twice."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.packed_shards.asset import STAGE
+from sft_pipeline.stages.packed_shards.blocks import BLOCKS, position_ids
+from sft_pipeline.stages.packed_shards.build import build
+from sft_pipeline.stages.packed_shards.config import PackedShardsConfig, PackingConfig
+from sft_pipeline.stages.stage import Build, Built
+from sft_pipeline.stages.tables import PartWriter, read_rows
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
+from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
+from sft_pipeline.store import Artifact
+from sft_pipeline.store.manifest import data_version, list_files
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        length = int(rng.integers(4, 60))
+        ids = rng.integers(0, 1000, length).astype(np.int32)
+        prompt = int(rng.integers(1, length - 1))
+        labels = np.where(np.arange(length) >= prompt, ids, IGNORE).astype(np.int32)
+        out.append(Example(f"{i:032x}", f"g{i}", ids, labels, prompt, 0, "x"))
+    return out
+
+
+def tokenized(folder: Path, train: list[Example], validation: list[Example] = ()) -> Artifact:
+    for side, rows in (("train", train), ("validation", validation), ("test", ())):
+        with PartWriter(folder / side, TOKENIZED, rows_per_part=64, row_group=16) as out:
+            if rows:
+                out.write(to_batch(list(rows)))
+    return Artifact(folder)
+
+
+def run(tmp_path: Path, source: Artifact, name: str = "out", strategy: str = "bfd", **config) -> tuple[Built, Path]:
+    out = tmp_path / name
+    out.mkdir()
+    settings = {"packing": PackingConfig(strategy=strategy), "max_length": 128, "blocks_per_update": 8, "epochs": 2, "seed": 7, **config}
+    work = tmp_path / "work"
+    built = build(Build(config=PackedShardsConfig(**settings), inputs={"tokenized_rows": source}, out=out, work=work, report=Reporter(), asset="r/packed_shards"))
+    assert not work.exists()
+    return built, out
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "none"])
+def test_every_accepted_row_is_exactly_once_in_the_packs_whole_and_with_its_boundaries(tmp_path, strategy):
+    train, validation = examples(300), examples(20, seed=1)
+    built, out = run(tmp_path, tokenized(tmp_path / "in", train, validation), strategy=strategy)
+    assert all(c.passed for c in built.checks), [c.description for c in built.checks]
+    assert sorted(c.name for c in built.checks) == sorted(c.name for c in STAGE.checks)
+    for side, given in (("train", train), ("validation", validation)):
+        parts = sorted((out / side).glob("*.parquet"))
+        assert pq.read_schema(parts[0]).equals(BLOCKS)
+        by_id = {e.row_id: e for e in given}
+        seen = []
+        for i, block in enumerate(read_rows(parts)):
+            assert block["block"] == i and len(block["input_ids"]) == sum(block["lengths"]) <= 128
+            start = 0
+            for row_id, length in zip(block["row_ids"], block["lengths"], strict=True):
+                piece = slice(start, start + length)
+                assert block["input_ids"][piece] == by_id[row_id].input_ids.tolist()
+                assert block["labels"][piece] == by_id[row_id].labels.tolist()
+                assert block["position_ids"][piece] == list(range(length))
+                seen.append(row_id)
+                start += length
+        assert sorted(seen) == sorted(by_id)
+    plan = pq.read_table(out / "plan.parquet").to_pandas()
+    assert built.counts["updates"] == plan["update"].nunique() and (plan.groupby(["epoch", "block"]).size() == 1).all()
+    assert plan.groupby("epoch")["supervised"].sum().tolist() == [built.counts["supervised_tokens"]] * 2
+
+
+def test_two_segments_of_three_restart_their_positions():
+    assert position_ids(np.array([3, 3])).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_built_twice_it_has_the_same_data_version_and_another_seed_moves_blocks(tmp_path):
+    source = tokenized(tmp_path / "in", examples(120))
+    versions = []
+    for name, seed in (("one", 7), ("two", 7), ("three", 8)):
+        built, out = run(tmp_path, source, name, seed=seed)
+        versions.append(data_version(list_files(out, built.volatile)))
+    assert versions[0] == versions[1] != versions[2]
+
+
+def test_no_training_rows_is_a_clear_error(tmp_path):
+    with pytest.raises(InputError, match="no rows"):
+        run(tmp_path, tokenized(tmp_path / "in", []))
+
+
+def test_an_empty_validation_side_is_fine(tmp_path):
+    built, out = run(tmp_path, tokenized(tmp_path / "in", examples(30)))
+    assert built.counts["validation_blocks"] == 0 and all(c.passed for c in built.checks)
+    assert pq.read_table(out / "validation").num_rows == 0
+
+
+def test_a_label_that_is_not_its_input_fails_a_blocking_check(tmp_path):
+    wrong = examples(30)
+    wrong[3].labels[-1] = 5_000
+    built, _ = run(tmp_path, tokenized(tmp_path / "in", wrong))
+    assert not {c.name: c for c in built.checks}["labels_match_inputs"].passed

@@ -1,0 +1,234 @@
+"""Every file format gives the same rows; what cannot be decoded is kept with its place and bytes."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.stages.raw_rows import json_document, readers, streams
+from sft_pipeline.stages.raw_rows.config import RawSource
+from sft_pipeline.stages.raw_rows.decode import Bad, Row, decode_object
+from sft_pipeline.stages.raw_rows.hub import read_hub
+from sft_pipeline.stages.raw_rows.locate import find_files
+from sft_pipeline.stages.raw_rows.readers import read_file
+
+ROWS = [{"prompt": f"Is key {i} stale?", "completion": f"Ask the owner of {i} — no, é, 漢字, \u2028, “quotes” \"and\" commas,"} for i in range(50)]
+JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
+
+
+def read(path: Path | str) -> list[Row | Bad]:
+    return [row for file in find_files([RawSource(path=str(path), static=True)], 0, "") for row in read_file(file)]
+
+
+def contents(path: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(r.content) for r in read(path) if isinstance(r, Row)]
+
+
+def put(folder: Path, name: str, data: bytes | str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def as_csv(delimiter: str) -> str:
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"'
+
+    return "\ufeff" + "".join(delimiter.join(map(quoted, line)) + "\r\n" for line in [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in ROWS)])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("rows.jsonl", JSONL),
+        ("rows.JSONL", b"\xef\xbb\xbf" + JSONL.replace(b"\n", b"\r\n\n")),
+        ("rows.jsonl.gz", gzip.compress(JSONL)),
+        ("rows.jsonl.gz", gzip.compress(JSONL[:700]) + gzip.compress(JSONL[700:])),
+        ("rows.jsonl.zst", zstandard.compress(JSONL)),
+        ("rows.jsonl.zst", zstandard.compress(JSONL[:700]) + zstandard.compress(JSONL[700:])),
+        ("rows.json", json.dumps(ROWS)),
+        ("rows.json", json.dumps(ROWS, indent=2, ensure_ascii=False)),
+        ("rows.json", json.dumps({"version": 3, "tags": ["a"], "rows": ROWS, "end": {"a": [1]}}, indent=1)),
+        ("rows.json", json.dumps({"rows": ROWS})),
+        ("rows.json", JSONL),
+        ("rows.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("rows.csv", as_csv(",")),
+        ("rows.csv.gz", gzip.compress(as_csv(",").encode())),
+        ("rows.tsv", as_csv("\t")),
+    ],
+)
+def test_each_format_gives_the_same_rows(tmp_path: Path, name: str, data: bytes | str) -> None:
+    assert contents(put(tmp_path, name, data)) == ROWS
+
+
+def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet", row_group_size=7)
+    assert contents(tmp_path / "rows.parquet") == ROWS
+    assert [r.line for r in read(tmp_path / "rows.parquet")] == list(range(1, 51))
+
+
+def test_parquet_times_become_text_and_nan_becomes_null(tmp_path: Path) -> None:
+    table = pa.table({"at": pa.array([0], pa.timestamp("s")), "score": [float("nan")], "blob": pa.array([None], pa.binary())})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert contents(tmp_path / "rows.parquet") == [{"at": "1970-01-01T00:00:00", "score": None, "blob": None}]
+    pq.write_table(table.set_column(2, "blob", pa.array([b"\xff"], pa.binary())), tmp_path / "rows.parquet")
+    assert [r.reason for r in read(tmp_path / "rows.parquet")] == ["unsupported_value"]
+
+
+def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
+    put(tmp_path, "b/two.jsonl", JSONL)
+    put(tmp_path, "a.jsonl", JSONL)
+    for ignored in ("README.md", ".hidden.jsonl", ".cache/x.jsonl", "b/LICENSE"):
+        put(tmp_path, ignored, "not a row")
+    found = find_files([RawSource(path=str(tmp_path), static=True)], 0, "")
+    assert [f.name for f in found] == ["a.jsonl", "b/two.jsonl"]
+    assert contents(tmp_path) == ROWS * 2
+    assert [f.name for f in find_files([RawSource(path=f"{tmp_path}/*/*.jsonl", static=True)], 0, "")] == ["b/two.jsonl"]
+    with fsspec.open("memory://rows/one.jsonl", "wb") as stream:
+        stream.write(JSONL)
+    assert contents("memory://rows") == ROWS
+    assert contents(f"file://{tmp_path}/a.jsonl") == ROWS
+
+
+def test_a_local_hub_folder_is_read_through_datasets(tmp_path: Path) -> None:
+    put(tmp_path, "ds/train.jsonl", "".join(json.dumps(r) + "\n" for r in ROWS))
+    rows = list(read_hub(f"hf://{tmp_path}/ds@v1"))
+    assert [json.loads(r.content) for r in rows if isinstance(r, Row)] == ROWS
+    with pytest.raises(InputError, match="no split test"):
+        list(read_hub(f"hf://{tmp_path}/ds@v1?split=test"))
+    with pytest.raises(InputError, match="add the revision"):
+        list(read_hub(f"hf://{tmp_path}/ds"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": "\xff\xfe"}', "invalid_utf8"),
+        (b'{"a": "\\ud800"}', "invalid_unicode"),
+        (b'{"a": 1', "invalid_json"),
+        (b"{'a': 1}", "invalid_json"),
+        (b"hello", "invalid_json"),
+        (b'{"a": 1} {"b": 2}', "invalid_json"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "invalid_json"),
+        (b"[1, 2]", "not_an_object"),
+        (b"null", "not_an_object"),
+        (b'{"a": NaN}', "not_finite"),
+        (b'{"a": -Infinity}', "not_finite"),
+        (b'{"a": 1e999}', "not_finite"),
+        (b'{"a": 1, "a": 2}', "duplicate_key"),
+        (b'{"a": {"b": 1, "b": 1}}', "duplicate_key"),
+        (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "too_deep"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too_deep"),
+    ],
+)
+def test_a_line_that_is_no_row_is_kept_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = put(tmp_path, "rows.jsonl", JSONL + b"\n" + line + b"\n" + JSONL)
+    found = read(path)
+    rejects = [r for r in found if isinstance(r, Bad)]
+    assert len(found) == 101
+    assert [(r.reason, r.line) for r in rejects] == [(reason, 52)]
+    assert rejects[0].raw == line.decode("utf-8", "backslashreplace")
+
+
+def test_the_row_id_is_the_hash_of_the_canonical_content() -> None:
+    one, other = decode_object(1, b'{"b": 1.50, "a": "\\u00e9"}'), decode_object(9, '{"a":"é","b":1.5}'.encode())
+    assert one.row_id == other.row_id == hashlib.sha256('{"a":"é","b":1.5}'.encode()).hexdigest()[:32]
+
+
+def test_a_broken_csv_record_costs_its_first_line_only(tmp_path: Path) -> None:
+    text = 'prompt,completion\na,b\nragged\nc,d,e\n"open,quote\nf,g\n\nh,"i\nj"\n"x" y,z\nk,l\n'
+    found = read(put(tmp_path, "rows.csv", text))
+    assert [(r.line, r.reason) for r in found if isinstance(r, Bad)] == [(3, "ragged_row"), (4, "ragged_row"), (5, "invalid_csv"), (10, "invalid_csv")]
+    assert [(r.line, json.loads(r.content)["prompt"]) for r in found if isinstance(r, Row)] == [(2, "a"), (6, "f"), (8, "h"), (11, "k")]
+
+
+def test_an_open_quote_at_the_end_does_not_swallow_the_file(tmp_path: Path) -> None:
+    found = read(put(tmp_path, "rows.csv", 'p,c\n"open,1\n' + "a,b\n" * 500))
+    assert sum(isinstance(r, Row) for r in found) == 500 and sum(isinstance(r, Bad) for r in found) == 1
+
+
+def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
+    text = '[\n{"a": 1},\n{"a": NaN},\n{"a": tru},\n5,\n{"a": "\\ud800"},\n{"a": {"b": [1, "]"}]},\n{"a": 2}\n]'
+    found = read(put(tmp_path, "rows.json", text))
+    assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
+        (2, "row"), (3, "not_finite"), (4, "invalid_json"), (5, "not_an_object"), (6, "invalid_unicode"), (7, "invalid_json"), (8, "row"),
+    ]  # fmt: skip
+    found = read(put(tmp_path, "bytes.json", b'[{"a": "\xff"}, {"a": "ok"}]'))
+    assert [r.reason if isinstance(r, Bad) else "row" for r in found] == ["invalid_utf8", "row"]
+    assert isinstance(found[0], Bad) and "\\xff" in found[0].raw
+
+
+def test_json_elements_larger_than_the_read_buffer(tmp_path: Path) -> None:
+    rows = [{"a": "é" * n + '"\\]}{[,'} for n in (3_000_000, 5, 1_500_000, 1 << 20)]
+    assert contents(put(tmp_path, "rows.json", json.dumps(rows, ensure_ascii=False))) == rows
+    assert contents(put(tmp_path, "object.json", json.dumps({"first": "x" * 2_000_000, "rows": rows}, ensure_ascii=False))) == rows
+
+
+def test_an_object_of_messages_is_one_row(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    assert contents(put(tmp_path, "row.json", json.dumps(row, indent=2))) == [row]
+    assert contents(put(tmp_path, "row.json", json.dumps(ROWS[0]))) == [ROWS[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.jsonl.gz", gzip.compress(JSONL)[:-20], "truncated gzip file after line"),
+        ("rows.jsonl.gz", b"", "truncated gzip"),
+        ("rows.jsonl.gz", JSONL, "corrupt gzip file after line 0"),
+        ("rows.jsonl.zst", zstandard.compress(JSONL)[:-20], "truncated zstd file after line"),
+        ("rows.json", json.dumps(ROWS)[:-1], "truncated or broken: expected ']'"),
+        ("rows.json", json.dumps(ROWS)[:-9], "truncated in the element"),
+        ("rows.json", '{"one": [{"a": 1}], "two": [{"b": 1}]}', "second list of objects, 'two'"),
+        ("rows.json", "[1] [2]", "goes on after its end"),
+        ("rows.json", "hello", "neither a JSON array nor an object"),
+        ("rows.json", "", "is empty"),
+        ("rows.parquet", b"PAR1 nonsense", "not a readable Parquet file"),
+        ("rows.csv", "a,b,a\n1,2,3\n", "names 'a' twice"),
+        ("rows.jsonl", JSONL.decode().encode("utf-16"), "is UTF-16"),
+    ],
+)
+def test_a_file_that_does_not_hold_together_is_one_clear_error(tmp_path: Path, name: str, data: bytes | str, message: str) -> None:
+    path = put(tmp_path, name, data)
+    with pytest.raises(InputError, match=message) as error:
+        read(path)
+    assert name in str(error.value)
+
+
+def test_a_missing_path_names_itself_and_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.jsonl does not exist .*Check `path`"):
+        read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(InputError, match="no file to read"):
+        read(put(tmp_path, "only/README.md", "x").parent)
+    with pytest.raises(InputError, match="no reader for this file"):
+        read(put(tmp_path, "rows.txt", "x"))
+
+
+def test_a_line_above_the_cap_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (streams, readers, json_document):
+        monkeypatch.setattr(module, "MAX_LINE", 10_000)
+    long = b'{"a": "' + b"x" * 50_000 + b'"}'
+    found = read(put(tmp_path, "rows.jsonl", b'{"a": 1}\n' + long + b"\n" + b'{"a": 2}\n'))
+    assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [(1, "row"), (2, "line_too_long"), (3, "row")]
+    assert isinstance(found[1], Bad) and str(len(long) + 1) in found[1].raw and len(found[1].raw) < 5_000
+    assert hashlib.sha256(long + b"\n").hexdigest() in found[1].raw
+    with pytest.raises(InputError, match="never closes"):
+        read(put(tmp_path, "rows.json", "[" + long.decode()[:-2] + "]"))
+
+
+def test_progress_is_the_bytes_of_the_file(tmp_path: Path) -> None:
+    for name, data in (("a.jsonl", JSONL), ("b.jsonl.gz", gzip.compress(JSONL)), ("c.json", json.dumps(ROWS).encode())):
+        path = put(tmp_path, name, data)
+        file = find_files([RawSource(path=str(path), static=True)], 0, "")[0]
+        seen: list[int] = []
+        list(read_file(file, seen.append))
+        assert sum(seen) == len(data)

@@ -1,0 +1,162 @@
+"""Which tokens carry loss: exact ids, every mode, and properties over generated conversations."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_pipeline.stages.tokenized_rows.config import TokensConfig
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.reasons import Reason
+from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SHORT, row, tiny_tokenizer
+
+
+def encoder(template: str = CHATML, name: str = "tokenizer", **tokens) -> RowEncoder:
+    tokenizer = tiny_tokenizer(template)
+    return RowEncoder(tokenizer, load_template(name, tokenizer), TokensConfig(**{"max_length": 4096, **tokens}))
+
+
+def example(e: RowEncoder, given_row: dict) -> Example:
+    outcome = e.encode([given_row])[0]
+    assert not isinstance(outcome, Refused), (outcome.reason, outcome.detail)
+    assert len(outcome) == 1
+    return outcome[0]
+
+
+def learnt(e: RowEncoder, x: Example) -> list[str]:
+    """The text of each supervised stretch."""
+    out, current = [], []
+    for token, label in zip(x.input_ids.tolist(), x.labels.tolist(), strict=True):
+        if label != IGNORE:
+            current.append(token)
+        elif current:
+            out, current = [*out, e.tokenizer.decode(current)], []
+    return [*out, e.tokenizer.decode(current)] if current else out
+
+
+def test_five_prefix_tokens_and_two_target_tokens_end_of_turn_included_give_5_masked_2_supervised():
+    e = encoder(SHORT)
+    x = example(e, row(("user", "xyz"), ("assistant", "q")))
+    start, end = e.tokenizer.control["<|im_start|>"], e.tokenizer.control["<|im_end|>"]
+    letters = [e.tokenizer.ids(c)[0] for c in "xyzq"]
+    assert x.input_ids.tolist() == [start, *letters[:3], end, letters[3], end]
+    assert x.labels.tolist() == [IGNORE] * 5 + [letters[3], end]
+
+
+def test_golden_ids_of_a_chat_row():
+    e = encoder()
+    x = example(e, row(("user", "who may read the report"), ("assistant", "the user")))
+    assert x.input_ids.tolist() == GOLDEN_IDS
+    assert x.labels.tolist() == [IGNORE] * x.prompt_length + GOLDEN_IDS[x.prompt_length : -1] + [IGNORE]
+    assert e.tokenizer.decode(GOLDEN_IDS) == "<|im_start|>user\nwho may read the report<|im_end|>\n<|im_start|>assistant\nthe user<|im_end|>\n"
+
+
+GOLDEN_IDS = [331, 268, 198, 301, 308, 315, 262, 328, 332, 198, 331, 277, 322, 198, 258, 304, 332, 198]
+
+MULTI = (("system", "be brief"), ("user", "one?"), ("assistant", "first"), ("user", "two?"), ("assistant", "second"), ("tool", "result"), ("assistant", "third"))
+
+
+@pytest.mark.parametrize(
+    ("supervise", "expected"),
+    [
+        ("completion", ["third<|im_end|>"]),
+        ("last_turn", ["second<|im_end|>", "third<|im_end|>"]),
+        ("assistant", ["first<|im_end|>", "second<|im_end|>", "third<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_modes(supervise, expected, template):
+    e = encoder(template, supervise=supervise)
+    assert learnt(e, example(e, row(*MULTI))) == expected
+    assert e.tally.numbers["marks_disagree"] == 0
+
+
+def test_all_supervises_everything_but_the_first_position_and_weight_0_messages():
+    e = encoder(supervise="all")
+    x = example(e, row(*MULTI))
+    assert (x.labels[1:] == x.input_ids[1:]).all() and x.labels[0] == IGNORE
+    weightless = learnt(e, example(e, row(*MULTI, weights=[None, 0.0, 0.0])))
+    assert not any("one?" in t or "first" in t for t in weightless) and any("second" in t for t in weightless)
+
+
+def test_weight_0_takes_a_turn_out_and_a_row_without_any_is_rejected():
+    e = encoder(supervise="assistant")
+    assert learnt(e, example(e, row(*MULTI, weights=[None, None, 0.0]))) == ["second<|im_end|>", "third<|im_end|>"]
+    (refused,) = encoder().encode([row(*MULTI, weights=[None] * 6 + [0.0])])
+    assert isinstance(refused, Refused) and refused.reason is Reason.NOTHING_SUPERVISED
+
+
+def test_a_token_never_forms_across_the_prompt_and_the_answer():
+    """The header ends in a newline and so does the answer begin: a server would have encoded them apart."""
+    tokenizer = tiny_tokenizer()
+    e = encoder()
+    x = example(e, row(("user", "who"), ("assistant", "\n\nthe user")))
+    prompt = tokenizer.ids("<|im_start|>user\nwho<|im_end|>\n<|im_start|>assistant\n")
+    assert x.input_ids[: x.prompt_length].tolist() == prompt
+    assert learnt(e, x) == ["\n\nthe user<|im_end|>"]
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if loop.last and '</think>' not in m.content else '')"
+    " + (m.content if loop.last else m.content.split('</think>')[-1].lstrip()) + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
+    e = encoder(THINKING, supervise="assistant")
+    x = example(e, row(("user", "a"), ("assistant", "<think>hm</think>\n\nfirst"), ("user", "b"), ("assistant", "second")))
+    assert learnt(e, x) == ["<think>\n\n</think>\n\nsecond<|im_end|>"]
+    assert e.tally.numbers["turns_not_supervised"] == 1
+    assert e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1}
+
+
+def test_a_template_whose_history_is_not_the_prompt_rejects_the_row():
+    different = CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\nSure: ' }}")
+    (refused,) = encoder(different).encode([row(("user", "a"), ("assistant", "b"))])
+    assert isinstance(refused, Refused) and refused.reason is Reason.PROMPT_NOT_PREFIX
+
+
+def test_a_template_that_loses_the_completion_rejects_the_row():
+    (refused,) = encoder(CHATML.replace("m.content", "m.content[:3]")).encode([row(("user", "ab"), ("assistant", "abcdef"))])
+    assert isinstance(refused, Refused) and refused.reason is Reason.COMPLETION_NOT_RENDERED
+
+
+def test_the_last_message_must_be_the_assistants():
+    (refused,) = encoder().encode([row(("user", "a"))])
+    assert isinstance(refused, Refused) and refused.reason is Reason.NO_FINAL_ASSISTANT
+
+
+words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufdd0\ufdd1\ufdd2"), min_size=1, max_size=24).filter(str.strip)
+turns = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    turns=turns,
+    system=st.none() | words,
+    name=st.sampled_from(["tokenizer", "chatml", "llama3", "qwen", "mistral", "alpaca", "plain"]),
+    supervise=st.sampled_from(["completion", "assistant", "last_turn"]),
+    template=st.sampled_from([CHATML, MARKED, THINKING]),
+)
+def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(turns, system, name, supervise, template):
+    e = encoder(template, name, supervise=supervise)
+    messages = ([("system", system)] if system else []) + [m for q, a in turns for m in (("user", q), ("assistant", a))]
+    given_row = row(*messages)
+    outcome = e.encode([given_row])[0]
+    if isinstance(outcome, Refused):
+        assert outcome.reason in (Reason.COMPLETION_NOT_RENDERED, Reason.CONTROL_TOKEN_IN_TEXT), (outcome.reason, outcome.detail)
+        return
+    (x,) = outcome
+    plain = [{"role": r, "content": c} for r, c in messages]
+    prompt = e.tokenizer.ids(e.template.render(plain[:-1], add_generation_prompt=True))
+    assert x.input_ids[: len(prompt)].tolist() == prompt and x.prompt_length == len(prompt)
+    supervised = x.labels != IGNORE
+    assert (x.labels[supervised] == x.input_ids[supervised]).all() and not supervised[0]
+    if supervise == "completion":
+        assert not supervised[: len(prompt)].any()
+    last = learnt(e, x)[-1]
+    assert last.endswith(e.template.stop or "") and turns[-1][1].strip() in last
+    assert e.template.render(plain).startswith(e.tokenizer.decode(prompt) + last)
+    assert all(any(a.strip() in text for _, a in turns) for text in learnt(e, x))

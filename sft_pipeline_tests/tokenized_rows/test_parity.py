@@ -1,0 +1,132 @@
+"""Rendering and ids equal those of transformers, on real tokenizers and their own templates."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.stages.tokenized_rows.config import NAMED_TEMPLATES, TokensConfig
+from sft_pipeline.stages.tokenized_rows.conversation import conversation
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.reasons import Reason
+from sft_pipeline.stages.tokenized_rows.skew import find_skew
+from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline_tests.tokenized_rows.tiny import row
+
+pytestmark = pytest.mark.shared_data
+
+OWN = ["qwen3", "smollm2", "phi-3-mini", "minimind-6400", "olmo2-dolma2"]
+WITHOUT = ["gpt2", "../models/stories260K"]
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Look <it> & up: é", "parameters": {"type": "object", "properties": {}}}}]
+CALLS = [{"type": "function", "function": {"name": "look_up", "arguments": {"what": "ключ", "n": 3}}}]
+ROWS = [
+    row(("user", "Who may read it?"), ("assistant", "The owner.")),
+    row(("system", "Be brief."), ("user", "1234 + 5678?"), ("assistant", "6912"), ("user", "And 10x that?"), ("assistant", "69120")),
+    row(("user", "  Leading and trailing  "), ("assistant", "\n\n  indented\n\tcode\n")),
+    row(("user", "emoji 😀 and 漢字"), ("assistant", "naïve café — ½ 👩‍👩‍👧")),
+    row(("user", "a\r\nb\n\n\nc"), ("assistant", "x" * 300)),
+    row(("user", "Think"), ("assistant", "<think>\nhm\n</think>\n\nDone."), ("user", "Again"), ("assistant", "Done again.")),
+]
+TOOL_ROWS = [
+    row(("user", "Look"), ("assistant", "It is there."), tools=TOOLS),
+    row(("user", "Look"), ("assistant", "Let me see."), tools=TOOLS, calls=CALLS),
+]
+
+
+@pytest.fixture(scope="module")
+def load(shared_data: Path):
+    return lru_cache(lambda name: load_tokenizer(str(shared_data / "tokenizers" / name)))
+
+
+def served(tokenizer: Tokenizer):
+    """transformers' view of the same tokenizer.json (AutoTokenizer drops part of SmolLM2's)."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(tokenizer.folder))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
+    tokenizer = load(name)
+    other, template = served(tokenizer), load_template("tokenizer", tokenizer)
+    e = RowEncoder(tokenizer, template, TokensConfig(max_length=4096))
+    rows = ROWS + (TOOL_ROWS if name in ("qwen3", "minimind-6400") else [])
+    for given, outcome in zip(rows, e.encode(rows), strict=True):
+        plain = conversation(given)
+        text = template.render(plain.messages, plain.tools)
+        assert text == other.apply_chat_template(plain.messages, tools=plain.tools, tokenize=False)
+        prompt = other.apply_chat_template(plain.messages[:-1], tools=plain.tools, add_generation_prompt=True, return_dict=False)
+        assert not isinstance(outcome, Refused), (given["messages"], outcome)
+        (x,) = outcome
+        assert x.input_ids[: x.prompt_length].tolist() == prompt
+        learnt = tokenizer.decode(x.labels[x.labels != IGNORE].tolist())
+        assert learnt.endswith(template.stop or "") and (x.labels[: x.prompt_length] == IGNORE).all()
+        assert "".join(plain.completion.split()) in "".join(learnt.split())
+        joined = other(text, add_special_tokens=False)["input_ids"]
+        if joined[: len(prompt)] == prompt and not plain.completion[:1].isspace():
+            assert x.input_ids.tolist() == joined
+
+
+@pytest.mark.parametrize("name", OWN + WITHOUT)
+@pytest.mark.parametrize("template", NAMED_TEMPLATES)
+@pytest.mark.parametrize("supervise", ["completion", "assistant"])
+def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(load, name, template, supervise):
+    tokenizer = load(name)
+    named = load_template(template, tokenizer)
+    assert named.stop == tokenizer.special["eos_token"]
+    e = RowEncoder(tokenizer, named, TokensConfig(max_length=4096, supervise=supervise))
+    for given, outcome in zip(ROWS, e.encode(ROWS), strict=True):
+        assert not isinstance(outcome, Refused), (given["messages"], outcome)
+        (x,) = outcome
+        learnt = x.labels[x.labels != IGNORE]
+        assert learnt[-1] == tokenizer.id_of("eos_token") and x.input_ids.max() < tokenizer.vocab_size
+        assert (x.input_ids[:1].tolist() == [tokenizer.id_of("bos_token")]) or not tokenizer.adds_bos
+        prompt = named.render(conversation(given).messages[:-1], add_generation_prompt=True)
+        assert x.input_ids[: x.prompt_length].tolist() == tokenizer.ids(prompt)
+
+
+def test_phi_3_ends_turns_with_a_token_that_is_not_eos(load):
+    assert load_template("tokenizer", load("phi-3-mini")).stop == "<|end|>"
+
+
+def test_an_empty_thinking_block_is_reported_and_history_without_thinking_is_supervised(load):
+    tokenizer = load("qwen3")
+    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096, supervise="assistant"))
+    e.encode([ROWS[1]])
+    assert e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1} and e.tally.numbers["turns_not_supervised"] == 0
+    e.encode([ROWS[5]])
+    assert e.tally.numbers["turns_not_supervised"] == 1
+
+
+def test_a_template_that_always_opens_with_thinking_refuses_a_row_that_thinks(load):
+    tokenizer = load("minimind-6400")
+    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096))
+    (refused,) = e.encode([row(("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"))])
+    assert isinstance(refused, Refused) and refused.reason is Reason.PROMPT_NOT_PREFIX
+
+
+def test_skew_of_smollm2_is_found_and_qwen3_has_none(load):
+    texts = [conversation(row(("user", f"line {i}:\n   {i * 37} and\t{i}"), ("assistant", f"  {i * 1009}"))) for i in range(40)]
+    smollm = load("smollm2")
+    skew = find_skew(smollm, load_template("tokenizer", smollm), texts)
+    assert skew.found and skew.other_ids > 0 and skew.other_prompt == 0 and "tokenizer.json" in skew.example
+    qwen = load("qwen3")
+    assert not find_skew(qwen, load_template("tokenizer", qwen), texts).found
+
+
+def test_a_tokenizer_without_a_template_asks_for_a_named_one(load):
+    with pytest.raises(InputError, match="chatml"):
+        load_template("tokenizer", load("gpt2"))
+
+
+def test_real_answers_keep_their_ids(load, shared_data):
+    """Encoding prompt and answer apart changes nothing on real rows."""
+    tokenizer = load("qwen3")
+    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096))
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]
+    rows = [row(("user", r["question"]), ("assistant", r["answer"])) for r in map(json.loads, lines)]
+    for given, outcome in zip(rows, e.encode(rows), strict=True):
+        assert outcome[0].input_ids.tolist() == tokenizer.ids(e.template.render(conversation(given).messages))

@@ -1,0 +1,93 @@
+"""Reading tokenizer files and templates: what is wrong is said clearly."""
+
+import json
+
+import pytest
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+from sft_pipeline_tests.tokenized_rows.tiny import CHATML, save_tokenizer, tiny_tokenizer
+
+HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+def test_special_tokens_may_be_text_or_dicts_and_templates_a_list(tmp_path):
+    folder = save_tokenizer(tmp_path, template=None, eos_token={"content": "<|im_end|>", "special": True})
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "T" + CHATML}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.special["eos_token"] == "<|im_end|>" and tokenizer.generation_eos == (3, 4)
+    template = load_template("tokenizer", tokenizer)
+    assert template.render(HI).startswith("<|im_start|>") and template.render(HI, [{"name": "f"}]).startswith("T<|im_start|>")
+
+
+def test_a_jinja_file_beside_the_tokenizer_wins(tmp_path):
+    folder = save_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text("X" + CHATML)
+    assert load_template("tokenizer", load_tokenizer(str(folder))).render(HI).startswith("X")
+
+
+def test_a_jinja_file_of_the_recipe(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text(CHATML)
+    assert load_template(str(path), tiny_tokenizer()).stop == "<|im_end|>"
+    path.write_text("{% for m in messages %}")
+    with pytest.raises(InputError, match=r"mine\.jinja, line 1"):
+        load_template(str(path), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), "fast tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "not a readable tokenizer.json"),
+        (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, spoil, message):
+    folder = save_tokenizer(tmp_path / "tok")
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(str(folder))
+
+
+def test_a_missing_folder_and_an_unpinned_hub_id_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="pinned revision"):
+        load_tokenizer("owner/name")
+
+
+def test_an_unknown_template_lists_the_known_ones():
+    with pytest.raises(InputError, match="chatml, llama3, qwen, mistral, alpaca, plain"):
+        load_template("chatlm", tiny_tokenizer())
+
+
+def test_the_clock_is_frozen():
+    tokenizer = tiny_tokenizer("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    template = load_template("tokenizer", tokenizer)
+    assert template.uses_clock and template.render(HI).startswith("2024-07-26<|im_start|>")
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    folder = save_tokenizer(tmp_path)
+    before = load_tokenizer(str(folder))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|pad|>"}))
+    after = load_tokenizer(str(folder))
+    assert before.sha256 != after.sha256
+    assert load_template("tokenizer", before).sha256 != load_template("tokenizer", after).sha256
+
+
+def test_a_sandboxed_template_cannot_reach_out():
+    from sft_pipeline.stages.tokenized_rows.config import TokensConfig
+    from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
+    from sft_pipeline_tests.tokenized_rows.tiny import row
+
+    tokenizer = tiny_tokenizer("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig())
+    (refused,) = e.encode([row(("user", "a"), ("assistant", "b"))])
+    assert isinstance(refused, Refused) and refused.reason == "template_error"
