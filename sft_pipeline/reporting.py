@@ -30,10 +30,8 @@ class Reporter:
 
     def track(self, items: Iterable[T], name: str, total: float | None, unit: str = "rows") -> Iterator[T]:
         """Yields the items, reporting progress by their number."""
-        done = 0
-        for item in items:
+        for done, item in enumerate(items, 1):
             yield item
-            done += 1
             self.progress(name, done, total, unit)
 
 

@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Supervised fine-tuning, from raw rows to a traceable model.",
 )
+PIPE_WIDTH = 200  # columns where nobody's terminal says how many there are
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of its file")]
@@ -45,7 +46,7 @@ def run(
     if as_json:
         print_json(result.to_json())
     else:
-        result.show(Console())
+        result.show(_out())
     raise typer.Exit(result.exit_code)
 
 
@@ -58,7 +59,7 @@ def check(recipe: Recipe, snapshot: Snapshot = None, overrides: Set = None, as_j
     if as_json:
         print_json(result)
     else:
-        show_check(result, Console())
+        show_check(result, _out())
     raise typer.Exit(0 if result["valid"] else 2)
 
 
@@ -85,7 +86,7 @@ def inspect(
         snapshot=snapshot,
         overrides=overrides or [],
         console=err,
-        out=None if as_json else Console(),
+        out=None if as_json else _out(),
     )
     if as_json:
         print_json(result)
@@ -102,7 +103,7 @@ def lineage(
     """Print the chain from an exported model back to its source files."""
     from sft_pipeline.cli.lineage import show_lineage
 
-    result = show_lineage(model_dir, verify=verify, console=err, out=None if as_json else Console())
+    result = show_lineage(model_dir, verify=verify, console=err, out=None if as_json else _out())
     if as_json:
         print_json(result)
     raise typer.Exit(1 if verify and not result["verified"] else 0)
@@ -115,7 +116,7 @@ def trace(
     """Find the artifacts, updates and exported models that contain a row or a group."""
     from sft_pipeline.cli.trace import show_trace
 
-    result = show_trace(group_or_row_id, console=err, out=None if as_json else Console())
+    result = show_trace(group_or_row_id, console=err, out=None if as_json else _out())
     if as_json:
         print_json(result)
 
@@ -129,6 +130,10 @@ def ui(
     from sft_pipeline.cli.ui import serve
 
     serve(port, mlflow_port, err)
+
+
+def _out() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def print_json(value: Any) -> None:

@@ -97,7 +97,7 @@ def run_recipe(
     Raises:
         InputError: The recipe, dataset, snapshot or asset name is not there.
     """
-    catalog, branch = find_branch(recipe, snapshot, overrides)
+    _, branch = find_branch(recipe, snapshot, overrides)
     last = until or list(STAGES)[-1]
     if last not in STAGES:
         raise InputError(f"--until {last}: no such asset; take one of {', '.join(STAGES)}")

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -121,6 +122,8 @@ def _isolate(
     processes = recipe.training.processes if recipe and stage.name == "trained_checkpoints" else 1
     parent = multiprocessing.parent_process()
     watch = [str(parent.pid)] if parent and parent.pid else []
+    # The message reader's count of writers is a preview; nothing here uses it.
+    warnings.filterwarnings("ignore", category=dg.PreviewWarning)
     with dg.open_pipes_session(
         context=context,
         context_injector=dg.PipesTempFileContextInjector(),
@@ -142,12 +145,12 @@ def _results(stage: Stage, outcome: Outcome) -> Iterator[Any]:
     artifact, manifest = outcome.artifact, outcome.artifact.manifest
     report = read_report(artifact)
     metadata: dict[str, Any] = {
+        **to_metadata(report["evidence"], artifact),
+        **{f"count/{name}": value for name, value in manifest.counts.items()},
         "cached": outcome.cached,
         "accepted": manifest.accepted,
-        "path": dg.MetadataValue.path(str(artifact.path)),
         "fingerprint": manifest.fingerprint,
-        **{f"count/{name}": value for name, value in manifest.counts.items()},
-        **to_metadata(report["evidence"], artifact),
+        "path": dg.MetadataValue.path(str(artifact.path)),
     }
     if manifest.mlflow_run_id:
         metadata["mlflow_run_id"] = manifest.mlflow_run_id

@@ -4,6 +4,7 @@ Where row groups and parts end depends only on the rows, never on how they were 
 twice has the same bytes. Memory holds one row group when writing and one batch when reading.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -104,7 +105,8 @@ class FileWriter:
             self.close()
         else:
             self._pending = []
-            self._writer.close()
+            with contextlib.suppress(OSError):  # the first error is the one to tell, not that the footer fails too
+                self._writer.close()
 
 
 class PartWriter:

@@ -53,7 +53,7 @@ class MlflowTracker:
         )
         experiment_id, run_id = _open_run(client, branch, training)
         self._describe(client, run_id, branch, inputs)
-        listener = MlflowReporter(client, run_id)
+        listener = MlflowReporter(client, run_id, resumes=stage.name == "trained_checkpoints")
         url = links.mlflow_run_url(experiment_id, run_id)
 
         def committed(artifact: Artifact) -> None:
@@ -169,16 +169,24 @@ def _open_run(client: Any, branch: Branch, training_fingerprint: str) -> tuple[s
 
 
 class MlflowReporter(Reporter):
-    """Logs metrics in batches; a point that a killed training had logged before is not logged twice."""
+    """Logs metrics in batches.
 
-    def __init__(self, client: Any, run_id: str) -> None:
+    Args:
+        resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it had logged
+            is not logged twice. Otherwise a later point takes the place of an earlier one.
+    """
+
+    def __init__(self, client: Any, run_id: str, *, resumes: bool) -> None:
         self._client = client
         self._run_id = run_id
+        self._resumes = resumes
         self._waiting: list[Any] = []
         self._logged_to: dict[str, int] = {}
         self._last_flush = time.monotonic()
 
     def _is_new(self, key: str, step: int) -> bool:
+        if not self._resumes:
+            return True
         if key not in self._logged_to:
             history = self._client.get_metric_history(self._run_id, key)
             self._logged_to[key] = max((m.step for m in history), default=-1)
@@ -247,24 +255,7 @@ def log_lineage(client: Any, run_id: str, artifact: Artifact) -> None:
 
 
 def log_evaluation(client: Any, run_id: str, artifact: Artifact) -> None:
-    """Every checkpoint's scores by step, and base against tuned on the test side."""
-    from mlflow.entities import Metric
-
-    result = json.loads(artifact.file("evaluation.json").read_text())
-    now = int(time.time() * 1000)
-    metrics = [
-        Metric(f"test/{who}/{name}", float(v), now, 0)
-        for who in ("base", "tuned")
-        for name, v in result[who].items()
-        if isinstance(v, (int, float))
-    ]
-    for checkpoint in result["checkpoints"]:
-        metrics += [
-            Metric(f"validation/{k}", float(v), now, checkpoint["step"])
-            for k, v in checkpoint.items()
-            if k != "step" and type(v) in (int, float)
-        ]
-    client.log_batch(run_id, metrics=metrics)
+    """The whole judgement; its numbers came as metrics while it was made."""
     for name in ("evaluation.json", "samples.parquet"):
         client.log_artifact(run_id, str(artifact.file(name)), "evaluation")
 

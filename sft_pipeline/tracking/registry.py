@@ -64,7 +64,7 @@ def _beats_champion(
         champion = client.get_model_version_by_alias(name, CHAMPION)
     if champion is None:
         return True, "the first version"
-    if champion.version == version.version:
+    if str(champion.version) == str(version.version):
         return False, "it is the champion already"
     term = branch.the_recipe().evaluation.rank_by[0]
     theirs, ours = store.get(champion.tags.get("sft.evaluation", "")), store.get(evaluation)

@@ -80,6 +80,22 @@ def test_a_side_that_loses_all_its_rows_fails_a_blocking_check(tmp_path):
     assert not {c.name: c for c in built.checks}["sides_not_empty"].passed
 
 
+def test_a_tokenizer_that_does_not_give_text_back_is_blocked(tmp_path):
+    from tokenizers import Tokenizer, normalizers
+
+    folder = save_tokenizer(tmp_path / "lossy")
+    lossy = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lossy.normalizer = normalizers.Lowercase()
+    lossy.save(str(folder / "tokenizer.json"))
+    config = TokenizedRowsConfig(tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=TokensConfig(max_length=128))
+    split = split_artifact(tmp_path / "split", train=[*TRAIN, row(("user", "who"), ("assistant", "The User"), row_id="d" * 32)])
+    out = tmp_path / "out"
+    out.mkdir()
+    built = build(Build(config=config, inputs={"grouped_split": split}, out=out, work=tmp_path / "work", report=Reporter()))
+    checks = {c.name: c for c in built.checks}
+    assert built.counts["rows_rejected"] == 1 and not checks["decode_round_trip"].passed and checks["counts_add_up"].passed
+
+
 @pytest.mark.parametrize("policy", ["truncate_prompt", "truncate_answer", "split"])
 def test_overflow_policies_are_counted(tmp_path, policy):
     long = [row(("user", "w " * 40), ("assistant", "user " * 50), row_id=f"{i:032x}") for i in range(3)]

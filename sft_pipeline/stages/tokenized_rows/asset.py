@@ -1,6 +1,6 @@
 """The asset `tokenized_rows`: chat template, token ids, and the mask of supervised tokens."""
 
-from sft_pipeline.outside import digest_path
+from sft_pipeline.outside import digest_files
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
 from sft_pipeline.stages.tokenized_rows.config import (
     NAMED_TEMPLATES,
@@ -17,10 +17,10 @@ def _config(branch: Branch) -> TokenizedRowsConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    digests = {"tokenizer": digest_path(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)}
+    digests = digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
     template = recipe.template.chat_template
     if template != "tokenizer" and template not in NAMED_TEMPLATES:
-        digests["chat_template"] = digest_path(template)
+        digests |= digest_files(template)
     return digests
 
 

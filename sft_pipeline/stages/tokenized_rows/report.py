@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 MAX_REJECT_RATE = 0.05
 
+MAX_BROKEN_RATE = 0.01
+"""Rows that fail a proof are rejected one by one; more than this share means that tokenizer and template do not fit."""
+
 
 def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Skew, on_disk: dict[str, int], rejected_on_disk: int) -> tuple[Check, ...]:
     """One outcome per declared check."""
@@ -24,7 +27,7 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
         _supervised(seen, n["examples"]),
         Check(
             "mask_certificate",
-            seen.broken["supervised count is wrong"] == 0,
+            seen.broken["supervised count is wrong"] == 0 and _few(seen, Reason.MASK_DISAGREEMENT),
             f"both derivations agree on all {n['accepted']} rows kept; {rejected[Reason.MASK_DISAGREEMENT]} rows were rejected because they do not"
             + _marks(n["marks_agree"], n["marks_disagree"]),
             {"agreed": number(n["accepted"]), "disagreed": number(rejected[Reason.MASK_DISAGREEMENT])},
@@ -33,7 +36,7 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
         _prefix(seen, encoder),
         Check(
             "no_forged_control_tokens",
-            True,
+            _few(seen, Reason.CONTROL_TOKEN_MISMATCH),
             f"the control tokens of all {n['accepted']} rows kept are those of the template, in order; "
             f"{rejected[Reason.CONTROL_TOKEN_IN_TEXT]} rows were rejected for literal ones, {n['neutralised']} neutralised, "
             f"{rejected[Reason.CONTROL_TOKEN_MISMATCH]} rejected for a mismatch",
@@ -50,6 +53,10 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
         Check("tokenizer_skew", not skew.found, skew.describe(), {"first_difference": table([skew.example])} if skew.example else {}),
         _stop(encoder, recorded),
     )
+
+
+def _few(seen: "Seen", reason: Reason) -> bool:
+    return seen.rejects[reason] <= MAX_BROKEN_RATE * sum(seen.read.values())
 
 
 def _marks(agree: int, disagree: int) -> str:
@@ -73,7 +80,7 @@ def _round_trip(seen: "Seen", encoder: RowEncoder) -> Check:
     ]
     return Check(
         "decode_round_trip",
-        True,
+        _few(seen, Reason.DECODE_MISMATCH),
         f"decoding gives back the text of all {n['accepted']} rows kept, the completion in it once; {rejected[Reason.DECODE_MISMATCH]} rows rejected because "
         f"it does not, {rejected[Reason.COMPLETION_NOT_RENDERED]} because the template alters the completion"
         + (f"; the template writes text of its own into {sum(w['rows'] for w in written)} answers" if written else ""),

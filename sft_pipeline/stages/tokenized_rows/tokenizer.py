@@ -78,7 +78,7 @@ class Tokenizer:
         token = self.special.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """The smallest vocabulary a model needs for every id of this tokenizer."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

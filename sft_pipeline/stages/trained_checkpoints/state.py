@@ -143,5 +143,6 @@ def save_trainer_state(trainer_state: Any, folder: Path) -> list[str]:
     """What the loop reads when it starts in the middle; no log history, which has the clock in it."""
     from transformers import TrainerState
 
-    TrainerState(global_step=trainer_state.global_step, max_steps=trainer_state.max_steps).save_to_json(str(folder / "trainer_state.json"))
+    kept = ("global_step", "max_steps", "logging_steps", "eval_steps", "save_steps", "train_batch_size", "num_train_epochs")
+    TrainerState(**{name: getattr(trainer_state, name) for name in kept}).save_to_json(str(folder / "trainer_state.json"))
     return ["trainer_state.json"]

@@ -83,7 +83,7 @@ def _judge_completion(conversation: Conversation, message: Message, contract: Co
 
 def warnings_of(messages: list[Message]) -> list[str]:
     """Control tokens that stand literally in the text, and control characters; sorted."""
-    found = set()
+    found: set[str] = set()
     for message in messages:
         for text in (message["content"], message["tool_calls"]):
             if text:

@@ -45,9 +45,12 @@ class Reason(ExplainedEnum):
     EXACT_DUPLICATE = "exact_duplicate", "the same group and messages as an earlier row, which is kept"
 
 
+_MEANING = {str(reason): reason.explanation for reason in Reason}
+
+
 def reason_table(path: Path) -> list[dict[str, str | int]]:
     """Rows per reason, most frequent first, with explanations. A row with two reasons counts twice."""
-    return [{"reason": name, "rows": count, "meaning": Reason(name).explanation} for name, count in tables.count_reasons([path]).items()]
+    return [{"reason": name, "rows": count, "meaning": _MEANING[name]} for name, count in tables.count_reasons([path]).items()]
 
 
 def write_report(path: Path, quarantine: Path, read: int, warnings: dict[str, int]) -> None:

@@ -1,0 +1,152 @@
+"""The protocol: what it stops, and what it lets pass."""
+
+import json
+import random
+
+import pytest
+
+from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.sanity_check import build as build_module
+from sft_pipeline.stages.sanity_check.asset import STAGE
+from sft_pipeline.stages.sanity_check.build import build
+from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
+from sft_pipeline.stages.sanity_check.protocol import ShortRun, forecast, judge
+from sft_pipeline.stages.stage import Build
+from sft_pipeline.store import Artifact
+from sft_pipeline_tests.learning import tiny
+
+FULL = {"parameterization": "full"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sanity")
+    tiny.base_folder(folder / "base")
+    tiny.packed_shards(folder / "packed", epochs=8)
+    tiny.tokenized_rows(folder / "tokenized")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _formatting_is_current(request, monkeypatch):
+    if "template_changed" not in request.node.name:
+        monkeypatch.setattr(build_module, "changed_formatting", lambda *_: [])
+
+
+def check(root, out, *, model=FULL, sanity=None, training=None, packed=None, tokenized=None, template=None):
+    config = SanityCheckConfig(
+        sanity=SanityConfig(**{"overfit_rows": 8, "short_run_steps": 8, **(sanity or {})}), model=ModelConfig(base=str(root / "base"), **model),
+        training=TrainingConfig(**{"learning_rate": 1e-3, **(training or {})}), tokenizer=str(root / "base"), tokenizer_revision=None,
+        template=template or {"chat_template": "tokenizer", "system": None}, tokens={"max_length": 64, "supervise": "completion", "overflow": "reject", "control_tokens": "reject"},
+    )  # fmt: skip
+    out.mkdir()
+    inputs = {"packed_shards": packed or Artifact(root / "packed"), "tokenized_rows": tokenized or Artifact(root / "tokenized")}
+    built = build(Build(config=config, inputs=inputs, out=out, work=out.with_name(out.name + "-work"), report=Reporter()))
+    assert [c.name for c in built.checks] == [s.name for s in STAGE.checks]
+    assert (out / "sanity.json").is_file()
+    return {c.name: c for c in built.checks}, built
+
+
+def failed(checks):
+    return [name for name, c in checks.items() if not c.passed]
+
+
+def test_a_sound_recipe_passes_with_its_evidence(root, tmp_path):
+    checks, built = check(root, tmp_path / "out")
+    assert failed(checks) in ([], ["samples"])
+    record = json.loads((tmp_path / "out" / "sanity.json").read_text())
+    assert record["passed"] and [p["layout"] for p in record["boundaries"]] == ["packed", "rows"] and all(p["passed"] for p in record["boundaries"])
+    assert record["overfit"]["losses"][-1] <= 0.5 * record["overfit"]["losses"][0]
+    assert [s for s, _ in record["short_run"]["val_loss"]] == [0, 4, 8] and len(record["samples"]) == 3
+    assert (tmp_path / "out" / "plots" / "short_run.png").is_file() and "forecast" in built.evidence
+    assert checks["boundaries"].evidence["differences"].value
+
+
+@pytest.mark.parametrize("model", [FULL, {"parameterization": "lora"}])
+def test_a_learning_rate_of_one_is_stopped(root, tmp_path, model):
+    checks, _ = check(root, tmp_path / "out", model=model, training={"learning_rate": 1.0})
+    assert not checks["short_run_stable"].passed and "Lower training.learning_rate" in checks["short_run_stable"].description
+
+
+def test_labels_shifted_by_one_token_are_stopped(root, tmp_path):
+    blocks = tiny.pack(tiny.examples(48), 64)
+    for block in blocks:
+        block["labels"] = [*block["labels"][1:], -100]
+    tiny.write_parquet(tmp_path / "packed" / "train" / "part-00000.parquet", blocks, tiny.PACKED)
+    tiny.write_parquet(tmp_path / "packed" / "validation" / "part-00000.parquet", blocks[:2], tiny.PACKED)
+    checks, _ = check(root, tmp_path / "out", packed=tiny.commit(tmp_path / "packed", "x"))
+    assert "shifted by one" in checks["labels_match"].description and failed(checks) == ["labels_match", "boundaries", "overfits", "short_run_stable", "samples"]
+    assert checks["overfits"].description == "Not run, since an earlier check failed."
+    assert checks["labels_match"].evidence["rows"].value[0]["row_id"]
+
+
+def test_ids_outside_the_vocabulary_and_too_long_examples_are_stopped(root, tmp_path):
+    rows = tiny.examples(4, vocabulary=tiny.VOCABULARY + 40)
+    rows[0]["input_ids"] = [5] * 300
+    rows[0]["labels"], rows[0]["length"] = [-100] * 299 + [5], 300
+    tiny.write_parquet(tmp_path / "packed" / "train" / "part-00000.parquet", tiny.pack(rows, 512), tiny.PACKED)
+    checks, _ = check(root, tmp_path / "out", packed=tiny.commit(tmp_path / "packed", "x"))
+    words = checks["ids_in_vocabulary"].description
+    assert "outside the model's vocabulary of 96" in words and "300 tokens, the model 256 positions" in words
+
+
+def test_a_template_changed_after_tokenization_is_stopped(root, tmp_path):
+    from sft_pipeline.stages.tokenized_rows.template import load_template
+    from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+    from sft_pipeline.store.files import sha256_json
+
+    now = load_tokenizer(str(root / "base"), None)
+    tokens = {"max_length": 64, "supervise": "completion", "overflow": "reject", "control_tokens": "reject"}
+    tokenized = tiny.tokenized_rows(tmp_path / "tokenized")
+    path = tokenized.file("formatting.json")
+    formatting = json.loads(path.read_text()) | {"tokenizer_sha256": now.sha256, "template_sha256": load_template("tokenizer", now).sha256, "mask_sha256": sha256_json({**tokens, "system": None})}
+    path.write_text(json.dumps(formatting))
+    assert check(root, tmp_path / "same", tokenized=tokenized)[0]["labels_match"].passed
+    checks, _ = check(root, tmp_path / "other", tokenized=tokenized, template={"chat_template": "chatml", "system": None})
+    assert checks["labels_match"].description == "the template changed after tokenization"
+
+
+def test_a_model_that_cannot_learn_is_stopped(root, tmp_path):
+    checks, _ = check(root, tmp_path / "out", model={"parameterization": "full", "freeze": [r"^model\.(embed|layers)"]}, sanity={"overfit_steps": 3})
+    assert not checks["overfits"].passed and "nothing can be learned" in checks["overfits"].description
+
+
+def test_skipping_is_accepted_and_recorded(root, tmp_path):
+    checks, _ = check(root, tmp_path / "out", sanity={"skip": True})
+    assert failed(checks) == [] and all("sanity.skip" in c.description for c in checks.values())
+    assert json.loads((tmp_path / "out" / "sanity.json").read_text())["skipped"]
+
+
+def test_a_leaking_model_stops_before_any_training(root, tmp_path, monkeypatch):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    tiny.base_folder(tmp_path / "base", model=MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)))
+    for name in ("packed", "tokenized"):
+        (tmp_path / name).symlink_to(root / name)
+    checks, _ = check(tmp_path, tmp_path / "out")
+    assert "set packing.strategy: none" in checks["boundaries"].description and not checks["overfits"].passed
+    assert checks["overfits"].description.startswith("Not run")
+
+
+def _curve(values):
+    return list(enumerate(values, 1))
+
+
+def test_the_judge_stops_divergence_oscillation_and_nan_and_lets_noise_pass():
+    draw = random.Random(1)
+    sound = _curve([2.0 * 0.95**i * (1 + 0.3 * (draw.random() - 0.5)) for i in range(20)])
+    assert judge(sound, [(0, 2.0), (20, 0.8)], 0.01) == []
+    assert judge(_curve([2.0 + 0.02 * draw.random() for _ in range(20)]), [(0, 2.0), (20, 2.0)], 0.001) == []
+    assert "validation loss rose" in judge(sound, [(0, 2.0), (10, 9.0), (20, 1.9)])[0]
+    assert "training loss rose" in judge(_curve([2 + 0.3 * i for i in range(20)]), [])[0]
+    assert "oscillates" in judge(_curve([2.0 if i % 2 else 0.3 for i in range(20)]), [])[0]
+    assert judge(_curve([2.0, float("nan")]), []) == ["the loss is NaN or infinite"]
+    assert "times their size" in judge(sound, [], 10.0)[0]
+    assert ShortRun(failure="the loss of update 3 is nan").problems() == ["the loss of update 3 is nan"]
+
+
+def test_the_forecast_scales_the_updates_and_says_how_sure_it_is():
+    found = forecast(ShortRun(seconds=[9.0, 1.0, 1.2, 0.8, 1.0]), 1000, 500.0)
+    assert found.seconds == pytest.approx(1000) and 50 < found.error < 200 and "17 min" in found.words
+    assert forecast(ShortRun(), 10, 1.0) is None
