@@ -166,7 +166,8 @@ def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
     """
     segments = [(b.input_ids[s : s + n], b.labels[s : s + n]) for b in blocks for s, n in zip(b.starts, b.lengths, strict=True)]
     segments.sort(key=lambda s: -len(s[0]))
-    found, group = [], []
+    found: list[Microbatch] = []
+    group: list[tuple[np.ndarray, np.ndarray]] = []
     for segment in segments:
         if group and len(group[0][0]) * (len(group) + 1) > max_tokens:
             found.append(_pad(group))

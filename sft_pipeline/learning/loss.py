@@ -104,10 +104,11 @@ def output_transform(config: Any) -> tuple[float, float | None]:
 
 def causal_model(model: nn.Module) -> Any:
     """The architecture's own causal model below data-parallel, compile and PEFT wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    inner = getattr(inner, "_orig_mod", inner)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def install_supervised_forward(model: nn.Module) -> str:

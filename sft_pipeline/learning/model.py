@@ -7,7 +7,6 @@ what runs: attention and precision are checked after loading and reported.
 import importlib.util
 import json
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.learning.adapters import add_adapter, freeze
 from sft_pipeline.learning.base import base_folder, clear_loading_errors
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 
@@ -60,15 +60,19 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def resolve_attention(asked: str, device: torch.device) -> str:
-    """The attention implementation for `auto`: flash attention where it is installed on a GPU, else sdpa."""
+def resolve_attention(asked: str, device: torch.device, architecture: Any = None) -> str:
+    """The attention implementation for `auto`: flash attention where it is installed on a GPU, else sdpa, else eager.
+
+    Args:
+        architecture: The model class, whose `_supports_...` say what it has; None for one that has everything.
+    """
     if asked != "auto":
         return asked
-    if device.type == "cuda":
+    if device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
         for package, name in (("flash_attn_interface", "flash_attention_3"), ("flash_attn", "flash_attention_2")):
             if importlib.util.find_spec(package):
                 return name
-    return "sdpa"
+    return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -94,17 +98,18 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device |
     Raises:
         InputError: Unknown base, no safetensors, or an attention implementation that this machine or model lacks.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # progress is reported, not drawn over the log
     device = device or training_device()
     folder = base_folder(config)
-    attention = resolve_attention(config.attention, device)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
+    attention = resolve_attention(config.attention, device, architecture)
     extra: dict[str, Any] = {}
     if four_bit:
         extra = {"quantization_config": _four_bit(dtype), "device_map": {"": device}}
-    with clear_loading_errors(f"model.base {config.base}"):
+    with clear_loading_errors(f"model.base {config.base} with attention {attention}"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, use_safetensors=True,
             trust_remote_code=config.trust_remote_code, **extra,
@@ -113,7 +118,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device |
     if four_bit:
         _keep_four_bit_weights(model)
     else:
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]
     return model.eval()
 
 
@@ -146,56 +151,6 @@ def load_for_training(config: ModelConfig, training: TrainingConfig, checkpoint:
 def _as_base(config: ModelConfig, checkpoint: Path) -> ModelConfig:
     """A checkpoint of whole weights takes the base's place."""
     return config.model_copy(update={"base": str(checkpoint), "revision": None})
-
-
-def add_adapter(model: Any, config: ModelConfig, checkpoint: Path | None = None, *, gradient_checkpointing: bool = False) -> Any:
-    """Wraps the base in low-rank adapters: freshly initialised, or those of a checkpoint.
-
-    Raises:
-        InputError: `target_modules` names no module of this architecture.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    if config.parameterization == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    settings = config.lora
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias="none",
-        target_modules=settings.target_modules, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
-    )
-    try:
-        wrapped = get_peft_model(model, lora) if checkpoint is None else PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
-    except ValueError as error:
-        raise InputError(f"model.lora.target_modules {settings.target_modules}: {error}") from error
-    head = wrapped.get_output_embeddings()
-    if hasattr(head, "lora_A"):
-        raise InputError(f"model.lora.target_modules {settings.target_modules} includes the output layer, whose adapter the loss could not see. Leave it out")
-    if gradient_checkpointing:
-        wrapped.enable_input_require_grads()
-    return wrapped
-
-
-def freeze(model: nn.Module, patterns: list[str]) -> list[str]:
-    """Stops training every parameter whose name one of the regular expressions finds. Returns their names.
-
-    Raises:
-        InputError: A pattern matches nothing, or nothing is left to train.
-    """
-    frozen: list[str] = []
-    for pattern in patterns:
-        try:
-            matched = [(n, p) for n, p in model.named_parameters() if re.search(pattern, n)]
-        except re.error as error:
-            raise InputError(f'model.freeze "{pattern}": not a regular expression ({error})') from error
-        if not matched:
-            some = ", ".join(n for n, _ in list(model.named_parameters())[:5])
-            raise InputError(f'model.freeze "{pattern}" matches no parameter; names look like: {some}')
-        for name, parameter in matched:
-            parameter.requires_grad_(False)
-            frozen.append(name)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError("model.freeze leaves nothing to train")
-    return frozen
 
 
 def load_for_inference(config: ModelConfig, checkpoint: Path | None = None, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -303,4 +258,4 @@ def _keep_four_bit_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

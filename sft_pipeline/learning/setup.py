@@ -15,6 +15,7 @@ from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.learning.feed import Feed, Layout
 from sft_pipeline.learning.generate import generate
 from sft_pipeline.learning.shards import Plan, Shards
+from sft_pipeline.learning.threads import threads_for
 
 SAMPLES, SAMPLE_TOKENS = 3, 96
 
@@ -77,7 +78,8 @@ def make_sampler(model: Any, tokenizer: Any, parts: list[Path], formatting: Mapp
     ends = stop_ids(formatting)
 
     def sample() -> list[dict[str, Any]]:
-        replies = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=ends, pad_id=min(ends, default=0), batch_size=max(1, count))
+        with threads_for(model):
+            replies = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=ends, pad_id=min(ends, default=0), batch_size=max(1, count))
         return [
             {"prompt": tokenizer.decode(p), "reply": tokenizer.decode(r.ids), "expected": row["completion"], "finished": r.finished}
             for p, r, row in zip(prompts, replies, rows, strict=True)

@@ -7,97 +7,25 @@ supervised tokens of the whole update: all micro-batches, all ranks.
 """
 
 import contextlib
-import logging
 import math
-import os
-import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTTrainer
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
-from transformers import PrinterCallback, TrainerCallback  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
-
-from sft_pipeline.learning.config import TrainingConfig  # noqa: E402
-from sft_pipeline.learning.feed import Feed, Microbatch, UpdateBatch, all_blocks  # noqa: E402
-from sft_pipeline.learning.loss import install_supervised_forward  # noqa: E402
-from sft_pipeline.learning.schedule import Schedule, rate  # noqa: E402
-from sft_pipeline.learning.shards import Shards  # noqa: E402
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class UpdateNumbers:
-    """What one update was. `step` counts from 1; tokens are without padding; counts are over all ranks."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    examples: int
-    tokens: int
-    supervised: int
-    seconds: float
-
-
-class Listener(Protocol):
-    """Who watches a training. Every rank has one, so that they decide alike."""
-
-    def updated(self, numbers: UpdateNumbers) -> None: ...
-    def evaluated(self, step: int, val_loss: float) -> None: ...
-    def should_stop(self) -> bool: ...
-
-
-class NotFinite(Exception):
-    """The loss or the gradient is NaN or infinite; the update was not applied."""
-
-    def __init__(self, step: int, what: str, value: float) -> None:
-        super().__init__(f"{what} of update {step} is {value}")
-        self.step, self.what, self.value = step, what, value
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Updates between evaluations and between checkpoints; the last update has both."""
-
-    total: int
-    evaluate: int
-    save: int
-
-    @classmethod
-    def of(cls, training: TrainingConfig, total: int) -> "Intervals":
-        evaluate = training.eval_steps or max(1, math.ceil(total / 10))
-        return cls(total, evaluate, training.save_steps or evaluate)
-
-    def evaluates(self, step: int) -> bool:
-        return step % self.evaluate == 0 or step == self.total
-
-    def saves(self, step: int) -> bool:
-        return step % self.save == 0 or step == self.total
-
-
-class Saver(Protocol):
-    """Writes a checkpoint of a trainer, atomically."""
-
-    def __call__(self, trainer: "SupervisedTrainer") -> None: ...
-
-
-class Restorer(Protocol):
-    """Puts back what a checkpoint holds beside the weights. `step` is the last update it has seen."""
-
-    step: int
-
-    def optimizer(self, trainer: "SupervisedTrainer") -> None: ...
-    def rng(self, trainer: "SupervisedTrainer") -> None: ...
+from sft_pipeline.learning.config import TrainingConfig
+from sft_pipeline.learning.feed import Feed, Microbatch, UpdateBatch, all_blocks
+from sft_pipeline.learning.loss import install_supervised_forward
+from sft_pipeline.learning.progress import Intervals, Listener, NotFinite, Restorer, Saver, UpdateNumbers
+from sft_pipeline.learning.schedule import Schedule, rate
+from sft_pipeline.learning.settings import arguments, assert_launch, assert_wrapped, keep_rng
+from sft_pipeline.learning.shards import Shards
 
 
 class _Updates:
@@ -177,10 +105,10 @@ class SupervisedTrainer(SFTTrainer):
         cpu = next(model.parameters()).device.type == "cpu"
         super().__init__(
             model=model,
-            args=_arguments(training, schedule, precision, folder, feed.updates, cpu=cpu, distributed=feed.world > 1),
+            args=arguments(training, schedule, precision, folder, feed.updates, cpu=cpu, distributed=feed.world > 1),
             # TRL wants a dataset to look at; the feed takes its place in get_train_dataloader.
             train_dataset=Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, 0]]}),
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]  # never called: the feed gives tensors
             processing_class=tokenizer,
             optimizers=(None, None),
         )
@@ -204,11 +132,11 @@ class SupervisedTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def compute_loss(self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
+    def compute_loss(self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
         """Summed NLL of a micro-batch, in fp32."""
         return model(**inputs.inputs, supervised_index=inputs.index, supervised_targets=inputs.targets, reduction="sum")["nll"]
 
-    def training_step(self, model: Any, inputs: UpdateBatch, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: UpdateBatch, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
         """Forward and backward of a whole update. Returns its loss: mean NLL over its supervised tokens."""
         device, world = self.args.device, self.accelerator.num_processes
         model.train()
@@ -252,7 +180,7 @@ class SupervisedTrainer(SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             total, schedule = self.feed.updates, self.schedule
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             self.lr_scheduler = LambdaLR(inner, lambda update: rate(update, total, schedule) / schedule.peak)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -275,7 +203,9 @@ class SupervisedTrainer(SFTTrainer):
         return metrics
 
     def validation_loss(self) -> float:
-        model, device, feed = self.model, self.args.device, self.feed
+        device, feed = self.args.device, self.feed
+        model: Any = self.model
+        assert self.validation is not None
         training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -320,45 +250,3 @@ class SupervisedTrainer(SFTTrainer):
         self._metrics["train"].clear()
         self._metrics["eval"].clear()
         super().log(logs, start_time)
-
-
-def _arguments(training: TrainingConfig, schedule: Schedule, precision: str, folder: Path, updates: int, *, cpu: bool, distributed: bool) -> SFTConfig:
-    """Every setting is explicit whose default would do something else: bf16 on, checkpointing on, truncation at 1,024."""
-    return SFTConfig(
-        output_dir=str(folder), max_steps=updates, per_device_train_batch_size=training.per_device_batch, gradient_accumulation_steps=1,
-        learning_rate=schedule.peak, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused",
-        weight_decay=training.weight_decay, adam_beta1=training.adam_betas[0], adam_beta2=training.adam_betas[1],
-        adam_epsilon=training.adam_epsilon, max_grad_norm=training.clip,
-        bf16=precision == "bf16", fp16=precision == "fp16", activation_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing=None, activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        torch_compile=training.compile, neftune_noise_alpha=training.neftune_alpha, max_length=None, packing=False, padding_free=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, use_cpu=cpu, ddp_backend="gloo" if cpu and distributed else None,
-        ddp_find_unused_parameters=False, average_tokens_across_devices=False, ignore_data_skip=True, dataloader_num_workers=0,
-        dataloader_pin_memory=False, save_strategy="no", eval_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
-        report_to=list(training.report_to) or "none", disable_tqdm=True, seed=training.seed, data_seed=training.seed,
-    )  # fmt: skip
-
-
-def assert_launch(accelerator: Any, world: int) -> None:
-    """Several launch mistakes train copies that never talk to each other; none of them may pass unseen."""
-    kind = accelerator.distributed_type.value if hasattr(accelerator.distributed_type, "value") else str(accelerator.distributed_type)
-    if accelerator.num_processes != world:
-        raise AssertionError(f"launched as {world} processes, but the trainer sees {accelerator.num_processes} ({kind}): they would train unsynchronised copies")
-    if world > 1 and kind not in ("MULTI_CPU", "MULTI_GPU"):
-        raise AssertionError(f"{world} processes under distributed type {kind}: gradients would not be summed")
-
-
-def assert_wrapped(model: Any, world: int) -> None:
-    """With more than one process the model must be in a wrapper that sums gradients."""
-    if world > 1 and not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise AssertionError(f"{world} processes, but the model is a bare {type(model).__name__}: gradients would not be summed")
-
-
-@contextlib.contextmanager
-def keep_rng() -> Iterator[None]:
-    """Puts every random state back as it was, so that an evaluation does not change the training."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy_state)

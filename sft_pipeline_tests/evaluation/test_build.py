@@ -155,8 +155,11 @@ def test_without_graders_the_loss_alone_ranks_and_must_improve(project, rows, le
     assert checks(built)["improvement"].passed and "below base" in checks(built)["improvement"].description
 
 
-def test_adapters_are_exchanged_on_one_base_and_the_base_is_untouched(project, rows, learned):
-    """The same numbers as if every model had been loaded by itself."""
+@pytest.mark.parametrize("merges", [True, False], ids=["merged, as on a CPU", "exchanged, as on a GPU"])
+def test_adapters_are_judged_as_if_each_had_been_loaded_by_itself(project, rows, monkeypatch, merges):
+    from sft_pipeline.stages.evaluation.models import Models
+
+    monkeypatch.setattr(Models, "_merges", merges)
     from sft_pipeline.learning.generate import score_nll
     from sft_pipeline.learning.model import load_for_inference
 

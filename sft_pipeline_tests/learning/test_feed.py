@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.feed import Feed, all_blocks, layout_for, microbatches, prefetched, supervised_targets
+from sft_pipeline.learning.feed import (
+    Feed,
+    all_blocks,
+    layout_for,
+    microbatches,
+    prefetched,
+    supervised_targets,
+)
 from sft_pipeline.learning.shards import Block, Plan, Shards
 from sft_pipeline_tests.learning import tiny
 

@@ -9,7 +9,14 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.learning.base import weight_shapes
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.learning.memory import estimate
-from sft_pipeline.learning.model import count_parameters, load_base, load_for_inference, load_for_training, resolve_precision, save_weights
+from sft_pipeline.learning.model import (
+    count_parameters,
+    load_base,
+    load_for_inference,
+    load_for_training,
+    resolve_precision,
+    save_weights,
+)
 from sft_pipeline_tests.learning import tiny
 
 CPU = torch.device("cpu")

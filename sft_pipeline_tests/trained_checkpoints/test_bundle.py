@@ -9,7 +9,15 @@ import pytest
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints import bundle
-from sft_pipeline.stages.trained_checkpoints.bundle import ITEMS, NotResumable, checkpoint_folders, latest_whole, read_bundle, retire, write_bundle
+from sft_pipeline.stages.trained_checkpoints.bundle import (
+    ITEMS,
+    NotResumable,
+    checkpoint_folders,
+    latest_whole,
+    read_bundle,
+    retire,
+    write_bundle,
+)
 
 FILES = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "scheduler": "scheduler.json", "rng": "rng.json"}
 
@@ -91,7 +99,7 @@ def test_half_written_and_foreign_folders_are_passed_over(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_stops_with_one_message_and_the_previous_checkpoint_intact(tmp_path, error):
     write(tmp_path, 100)
-    with pytest.raises(InputError, match="no space left on the disk while saving .*checkpoint-200"):
+    with pytest.raises(InputError, match=r"no space left on the disk while saving .*checkpoint-200"):
         write(tmp_path, 200, fail=error)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-100"]
     assert read_bundle(tmp_path / "checkpoint-100").step == 100

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from sft_pipeline.learning.config import EarlyStopping
-from sft_pipeline.learning.trainer import Intervals
+from sft_pipeline.learning.progress import Intervals
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints.diagnosis import diagnose
 from sft_pipeline.stages.trained_checkpoints.watch import Watch

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sft_pipeline.learning.generate import Reply, generate, score_nll
+from sft_pipeline.learning.threads import threads_for
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
@@ -92,7 +93,13 @@ def judge(
         name: Of the progress, for example "evaluating step 200".
         keep: Is given the sample rows: row_id, group, prompt, reply, expected, finished, and each grader's score.
     """
-    span = _Span(report, name, count_rows(side.parts) + len(side.positions))
+    with threads_for(model):
+        return _judge(model, side, config, graders, speech, _Span(report, name, count_rows(side.parts) + len(side.positions)), keep)
+
+
+def _judge(
+    model: Any, side: Side, config: EvaluationConfig, graders: Sequence[Grader], speech: Speech, span: _Span, keep: Callable[[list[dict[str, Any]]], None]
+) -> Judgement:  # fmt: skip
     nll, tokens = _losses(model, side, span)
     scores: dict[str, list[float]] = {g.name: [] for g in graders}
     unfinished = 0

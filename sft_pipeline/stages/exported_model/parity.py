@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from sft_pipeline.learning.threads import threads_for
+
 PROBE_TOKENS = 256
 # Largest difference of a logit, in units of the largest logit, that rounding the weights to a dtype explains.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
@@ -35,9 +37,10 @@ def logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]
     """fp32 logits [length, vocabulary] of each sequence (its first 256 tokens), on the CPU, one at a time."""
     device = next(model.parameters()).device
     found = []
-    for ids in sequences:
-        batch = torch.tensor([list(ids)[:PROBE_TOKENS]], device=device)
-        found.append(model(input_ids=batch, use_cache=False).logits[0].float().cpu())
+    with threads_for(model):
+        for ids in sequences:
+            batch = torch.tensor([list(ids)[:PROBE_TOKENS]], device=device)
+            found.append(model(input_ids=batch, use_cache=False).logits[0].float().cpu())
     return found
 
 
@@ -57,10 +60,11 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **
     """
     device = next(model.parameters()).device
     found = []
-    for ids in prompts:
-        batch = torch.tensor([list(ids)], device=device)
-        out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=max_new_tokens, do_sample=False, **settings)
-        found.append(out[0, len(ids) :].tolist())
+    with threads_for(model):
+        for ids in prompts:
+            batch = torch.tensor([list(ids)], device=device)
+            out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=max_new_tokens, do_sample=False, **settings)
+            found.append(out[0, len(ids) :].tolist())
     return found
 
 

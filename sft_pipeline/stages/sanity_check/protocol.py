@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.learning.feed import Feed, microbatches
 from sft_pipeline.learning.loss import install_supervised_forward
+from sft_pipeline.learning.progress import Intervals, NotFinite, UpdateNumbers
 from sft_pipeline.learning.schedule import Schedule
 from sft_pipeline.learning.shards import Block, Shards
-from sft_pipeline.learning.trainer import Intervals, NotFinite, SupervisedTrainer, UpdateNumbers
+from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
 
 ADAPTER_OVERFIT_RATE, FULL_OVERFIT_RATE = 2e-3, 5e-4
@@ -141,7 +143,7 @@ def judge(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
     if values and last > 1.3 * first + 0.05:
         found.append(f"the training loss rose from {first:.3f} to {last:.3f}")
     if len(values) >= 6:
-        jumps = median(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+        jumps = median(abs(b - a) for a, b in pairwise(values))
         if jumps > 0.5 * mean(values) and last > 0.9 * first:
             found.append(f"the loss oscillates by {jumps:.2f} from update to update around {mean(values):.2f}, without falling")
     if values and max(values) > 4 * first + 2:

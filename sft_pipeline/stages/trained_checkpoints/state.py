@@ -84,10 +84,10 @@ def _is_plain(value: Any) -> bool:
 def rng_state() -> dict[str, Any]:
     """This process's random states: Python, NumPy, torch, and its GPU's."""
     version, inner, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     return {
         "python": [version, list(inner), gauss],
-        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _pack(torch.get_rng_state()),
         "cuda": _pack(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }

@@ -12,10 +12,11 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.learning.feed import Feed, layout_for
 from sft_pipeline.learning.model import LoadReport, load_for_training, save_weights, training_device
+from sft_pipeline.learning.progress import NotFinite
 from sft_pipeline.learning.schedule import Schedule
 from sft_pipeline.learning.setup import SAMPLES, be_deterministic, load_tokenizer, make_feed, make_sampler
 from sft_pipeline.learning.shards import Plan, Shards
-from sft_pipeline.learning.trainer import NotFinite, SupervisedTrainer
+from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints import state
 from sft_pipeline.stages.trained_checkpoints.bundle import Bundle, latest_whole, retire, write_bundle

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sft_pipeline.learning.config import EarlyStopping
 from sft_pipeline.learning.model import memory_mb
-from sft_pipeline.learning.trainer import UpdateNumbers
+from sft_pipeline.learning.progress import UpdateNumbers
 from sft_pipeline.reporting import Reporter
 
 CURVE_SCHEMA = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
