@@ -3,35 +3,37 @@
 from pathlib import Path
 from typing import Any
 
+from sft_pipeline.figures import axes, save
+
 Curve = list[tuple[int, float]]
 
 
 def plot_loss(path: Path, loss: Curve, val_loss: Curve, title: str = "Loss per supervised token") -> None:
-    figure, axes = _axes("update", "nats", title)
+    figure, ax = _axes("update", "nats", title)
     if loss:
-        axes.plot(*zip(*loss), color="#9ec1e6", linewidth=1, label="training, per update")
-        axes.plot(*zip(*_smooth(loss)), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
+        ax.plot(*zip(*loss), color="#9ec1e6", linewidth=1, label="training, per update")
+        ax.plot(*zip(*_smooth(loss)), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
     if val_loss:
-        axes.plot(*zip(*val_loss), color="#c8452e", marker="o", markersize=4, label="validation")
+        ax.plot(*zip(*val_loss), color="#c8452e", marker="o", markersize=4, label="validation")
     if loss or val_loss:
-        axes.legend(frameon=False)
-    _save(figure, path)
+        ax.legend(frameon=False)
+    save(figure, path)
 
 
 def plot_curve(path: Path, curve: Curve, title: str, unit: str) -> None:
-    figure, axes = _axes("update", unit, title)
+    figure, ax = _axes("update", unit, title)
     if curve:
-        axes.plot(*zip(*curve), color="#1f5fa8", linewidth=1.4)
-    _save(figure, path)
+        ax.plot(*zip(*curve), color="#1f5fa8", linewidth=1.4)
+    save(figure, path)
 
 
 def plot_lines(path: Path, curves: dict[str, Curve], title: str, unit: str) -> None:
-    figure, axes = _axes("update", unit, title)
+    figure, ax = _axes("update", unit, title)
     for name, curve in curves.items():
         if curve:
-            axes.plot(*zip(*curve), label=name, marker="o" if len(curve) < 8 else None, markersize=3)
-    axes.legend(frameon=False)
-    _save(figure, path)
+            ax.plot(*zip(*curve), label=name, marker="o" if len(curve) < 8 else None, markersize=3)
+    ax.legend(frameon=False)
+    save(figure, path)
 
 
 def _smooth(curve: Curve) -> Curve:
@@ -45,18 +47,7 @@ def _smooth(curve: Curve) -> Curve:
 
 
 def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure, found = axes(7, 3.6)
+    found.set(xlabel=x, ylabel=y, title=title)
+    found.grid(alpha=0.25)
+    return figure, found

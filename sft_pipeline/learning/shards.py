@@ -121,6 +121,7 @@ class Plan:
         update, position = table["update"].to_numpy(), table["position"].to_numpy()
         order = np.lexsort((position, update))
         self._blocks = table["block"].to_numpy()[order]
+        self._counts = {name: table[name].to_numpy()[order] for name in ("examples", "tokens", "supervised") if name in table.column_names}
         numbers, starts = np.unique(update[order], return_index=True)
         if not len(numbers) or not np.array_equal(numbers, np.arange(len(numbers))):
             raise InputError(f"{path}: updates are not numbered from 0 without gaps")
@@ -129,6 +130,13 @@ class Plan:
     def __len__(self) -> int:
         """Updates in the plan."""
         return len(self._starts) - 1
+
+    def planned(self, name: str, updates: int) -> int | None:
+        """What the plan itself says the first `updates` updates hold: `name` is examples, tokens or supervised.
+
+        None where the plan does not say.
+        """
+        return int(self._counts[name][: self._starts[updates]].sum()) if name in self._counts else None
 
     def blocks(self, update: int) -> np.ndarray:
         """Block numbers of one update, in the plan's order."""

@@ -2,27 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from sft_pipeline.figures import axes as new_axes
+from sft_pipeline.figures import save
+
+SIZE = (6.4, 3.2)  # inches
 COLOURS = ("#3b6ea8", "#d98b2b", "#4d9a6a", "#a05195", "#777777")
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 def histogram(path: Path, series: Mapping[str, np.ndarray], *, title: str, x: str, log: bool = True) -> None:
@@ -31,7 +18,7 @@ def histogram(path: Path, series: Mapping[str, np.ndarray], *, title: str, x: st
     Args:
         log: Logarithmic bins. Several series are drawn as shares, so that sides of unlike size compare.
     """
-    figure, axes = _figure()
+    figure, axes = new_axes(*SIZE)
     values = np.concatenate([np.asarray(v, dtype=float) for v in series.values()] or [np.zeros(0)])
     if len(values):
         top = max(values.max(), 1.0)
@@ -51,14 +38,14 @@ def histogram(path: Path, series: Mapping[str, np.ndarray], *, title: str, x: st
             axes.set_xscale("log")
         axes.legend(frameon=False, fontsize=8)
     axes.set(title=title, xlabel=x, ylabel="share of rows" if len(series) > 1 else "rows")
-    _save(figure, path)
+    save(figure, path)
 
 
 def bars(
     path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, title: str, y: str
 ) -> None:
     """Draws, for each of `groups`, one bar per series with its number on top."""
-    figure, axes = _figure()
+    figure, axes = new_axes(*SIZE)
     width = 0.8 / max(1, len(series))
     for i, ((label, numbers), colour) in enumerate(zip(series.items(), COLOURS)):
         drawn = axes.bar(np.arange(len(groups)) + i * width, numbers, width, label=label, color=colour)
@@ -66,4 +53,4 @@ def bars(
     axes.set_xticks(np.arange(len(groups)) + width * (len(series) - 1) / 2, groups)
     axes.set(title=title, ylabel=y)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)

@@ -115,7 +115,7 @@ def plan(blocks: int, per_update: int, epochs: int, seed: int = 0) -> list[dict[
         order = list(range(blocks))
         random.Random(seed + epoch).shuffle(order)
         for start in range(0, blocks, per_update):
-            rows += [{"update": update, "position": p, "block": b} for p, b in enumerate(order[start : start + per_update])]
+            rows += [{"update": update, "position": p, "block": b, "epoch": epoch} for p, b in enumerate(order[start : start + per_update])]
             update += 1
     return rows
 
@@ -143,8 +143,13 @@ def packed_shards(folder: Path, *, rows: int = 48, max_length: int = 64, per_upd
     write_parquet(folder / "train" / "part-00000.parquet", blocks[:half], PACKED)
     write_parquet(folder / "train" / "part-00001.parquet", blocks[half:], PACKED)
     write_parquet(folder / "validation" / "part-00000.parquet", pack(examples(12, seed + 1000), max_length), PACKED)
-    schema = pa.schema([("update", pa.int32()), ("position", pa.int32()), ("block", pa.int32())])
-    write_parquet(folder / "plan.parquet", plan(len(blocks), per_update, epochs, seed), schema)
+    schema = pa.schema([(name, pa.int32()) for name in ("update", "position", "block", "epoch", "tokens", "supervised", "examples")])
+    planned = [
+        {**row, "tokens": len(b["input_ids"]), "supervised": sum(t != -100 for t in b["labels"]), "examples": len(b["lengths"])}
+        for row in plan(len(blocks), per_update, epochs, seed)
+        for b in [blocks[row["block"]]]
+    ]
+    write_parquet(folder / "plan.parquet", planned, schema)
     return commit(folder, "tiny/packed_shards")
 
 

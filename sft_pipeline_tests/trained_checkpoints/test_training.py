@@ -147,6 +147,9 @@ def test_early_stopping_and_max_steps(root):
     built = run(root, "early", early_stopping={"patience": 1, "min_delta": 10.0})
     training = json.loads((root / "early" / "training.json").read_text())
     assert training["updates"]["done"] == 2 and training["stopped"].startswith("early stopping") and all(c.passed for c in built.checks)
+    (root / "early").rename(root / "early-before")  # as if killed between the last checkpoint and the artifact
+    again = run(root, "early", early_stopping={"patience": 1, "min_delta": 10.0})
+    assert version(root, "early", again) == version(root, "early-before", built)
     built = run(root, "short", max_steps=3)
     training = json.loads((root / "short" / "training.json").read_text())
     assert training["updates"] == {"planned": 3, "done": 3} and training["stopped"] == "max_steps reached"

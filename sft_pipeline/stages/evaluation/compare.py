@@ -102,7 +102,7 @@ def compare(
         groups=n_groups,
         base=intervals[0],
         tuned=intervals[1],
-        difference=_difference(*intervals, mean_b - mean_a),
+        difference=_difference(intervals[0], intervals[1], mean_b - mean_a),
         p_value=sign_test(wins, losses),
         wins=wins,
         losses=losses,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft_pipeline.figures import blank, save
 from sft_pipeline.stages.evaluation.compare import Comparison, Interval
 from sft_pipeline.stages.evaluation.select import Selection
 
@@ -58,10 +59,8 @@ def clip(text: str) -> str:
 
 def plot_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
     """Bars of base and tuned with their intervals, the losses in a panel of their own."""
-    from matplotlib.figure import Figure
-
     panels = [p for p in ([c for c in comparisons if not c.lower_is_better], [c for c in comparisons if c.lower_is_better]) if p]
-    figure = Figure(figsize=(1.5 + 1.7 * max(len(comparisons), 2), 3.6), layout="constrained")
+    figure = blank(1.5 + 1.7 * max(len(comparisons), 2), 3.6)
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[len(p) for p in panels])[0]
     for axis, panel in zip(axes, panels):
         for offset, which, colour in ((-0.2, "base", "#9aa5b1"), (0.2, "tuned", "#2f6fb3")):
@@ -76,14 +75,12 @@ def plot_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
             axis.set_title("higher is better", fontsize=8)
             axis.set_ylim(0, max(1.05, *(1.1 * c.tuned.high for c in panel)))
     axes[0].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_checkpoints(path: Path, selection: Selection) -> None:
     """Validation scores (left axis) and loss (right axis) over the steps; the chosen step is marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = blank(6, 3.6)
     axis = figure.subplots()
     steps = [r["step"] for r in selection.table]
     names = [n for n in selection.table[0] if n not in ("step", "gates", "rank", "val_loss")]
@@ -98,12 +95,4 @@ def plot_checkpoints(path: Path, selection: Selection) -> None:
     handles, labels = axis.get_legend_handles_labels()
     more, also = right.get_legend_handles_labels()
     figure.legend(handles + more, labels + also, fontsize=8, loc="outside lower center", ncols=3)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

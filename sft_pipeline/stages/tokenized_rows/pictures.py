@@ -23,9 +23,9 @@ class Preview:
 
 def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int) -> None:
     """Histogram of tokens per example, and of supervised tokens per example."""
-    from sft_pipeline.stages.figures import figure, save
+    from sft_pipeline.figures import axes, save
 
-    fig, ax = figure(7, 3.2)
+    fig, ax = axes(7, 3.2)
     bins = min(60, max(int(lengths.max()), 2)) if len(lengths) else 10
     ax.hist(lengths, bins=bins, color="#90a4ae", label="tokens")
     ax.hist(supervised, bins=bins, color="#52b788", alpha=0.75, label="supervised tokens")
@@ -38,11 +38,11 @@ def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_
 
 def plot_masks(path: Path, previews: Sequence[Preview]) -> None:
     """Rows token by token: green is supervised, grey context, a magenta frame a control token."""
-    from sft_pipeline.stages.figures import figure, save
+    from sft_pipeline.figures import axes, save
 
     laid_out = [(p, _lay_out(p)) for p in previews]
     lines = sum(rows + 2 for _, (_, rows) in laid_out) + 1
-    fig, ax = figure(12, 0.19 * lines + 0.3)
+    fig, ax = axes(12, 0.19 * lines + 0.3)
     ax.set_xlim(0, _COLUMNS + 2)
     ax.set_ylim(lines, 0)
     ax.axis("off")

@@ -17,10 +17,13 @@ class Budget:
 
 
 def planned_budget(feed: Any, updates: int) -> Budget:
-    """Counts the blocks of the first `updates` updates, each block as often as the plan takes it.
+    """What the plan says the first `updates` updates hold; where it does not say, its blocks are counted.
 
-    Counted from the shards' own columns, apart from the code that lays blocks out for the model.
+    Either way apart from the code that lays blocks out for the model.
     """
+    said = [feed.plan.planned(name, updates) for name in ("examples", "tokens", "supervised")]
+    if None not in said:
+        return Budget(updates, *said)
     times: dict[int, int] = {}
     for update in range(updates):
         for block in feed.plan.blocks(update):

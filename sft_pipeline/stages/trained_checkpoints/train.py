@@ -103,7 +103,8 @@ def train(model_config: ModelConfig, training: TrainingConfig, data: Data, work:
     )  # fmt: skip
     failure = None
     try:
-        done = trainer.run()
+        # A run that was killed after it had stopped early must not go on.
+        done = bundle.step if bundle and watch.should_stop() else trainer.run()
     except NotFinite as error:
         failure, done = error, error.step - 1
         report.log(f"{error}; the update was not applied and the run ends here. The last good checkpoint is kept", "error")

@@ -100,7 +100,6 @@ class Watch:
         if self.sampler is not None:
             self.samples = list(self.sampler())
             self.report.samples(self.samples, step)
-        self.report.log(f"update {step}/{self.total}: validation loss {val_loss:.4f}" + (f", best {self.best[1]:.4f} at {self.best[0]}" if self.best else ""))
 
     def should_stop(self) -> bool:
         return self.stop_reason() is not None

@@ -1,0 +1,30 @@
+"""Matplotlib without a display or global state, imported only when something is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+DPI = 110
+
+
+def blank(width: float, height: float) -> Any:
+    """An empty figure; inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def axes(width: float, height: float) -> tuple[Any, Any]:
+    """A figure with one pair of axes; inches."""
+    figure = blank(width, height)
+    found = figure.add_subplot()
+    found.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes the figure as a PNG; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
