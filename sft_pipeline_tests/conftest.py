@@ -10,6 +10,7 @@ from sft_pipeline_tests.command import ROOT, Ran, sft
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow every test on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,8 @@ def run(
 
     result = run_recipe(recipe, snapshot=snapshot, until=until, overrides=overrides or [], console=err)
     if as_json:
+        if result.error:
+            err.print(f"sft: {result.error}", markup=False)
         print_json(result.to_json())
     else:
         result.show(_out())
@@ -149,13 +151,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     wants_json = "--json" in sys.argv[1:]
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # a raised Exit comes back as its code
+        _leave(code if isinstance(code, int) else 0)
     except SftError as error:
         _fail(str(error), error.exit_code, wants_json)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", Interrupted.exit_code, wants_json)
-    except typer.Exit as leave:
-        _leave(leave.exit_code)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             _fail(error.format_message(), 2, wants_json)
