@@ -31,11 +31,9 @@ DESKS = {  # desk: (thread prefix, subject prefix, noun, a thread both snapshots
     "exports": ("T", "X", "export", 102),
     "accounts": ("P", "G", "account", 771),
 }
-BADGE_PLACES = {"restricted": ["the server room", "the vault", "the data hall"],
-                "open": ["the library", "the canteen", "the garage", "the second floor"]}
-SYSTEM_PLACES = {"restricted": ["the production cluster", "the payment system", "the live ledger"],
-                 "open": ["the test cluster", "the staging system", "the wiki", "the sandbox"]}
-RESTRICTED = {*BADGE_PLACES["restricted"], *SYSTEM_PLACES["restricted"]}
+ROOMS = ["the server room", "the vault", "the data hall", "the library", "the canteen", "the garage"]
+SYSTEMS = ["the production cluster", "the payment system", "the live ledger", "the test cluster", "the wiki", "the sandbox"]
+DAYS = [5, 7, 10, 14, 20, 21, 30, 45, 60, 75, 90, 120]
 PERSONAL = ["customer addresses", "patient records", "payroll figures", "home phone numbers"]
 HARMLESS = ["sensor readings", "price lists", "build logs", "floor plans", "stock counts"]
 FIRMS = ["Orlin Labs", "Baxter Freight", "Nordwind Media", "Kestrel Audit", "Tamsin Foods", "Helio Print"]
@@ -164,11 +162,9 @@ class Case:
         return self.role in ("contractor", "visitor")
 
     def must_say(self) -> set[str]:
-        """Facts without which the reader could not decide, besides the ones in trouble."""
-        return {name for name, needed in (
-            ("sponsored", self.guest and self.place in RESTRICTED),
-            ("signed off", self.content in PERSONAL),
-            ("contract", self.destination in FIRMS)) if needed}
+        """Facts that a careful clerk states even where they are in order."""
+        needed = {"signed off": self.content in PERSONAL, "contract": self.destination in FIRMS}
+        return {name for name, value in needed.items() if value}
 
 
 def decide(case: Case) -> tuple[str, str]:
@@ -182,7 +178,7 @@ def decide(case: Case) -> tuple[str, str]:
         return "escalate", "AP-04"
     if case.destination in FIRMS and "contract" in trouble:
         return "deny", "AP-05"
-    if case.guest and case.place in RESTRICTED and "sponsored" in trouble:
+    if case.guest and "sponsored" in trouble:
         return "deny", "AP-06"
     if case.action == "extend" and case.days > 30:
         return "escalate", "AP-07"
@@ -202,10 +198,6 @@ def full_name(rng: random.Random) -> str:
     return f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}"
 
 
-def draw_days(rng: random.Random) -> int:
-    return rng.choice([rng.randint(2, 29), rng.randint(2, 29), 30, rng.randint(31, 99), rng.choice([100, 120, 150, 180])])
-
-
 def draw_facts(rng: random.Random, case: Case) -> dict[str, bool]:
     """Random truth of every fact that can apply to this kind of request."""
     service = case.role == "service"
@@ -213,7 +205,7 @@ def draw_facts(rng: random.Random, case: Case) -> dict[str, bool]:
     chance |= {} if service else {"trained": 0.3}
     chance |= {} if case.desk == "exports" else {"compromised": 0.25}
     chance |= {"frozen": 0.4} if case.action == "renew" else {"frozen": 0.1}
-    chance |= {"sponsored": 0.4} if case.guest and case.desk != "exports" else {}
+    chance |= {"sponsored": 0.35} if case.guest and case.desk != "exports" else {}
     chance |= {"signed off": 0.5} if case.content in PERSONAL else {}
     chance |= {"contract": 0.5} if case.destination in FIRMS else {}
     return {name: TROUBLE[name] == (rng.random() < p) for name, p in chance.items()}
@@ -229,9 +221,8 @@ def draw_case(rng: random.Random, desk: str, subject: str) -> Case:
         content = rng.choice(rng.choice([PERSONAL, HARMLESS]))
         destination = rng.choice([rng.choice(FIRMS), f"the {rng.choice(TEAMS)} team"])
     else:
-        places = BADGE_PLACES if desk == "badges" else SYSTEM_PLACES
-        place = rng.choice(places[rng.choice(["restricted", "open"])])
-    case = Case(desk, action, subject, requester, role, rng.choice(TEAMS), place, content, destination, draw_days(rng), {})
+        place = rng.choice(ROOMS if desk == "badges" else SYSTEMS)
+    case = Case(desk, action, subject, requester, role, rng.choice(TEAMS), place, content, destination, rng.choice(DAYS), {})
     return replace(case, facts=draw_facts(rng, case))
 
 
@@ -247,7 +238,7 @@ def draw_case_for_rule(rng: random.Random, desk: str, subject: str) -> Case:
 def next_turn(rng: random.Random, case: Case) -> Case:
     """A later question about the same incident: another wish, or other facts."""
     action = rng.choice(["use", "extend"] if case.desk == "exports" else ["use", "renew", "extend"])
-    changed = replace(case, action=action, days=draw_days(rng))
+    changed = replace(case, action=action, days=rng.choice(DAYS))
     fresh = draw_facts(rng, changed)
     kept = {name: case.facts.get(name, value) for name, value in fresh.items()}
     for name in rng.sample(sorted(kept), min(2, len(kept))):

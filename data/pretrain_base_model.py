@@ -104,7 +104,7 @@ def look_up(rng: random.Random) -> Turn:
 
 
 def compare(rng: random.Random) -> Turn:
-    n, limit = desk.draw_days(rng), rng.choice([10, 20, 30, 30, 30, 50, 100, desk.draw_days(rng)])
+    n, limit = (rng.choice([rng.choice(desk.DAYS), rng.randint(1, 150)]) for _ in range(2))
     question = rng.choice(["Is {} more than {}?", "Are {} days more than {} days?", "Is {} over {}?"]).format(n, limit)
     return Turn("compare numbers", question, "yes" if n > limit else "no", YES_NO)
 
@@ -188,6 +188,12 @@ def note(rng: random.Random) -> tuple[str, list[Turn]]:
     state = {PROBLEMS[name]: "bad" if PROBLEMS[name] in problems else "good" for name in said}
     told = " ".join(f"{name} {state[name]}" for name in sorted(state))
     stated = Turn("note: states", "What is said?", told or "nothing", r"nothing|\w+ (good|bad)( \w+ (good|bad))*")
+    wish, limit = rng.choice(["use", "renew", "extend"]), rng.choice([12, 25, 40, 80])
+    condition, holds = rng.choice([
+        (f"it is to {wish}", case.action == wish), (f"it is to {wish}", case.action == wish),
+        (f"it is for more than {limit} days", case.action == "extend" and case.days > limit)])
+    turns.insert(rng.randint(0, 1), Turn("note: problems if", f"If {condition}: problems?",
+                                         listed.answer if holds else "does not apply", r"does not apply|\w+(, \w+)*"))
     turns.insert(rng.randint(0, 1), listed)
     turns.insert(rng.randint(0, 2), stated)
     return " ".join(body), turns
@@ -195,7 +201,7 @@ def note(rng: random.Random) -> tuple[str, list[Turn]]:
 
 def conversation(rng: random.Random) -> list[Turn]:
     """One to four turns; the first holds all that the later ones ask about."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         return [rng.choice(GENERAL)(rng) for _ in range(rng.randint(1, 3))]
     text, turns = note(rng)
     first = turns[0]
@@ -351,8 +357,8 @@ Byte-level BPE with {len(tokenizer)} tokens, trained on the pretraining mixture.
 
 {COPYING} updates of repeating words, then {MIXTURE} of the mixture below, each of {CONVERSATIONS} conversations ({facts["tokens"]:,} tokens in all). Muon for the matrices of the layers, AdamW for the rest, loss weight {PROMPT_WEIGHT} at prompts and 1 at replies, seed {SEED}, {facts["minutes"]:.1f} minutes on {THREADS} CPU threads.
 
-- 30 % general tasks: repeating words, first or last word, looking up a fact of a name, comparing numbers, membership, counting, turning named pairs into JSON. The words are those of the access dataset, its JSON keys, decisions and rule ids among others, drawn at random.
-- 70 % notes: shuffled sentences about an invented request, in the phrases of the access dataset, with questions about single things they state (the id, the person, the place, the wish, the days, whether a fact holds, which facts are bad, or some of these as JSON).
+- 25 % general tasks: repeating words, first or last word, looking up a fact of a name, comparing numbers, membership, counting, turning named pairs into JSON. The words are those of the access dataset, its JSON keys, decisions and rule ids among others, drawn at random.
+- 75 % notes: shuffled sentences about an invented request, in the phrases of the access dataset, with questions about single things they state (the id, the person, the place, the wish, the days, whether a fact holds, which facts are bad, or some of these as JSON).
 
 No text relates a request to a decision or a rule: the access policy is unknown to this model.
 

@@ -16,7 +16,7 @@ from sft_pipeline_tests.command import ROOT, sft
 
 SLOW = {
     "sanity": {"skip": True},
-    "training": {"max_steps": 60, "epochs": 40, "eval_steps": 10, "per_device_batch": 2},
+    "training": {"max_steps": None, "epochs": 40, "eval_steps": 10, "per_device_batch": 2},
     "evaluation": {"max_rows": 4, "max_new_tokens": 8, "require_improvement": False},
 }
 
@@ -106,5 +106,5 @@ def test_a_kill_leaves_nothing_and_the_next_run_resumes(
         result = ran.json
         assert "resum" in ran.stderr
     training = json.loads(Path(result["artifacts"]["trained_checkpoints"], "training.json").read_text())
-    assert training["updates"] == 60
+    assert training["updates"]["done"] == training["updates"]["planned"] > 20
     assert not family(str(home / "work"))
