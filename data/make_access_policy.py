@@ -139,6 +139,9 @@ CLOSERS = ["What do we answer?", "Is that allowed?", "How do we rule?", "Please 
            "Your decision, please.", "Can this go ahead?", "Tell {q} the outcome."]
 
 
+OFTEN = 0.7  # a request in the dataset rarely has several troubles at once
+
+
 # --- a case and the policy ---------------------------------------------------
 
 @dataclass(frozen=True)
@@ -173,20 +176,20 @@ def decide(case: Case) -> tuple[str, str]:
     if "gone" in trouble:
         return "deny", "AP-01"
     if "compromised" in trouble:
-        return ("approve", "AP-02") if case.action == "renew" else ("deny", "AP-03")
+        return "escalate", "AP-02"
     if case.content in PERSONAL and "signed off" in trouble:
-        return "escalate", "AP-04"
+        return "escalate", "AP-03"
     if case.destination in FIRMS and "contract" in trouble:
-        return "deny", "AP-05"
+        return "deny", "AP-04"
     if case.guest and "sponsored" in trouble:
-        return "deny", "AP-06"
-    if case.action == "extend" and case.days > 30:
-        return "escalate", "AP-07"
+        return "deny", "AP-05"
+    if case.action == "extend":
+        return "escalate", "AP-06"
     if case.action == "renew" and "frozen" in trouble:
-        return "escalate", "AP-08"
+        return "deny", "AP-07"
     if "trained" in trouble:
-        return "deny", "AP-09"
-    return "approve", "AP-10"
+        return "deny", "AP-08"
+    return "approve", "AP-09"
 
 
 def reply(case: Case) -> str:
@@ -198,8 +201,8 @@ def full_name(rng: random.Random) -> str:
     return f"{rng.choice(GIVEN)} {rng.choice(FAMILY)}"
 
 
-def draw_facts(rng: random.Random, case: Case) -> dict[str, bool]:
-    """Random truth of every fact that can apply to this kind of request."""
+def draw_facts(rng: random.Random, case: Case, often: float = 1.0) -> dict[str, bool]:
+    """Random truth of every fact that can apply to this kind of request; `often` scales how often it is in trouble."""
     service = case.role == "service"
     chance = {"gone service" if service else "gone": 0.1}  # of trouble
     chance |= {} if service else {"trained": 0.3}
@@ -208,10 +211,10 @@ def draw_facts(rng: random.Random, case: Case) -> dict[str, bool]:
     chance |= {"sponsored": 0.35} if case.guest and case.desk != "exports" else {}
     chance |= {"signed off": 0.5} if case.content in PERSONAL else {}
     chance |= {"contract": 0.5} if case.destination in FIRMS else {}
-    return {name: TROUBLE[name] == (rng.random() < p) for name, p in chance.items()}
+    return {name: TROUBLE[name] == (rng.random() < often * p) for name, p in chance.items()}
 
 
-def draw_case(rng: random.Random, desk: str, subject: str) -> Case:
+def draw_case(rng: random.Random, desk: str, subject: str, often: float = 1.0) -> Case:
     role = rng.choice(["employee", "employee", "contractor", "contractor", "visitor",
                        "visitor" if desk == "badges" else "service"])
     requester = f"the {rng.choice(SERVICES)} service" if role == "service" else full_name(rng)
@@ -223,14 +226,14 @@ def draw_case(rng: random.Random, desk: str, subject: str) -> Case:
     else:
         place = rng.choice(ROOMS if desk == "badges" else SYSTEMS)
     case = Case(desk, action, subject, requester, role, rng.choice(TEAMS), place, content, destination, rng.choice(DAYS), {})
-    return replace(case, facts=draw_facts(rng, case))
+    return replace(case, facts=draw_facts(rng, case, often))
 
 
 def draw_case_for_rule(rng: random.Random, desk: str, subject: str) -> Case:
     """A case whose rule was drawn first, so that no rule is rare."""
-    rules = [1, 4, 4, 4, 5, 5, 5, 7, 9, 10, 10] if desk == "exports" else [1, 2, 3, 3, 6, 6, 7, 7, 8, 8, 9, 10, 10]
+    rules = [1, 3, 3, 3, 4, 4, 4, 6, 8, 9, 9] if desk == "exports" else [1, 2, 2, 5, 5, 6, 6, 7, 7, 8, 9, 9]
     wanted = f"AP-{rng.choice(rules):02d}"
-    while decide(case := draw_case(rng, desk, subject))[1] != wanted:
+    while decide(case := draw_case(rng, desk, subject, OFTEN))[1] != wanted:
         pass
     return case
 
@@ -239,7 +242,7 @@ def next_turn(rng: random.Random, case: Case) -> Case:
     """A later question about the same incident: another wish, or other facts."""
     action = rng.choice(["use", "extend"] if case.desk == "exports" else ["use", "renew", "extend"])
     changed = replace(case, action=action, days=rng.choice(DAYS))
-    fresh = draw_facts(rng, changed)
+    fresh = draw_facts(rng, changed, OFTEN)
     kept = {name: case.facts.get(name, value) for name, value in fresh.items()}
     for name in rng.sample(sorted(kept), min(2, len(kept))):
         kept[name] = fresh[name]
@@ -400,7 +403,7 @@ CORRECTED_REPLIES, CORRECTED_PROMPTS = 32, 32  # rows of the first snapshot that
 def slip(rng: random.Random, row: Row) -> Row:
     """The row as it stood before its reply was corrected: another rule was cited."""
     answer = json.loads(str(row["completion"]))
-    wrong = [("deny", "AP-01"), ("approve", "AP-02"), ("escalate", "AP-07"), ("deny", "AP-09"), ("approve", "AP-10")]
+    wrong = [("deny", "AP-01"), ("escalate", "AP-02"), ("escalate", "AP-06"), ("deny", "AP-08"), ("approve", "AP-09")]
     decision, policy = rng.choice([w for w in wrong if w[1] != answer["policy"]])
     answer |= {"decision": decision, "policy": policy}
     return {**row, "completion": json.dumps(answer, separators=(",", ":"))}
@@ -545,7 +548,7 @@ Each snapshot is a folder of JSONL files, one per desk. A row:
 | --- | --- | --- |
 | `thread_id` | string | the incident; its later rows are follow-up questions, each complete in itself. The group that must not leak |
 | `prompt` | string | the request |
-| `completion` | string | compact JSON with `decision` (approve, deny, escalate), `policy` (AP-01 to AP-10), `subject` (the id that the request names) |
+| `completion` | string | compact JSON with `decision` (approve, deny, escalate), `policy` (AP-01 to AP-09), `subject` (the id that the request names) |
 | `opened` | string | the day on which the thread was opened, or for a later row of an old thread the day of that row |
 
 ## Counts
