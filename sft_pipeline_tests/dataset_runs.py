@@ -29,11 +29,15 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def dataset(*sources: dict[str, Any] | Path, **rest: Any) -> DatasetConfig:
     """A dataset of static sources; a path alone is a source."""
-    configs = [{"path": str(s), "static": True} if isinstance(s, Path) else {"static": True, **s} for s in sources]
+    configs = [
+        {"path": str(s), "static": True} if isinstance(s, Path) else {"static": True, **s} for s in sources
+    ]
     return DatasetConfig.model_validate({"name": "rows", "sources": configs, **rest})
 
 
-def run(config: DatasetConfig, home: Path, until: Stage = GROUPED_SPLIT, snapshot: str | None = None) -> dict[str, Outcome]:
+def run(
+    config: DatasetConfig, home: Path, until: Stage = GROUPED_SPLIT, snapshot: str | None = None
+) -> dict[str, Outcome]:
     """Builds the dataset's stages up to `until`. An unaccepted one raises BlockedError in the next."""
     branch = Branch(config, snapshot or snapshots(config)[-1])
     outcomes = {}

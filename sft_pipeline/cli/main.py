@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Supervised fine-tuning, from raw rows to a traceable model.",
 )
+INTERRUPTED_BY_KEYBOARD = 130  # what the command-line library makes of a KeyboardInterrupt
 PIPE_WIDTH = 200  # columns where nobody's terminal says how many there are
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -152,6 +153,8 @@ def main() -> None:
     wants_json = "--json" in sys.argv[1:]
     try:
         code = app(standalone_mode=False)  # a raised Exit comes back as its code
+        if code == INTERRUPTED_BY_KEYBOARD:
+            raise KeyboardInterrupt
         _leave(code if isinstance(code, int) else 0)
     except SftError as error:
         _fail(str(error), error.exit_code, wants_json)

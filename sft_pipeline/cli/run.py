@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.cli.console import ConsoleReporter
-from sft_pipeline.errors import InputError
+from sft_pipeline.errors import InputError, Interrupted
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import checks_of, failed_blocking, needed_for
 from sft_pipeline.stages.stage import Branch
@@ -135,7 +135,7 @@ def _execute(
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )  # fmt: skip
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
-            raise KeyboardInterrupt from None
+            raise Interrupted("interrupted; run the same command again to go on") from None
     return _result(result, branch, last)
 
 
@@ -179,5 +179,7 @@ def _explain(failures: list[Any]) -> tuple[int, str]:
     if failures and failures[0].error:
         error = failures[0].error
         cause = error.cause or error
+        if "DagsterExecutionInterruptedError" in (error.cls_name, cause.cls_name):
+            return Interrupted.exit_code, "interrupted; run the same command again to go on"
         return 1, f"unexpected {cause.cls_name}: {cause.message.strip()}"
     return 1, "the run failed; see `sft ui`"

@@ -28,6 +28,7 @@ GPU_POOL = "gpu"
 SET_TAG = "sft/set"  # JSON list of "a.b=value": the overrides of this run
 RECIPE_TAG = "sft/recipe_source"  # the recipe's name or file, as given to `sft run`
 
+CRASH_RETRIES = 1
 DEFAULT_OWNER = "team:sft"
 
 
@@ -64,7 +65,6 @@ def stage_asset(
             dg.AssetCheckSpec(c.name, asset=key, description=c.description, blocking=c.blocking)
             for c in stage.checks
         ],
-        retry_policy=dg.RetryPolicy(max_retries=1) if stage.isolated else None,
     )
     def _asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
         yield from _materialize(context, stage, dataset, recipe, listener)
@@ -83,9 +83,13 @@ def _materialize(
     try:
         outcome = _run(context, stage, dataset, recipe, listener)
     except SftError as error:
-        # What will fail again in the same way is not retried.
-        again = not isinstance(error, (InputError, BlockedError, Interrupted))
-        raise dg.Failure(str(error), metadata={"exit_code": error.exit_code}, allow_retries=again) from error
+        # A crash of the child is tried again, which resumes; what would fail again in the same way is not. A retry policy
+        # would also retry a step that somebody interrupted.
+        crashed = stage.isolated and not isinstance(error, (InputError, BlockedError, Interrupted))
+        if crashed and context.retry_number < CRASH_RETRIES:
+            context.log.warning(str(error))
+            raise dg.RetryRequested(max_retries=CRASH_RETRIES) from error
+        raise dg.Failure(str(error), metadata={"exit_code": error.exit_code}, allow_retries=False) from error
     yield from _results(stage, outcome)
 
 

@@ -77,12 +77,12 @@ class MlflowTracker:
                         )
                     )
 
-        status = "FAILED"
+        status = "KILLED"
         try:
             yield Tracked(run_id, Tee(report, listener), {"mlflow_run": Evidence("url", url)}, committed)
             status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
+        except Exception:
+            status = "FAILED"
             raise
         finally:
             listener.flush()

@@ -52,7 +52,9 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(project):
-    split = w.dataset(project, {"train": w.rows_of(0, 48), "validation": w.rows_of(48, 18), "test": w.rows_of(66, 24)})
+    split = w.dataset(
+        project, {"train": w.rows_of(0, 48), "validation": w.rows_of(48, 18), "test": w.rows_of(66, 24)}
+    )
     return w.tokenized(project, split["grouped_split"])
 
 
@@ -62,11 +64,23 @@ def learned(project, rows):
 
 
 def config(model=FULL, **evaluation):
-    return EvaluationStageConfig.model_validate({"model": model, "evaluation": {"graders": GRADERS, "rank_by": ["policy_pass_rate", "-val_loss"], "max_new_tokens": 16, **evaluation}})
+    return EvaluationStageConfig.model_validate(
+        {
+            "model": model,
+            "evaluation": {
+                "graders": GRADERS,
+                "rank_by": ["policy_pass_rate", "-val_loss"],
+                "max_new_tokens": 16,
+                **evaluation,
+            },
+        }
+    )
 
 
 def run(project, rows, trained, settings, report=None):
-    built, out = project.build(build, "evaluation", settings, {"tokenized_rows": rows, "trained_checkpoints": trained}, report)
+    built, out = project.build(
+        build, "evaluation", settings, {"tokenized_rows": rows, "trained_checkpoints": trained}, report
+    )
     return built, json.loads((out / "evaluation.json").read_text()), out
 
 
@@ -87,11 +101,23 @@ def test_the_learned_checkpoint_is_chosen_and_beats_the_base(evaluated):
     assert found["difference"]["policy_pass_rate"] == pytest.approx(found["tuned"]["policy_pass_rate"])
     assert found["tuned"]["test_loss"] < found["base"]["test_loss"]
     assert [c["step"] for c in found["checkpoints"]] == [10, 60]
-    assert found["sides"]["test"] == {"rows": 24, "groups": 12, "generated": 24, "ungradable": {"format_pass_rate": 0, "policy_pass_rate": 0}}
+    assert found["sides"]["test"] == {
+        "rows": 24,
+        "groups": 12,
+        "generated": 24,
+        "ungradable": {"format_pass_rate": 0, "policy_pass_rate": 0},
+    }
     assert all(c.passed for c in built.checks)
-    assert "tuned" in checks(built)["improvement"].description and "is above base 0 on policy_pass_rate" in checks(built)["improvement"].description
-    assert heard.numbers[60]["validation/policy_pass_rate"] == pytest.approx(found["checkpoints"][1]["policy_pass_rate"], abs=1e-6)
-    assert {"evaluating step 10", "evaluating step 60", "test side, base"} <= heard.bars and heard.shown[0]["base_reply"] is not None
+    assert (
+        "tuned" in checks(built)["improvement"].description
+        and "is above base 0 on policy_pass_rate" in checks(built)["improvement"].description
+    )
+    assert heard.numbers[60]["validation/policy_pass_rate"] == pytest.approx(
+        found["checkpoints"][1]["policy_pass_rate"], abs=1e-6
+    )
+    assert {"evaluating step 10", "evaluating step 60", "test side, base"} <= heard.bars and heard.shown[0][
+        "base_reply"
+    ] is not None
 
 
 def test_every_row_stays_in_the_denominator_and_cut_replies_are_counted(evaluated):
@@ -100,9 +126,16 @@ def test_every_row_stays_in_the_denominator_and_cut_replies_are_counted(evaluate
     assert len(samples) == 2 * 18 + 2 * 24
     base = [s for s in samples if s["model"] == "base"]
     assert [s["side"] for s in base] == ["test"] * 24 and all(s["step"] is None for s in base)
-    assert built.counts["unfinished_base"] == sum(not s["finished"] for s in base) == found["unfinished"]["base"] > 0
+    assert (
+        built.counts["unfinished_base"]
+        == sum(not s["finished"] for s in base)
+        == found["unfinished"]["base"]
+        > 0
+    )
     tuned = [s for s in samples if s["side"] == "test" and s["step"] == 60]
-    assert sum(s["policy_pass_rate"] for s in tuned) / 24 == pytest.approx(found["tuned"]["policy_pass_rate"], abs=1e-6)
+    assert sum(s["policy_pass_rate"] for s in tuned) / 24 == pytest.approx(
+        found["tuned"]["policy_pass_rate"], abs=1e-6
+    )
     assert [s["row_id"] for s in tuned] == [s["row_id"] for s in base]
     right = next(s for s in tuned if s["policy_pass_rate"] == 1)
     assert right["reply"] == right["expected"] and right["prompt"].startswith("user\nMay I")
@@ -133,7 +166,10 @@ def test_built_twice_the_files_are_the_same(project, rows, learned, evaluated):
 def test_max_rows_takes_the_same_rows_for_every_checkpoint(project, rows, learned):
     built, found, out = run(project, rows, learned, config(max_rows=5, require_improvement=False))
     samples = pq.read_table(out / "samples.parquet").to_pylist()
-    by_model = {m: [s["row_id"] for s in samples if s["model"] == m and s["side"] == "validation"] for m in ("checkpoint-10", "checkpoint-60")}
+    by_model = {
+        m: [s["row_id"] for s in samples if s["model"] == m and s["side"] == "validation"]
+        for m in ("checkpoint-10", "checkpoint-60")
+    }
     assert by_model["checkpoint-10"] == by_model["checkpoint-60"] and len(by_model["checkpoint-10"]) == 5
     assert found["sides"]["validation"]["rows"] == 18 and found["sides"]["validation"]["generated"] == 5
     assert built.counts["validation_generated"] == 5
@@ -168,23 +204,47 @@ def test_adapters_are_judged_as_if_each_had_been_loaded_by_itself(project, rows,
     table = pq.read_table(rows.parts("validation")[0])
     examples = list(zip(table.column("input_ids").to_pylist(), table.column("labels").to_pylist()))
     for entry in found["checkpoints"]:
-        alone = score_nll(load_for_inference(ModelConfig(**LORA), trained.file(f"checkpoint-{entry['step']}")), examples)
-        assert entry["val_loss"] == pytest.approx(sum(a for a, _ in alone) / sum(n for _, n in alone), abs=2e-5)
+        alone = score_nll(
+            load_for_inference(ModelConfig(**LORA), trained.file(f"checkpoint-{entry['step']}")), examples
+        )
+        assert entry["val_loss"] == pytest.approx(
+            sum(a for a, _ in alone) / sum(n for _, n in alone), abs=2e-5
+        )
     assert len({e["val_loss"] for e in found["checkpoints"]}) == 3
     test = pq.read_table(rows.parts("test")[0])
-    base = score_nll(load_for_inference(ModelConfig(**LORA), None), list(zip(test.column("input_ids").to_pylist(), test.column("labels").to_pylist())))
-    assert found["base"]["test_loss"] == pytest.approx(sum(a for a, _ in base) / sum(n for _, n in base), abs=2e-5)
+    base = score_nll(
+        load_for_inference(ModelConfig(**LORA), None),
+        list(zip(test.column("input_ids").to_pylist(), test.column("labels").to_pylist())),
+    )
+    assert found["base"]["test_loss"] == pytest.approx(
+        sum(a for a, _ in base) / sum(n for _, n in base), abs=2e-5
+    )
     improvement = checks(built)["improvement"]
-    assert improvement.passed and improvement.description.startswith("not required (evaluation.require_improvement is false): tuned 0 is not above base 0")
+    assert improvement.passed and improvement.description.startswith(
+        "not required (evaluation.require_improvement is false): tuned 0 is not above base 0"
+    )
 
 
 def test_no_improvement_blocks_with_the_numbers(project, rows, learned):
     graders = [{"name": "always", "kind": "regex", "pattern": "(?s)."}]
-    built, _, _ = run(project, rows, learned, config(graders=graders, rank_by=["-val_loss", "always"], max_rows=3))
+    built, _, _ = run(
+        project, rows, learned, config(graders=graders, rank_by=["-val_loss", "always"], max_rows=3)
+    )
     assert checks(built)["improvement"].passed
-    built, found, _ = run(project, rows, learned, config(graders=[*GRADERS, {"name": "never", "kind": "regex", "pattern": "zzzz"}], rank_by=["never"], max_rows=3))
+    built, found, _ = run(
+        project,
+        rows,
+        learned,
+        config(
+            graders=[*GRADERS, {"name": "never", "kind": "regex", "pattern": "zzzz"}],
+            rank_by=["never"],
+            max_rows=3,
+        ),
+    )
     failed = checks(built)["improvement"]
-    assert not failed.passed and failed.description.startswith("tuned 0 is not above base 0 on never (3 test rows")
+    assert not failed.passed and failed.description.startswith(
+        "tuned 0 is not above base 0 on never (3 test rows"
+    )
     assert found["chosen_step"] == 10  # a tie: the earliest
 
 
@@ -193,14 +253,23 @@ def test_an_empty_validation_side_blocks_with_the_remedy(project, learned):
     split = w.dataset(world, {"train": w.rows_of(0, 4), "test": w.rows_of(4, 2)})
     rows = w.tokenized(world, split["grouped_split"])
     built, found, _ = run(world, rows, learned, config(gates=["format_pass_rate >= 0.5"]))
-    assert not checks(built)["gates_passed"].passed and "raise split.validation" in checks(built)["gates_passed"].description
+    assert (
+        not checks(built)["gates_passed"].passed
+        and "raise split.validation" in checks(built)["gates_passed"].description
+    )
     assert found["checkpoints"][0]["val_loss"] is None
 
 
 def test_a_grader_that_does_not_fit_the_data_stops_before_any_model_is_loaded(project, rows, learned):
     heard = Heard()
     with pytest.raises(InputError, match="grader sum: no expected completion can be graded against"):
-        run(project, rows, learned, config(graders=[{"name": "sum", "kind": "numeric_answer", "after": "####"}], rank_by=["sum"]), heard)
+        run(
+            project,
+            rows,
+            learned,
+            config(graders=[{"name": "sum", "kind": "numeric_answer", "after": "####"}], rank_by=["sum"]),
+            heard,
+        )
     assert not heard.bars
 
 

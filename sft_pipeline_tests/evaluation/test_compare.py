@@ -6,7 +6,17 @@ import pytest
 from sft_pipeline.stages.evaluation.compare import compare, sign_test
 
 
-@pytest.mark.parametrize(("wins", "losses", "p"), [(0, 0, 1.0), (5, 5, 1.0), (5, 0, 2 / 32), (0, 5, 2 / 32), (7, 1, 2 * 9 / 256), (10, 2, 2 * (1 + 12 + 66) / 4096)])
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"),
+    [
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+        (5, 0, 2 / 32),
+        (0, 5, 2 / 32),
+        (7, 1, 2 * 9 / 256),
+        (10, 2, 2 * (1 + 12 + 66) / 4096),
+    ],
+)
 def test_sign_test_is_exact(wins, losses, p):
     assert sign_test(wins, losses) == pytest.approx(p, rel=1e-12)
 
@@ -31,7 +41,9 @@ def test_the_interval_is_over_groups_not_rows():
     rng = np.random.default_rng(0)
     base, tuned = rng.integers(0, 2, 40), rng.integers(0, 2, 40)
     single = compare("x", base, tuned, [str(i) for i in range(40)])
-    repeated = compare("x", np.repeat(base, 10), np.repeat(tuned, 10), [str(i) for i in np.repeat(np.arange(40), 10)])
+    repeated = compare(
+        "x", np.repeat(base, 10), np.repeat(tuned, 10), [str(i) for i in np.repeat(np.arange(40), 10)]
+    )
     assert repeated.difference == single.difference
 
 
@@ -54,7 +66,11 @@ def test_loss_is_a_ratio_of_sums_and_lower_wins():
 
 def test_no_rows_give_nulls():
     found = compare("x", [], [], [])
-    assert math.isnan(found.base.value) and found.to_json()["difference"] == {"value": None, "low": None, "high": None}
+    assert math.isnan(found.base.value) and found.to_json()["difference"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+    }
 
 
 def test_no_spread_in_the_sample_is_not_certainty():
@@ -62,4 +78,6 @@ def test_no_spread_in_the_sample_is_not_certainty():
     found = compare("x", [0.0] * 24, [1.0] * 24, [str(i // 2) for i in range(24)])
     assert found.tuned.low == pytest.approx(0.7354, abs=1e-4) and found.tuned.high == 1
     assert found.base.high == pytest.approx(1 - 0.7354, abs=1e-4) and found.base.low == 0
-    assert found.difference.value == 1 == found.difference.high and found.difference.low == pytest.approx(1 - 0.2646 * 2**0.5, abs=1e-3)
+    assert found.difference.value == 1 == found.difference.high and found.difference.low == pytest.approx(
+        1 - 0.2646 * 2**0.5, abs=1e-3
+    )

@@ -29,7 +29,21 @@ def score(which, reply, completion=""):
 # -- strict JSON --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", "{} x", "```json\n{}\n```", '{"a": 1, "a": 2}', '{"a": NaN}', "[Infinity]", "{'a': 1}", '{"a": 1,}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "{} x",
+        "```json\n{}\n```",
+        '{"a": 1, "a": 2}',
+        '{"a": NaN}',
+        "[Infinity]",
+        "{'a': 1}",
+        '{"a": 1,}',
+        "[" * 100_000,
+    ],
+)
 def test_what_is_not_strict_json_is_unparsable(text):
     with pytest.raises(Unparsable):
         parse_json(text)
@@ -41,17 +55,37 @@ def test_white_space_around_json_is_allowed():
 
 def test_json_equality_keeps_true_and_one_apart():
     assert json_equal(1, 1.0) and json_equal({"a": [True]}, {"a": [True]})
-    assert not json_equal(1, True) and not json_equal([0], [False]) and not json_equal("1", 1) and not json_equal(None, 0)
+    assert (
+        not json_equal(1, True)
+        and not json_equal([0], [False])
+        and not json_equal("1", 1)
+        and not json_equal(None, 0)
+    )
 
 
 # -- json_schema --------------------------------------------------------------------------------------------------
 
-SCHEMA = {"type": "object", "required": ["decision"], "properties": {"decision": {"enum": ["approve", "deny"]}}, "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "required": ["decision"],
+    "properties": {"decision": {"enum": ["approve", "deny"]}},
+    "additionalProperties": False,
+}
 
 
 def test_json_schema_scores_valid_invalid_and_unparsable():
     it = grader(kind="json_schema", schema=SCHEMA)
-    assert [score(it, r) for r in ('{"decision": "deny"}', '{"decision": "maybe"}', '{"decision": "deny", "x": 1}', "deny", "", '{"decision": "deny"')] == [1, 0, 0, 0, 0, 0]
+    assert [
+        score(it, r)
+        for r in (
+            '{"decision": "deny"}',
+            '{"decision": "maybe"}',
+            '{"decision": "deny", "x": 1}',
+            "deny",
+            "",
+            '{"decision": "deny"',
+        )
+    ] == [1, 0, 0, 0, 0, 0]
 
 
 def test_json_schema_from_a_file(tmp_path):
@@ -60,7 +94,10 @@ def test_json_schema_from_a_file(tmp_path):
     assert score(grader(kind="json_schema", schema=str(path)), '{"decision": "approve"}') == 1
 
 
-@pytest.mark.parametrize("content, said", [(None, "cannot be read"), ("{", "is not JSON"), ('{"type": "objct"}', "not a JSON Schema")])
+@pytest.mark.parametrize(
+    "content, said",
+    [(None, "cannot be read"), ("{", "is not JSON"), ('{"type": "objct"}', "not a JSON Schema")],
+)
 def test_a_bad_schema_file_is_named_with_its_grader(tmp_path, content, said):
     path = tmp_path / "schema.json"
     if content is not None:
@@ -182,13 +219,22 @@ def test_python_grader_scores_and_is_never_given_an_empty_reply(project):
     assert score(grader(kind="python", callable="my_graders_mod:broken"), " \n") == 0
 
 
-@pytest.mark.parametrize("name, said", [("broken", "row r1.*ZeroDivisionError"), ("strange", "row r1.*'high'")])
+@pytest.mark.parametrize(
+    "name, said", [("broken", "row r1.*ZeroDivisionError"), ("strange", "row r1.*'high'")]
+)
 def test_an_exception_in_a_python_grader_names_grader_and_row(project, name, said):
     with pytest.raises(InputError, match=f"grader it, {said}"):
         score(grader(kind="python", callable=f"my_graders_mod:{name}"), "x")
 
 
-@pytest.mark.parametrize("target, said", [("no_such_mod:f", "No module named"), ("my_graders_mod:nothing", "nothing"), ("my_graders_mod:NUMBER", "not callable")])
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("no_such_mod:f", "No module named"),
+        ("my_graders_mod:nothing", "nothing"),
+        ("my_graders_mod:NUMBER", "not callable"),
+    ],
+)
 def test_what_cannot_be_imported_names_the_grader(project, target, said):
     with pytest.raises(InputError, match=f"grader it.*{said}"):
         grader(kind="python", callable=target)
@@ -197,5 +243,7 @@ def test_what_cannot_be_imported_names_the_grader(project, target, said):
 def test_a_python_graders_sources_are_found_with_what_they_import(project):
     from sft_pipeline.stages.evaluation.asset import grader_sources
 
-    config = TypeAdapter(GraderConfig).validate_python({"name": "it", "kind": "python", "callable": "my_graders_mod:good"})
+    config = TypeAdapter(GraderConfig).validate_python(
+        {"name": "it", "kind": "python", "callable": "my_graders_mod:good"}
+    )
     assert sorted(grader_sources(config)) == ["my_graders_mod.py", "my_helper_mod.py"]

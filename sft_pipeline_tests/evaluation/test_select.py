@@ -31,7 +31,10 @@ def test_a_gate_comes_before_rank():
 def test_no_checkpoint_passes_the_best_by_rank_is_named_but_not_passed():
     found = select(FIELD, [Gate.parse("format > 1")], RANK)
     assert found.step == 600 and not found.passed
-    assert "no checkpoint passes the gates; step 600 is the best by rank, with format 0.98 (format > 1 asked)" in found.why
+    assert (
+        "no checkpoint passes the gates; step 600 is the best by rank, with format 0.98 (format > 1 asked)"
+        in found.why
+    )
 
 
 def test_ties_go_to_the_earliest_step():
@@ -41,7 +44,11 @@ def test_ties_go_to_the_earliest_step():
 
 
 def test_the_second_term_decides_ties_on_the_first():
-    found = select([Candidate(1, {"val_loss": 2.0, "policy": 0.5}), Candidate(2, {"val_loss": 1.0, "policy": 0.5})], [], RANK)
+    found = select(
+        [Candidate(1, {"val_loss": 2.0, "policy": 0.5}), Candidate(2, {"val_loss": 1.0, "policy": 0.5})],
+        [],
+        RANK,
+    )
     assert found.step == 2 and "lowest val_loss 1 of those tied on policy, before step 1 with 2" in found.why
 
 
@@ -61,7 +68,9 @@ scores = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0,
 
 @given(scores, st.randoms())
 def test_no_passing_checkpoint_is_better_than_the_winner(values, random):
-    field = [Candidate(i, {"policy": a, "format": f, "val_loss": float(v)}) for i, (a, f, v) in enumerate(values)]
+    field = [
+        Candidate(i, {"policy": a, "format": f, "val_loss": float(v)}) for i, (a, f, v) in enumerate(values)
+    ]
     shuffled = list(field)
     random.shuffle(shuffled)
     gate = Gate.parse("format >= 2")
@@ -71,4 +80,8 @@ def test_no_passing_checkpoint_is_better_than_the_winner(values, random):
     assert found.passed == bool(passing)
     winner = field[found.step]
     for other in passing or field:
-        assert (-winner.scores["policy"], winner.scores["val_loss"], winner.step) <= (-other.scores["policy"], other.scores["val_loss"], other.step)
+        assert (-winner.scores["policy"], winner.scores["val_loss"], winner.step) <= (
+            -other.scores["policy"],
+            other.scores["val_loss"],
+            other.step,
+        )

@@ -23,14 +23,31 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SNAPSHOT = "2026-01-01"
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]))
+MESSAGES = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("weight", pa.float32()),
+            ("tool_calls", pa.string()),
+        ]
+    )
+)
 ROWS = pa.schema(
     [
         ("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("group", pa.string()), ("messages", MESSAGES),
         ("tools", pa.string()), ("time", pa.string()), ("warnings", pa.list_(pa.string())),
     ]
 )  # fmt: skip
-RAW = pa.schema([("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("content", pa.string())])
+RAW = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("content", pa.string()),
+    ]
+)
 SUBJECTS = ("red key", "blue key", "green key", "old badge", "new badge", "side door")
 VERBS = ("open", "close", "take", "return", "copy", "lose")
 
@@ -38,14 +55,19 @@ VERBS = ("open", "close", "take", "return", "copy", "lose")
 def question(i: int) -> tuple[str, str]:
     """A question and its right answer: opening and returning are approved, anything else is denied."""
     verb, subject = VERBS[i % 6], SUBJECTS[(i // 6) % 6]
-    return f"May I {verb} the {subject} {i}?", json.dumps({"decision": "approve" if verb in ("open", "return") else "deny"})
+    return f"May I {verb} the {subject} {i}?", json.dumps(
+        {"decision": "approve" if verb in ("open", "return") else "deny"}
+    )
 
 
 def rows_of(start: int, count: int) -> list[dict[str, Any]]:
     found = []
     for i in range(start, start + count):
         asked, answer = question(i)
-        messages = [{"role": "user", "content": asked, "weight": None, "tool_calls": None}, {"role": "assistant", "content": answer, "weight": None, "tool_calls": None}]
+        messages = [
+            {"role": "user", "content": asked, "weight": None, "tool_calls": None},
+            {"role": "assistant", "content": answer, "weight": None, "tool_calls": None},
+        ]
         found.append(
             {
                 "row_id": sha256_json([asked, answer])[:32], "source": 0, "file": "rows.jsonl", "line": i + 1, "group": f"T{i // 2}",
@@ -65,9 +87,16 @@ def write_base(folder: Path, *, hidden: int = 32) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     inner.train_from_iterator([" ".join(question(i)) for i in range(120)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=inner.get_vocab_size(), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -100,11 +129,24 @@ class World:
     root: Path
     store: Store
 
-    def artifact(self, name: str, owner: str, out: Path, *, inputs: dict[str, Artifact] | None = None, built: Built | None = None, config: Any = None, outside: dict[str, str] | None = None, accepted: bool = True) -> Artifact:
+    def artifact(
+        self,
+        name: str,
+        owner: str,
+        out: Path,
+        *,
+        inputs: dict[str, Artifact] | None = None,
+        built: Built | None = None,
+        config: Any = None,
+        outside: dict[str, str] | None = None,
+        accepted: bool = True,
+    ) -> Artifact:
         """Commits a folder as an artifact, as the engine does."""
         inputs = inputs or {}
         built = built or Built(counts={})
-        fingerprint = sha256_json([name, owner, config, {k: v.manifest.data_version for k, v in inputs.items()}, outside])
+        fingerprint = sha256_json(
+            [name, owner, config, {k: v.manifest.data_version for k, v in inputs.items()}, outside]
+        )
         with self.store.building(fingerprint) as staging:
             for path in sorted(out.iterdir()):
                 path.rename(staging / path.name)
@@ -117,11 +159,30 @@ class World:
                 },
             )  # fmt: skip
 
-    def build(self, function: Any, name: str, config: Any, inputs: dict[str, Artifact], report: Reporter | None = None) -> tuple[Built, Path]:
+    def build(
+        self,
+        function: Any,
+        name: str,
+        config: Any,
+        inputs: dict[str, Artifact],
+        report: Reporter | None = None,
+    ) -> tuple[Built, Path]:
         """Runs a stage's build function into a fresh folder."""
-        out = self.root / "out" / f"{name}-{len(list((self.root / 'out').glob('*'))) if (self.root / 'out').exists() else 0}"
+        out = (
+            self.root
+            / "out"
+            / f"{name}-{len(list((self.root / 'out').glob('*'))) if (self.root / 'out').exists() else 0}"
+        )
         out.mkdir(parents=True)
-        b = Build(config=config, inputs=inputs, out=out, work=self.root / "work" / name, report=report or Reporter(), snapshot=SNAPSHOT, asset=f"recipe/{name}")
+        b = Build(
+            config=config,
+            inputs=inputs,
+            out=out,
+            work=self.root / "work" / name,
+            report=report or Reporter(),
+            snapshot=SNAPSHOT,
+            asset=f"recipe/{name}",
+        )
         return function(b), out
 
 
@@ -130,7 +191,19 @@ def dataset(world: World, sides: dict[str, list[dict[str, Any]]]) -> dict[str, A
     source = world.root / "snapshots" / SNAPSHOT / "rows.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
     every = [r for rows in sides.values() for r in rows]
-    source.write_text("".join(json.dumps({"thread_id": r["group"], "prompt": r["messages"][0]["content"], "completion": r["messages"][1]["content"]}) + "\n" for r in every))
+    source.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "thread_id": r["group"],
+                    "prompt": r["messages"][0]["content"],
+                    "completion": r["messages"][1]["content"],
+                }
+            )
+            + "\n"
+            for r in every
+        )
+    )
     out = world.root / "out"
 
     def fresh(name: str) -> Path:
@@ -139,14 +212,36 @@ def dataset(world: World, sides: dict[str, list[dict[str, Any]]]) -> dict[str, A
 
     folder = fresh("raw_rows")
     with PartWriter(folder / "rows", RAW) as writer:
-        writer.append([{"row_id": r["row_id"], "source": 0, "file": r["file"], "line": r["line"], "content": "{}"} for r in every])
+        writer.append(
+            [
+                {"row_id": r["row_id"], "source": 0, "file": r["file"], "line": r["line"], "content": "{}"}
+                for r in every
+            ]
+        )
     relative = source.relative_to(world.root).as_posix()
-    raw = world.artifact("raw_rows", "dataset", folder, outside={relative: sha256_file(source)}, built=Built(counts={"rows": len(every)}))
+    raw = world.artifact(
+        "raw_rows",
+        "dataset",
+        folder,
+        outside={relative: sha256_file(source)},
+        built=Built(counts={"rows": len(every)}),
+    )
     folder = fresh("validated_rows")
     with PartWriter(folder / "rows", ROWS) as writer:
         writer.append(every)
     with FileWriter(folder / "quarantine.parquet", REJECTS) as writer:
-        writer.append([{"row_id": "bad1", "source": 0, "file": "rows.jsonl", "line": 999, "reasons": ["empty_completion"], "raw": "{}"}])
+        writer.append(
+            [
+                {
+                    "row_id": "bad1",
+                    "source": 0,
+                    "file": "rows.jsonl",
+                    "line": 999,
+                    "reasons": ["empty_completion"],
+                    "raw": "{}",
+                }
+            ]
+        )
     validated = world.artifact("validated_rows", "dataset", folder, inputs={"raw_rows": raw})
     folder = fresh("grouped_split")
     for side in ("train", "validation", "test"):
@@ -156,13 +251,29 @@ def dataset(world: World, sides: dict[str, list[dict[str, Any]]]) -> dict[str, A
     return {"raw_rows": raw, "validated_rows": validated, "grouped_split": split}
 
 
-def tokenized(world: World, split: Artifact, *, tokenizer: str = "base", owner: str = "recipe", **template: Any) -> Artifact:
+def tokenized(
+    world: World, split: Artifact, *, tokenizer: str = "base", owner: str = "recipe", **template: Any
+) -> Artifact:
     """tokenized_rows by its own build function."""
     from sft_pipeline.stages.tokenized_rows.build import build
 
-    config = TokenizedRowsConfig.model_validate({"tokenizer": tokenizer, "revision": None, "template": {"chat_template": "tokenizer", **template}, "tokens": {"max_length": 96}})
+    config = TokenizedRowsConfig.model_validate(
+        {
+            "tokenizer": tokenizer,
+            "revision": None,
+            "template": {"chat_template": "tokenizer", **template},
+            "tokens": {"max_length": 96},
+        }
+    )
     built, out = world.build(build, "tokenized_rows", config, {"grouped_split": split})
-    return world.artifact("tokenized_rows", owner, out, inputs={"grouped_split": split}, built=built, config=config.model_dump(mode="json"))
+    return world.artifact(
+        "tokenized_rows",
+        owner,
+        out,
+        inputs={"grouped_split": split},
+        built=built,
+        config=config.model_dump(mode="json"),
+    )
 
 
 def packed(world: World, rows: Artifact) -> Artifact:
@@ -174,13 +285,22 @@ def packed(world: World, rows: Artifact) -> Artifact:
     blocks = pa.schema([("block", pa.int32()), ("row_ids", pa.list_(pa.string()))])
     for side in ("train", "validation"):
         with PartWriter(out / side, blocks) as writer:
-            writer.append([{"block": i, "row_ids": [r["row_id"]]} for i, r in enumerate(train)] if side == "train" else [])
-    with FileWriter(out / "plan.parquet", pa.schema([("update", pa.int32()), ("position", pa.int32()), ("block", pa.int32())])) as writer:
+            writer.append(
+                [{"block": i, "row_ids": [r["row_id"]]} for i, r in enumerate(train)]
+                if side == "train"
+                else []
+            )
+    with FileWriter(
+        out / "plan.parquet",
+        pa.schema([("update", pa.int32()), ("position", pa.int32()), ("block", pa.int32())]),
+    ) as writer:
         writer.append([{"update": i, "position": 0, "block": i} for i in range(len(train))])
     return world.artifact("packed_shards", "recipe", out, inputs={"tokenized_rows": rows})
 
 
-def checkpoints(world: World, rows: Artifact, model: ModelConfig, steps: dict[int, int], *, learn: bool = True) -> Artifact:
+def checkpoints(
+    world: World, rows: Artifact, model: ModelConfig, steps: dict[int, int], *, learn: bool = True
+) -> Artifact:
     """trained_checkpoints after so many passes over the training side: {step: passes}; random adapters where not `learn`."""
     import pyarrow.parquet as pq
     import torch
@@ -211,7 +331,9 @@ def checkpoints(world: World, rows: Artifact, model: ModelConfig, steps: dict[in
         folder = out / f"checkpoint-{step}"
         save_weights(trained, folder, model)
         (folder / "bundle.json").write_text("{}\n")
-    (out / "training.json").write_text(json.dumps({"model": {"precision": "fp32"}, "schedule": {"peak": 0.01}}))
+    (out / "training.json").write_text(
+        json.dumps({"model": {"precision": "fp32"}, "schedule": {"peak": 0.01}})
+    )
     return world.artifact(
         "trained_checkpoints", "recipe", out, inputs={"tokenized_rows": rows, "packed_shards": packed(world, rows)},
         config={"model": model.model_dump(mode="json"), "training": {"learning_rate": 0.01}}, built=Built(counts={"checkpoints": len(steps)}),

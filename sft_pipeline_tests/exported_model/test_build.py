@@ -25,7 +25,9 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(project):
-    return w.dataset(project, {"train": w.rows_of(0, 12), "validation": w.rows_of(12, 4), "test": w.rows_of(16, 6)})["grouped_split"]
+    return w.dataset(
+        project, {"train": w.rows_of(0, 12), "validation": w.rows_of(12, 4), "test": w.rows_of(16, 6)}
+    )["grouped_split"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def exported(project, inputs):
 
 def test_lora_is_merged_and_every_check_passes(exported):
     checks, built, out = exported
-    assert {n: c.passed for n, c in checks.items()} == dict.fromkeys(checks, True), {n: c.description for n, c in checks.items() if not c.passed}
+    assert {n: c.passed for n, c in checks.items()} == dict.fromkeys(checks, True), {
+        n: c.description for n, c in checks.items() if not c.passed
+    }
     for name in (
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "merged/model.safetensors", "merged/config.json", "merged/generation_config.json",
         "merged/tokenizer.json", "merged/tokenizer_config.json", "merged/chat_template.jinja", "README.md", "lineage/chain.json",
@@ -54,7 +58,9 @@ def test_merged_logits_are_those_of_base_plus_adapter(exported, inputs):
     from transformers import AutoModelForCausalLM
 
     out = exported[2]
-    ids = torch.tensor([pq.read_table(inputs["tokenized_rows"].parts("test")[0]).column("input_ids")[0].as_py()])
+    ids = torch.tensor(
+        [pq.read_table(inputs["tokenized_rows"].parts("test")[0]).column("input_ids")[0].as_py()]
+    )
     base = AutoModelForCausalLM.from_pretrained(out.parents[1] / "base")
     adapted = PeftModel.from_pretrained(base, str(out / "adapter"))
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -70,7 +76,12 @@ def test_a_stranger_can_chat_with_it(exported):
 
     folder = exported[2] / "merged"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "May I open the red key?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "May I open the red key?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     out = model.generate(**prompt, max_new_tokens=4)
     assert out.shape[1] <= prompt["input_ids"].shape[1] + 4
     config = json.loads((folder / "generation_config.json").read_text())
@@ -103,7 +114,13 @@ def test_the_card_has_front_matter_results_samples_data_and_lineage(exported, in
 def test_the_manifest_chain_goes_back_to_the_source_files(exported):
     chain = json.loads((exported[2] / "lineage" / "chain.json").read_text())
     stages = [c["asset"].split("/")[1] for c in chain["chain"]]
-    assert stages.index("raw_rows") < stages.index("validated_rows") < stages.index("grouped_split") < stages.index("tokenized_rows") < stages.index("trained_checkpoints")
+    assert (
+        stages.index("raw_rows")
+        < stages.index("validated_rows")
+        < stages.index("grouped_split")
+        < stages.index("tokenized_rows")
+        < stages.index("trained_checkpoints")
+    )
     assert list(chain["source_files"]) == [f"snapshots/{w.SNAPSHOT}/rows.jsonl"]
     assert all((exported[2] / "lineage" / c["manifest"]).is_file() for c in chain["chain"])
 
@@ -116,7 +133,10 @@ def test_built_twice_all_but_the_volatile_files_are_the_same(project, inputs, ex
 
 def test_bfloat16_is_within_what_rounding_explains(project, inputs):
     checks, _, out = export(project, inputs, LORA, dtype="bfloat16")
-    assert checks["merged_equals_adapter"].passed and "in bfloat16" in checks["merged_equals_adapter"].description
+    assert (
+        checks["merged_equals_adapter"].passed
+        and "in bfloat16" in checks["merged_equals_adapter"].description
+    )
     assert checks["reload_answers_equal"].passed
     assert json.loads((out / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -147,7 +167,10 @@ def test_qlora_is_merged_into_the_unquantized_base(project, split):
 def test_weights_that_were_not_merged_are_found(project, inputs, monkeypatch):
     monkeypatch.setattr("sft_pipeline.stages.exported_model.merge.merge", lambda model: model.unload())
     checks, _, _ = export(project, inputs, LORA)
-    assert not checks["merged_equals_adapter"].passed and "more than rounding explains" in checks["merged_equals_adapter"].description
+    assert (
+        not checks["merged_equals_adapter"].passed
+        and "more than rounding explains" in checks["merged_equals_adapter"].description
+    )
 
 
 def test_a_template_other_than_trainings_is_found(project, inputs, tmp_path):
@@ -161,7 +184,11 @@ def test_a_template_other_than_trainings_is_found(project, inputs, tmp_path):
     shutil.copytree(folder, changed.path)
     checks, _, _ = export(project, {**inputs, "tokenized_rows": changed}, LORA)
     failed = checks["served_prompt_equal"]
-    assert not failed.passed and "training has" in failed.description and len(failed.evidence["different"].value) == 10
+    assert (
+        not failed.passed
+        and "training has" in failed.description
+        and len(failed.evidence["different"].value) == 10
+    )
     shutil.rmtree(changed.path)
 
 
@@ -172,15 +199,31 @@ def test_a_machine_path_and_a_pickle_are_found(tmp_path):
     from sft_pipeline.stages.exported_model.portable import machine_paths, portable, unsafe_files
 
     (tmp_path / "adapter_config.json").write_text('{\n "base": "/home/somebody/models/x"}')
-    (tmp_path / "README.md").write_text(f"all fine\nmade in {project_root()}/runs\nA path like /home/x in a sample is text.\n")
+    (tmp_path / "README.md").write_text(
+        f"all fine\nmade in {project_root()}/runs\nA path like /home/x in a sample is text.\n"
+    )
     (tmp_path / "tokenizer.json").write_text('{"vocab": {"/home/": 1, "/tmp/": 2}}')
     (tmp_path / "optimizer.pt").write_bytes(b"x")
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"source": f"{project_root()}/w"})
+    save_file(
+        {"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"source": f"{project_root()}/w"}
+    )
     found = [(f["file"], f["line"]) for f in machine_paths(tmp_path)]
     assert found == [("README.md", 2), ("adapter_config.json", 2), ("model.safetensors", 1)]
     assert unsafe_files(tmp_path) == ["optimizer.pt"]
-    value = {"base": f"{project_root()}/data/base", f"{project_root()}/data/x": "h", "elsewhere": "/mnt/big/model", "regex": "^/home", "ratio": 1.5}
-    assert portable(value) == {"base": "data/base", "data/x": "h", "elsewhere": "…/model", "regex": "^/home", "ratio": 1.5}
+    value = {
+        "base": f"{project_root()}/data/base",
+        f"{project_root()}/data/x": "h",
+        "elsewhere": "/mnt/big/model",
+        "regex": "^/home",
+        "ratio": 1.5,
+    }
+    assert portable(value) == {
+        "base": "data/base",
+        "data/x": "h",
+        "elsewhere": "…/model",
+        "regex": "^/home",
+        "ratio": 1.5,
+    }
 
 
 @pytest.mark.shared_data
@@ -196,9 +239,12 @@ def test_real_tokenizers_are_served_as_trained(shared_data, tmp_path, name):
     template = load_template("chatml" if name == "gpt2" else "tokenizer", tokenizer)
     write_tokenizer(tokenizer, template.text, tmp_path, pad_id=0)
     served = reload_tokenizer(tmp_path)
-    for text in ("Natalia sold 48 clips in April, 2,048 in 2023.", "  Leading  spaces\n\nüñí 日本 🎉", "x = 12345.678e9"):
+    for text in (
+        "Natalia sold 48 clips in April, 2,048 in 2023.",
+        "  Leading  spaces\n\nüñí 日本 🎉",
+        "x = 12345.678e9",
+    ):
         messages = [{"role": "user", "content": text}]
         prompt = template.render(messages, add_generation_prompt=True)
         assert served_prompt(served, messages, None) == tokenizer.ids(prompt)
         assert served(text, add_special_tokens=False)["input_ids"] == tokenizer.ids(text)
-

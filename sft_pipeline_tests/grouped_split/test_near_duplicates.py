@@ -45,7 +45,9 @@ def test_shingles_are_word_trigrams_without_case_and_punctuation() -> None:
 def test_the_system_message_is_left_out() -> None:
     struct = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())])
     rows = [[("system", "S", None), ("user", "Q", None), ("assistant", "", "[call]")], [("user", "P", None)]]
-    messages = pa.array([[dict(zip(("role", "content", "tool_calls"), m)) for m in row] for row in rows], pa.list_(struct))
+    messages = pa.array(
+        [[dict(zip(("role", "content", "tool_calls"), m)) for m in row] for row in rows], pa.list_(struct)
+    )
     assert [t.split() for t in texts_of(messages).to_pylist()] == [["Q", "[call]"], ["P"]]
     assert texts_of(messages.slice(1)).to_pylist()[0].split() == ["P"]
 
@@ -69,8 +71,14 @@ def corpus(seed: int, size: int) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 10_000), threshold=st.sampled_from([0.3, 0.5, 0.7, 0.8, 0.9, 1.0]), pairs_at_once=st.sampled_from([3, 50, 1 << 20]))
-def test_the_search_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threshold: float, pairs_at_once: int) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    threshold=st.sampled_from([0.3, 0.5, 0.7, 0.8, 0.9, 1.0]),
+    pairs_at_once=st.sampled_from([3, 50, 1 << 20]),
+)
+def test_the_search_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threshold: float, pairs_at_once: int
+) -> None:
     monkeypatch.setattr(near_duplicates, "PAIRS_AT_ONCE", pairs_at_once)
     monkeypatch.setattr(near_duplicates, "ROWS_AT_ONCE", 16)
     texts = corpus(seed, 50)
@@ -80,7 +88,11 @@ def test_the_search_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, se
     one, other, found = neighbours(sets, sets.index(threshold), near & nodes, ~near & nodes)
     for x, y, value in zip(one, other, found):
         assert value == pytest.approx(similarity(texts[x], texts[y])) and value >= threshold - 1e-9
-    expected = {x for x in np.flatnonzero(~near & nodes) if any(similarity(texts[x], texts[y]) >= threshold for y in np.flatnonzero(near & nodes))}
+    expected = {
+        x
+        for x in np.flatnonzero(~near & nodes)
+        if any(similarity(texts[x], texts[y]) >= threshold for y in np.flatnonzero(near & nodes))
+    }
     assert set(one.tolist()) == expected
 
 
@@ -88,7 +100,11 @@ def test_the_search_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, se
 @given(seed=st.integers(0, 10_000), threshold=st.sampled_from([0.4, 0.8]))
 def test_no_cluster_keeps_rows_on_two_sides(tmp_path: Path, seed: int, threshold: float) -> None:
     texts = corpus(seed, 60)
-    side = np.random.default_rng(seed).choice([TRAIN, TRAIN, TRAIN, VALIDATION, TEST], len(texts)).astype(np.int8)
+    side = (
+        np.random.default_rng(seed)
+        .choice([TRAIN, TRAIN, TRAIN, VALIDATION, TEST], len(texts))
+        .astype(np.int8)
+    )
     sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
     found = straddling(sets, side, threshold)
     parent = list(range(len(texts)))
@@ -120,7 +136,14 @@ LONG = "please rotate the stale deploy key of the billing service before the aud
 
 
 def near_rows() -> list[dict[str, Any]]:
-    other = [{"group": f"g{i}", "prompt": " ".join(f"{w}{i}" for w in ("a", "b", "c", "d", "e")), "completion": f"yes {i}"} for i in range(6)]
+    other = [
+        {
+            "group": f"g{i}",
+            "prompt": " ".join(f"{w}{i}" for w in ("a", "b", "c", "d", "e")),
+            "completion": f"yes {i}",
+        }
+        for i in range(6)
+    ]
     return [
         {"group": "held", "prompt": LONG, "completion": "Ask for evidence."},
         {"group": "copy", "prompt": LONG.upper() + "!", "completion": "ask for evidence"},
@@ -130,39 +153,80 @@ def near_rows() -> list[dict[str, Any]]:
     ]
 
 
-FIXED = {"test": ["held", "g0"], "validation": ["val", "g1"], "train": ["copy", "near", "g2", "g3", "g4", "g5"]}
+FIXED = {
+    "test": ["held", "g0"],
+    "validation": ["val", "g1"],
+    "train": ["copy", "near", "g2", "g3", "g4", "g5"],
+}
 
 
 def test_near_duplicates_of_held_out_rows_are_dropped_counted_and_listed(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", near_rows())
-    outcome = run(dataset(path, split={"groups": FIXED, "near_duplicates": {"threshold": 0.6}}), project / "home")["grouped_split"]
+    outcome = run(
+        dataset(path, split={"groups": FIXED, "near_duplicates": {"threshold": 0.6}}), project / "home"
+    )["grouped_split"]
     built = outcome.artifact
     assert built.manifest.accepted
-    assert [(r["line"], r["reasons"]) for r in rows(built, "rejects.parquet")] == [(line, ["near_duplicate_of_held_out"]) for line in (2, 3, 4)]
+    assert [(r["line"], r["reasons"]) for r in rows(built, "rejects.parquet")] == [
+        (line, ["near_duplicate_of_held_out"]) for line in (2, 3, 4)
+    ]
     pairs = rows(built, "near_duplicates.parquet")
-    assert [(p["group"], p["side"], p["of_group"], p["of_side"]) for p in pairs] == [("copy", "train", "held", "test"), ("near", "train", "held", "test"), ("val", "validation", "held", "test")]
-    assert pairs[0]["similarity"] == 1 and 0.6 <= pairs[1]["similarity"] < 1 and pairs[1]["text"].startswith("please rotate")
-    assert built.manifest.counts == {**built.manifest.counts, "read": 10, "train": 4, "validation": 1, "test": 2, "rejects": 3}
+    assert [(p["group"], p["side"], p["of_group"], p["of_side"]) for p in pairs] == [
+        ("copy", "train", "held", "test"),
+        ("near", "train", "held", "test"),
+        ("val", "validation", "held", "test"),
+    ]
+    assert (
+        pairs[0]["similarity"] == 1
+        and 0.6 <= pairs[1]["similarity"] < 1
+        and pairs[1]["text"].startswith("please rotate")
+    )
+    assert built.manifest.counts == {
+        **built.manifest.counts,
+        "read": 10,
+        "train": 4,
+        "validation": 1,
+        "test": 2,
+        "rejects": 3,
+    }
     assert "0.00% of the held-out rows" in check(outcome, "near_duplicate_leakage")["description"]
 
 
 def test_near_duplicates_may_only_be_reported_or_not_searched(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", near_rows())
-    reported = run(dataset(path, split={"groups": FIXED, "near_duplicates": {"threshold": 0.6, "action": "report"}}), project / "home")["grouped_split"]
+    reported = run(
+        dataset(path, split={"groups": FIXED, "near_duplicates": {"threshold": 0.6, "action": "report"}}),
+        project / "home",
+    )["grouped_split"]
     assert reported.artifact.manifest.accepted and reported.artifact.manifest.counts["rejects"] == 0
-    assert reported.artifact.manifest.counts["near_duplicates"] == 3 and len(rows(reported.artifact, "near_duplicates.parquet")) == 3
+    assert (
+        reported.artifact.manifest.counts["near_duplicates"] == 3
+        and len(rows(reported.artifact, "near_duplicates.parquet")) == 3
+    )
     bounded = {"threshold": 0.6, "action": "report", "max_leakage": 0.1}
-    blocked = run(dataset(path, split={"groups": FIXED, "near_duplicates": bounded}), project / "home")["grouped_split"]
+    blocked = run(dataset(path, split={"groups": FIXED, "near_duplicates": bounded}), project / "home")[
+        "grouped_split"
+    ]
     assert not blocked.artifact.manifest.accepted
-    assert "50.00% of the held-out rows have a near-duplicate" in check(blocked, "near_duplicate_leakage")["description"]
-    off = run(dataset(path, split={"groups": FIXED, "near_duplicates": None}), project / "home")["grouped_split"]
+    assert (
+        "50.00% of the held-out rows have a near-duplicate"
+        in check(blocked, "near_duplicate_leakage")["description"]
+    )
+    off = run(dataset(path, split={"groups": FIXED, "near_duplicates": None}), project / "home")[
+        "grouped_split"
+    ]
     assert off.artifact.manifest.accepted and off.artifact.manifest.counts["near_duplicates"] == 0
 
 
 def test_many_rows_of_one_template_stay_cheap(tmp_path: Path) -> None:
     rng = random.Random(0)
     middle = " ".join(f"word{i}" for i in range(50))
-    texts = [f"{rng.randrange(10**9)} {rng.randrange(10**9)} {middle} {rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)}" for _ in range(20_000)]
+    texts = [
+        f"{rng.randrange(10**9)} {rng.randrange(10**9)} {middle} {rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)}"
+        for _ in range(20_000)
+    ]
     sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
     asked = np.arange(len(texts)) % 2 == 0
-    assert len(neighbours(sets, sets.index(0.95), ~asked, asked)[0]) == 0  # 10^8 pairs at 0.86, none compared one by one
+    assert (
+        len(neighbours(sets, sets.index(0.95), ~asked, asked)[0]) == 0
+    )  # 10^8 pairs at 0.86, none compared one by one

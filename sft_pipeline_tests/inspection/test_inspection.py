@@ -16,15 +16,29 @@ from sft_pipeline.stages.tokenized_rows.build import build as tokenize
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
 from sft_pipeline_tests.tokenized_rows.tiny import FakeArtifact, row, save_tokenizer, split_artifact
 
-ROWS = [row(("user", f"<b>who</b> may read {i}"), ("assistant", f"user\n {i}"), row_id=f"{i:032x}") for i in range(40)]
+ROWS = [
+    row(("user", f"<b>who</b> may read {i}"), ("assistant", f"user\n {i}"), row_id=f"{i:032x}")
+    for i in range(40)
+]
 
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspection")
-    split = split_artifact(folder / "split", train=[*ROWS, row(("user", "a<|pad|>"), ("assistant", "b"), row_id="f" * 32)], test=ROWS[:2])
-    config = TokenizedRowsConfig(tokenizer=str(save_tokenizer(folder / "tok")), revision=None, template=TemplateConfig(), tokens=TokensConfig(max_length=256))
-    packing = PackedShardsConfig(packing=PackingConfig(), max_length=256, blocks_per_update=4, epochs=1, seed=0)
+    split = split_artifact(
+        folder / "split",
+        train=[*ROWS, row(("user", "a<|pad|>"), ("assistant", "b"), row_id="f" * 32)],
+        test=ROWS[:2],
+    )
+    config = TokenizedRowsConfig(
+        tokenizer=str(save_tokenizer(folder / "tok")),
+        revision=None,
+        template=TemplateConfig(),
+        tokens=TokensConfig(max_length=256),
+    )
+    packing = PackedShardsConfig(
+        packing=PackingConfig(), max_length=256, blocks_per_update=4, epochs=1, seed=0
+    )
     made = {}
     for name, build, cfg, inputs in (
         ("tokenized", tokenize, config, lambda: {"grouped_split": split}),
@@ -44,14 +58,23 @@ def test_the_json_has_tokens_and_labels_of_equal_length(artifacts):
     for r, given in zip(result["rows"], ROWS, strict=False):
         assert r["row_id"] == given["row_id"] and r["side"] == "train"
         assert len(r["tokens"]) == len(r["labels"]) == len(r["input_ids"]) == len(r["position_ids"])
-        assert "".join(t for t, label in zip(r["tokens"], r["labels"], strict=True) if label != -100) == given["messages"][-1]["content"] + "<|im_end|>"
+        assert (
+            "".join(t for t, label in zip(r["tokens"], r["labels"], strict=True) if label != -100)
+            == given["messages"][-1]["content"] + "<|im_end|>"
+        )
         block = next(b for b in result["blocks"] if b["block"] == r["block"])
-        assert r["row_id"] in [s["row_id"] for s in block["segments"]] and sum(s["length"] for s in block["segments"]) == block["length"] <= 256
+        assert (
+            r["row_id"] in [s["row_id"] for s in block["segments"]]
+            and sum(s["length"] for s in block["segments"]) == block["length"] <= 256
+        )
 
 
 def test_a_row_is_found_by_the_beginning_of_its_id_on_any_side(artifacts):
     found = inspect_rows(*artifacts, row=ROWS[1]["row_id"], n=5)
-    assert [(r.side, r.row_id) for r in found.rows] == [("train", ROWS[1]["row_id"]), ("test", ROWS[1]["row_id"])]
+    assert [(r.side, r.row_id) for r in found.rows] == [
+        ("train", ROWS[1]["row_id"]),
+        ("test", ROWS[1]["row_id"]),
+    ]
     assert found.rows[1].block is None
 
 
@@ -65,12 +88,22 @@ def test_a_rejected_row_says_why(artifacts):
 def test_the_terminal_shows_rows_and_blocks(artifacts):
     stream = io.StringIO()
     print_inspection(inspect_rows(*artifacts, n=2), Console(file=stream, width=120))
-    assert ROWS[0]["row_id"] in stream.getvalue() and "user" in stream.getvalue() and "examples" in stream.getvalue()
+    assert (
+        ROWS[0]["row_id"] in stream.getvalue()
+        and "user" in stream.getvalue()
+        and "examples" in stream.getvalue()
+    )
 
 
 def test_the_page_is_self_contained_and_escapes_rows(artifacts):
     page = html_page(inspect_rows(*artifacts, n=2))
-    assert "<b>" not in page and "http" not in page and 'class="segment' in page and "position 0" in page and "supervised" in page
+    assert (
+        "<b>" not in page
+        and "http" not in page
+        and 'class="segment' in page
+        and "position 0" in page
+        and "supervised" in page
+    )
 
 
 def test_rows_can_be_shown_without_blocks(artifacts):

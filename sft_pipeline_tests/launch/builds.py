@@ -46,7 +46,12 @@ def do_build(b: Build) -> Built:
     b.report.samples([{"prompt": "p", "reply": "r", "expected": "e"}], 2)
     (b.out / "out.txt").write_text(b.inputs["first"].file("value.txt").read_text() + str(b.config.inner.rate))
     check = Check("good", True, "fine", {"rows": table([{"a": 1, "b": "x"}])})
-    return Built({"rows": numpy.int64(7)}, (check,), ("log/",), {"rate": Evidence("number", numpy.float32(0.5)), "n": number(3)})
+    return Built(
+        {"rows": numpy.int64(7)},
+        (check,),
+        ("log/",),
+        {"rate": Evidence("number", numpy.float32(0.5)), "n": number(3)},
+    )
 
 
 def do_input_error(b: Build) -> Built:
@@ -79,7 +84,9 @@ def do_hang(b: Build) -> Built:
     """Hangs, deaf to signals, with a helper in a session of its own that is stopped."""
     helper = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
     stopped = subprocess.Popen([sys.executable, "-S", "-c", helper], start_new_session=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])  # like a loop in C: no handler ever runs
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT]
+    )  # like a loop in C: no handler ever runs
     (b.out / "half").write_text("written")
     with (Path(b.config.folder) / "pids").open("a") as stream:
         stream.write(f"{os.getpid()}\n{stopped.pid}\n")

@@ -29,7 +29,9 @@ def isolated_job():
 
 def main() -> None:
     with dg.DagsterInstance.get() as instance:
-        with dg.execute_job(dg.reconstructable(isolated_job), instance=instance, tags={"test": "hang"}) as result:
+        with dg.execute_job(
+            dg.reconstructable(isolated_job), instance=instance, tags={"test": "hang"}
+        ) as result:
             sys.exit(0 if result.success else 1)
 
 

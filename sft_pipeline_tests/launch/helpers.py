@@ -60,7 +60,16 @@ def start_hanging_tree(folder: Path) -> list[str]:
 @contextmanager
 def supervised(folder: Path, *command: str, options: tuple[str, ...] = ()) -> Iterator[subprocess.Popen]:
     """A supervisor of a command, with its lock in `folder`; killed at the end."""
-    arguments = [sys.executable, "-m", "sft_pipeline.launch.supervise", "--lock", str(folder / ".lock"), *options, "--", *command]
+    arguments = [
+        sys.executable,
+        "-m",
+        "sft_pipeline.launch.supervise",
+        "--lock",
+        str(folder / ".lock"),
+        *options,
+        "--",
+        *command,
+    ]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield process

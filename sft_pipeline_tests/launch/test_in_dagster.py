@@ -33,7 +33,9 @@ def test_no_trainer_is_left(tmp_path: Path, home: Path, case: str):
         assert wait_until(lambda: not running(tree)) < 4
         if case == "step worker killed":
             assert worker.wait(90) == 0  # the retry went through
-            assert (tmp_path / "left").read_text() == "0"  # and it did not start before the first trainer was gone
+            assert (
+                tmp_path / "left"
+            ).read_text() == "0"  # and it did not start before the first trainer was gone
         else:
             worker.wait(90)
             assert not (tmp_path / "left").exists()
@@ -44,5 +46,7 @@ def test_no_trainer_is_left(tmp_path: Path, home: Path, case: str):
     if case != "run worker killed":  # that one is the reaper's and the run monitor's
         with dg.DagsterInstance.get() as instance:
             (run,) = instance.get_runs()
-            assert run.status == (dg.DagsterRunStatus.SUCCESS if case == "step worker killed" else dg.DagsterRunStatus.CANCELED)
+            assert run.status == (
+                dg.DagsterRunStatus.SUCCESS if case == "step worker killed" else dg.DagsterRunStatus.CANCELED
+            )
             assert not instance.event_log_storage.get_concurrency_info("gpu").claimed_slots

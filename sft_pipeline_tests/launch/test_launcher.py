@@ -49,7 +49,16 @@ def a_build(tmp_path: Path, do: str, **more) -> Build:
         folder.mkdir(exist_ok=True)
     (first / "value.txt").write_text("one ")
     config = Toy(do=do, inner=Inner(rate=0.25), folder=str(tmp_path))
-    return Build(config, {"first": Artifact(first)}, tmp_path / "out", tmp_path / "work", Kept(), snapshot="s1", asset="r/toy", **more)
+    return Build(
+        config,
+        {"first": Artifact(first)},
+        tmp_path / "out",
+        tmp_path / "work",
+        Kept(),
+        snapshot="s1",
+        asset="r/toy",
+        **more,
+    )
 
 
 def test_builds_in_another_process_and_forwards_what_it_reports(tmp_path: Path):
@@ -66,7 +75,9 @@ def test_builds_in_another_process_and_forwards_what_it_reports(tmp_path: Path):
     heard = build.report.heard
     assert heard[0] == ("log", "doing build in r/toy of s1", "info")
     assert ("progress", "steps", 3, 3, "steps") in heard
-    assert [h for h in heard if h[0] == "metrics"] == [("metrics", {"loss": 1.0 / (s + 1)}, s) for s in range(3)]
+    assert [h for h in heard if h[0] == "metrics"] == [
+        ("metrics", {"loss": 1.0 / (s + 1)}, s) for s in range(3)
+    ]
     assert heard[-1] == ("samples", [{"prompt": "p", "reply": "r", "expected": "e"}], 2)
     assert sorted(p.name for p in build.work.iterdir()) == [".lock", "child.log"]
 
@@ -77,12 +88,18 @@ def test_builds_in_another_process_and_forwards_what_it_reports(tmp_path: Path):
         ("input_error", InputError, ["r/toy: rows.jsonl:3: no completion. Give one"]),
         ("blocked", BlockedError, ["not accepted"]),
         ("crash", SftError, ["KeyError: 'surprise'", "about to crash", "child.log"]),
-        ("memory", SftError, ["out of memory (cannot get 12 GiB)", "per_device_batch", "gradient_checkpointing"]),
+        (
+            "memory",
+            SftError,
+            ["out of memory (cannot get 12 GiB)", "per_device_batch", "gradient_checkpointing"],
+        ),
         ("disk_full", InputError, ["no space left on the disk while building r/toy"]),
         ("sigkill", SftError, ["SIGKILL", "out of memory", "resumes"]),
     ],
 )
-def test_an_error_of_the_child_is_raised_here(tmp_path: Path, do: str, kind: type[SftError], words: list[str]):
+def test_an_error_of_the_child_is_raised_here(
+    tmp_path: Path, do: str, kind: type[SftError], words: list[str]
+):
     with pytest.raises(SftError) as caught:
         run_isolated(STAGE, a_build(tmp_path, do))
     assert type(caught.value) is kind
@@ -94,7 +111,9 @@ def test_an_error_of_the_child_is_raised_here(tmp_path: Path, do: str, kind: typ
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_child_that_is_asked_to_stop_is_an_interruption(tmp_path: Path, number: signal.Signals):
     build = a_build(tmp_path, "wait")
-    threading.Thread(target=lambda: os.kill(int(pids_in(tmp_path / "pids", 1)[0].split(":")[0]), number), daemon=True).start()
+    threading.Thread(
+        target=lambda: os.kill(int(pids_in(tmp_path / "pids", 1)[0].split(":")[0]), number), daemon=True
+    ).start()
     with pytest.raises(Interrupted, match="asked to stop"):
         run_isolated(STAGE, build)
 
@@ -113,11 +132,16 @@ class Interrupting(Kept):
 
 
 @pytest.mark.parametrize("supervisor_hangs", [False, True])
-def test_an_interruption_here_ends_a_hung_child_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supervisor_hangs: bool):
+def test_an_interruption_here_ends_a_hung_child_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supervisor_hangs: bool
+):
     reporter = Interrupting(tmp_path, 2)
     if supervisor_hangs:
         monkeypatch.setattr("sft_pipeline.launch.launcher.HARD_STOP_SECONDS", 0.5)
-        monkeypatch.setattr("sft_pipeline.launch.launcher.send", lambda pid, *signals: os.kill(pid, signals[0]) if signals == (signal.SIGKILL,) else None)
+        monkeypatch.setattr(
+            "sft_pipeline.launch.launcher.send",
+            lambda pid, *signals: os.kill(pid, signals[0]) if signals == (signal.SIGKILL,) else None,
+        )
     try:
         with pytest.raises(KeyboardInterrupt):
             run_isolated(STAGE, replace(a_build(tmp_path, "hang"), report=reporter))
@@ -132,7 +156,9 @@ def test_stops_when_a_watched_process_is_gone(tmp_path: Path):
     build = a_build(tmp_path, "hang")
     try:
         tree: list[str] = []
-        threading.Thread(target=lambda: (tree.extend(pids_in(tmp_path / "pids", 2)), watched.kill()), daemon=True).start()
+        threading.Thread(
+            target=lambda: (tree.extend(pids_in(tmp_path / "pids", 2)), watched.kill()), daemon=True
+        ).start()
         with pytest.raises(Interrupted, match="stopped from outside"):
             run_isolated(STAGE, build, watch=[str(watched.pid)])
         assert len(tree) == 2 and not running(tree)
@@ -154,16 +180,23 @@ run_isolated(STAGE, a_build(Path(folder), do), processes=int(ranks))
 
 
 def test_a_killed_launcher_leaves_nothing_and_a_retry_waits_for_that(tmp_path: Path):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), "hang", "1"], start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), "hang", "1"], start_new_session=True
+    )
     tree = pids_in(tmp_path / "pids", 2)
     try:
         parent.kill()
         parent.wait()
         build = a_build(tmp_path, "build")
-        assert run_isolated(STAGE, build).counts == {"rows": 7}  # its build function asserts that `out` is empty
+        assert run_isolated(STAGE, build).counts == {
+            "rows": 7
+        }  # its build function asserts that `out` is empty
         assert not running(tree)
         assert any("waiting for the earlier process" in h[1] for h in build.report.heard)
-        assert sorted(p.name for p in build.work.iterdir()) == [".lock", "child.log"]  # the dead launcher's files too are gone
+        assert sorted(p.name for p in build.work.iterdir()) == [
+            ".lock",
+            "child.log",
+        ]  # the dead launcher's files too are gone
     finally:
         clean_up(tree)
 
@@ -187,8 +220,12 @@ def test_inside_dagster_the_child_speaks_pipes(tmp_path: Path):
 
     @dg.asset
     def toy(context: dg.AssetExecutionContext):
-        with dg.open_pipes_session(context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()) as session:
-            built = run_isolated(STAGE, a_build(tmp_path, "build"), extra_env=session.get_bootstrap_env_vars())
+        with dg.open_pipes_session(
+            context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
+        ) as session:
+            built = run_isolated(
+                STAGE, a_build(tmp_path, "build"), extra_env=session.get_bootstrap_env_vars()
+            )
         yield dg.MaterializeResult(metadata=dict(built.counts))
 
     with dg.DagsterInstance.ephemeral() as instance:
@@ -214,7 +251,11 @@ class TestRanks:
 
     @pytest.mark.parametrize("victim", ["launcher", "supervisor"])
     def test_hung_ranks_die_with(self, tmp_path: Path, victim: str):
-        parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), "ranks_hang", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(tmp_path), "ranks_hang", "2"],
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        )
         ranks = pids_in(tmp_path / "pids", 2, seconds=60)
         torchrun, supervisor = processes.ancestors(processes.parse(ranks[0])[0])[:2]
         tree = [*ranks, processes.token(torchrun), processes.token(supervisor)]

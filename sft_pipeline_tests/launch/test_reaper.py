@@ -19,7 +19,9 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def dead_process() -> str:
-    process = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    )
     identity = process_identity(process.pid)
     process.communicate()
     return identity

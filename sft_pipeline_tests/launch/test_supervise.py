@@ -25,7 +25,11 @@ PYTHON = (sys.executable, "-S", "-c")
 
 
 def test_passes_the_exit_status_on(tmp_path: Path):
-    for code, expected in (("raise SystemExit(0)", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)):
+    for code, expected in (
+        ("raise SystemExit(0)", 0),
+        ("raise SystemExit(3)", 3),
+        ("import os; os.kill(os.getpid(), 9)", 137),
+    ):
         with supervised(tmp_path, *PYTHON, code) as supervisor:
             assert supervisor.wait(20) == expected
     with supervised(tmp_path, "/no/such/program") as supervisor:
@@ -44,7 +48,9 @@ def test_sigterm_ends_a_hung_tree_in_sessions_of_its_own(tmp_path: Path):
 
 
 def test_a_process_that_obeys_is_not_waited_for(tmp_path: Path):
-    with supervised(tmp_path, *PYTHON, f"import time; open({str(tmp_path / 'up')!r}, 'w'); time.sleep(60)") as supervisor:
+    with supervised(
+        tmp_path, *PYTHON, f"import time; open({str(tmp_path / 'up')!r}, 'w'); time.sleep(60)"
+    ) as supervisor:
         wait_until((tmp_path / "up").exists)
         started = time.monotonic()
         supervisor.send_signal(signal.SIGINT)
@@ -54,7 +60,11 @@ def test_a_process_that_obeys_is_not_waited_for(tmp_path: Path):
 
 def test_when_a_watched_process_is_killed_the_tree_goes(tmp_path: Path):
     watched = subprocess.Popen([*PYTHON, "import time; time.sleep(60)"])
-    with supervised(tmp_path, *start_hanging_tree(tmp_path), options=("--watch", processes.token(watched.pid), "--grace", "0.3")) as supervisor:
+    with supervised(
+        tmp_path,
+        *start_hanging_tree(tmp_path),
+        options=("--watch", processes.token(watched.pid), "--grace", "0.3"),
+    ) as supervisor:
         tree = pids_in(tmp_path / "pids", 4)
         try:
             watched.kill()  # and not reaped: a zombie is gone too
@@ -67,7 +77,9 @@ def test_when_a_watched_process_is_killed_the_tree_goes(tmp_path: Path):
 
 def test_a_recycled_pid_is_not_the_watched_process(tmp_path: Path):
     other = f"{os.getpid()}:{processes.parse(processes.token())[1] - 1}"
-    with supervised(tmp_path, *PYTHON, "import time; time.sleep(60)", options=("--watch", other)) as supervisor:
+    with supervised(
+        tmp_path, *PYTHON, "import time; time.sleep(60)", options=("--watch", other)
+    ) as supervisor:
         assert supervisor.wait(20) == EXIT_WATCHED_GONE
 
 
@@ -89,7 +101,9 @@ def test_a_killed_supervisor_takes_its_command_along_and_the_next_one_clears_the
         try:
             supervisor.kill()
             supervisor.wait()
-            wait_until(lambda: tree[0] not in running(tree))  # the command itself, though it is deaf to SIGTERM
+            wait_until(
+                lambda: tree[0] not in running(tree)
+            )  # the command itself, though it is deaf to SIGTERM
             count = f"from sft_pipeline.launch import processes; raise SystemExit(sum(map(processes.is_running, {tree})))"
             with supervised(tmp_path, sys.executable, "-c", count) as following:
                 assert following.wait(20) == 0  # when the next command started, none of the four was left
@@ -103,10 +117,16 @@ def test_the_lock_makes_a_second_command_wait(tmp_path: Path):
     with supervised(tmp_path, *start_hanging_tree(tmp_path), options=("--grace", "0.5")) as first:
         tree = pids_in(tmp_path / "pids", 4)
         try:
-            with supervised(tmp_path, *PYTHON, "raise SystemExit(0)", options=("--events", str(events))) as second:
-                wait_until(lambda: events.exists() and "waiting for the earlier process" in events.read_text())
+            with supervised(
+                tmp_path, *PYTHON, "raise SystemExit(0)", options=("--events", str(events))
+            ) as second:
+                wait_until(
+                    lambda: events.exists() and "waiting for the earlier process" in events.read_text()
+                )
                 assert second.poll() is None
-                with supervised(tmp_path, *PYTHON, "raise SystemExit(0)", options=("--lock-wait", "0.3")) as third:
+                with supervised(
+                    tmp_path, *PYTHON, "raise SystemExit(0)", options=("--lock-wait", "0.3")
+                ) as third:
                     assert third.wait(20) == EXIT_LOCKED
                     assert f"held by process {processes.token(first.pid)}" in third.stderr.read()
                 first.terminate()
@@ -117,9 +137,13 @@ def test_the_lock_makes_a_second_command_wait(tmp_path: Path):
 
 
 def test_one_that_waits_for_the_lock_can_be_stopped(tmp_path: Path):
-    with supervised(tmp_path, *PYTHON, f"import time; open({str(tmp_path / 'up')!r}, 'w'); time.sleep(60)") as first:
+    with supervised(
+        tmp_path, *PYTHON, f"import time; open({str(tmp_path / 'up')!r}, 'w'); time.sleep(60)"
+    ) as first:
         wait_until((tmp_path / "up").exists)
-        with supervised(tmp_path, *PYTHON, "raise SystemExit(0)", options=("--events", str(tmp_path / "events"))) as second:
+        with supervised(
+            tmp_path, *PYTHON, "raise SystemExit(0)", options=("--events", str(tmp_path / "events"))
+        ) as second:
             wait_until((tmp_path / "events").exists)  # it waits
             second.terminate()
             assert second.wait(20) == EXIT_STOPPED
@@ -134,7 +158,18 @@ def test_starts_without_the_heavy_libraries():
 def test_without_proc_the_process_group_is_ended(tmp_path: Path):
     script = f"import os, time; os.fork(); open({str(tmp_path / 'pids')!r}, 'a').write('%d\\n' % os.getpid()); time.sleep(60)"
     elsewhere = "import sys; from sft_pipeline.launch import processes, supervise; processes.LINUX = False; sys.exit(supervise.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", elsewhere, "--lock", str(tmp_path / ".lock"), "--watch", f"{os.getpid()}:0", "--", *PYTHON, script]
+    command = [
+        sys.executable,
+        "-c",
+        elsewhere,
+        "--lock",
+        str(tmp_path / ".lock"),
+        "--watch",
+        f"{os.getpid()}:0",
+        "--",
+        *PYTHON,
+        script,
+    ]
     supervisor = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     group = pids_in(tmp_path / "pids", 2)
     try:

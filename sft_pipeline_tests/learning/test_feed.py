@@ -45,7 +45,9 @@ def test_the_feed_follows_the_plan_and_starts_anywhere(packed):
     assert [u.blocks for u in whole] == [tuple(plan.blocks(i).tolist()) for i in range(len(plan))]
     later = list(feed.iterate(3))
     assert [u.update for u in later] == list(range(3, len(plan)))
-    assert torch.equal(later[0].microbatches[0].inputs["input_ids"], whole[3].microbatches[0].inputs["input_ids"])
+    assert torch.equal(
+        later[0].microbatches[0].inputs["input_ids"], whole[3].microbatches[0].inputs["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -53,7 +55,10 @@ def test_another_number_of_ranks_or_micro_batches_divides_the_same_updates(packe
     plan, shards = Plan(packed.file("plan.parquet")), Shards(packed.parts("train"))
     for layout in ("packed", "rows", "flat"):
         for update in range(len(plan)):
-            shares = [Feed(shards, plan, layout, 1 + world, 100, len(plan), rank, world).update(update) for rank in range(world)]
+            shares = [
+                Feed(shards, plan, layout, 1 + world, 100, len(plan), rank, world).update(update)
+                for rank in range(world)
+            ]
             expected = [shards.block(int(b)) for b in plan.blocks(update)]
             assert sum(s.examples for s in shares) == sum(len(b.lengths) for b in expected)
             assert sum(s.tokens for s in shares) == sum(len(b.input_ids) for b in expected)
@@ -65,20 +70,45 @@ def _block(segments):
     ids = [t for s in segments for t in s[0]]
     labels = [t for s in segments for t in s[1]]
     positions = [p for s in segments for p in range(len(s[0]))]
-    return Block(0, *(np.array(x, dtype=np.int32) for x in (ids, labels, positions, [len(s[0]) for s in segments])))
+    return Block(
+        0, *(np.array(x, dtype=np.int32) for x in (ids, labels, positions, [len(s[0]) for s in segments]))
+    )
 
 
-segment = st.integers(1, 9).flatmap(lambda n: st.tuples(st.lists(st.integers(3, 90), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)))
+segment = st.integers(1, 9).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(3, 90), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)
+    )
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(segment, min_size=1, max_size=5), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 40))
-def test_every_layout_scores_the_same_predictions_and_none_across_a_boundary(raw, per_device_batch, max_tokens):
-    blocks = [_block([(ids, [t if s else -100 for t, s in zip(ids, flags, strict=True)]) for ids, flags in segments]) for segments in raw]
-    expected = sorted((tuple(ids[: i + 1]), ids[i + 1]) for segments in raw for ids, flags in segments for i in range(len(ids) - 1) if flags[i + 1])
+@given(
+    st.lists(st.lists(segment, min_size=1, max_size=5), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 40),
+)
+def test_every_layout_scores_the_same_predictions_and_none_across_a_boundary(
+    raw, per_device_batch, max_tokens
+):
+    blocks = [
+        _block(
+            [(ids, [t if s else -100 for t, s in zip(ids, flags, strict=True)]) for ids, flags in segments]
+        )
+        for segments in raw
+    ]
+    expected = sorted(
+        (tuple(ids[: i + 1]), ids[i + 1])
+        for segments in raw
+        for ids, flags in segments
+        for i in range(len(ids) - 1)
+        if flags[i + 1]
+    )
     for layout in ("packed", "flat", "rows"):
         found = []
-        for m in microbatches(blocks, layout=layout, per_device_batch=per_device_batch, max_tokens=max_tokens):
+        for m in microbatches(
+            blocks, layout=layout, per_device_batch=per_device_batch, max_tokens=max_tokens
+        ):
             ids = m.inputs["input_ids"]
             positions = m.inputs.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids)).reshape(-1)
             flat = ids.reshape(-1)
@@ -90,14 +120,24 @@ def test_every_layout_scores_the_same_predictions_and_none_across_a_boundary(raw
 
 def test_two_packed_segments_of_three_have_positions_0_1_2_0_1_2():
     """Worked example; that the second response cannot see the first is in sanity_check/test_probe.py."""
-    [m] = microbatches([_block([([5, 6, 7], [-100, 6, 7]), ([8, 9, 10], [-100, 9, 10])])], layout="packed", per_device_batch=1, max_tokens=1)
+    [m] = microbatches(
+        [_block([([5, 6, 7], [-100, 6, 7]), ([8, 9, 10], [-100, 9, 10])])],
+        layout="packed",
+        per_device_batch=1,
+        max_tokens=1,
+    )
     assert m.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
     assert "attention_mask" not in m.inputs
     assert list(zip(m.index.tolist(), m.targets.tolist(), strict=True)) == [(0, 6), (1, 7), (3, 9), (4, 10)]
 
 
 def test_padding_in_a_packed_micro_batch_is_a_segment_of_its_own():
-    [m] = microbatches([_block([([5, 6, 7], [-100, 6, 7])]), _block([([8, 9], [-100, 9])])], layout="packed", per_device_batch=2, max_tokens=1)
+    [m] = microbatches(
+        [_block([([5, 6, 7], [-100, 6, 7])]), _block([([8, 9], [-100, 9])])],
+        layout="packed",
+        per_device_batch=2,
+        max_tokens=1,
+    )
     assert m.inputs["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
 
 

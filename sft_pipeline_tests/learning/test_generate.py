@@ -17,7 +17,9 @@ def model(request):
 def test_greedy_replies_equal_the_library_s_own_one_by_one(model):
     found = generate(model, PROMPTS, max_new_tokens=12, stop_ids={tiny.EOS, 40}, pad_id=0, batch_size=4)
     for prompt, reply in zip(PROMPTS, found, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[tiny.EOS, 40])[0, len(prompt) :].tolist()
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[tiny.EOS, 40]
+        )[0, len(prompt) :].tolist()
         ended = expected[-1] in (tiny.EOS, 40)
         assert reply == Reply(expected[:-1] if ended else expected, ended)
 
@@ -63,11 +65,17 @@ def test_the_model_is_left_in_its_mode(model):
 
 
 def test_scores_equal_the_model_s_own_loss_and_first_labels_are_not_counted(model):
-    examples = [(e["input_ids"], e["labels"]) for e in tiny.examples(15, seed=8)] + [([7, 8], [7, 8]), ([7, 8], [7, -100])]
+    examples = [(e["input_ids"], e["labels"]) for e in tiny.examples(15, seed=8)] + [
+        ([7, 8], [7, 8]),
+        ([7, 8], [7, -100]),
+    ]
     found = score_nll(model, examples, batch_tokens=60)
     for (ids, labels), (nll, count) in zip(examples, found, strict=True):
         assert count == sum(label != -100 for label in labels[1:])
         if count:
-            assert nll == pytest.approx(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * count, rel=1e-4)
+            assert nll == pytest.approx(
+                model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * count,
+                rel=1e-4,
+            )
         else:
             assert nll == 0

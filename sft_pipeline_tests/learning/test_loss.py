@@ -18,7 +18,10 @@ from sft_pipeline_tests.learning import tiny
 
 def blocks_of(rows, max_length=64):
     names = ("input_ids", "labels", "position_ids", "lengths")
-    return [Block(b["block"], *(np.array(b[n], dtype=np.int32) for n in names)) for b in tiny.pack(rows, max_length)]
+    return [
+        Block(b["block"], *(np.array(b[n], dtype=np.int32) for n in names))
+        for b in tiny.pack(rows, max_length)
+    ]
 
 
 def reference(model, rows):
@@ -29,7 +32,12 @@ def reference(model, rows):
     labels = torch.tensor([r["labels"] + [-100] * (width - r["length"]) for r in rows])
     mask = torch.tensor([[1] * r["length"] + [0] * (width - r["length"]) for r in rows])
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    nll = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum")
+    nll = F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]),
+        labels[:, 1:].reshape(-1),
+        ignore_index=-100,
+        reduction="sum",
+    )
     mean = nll / (labels[:, 1:] != -100).sum()
     mean.backward()
     return mean.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -45,7 +53,9 @@ def ours(model, rows, *, layout, accumulation, max_length=64):
     supervised = sum(len(m.targets) for m in batches)
     total = 0.0
     for m in batches:
-        nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")["nll"]
+        nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")[
+            "nll"
+        ]
         (nll / supervised).backward()
         total += nll.item()
     return total / supervised, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -55,7 +65,10 @@ def with_lora(model):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0))
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0),
+    )
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:  # zero at the start, which would leave the gradients of A zero too
             torch.nn.init.normal_(p, std=0.1)
@@ -66,7 +79,12 @@ def with_lora(model):
 @pytest.mark.parametrize("layout", ["packed", "rows"])
 @pytest.mark.parametrize("kind", ["full", "full_untied", "lora", "qwen"])
 def test_loss_and_gradients_equal_a_float64_padded_unpacked_reference(kind, layout, accumulation):
-    model = {"full": tiny.llama, "full_untied": lambda: tiny.llama(tie=False), "lora": lambda: with_lora(tiny.llama()), "qwen": tiny.qwen}[kind]()
+    model = {
+        "full": tiny.llama,
+        "full_untied": lambda: tiny.llama(tie=False),
+        "lora": lambda: with_lora(tiny.llama()),
+        "qwen": tiny.qwen,
+    }[kind]()
     if kind != "lora":
         model.requires_grad_(True)
     rows = tiny.examples(24, seed=3)
@@ -96,13 +114,19 @@ def test_chunks_and_gradient_checkpointing_change_nothing(monkeypatch):
 @pytest.mark.parametrize("cap,scale", [(5.0, 1.0), (None, 0.25), (30.0, 2.0)])
 def test_softcapping_and_scaling_have_the_gradient_of_autograd(cap, scale):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    hidden, weight = (
+        torch.randn(7, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(11, 8, dtype=torch.float64, requires_grad=True),
+    )
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
     targets = torch.arange(7)
     logits = F.linear(hidden, weight, bias) * scale
     logits = torch.tanh(logits / cap) * cap if cap else logits
     expected = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), (hidden, weight, bias))
-    found = torch.autograd.grad(loss_module._SummedNll.apply(hidden, weight, bias, targets, scale, cap, torch.float64), (hidden, weight, bias))
+    found = torch.autograd.grad(
+        loss_module._SummedNll.apply(hidden, weight, bias, targets, scale, cap, torch.float64),
+        (hidden, weight, bias),
+    )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -130,7 +154,9 @@ def test_a_softcapped_model_is_taken_apart_rightly():
     found, grads = ours(model, rows, layout="packed", accumulation=1)
     assert found == pytest.approx(expected, rel=1e-6)
     for name, grad in grads.items():
-        assert (grad.double() - expected_grads[name]).norm() / expected_grads[name].norm().clamp(min=1e-30) < 1e-5, name
+        assert (grad.double() - expected_grads[name]).norm() / expected_grads[name].norm().clamp(
+            min=1e-30
+        ) < 1e-5, name
 
 
 def test_a_model_that_cannot_be_taken_apart_falls_back_loudly_and_rightly(caplog):
@@ -157,7 +183,9 @@ def test_an_update_with_nothing_supervised_gives_zero_gradients_not_an_error():
     model = tiny.llama().requires_grad_(True)
     install_supervised_forward(model)
     none = torch.zeros(0, dtype=torch.long)
-    nll = model(input_ids=torch.tensor([[1, 5, 6]]), supervised_index=none, supervised_targets=none, reduction="sum")["nll"]
+    nll = model(
+        input_ids=torch.tensor([[1, 5, 6]]), supervised_index=none, supervised_targets=none, reduction="sum"
+    )["nll"]
     nll.backward()
     assert nll.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
@@ -172,7 +200,9 @@ def test_prefix_losses_and_answer_losses_full_sequence_0_596_response_only_2_000
 
     def mean_loss(labels):
         at, targets = supervised_targets(labels)
-        nll = loss_module._SummedNll.apply(hidden[torch.from_numpy(at)], weight, None, torch.from_numpy(targets), 1.0, None, torch.float64)
+        nll = loss_module._SummedNll.apply(
+            hidden[torch.from_numpy(at)], weight, None, torch.from_numpy(targets), 1.0, None, torch.float64
+        )
         return nll.item() / len(targets)
 
     first = -100  # what the first token is, nothing predicts

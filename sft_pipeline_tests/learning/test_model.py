@@ -57,7 +57,12 @@ def test_an_unreachable_hub_and_a_folder_without_a_model_are_input_errors(tmp_pa
 
 def test_what_is_asked_for_is_what_runs(base):
     model, report = load_for_training(ModelConfig(base=str(base), attention="eager"), TrainingConfig())
-    assert report.attention == "eager" and report.precision == "fp32" and report.device == "cpu" and report.parameterization == "lora"
+    assert (
+        report.attention == "eager"
+        and report.precision == "fp32"
+        and report.device == "cpu"
+        and report.parameterization == "lora"
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n for n in trained)
     with pytest.raises(InputError, match="flash_attention_2"):
@@ -72,12 +77,18 @@ def test_freezing_by_pattern_and_its_mistakes(base):
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert "model.embed_tokens.weight" in frozen and all("embed" in n or "layers.0." in n for n in frozen)
     assert 0 < report.trainable_parameters < report.total_parameters
-    for freeze, words in ((["nothing_like_it"], "matches no parameter"), (["("], "not a regular expression"), ([""], "leaves nothing to train")):
+    for freeze, words in (
+        (["nothing_like_it"], "matches no parameter"),
+        (["("], "not a regular expression"),
+        ([""], "leaves nothing to train"),
+    ):
         with pytest.raises(InputError, match=words):
             load_for_training(config.model_copy(update={"freeze": freeze}), TrainingConfig())
 
 
-@pytest.mark.parametrize("targets,words", [(["no_such_module"], "target_modules"), (["lm_head", "q_proj"], "output layer")])
+@pytest.mark.parametrize(
+    "targets,words", [(["no_such_module"], "target_modules"), (["lm_head", "q_proj"], "output layer")]
+)
 def test_adapters_on_nothing_or_on_the_head_are_refused(base, targets, words):
     with pytest.raises(InputError, match=words):
         load_for_training(ModelConfig(base=str(base), lora={"target_modules": targets}), TrainingConfig())
@@ -88,10 +99,16 @@ def test_saved_adapters_name_the_base_as_the_recipe_does_and_have_stable_bytes(b
     for name in ("a", "b"):
         model, _ = load_for_training(config, TrainingConfig())
         save_weights(model, tmp_path / name, config.model_copy(update={"base": "data/base_model"}))
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/base_model"
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "data/base_model"
+    )
 
 
 def test_an_evaluation_does_not_change_four_bit_weights(base):
@@ -112,7 +129,9 @@ def test_an_evaluation_does_not_change_four_bit_weights(base):
 def test_the_estimate_counts_parameters_as_the_loaded_model_has_them(base, parameterization):
     config = ModelConfig(base=str(base), parameterization=parameterization, lora={"r": 4})
     found = estimate(config, TrainingConfig(), tokens=1024)
-    model = load_for_training(ModelConfig(base=str(base), parameterization=parameterization, lora={"r": 4}), TrainingConfig())[0]
+    model = load_for_training(
+        ModelConfig(base=str(base), parameterization=parameterization, lora={"r": 4}), TrainingConfig()
+    )[0]
     assert (found.parameters, found.trainable) == count_parameters(model)
     assert found.optimizer == 8 * found.trainable and found.total > found.weights > 0
 
@@ -121,5 +140,11 @@ def test_the_estimate_grows_with_tokens_and_shrinks_with_checkpointing(base):
     config = ModelConfig(base=str(base))
     small, large = (estimate(config, TrainingConfig(), tokens=n) for n in (1024, 4096))
     assert large.activations == 4 * small.activations
-    assert estimate(config, TrainingConfig(gradient_checkpointing=True), tokens=4096).activations < large.activations
-    assert sum(a * b if len(s) == 2 else a for s in weight_shapes(base).values() for a, b in [(s[0], s[-1])]) == small.parameters - small.trainable
+    assert (
+        estimate(config, TrainingConfig(gradient_checkpointing=True), tokens=4096).activations
+        < large.activations
+    )
+    assert (
+        sum(a * b if len(s) == 2 else a for s in weight_shapes(base).values() for a, b in [(s[0], s[-1])])
+        == small.parameters - small.trainable
+    )

@@ -22,7 +22,11 @@ def test_warm_up_rises_above_zero_to_the_peak_and_nothing_exceeds_it(kind):
 def test_linear_and_wsd_fall_where_they_should():
     assert rate(50, 100, Schedule("linear", peak=1.0, minimum=0.2)) == pytest.approx(0.6)
     wsd = Schedule("wsd", peak=1.0, decay=0.2)
-    assert rate(80, 100, wsd) == 1.0 and rate(90, 100, wsd) == pytest.approx(0.5) and rate(99, 100, wsd) == pytest.approx(0.05)
+    assert (
+        rate(80, 100, wsd) == 1.0
+        and rate(90, 100, wsd) == pytest.approx(0.5)
+        and rate(99, 100, wsd) == pytest.approx(0.05)
+    )
     assert rate(99, 100, Schedule("constant", peak=1.0)) == 1.0
 
 

@@ -28,7 +28,15 @@ PACKED = pa.schema(
 )
 
 
-def llama(seed: int = 0, vocabulary: int = VOCABULARY, *, tie: bool = True, hidden: int = 32, layers: int = 2, attention: str = "sdpa") -> Any:
+def llama(
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    *,
+    tie: bool = True,
+    hidden: int = 32,
+    layers: int = 2,
+    attention: str = "sdpa",
+) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +71,9 @@ def tokenizer() -> Any:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": EOS} | {c: i + 3 for i, c in enumerate(letters)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
 
 
 def base_folder(folder: Path, *, model: Any = None) -> Path:
@@ -73,7 +83,9 @@ def base_folder(folder: Path, *, model: Any = None) -> Path:
     return folder
 
 
-def examples(count: int, seed: int = 0, *, longest: int = 24, vocabulary: int = VOCABULARY) -> list[dict[str, Any]]:
+def examples(
+    count: int, seed: int = 0, *, longest: int = 24, vocabulary: int = VOCABULARY
+) -> list[dict[str, Any]]:
     """Something to learn: the answer repeats the prompt's last letters, then ends."""
     draw = random.Random(seed)
     found = []
@@ -115,7 +127,10 @@ def plan(blocks: int, per_update: int, epochs: int, seed: int = 0) -> list[dict[
         order = list(range(blocks))
         random.Random(seed + epoch).shuffle(order)
         for start in range(0, blocks, per_update):
-            rows += [{"update": update, "position": p, "block": b, "epoch": epoch} for p, b in enumerate(order[start : start + per_update])]
+            rows += [
+                {"update": update, "position": p, "block": b, "epoch": epoch}
+                for p, b in enumerate(order[start : start + per_update])
+            ]
             update += 1
     return rows
 
@@ -136,16 +151,30 @@ def commit(folder: Path, asset: str) -> Artifact:
     return Artifact(folder)
 
 
-def packed_shards(folder: Path, *, rows: int = 48, max_length: int = 64, per_update: int = 4, epochs: int = 2, seed: int = 0) -> Artifact:
+def packed_shards(
+    folder: Path, *, rows: int = 48, max_length: int = 64, per_update: int = 4, epochs: int = 2, seed: int = 0
+) -> Artifact:
     """A packed_shards artifact of two parts."""
     blocks = pack(examples(rows, seed), max_length)
     half = len(blocks) // 2
     write_parquet(folder / "train" / "part-00000.parquet", blocks[:half], PACKED)
     write_parquet(folder / "train" / "part-00001.parquet", blocks[half:], PACKED)
-    write_parquet(folder / "validation" / "part-00000.parquet", pack(examples(12, seed + 1000), max_length), PACKED)
-    schema = pa.schema([(name, pa.int32()) for name in ("update", "position", "block", "epoch", "tokens", "supervised", "examples")])
+    write_parquet(
+        folder / "validation" / "part-00000.parquet", pack(examples(12, seed + 1000), max_length), PACKED
+    )
+    schema = pa.schema(
+        [
+            (name, pa.int32())
+            for name in ("update", "position", "block", "epoch", "tokens", "supervised", "examples")
+        ]
+    )
     planned = [
-        {**row, "tokens": len(b["input_ids"]), "supervised": sum(t != -100 for t in b["labels"]), "examples": len(b["lengths"])}
+        {
+            **row,
+            "tokens": len(b["input_ids"]),
+            "supervised": sum(t != -100 for t in b["labels"]),
+            "examples": len(b["lengths"]),
+        }
         for row in plan(len(blocks), per_update, epochs, seed)
         for b in [blocks[row["block"]]]
     ]
@@ -161,8 +190,21 @@ def tokenized_rows(folder: Path, *, rows: int = 48, seed: int = 0) -> Artifact:
             ("length", pa.int32()), ("supervised", pa.int32()), ("prompt_length", pa.int32()), ("completion", pa.string()),
         ]
     )  # fmt: skip
-    for side, found in (("train", examples(rows, seed)), ("validation", examples(12, seed + 1000)), ("test", examples(12, seed + 2000))):
+    for side, found in (
+        ("train", examples(rows, seed)),
+        ("validation", examples(12, seed + 1000)),
+        ("test", examples(12, seed + 2000)),
+    ):
         write_parquet(folder / side / "part-00000.parquet", found, schema)
-    formatting = {"template_sha256": "t" * 64, "tokenizer_sha256": "k" * 64, "mask_sha256": "m" * 64, "stop_token_ids": [EOS], "stop_token_id": EOS, "eos_token_id": EOS, "pad_token_id": None, "vocab_size": VOCABULARY}
+    formatting = {
+        "template_sha256": "t" * 64,
+        "tokenizer_sha256": "k" * 64,
+        "mask_sha256": "m" * 64,
+        "stop_token_ids": [EOS],
+        "stop_token_id": EOS,
+        "eos_token_id": EOS,
+        "pad_token_id": None,
+        "vocab_size": VOCABULARY,
+    }
     (folder / "formatting.json").write_text(json.dumps(formatting))
     return commit(folder, "tiny/tokenized_rows")

@@ -33,7 +33,14 @@ def branch(project):
     data = w.dataset(project, {"train": TRAIN, "validation": VALIDATION, "test": TEST})
     inputs = inputs_for(project, data["grouped_split"], LORA, "recipe")
     _, built, out = export(project, inputs, LORA)
-    exported = project.artifact("exported_model", "recipe", out, inputs=inputs, built=built, outside={"base/model.safetensors": w.sha256_file(project.root / "base" / "model.safetensors")})
+    exported = project.artifact(
+        "exported_model",
+        "recipe",
+        out,
+        inputs=inputs,
+        built=built,
+        outside={"base/model.safetensors": w.sha256_file(project.root / "base" / "model.safetensors")},
+    )
     return {**data, **inputs, "exported_model": exported}
 
 
@@ -72,7 +79,11 @@ def test_the_chain_leads_from_the_model_to_the_source_files(project, branch):
             assert [n.fingerprint for n in chain.nodes].index(upstream) > chain.nodes.index(node)
     assert list(chain.sources()) == [f"snapshots/{w.SNAPSHOT}/rows.jsonl"]
     entry = chain.to_json()[-1]
-    assert entry["asset"] == "dataset/raw_rows" and entry["path"] == str(branch["raw_rows"].path) and entry["counts"] == {"rows": 22}
+    assert (
+        entry["asset"] == "dataset/raw_rows"
+        and entry["path"] == str(branch["raw_rows"].path)
+        and entry["counts"] == {"rows": 22}
+    )
     assert json.dumps(chain.to_json())
     text = shown(print_chain, chain)
     assert "recipe/exported_model" in text and f"snapshots/{w.SNAPSHOT}/rows.jsonl" in text
@@ -80,7 +91,11 @@ def test_the_chain_leads_from_the_model_to_the_source_files(project, branch):
 
 def test_a_folder_inside_the_export_and_any_other_artifact_will_do(project, branch):
     assert walk(branch["exported_model"].file("merged"), project.store).root == branch["exported_model"].path
-    assert [n.stage for n in walk(branch["grouped_split"].path, project.store).nodes] == ["grouped_split", "validated_rows", "raw_rows"]
+    assert [n.stage for n in walk(branch["grouped_split"].path, project.store).nodes] == [
+        "grouped_split",
+        "validated_rows",
+        "raw_rows",
+    ]
 
 
 def test_a_folder_that_is_no_artifact(tmp_path):
@@ -109,7 +124,13 @@ FILES = (
 @pytest.mark.parametrize("place", FILES)
 def test_one_flipped_byte_anywhere_in_the_chain_is_named(project, branch, flipped, place):
     stage, name = place.split(":")
-    folder = branch[stage].path if stage in branch else next(n.path for n in walk(branch["exported_model"].path, project.store).nodes if n.stage == stage)
+    folder = (
+        branch[stage].path
+        if stage in branch
+        else next(
+            n.path for n in walk(branch["exported_model"].path, project.store).nodes if n.stage == stage
+        )
+    )
     path = flipped(folder / name)
     found = verify(branch["exported_model"].path, project.store)
     assert not found.verified and [f.file for f in found.findings] == [str(path)]
@@ -152,8 +173,12 @@ def test_a_moved_copy_is_verified_by_its_own_lineage(project, branch, tmp_path, 
     assert with_store.verified and not with_store.unreachable
     monkeypatch.setenv("SFT_PROJECT_ROOT", str(tmp_path / "another machine"))
     alone = verify(copy, Store(tmp_path / "empty"))
-    assert alone.verified and len(alone.unreachable) == 7 + 3  # upstream artifacts' files; source and base (twice recorded)
-    assert any("dataset/raw_rows" in line and "only its manifest was checked" in line for line in alone.unreachable)
+    assert (
+        alone.verified and len(alone.unreachable) == 7 + 3
+    )  # upstream artifacts' files; source and base (twice recorded)
+    assert any(
+        "dataset/raw_rows" in line and "only its manifest was checked" in line for line in alone.unreachable
+    )
     path = next((copy / "lineage").glob("raw_rows-*.json"))
     path.write_text(path.read_text().replace('"rows": 22', '"rows": 23'))
     assert [f.file for f in verify(copy, Store(tmp_path / "empty")).findings] == [str(path)]
@@ -175,7 +200,15 @@ def test_another_artifact_under_the_recorded_fingerprint_is_found(project, branc
 
 
 def test_what_is_gone_is_unreachable_and_not_silently_verified(project, branch):
-    folder = branch["packed"] if "packed" in branch else next(n.path for n in walk(branch["exported_model"].path, project.store).nodes if n.stage == "packed_shards")
+    folder = (
+        branch["packed"]
+        if "packed" in branch
+        else next(
+            n.path
+            for n in walk(branch["exported_model"].path, project.store).nodes
+            if n.stage == "packed_shards"
+        )
+    )
     folder.rename(folder.with_name("aside"))
     try:
         found = verify(branch["exported_model"].path, project.store)
@@ -197,7 +230,9 @@ def test_a_trained_group_is_traced_from_its_lines_to_the_model(project, branch):
         ("recipe/packed_shards", "train", 2),
     ]  # fmt: skip
     assert [(b["block"], b["updates"]) for b in found.blocks] == [(2, [2]), (3, [3])]
-    assert [(m["asset"], m["step"], m["updates"]) for m in found.models] == [("recipe/exported_model", 7, [2, 3])]
+    assert [(m["asset"], m["step"], m["updates"]) for m in found.models] == [
+        ("recipe/exported_model", 7, [2, 3])
+    ]
     text = shown(print_trace, found)
     assert "learned it" in text and "rows.jsonl" in text
     assert {"models", "blocks", "artifacts", "sources"} <= set(found.to_json())
@@ -209,13 +244,19 @@ def test_a_row_id_a_row_seen_too_late_and_a_held_out_group(project, branch):
     late = trace(TRAIN[9]["row_id"], project.store)
     assert late.blocks[0]["updates"] == [9] and not late.models
     held_out = trace(TEST[0]["group"], project.store)
-    assert {a["side"] for a in held_out.artifacts} == {None, "test"} and not held_out.blocks and not held_out.models
+    assert (
+        {a["side"] for a in held_out.artifacts} == {None, "test"}
+        and not held_out.blocks
+        and not held_out.models
+    )
     assert "no exported model of this store learned it" in shown(print_trace, held_out)
 
 
 def test_quarantined_rows_and_unknown_keys(project, branch):
     bad = trace("bad1", project.store)
-    assert [(a["asset"], a["note"]) for a in bad.artifacts] == [("dataset/validated_rows", "in quarantine.parquet: empty_completion")]
+    assert [(a["asset"], a["note"]) for a in bad.artifacts] == [
+        ("dataset/validated_rows", "in quarantine.parquet: empty_completion")
+    ]
     nothing = trace("no such group", project.store)
     assert not nothing.found and nothing.row_ids == [] and "in no artifact" in shown(print_trace, nothing)
 

@@ -26,7 +26,9 @@ def test_they_validate_and_hold_the_branch(definitions: dg.Definitions) -> None:
 
 def test_every_asset_explains_itself(definitions: dg.Definitions) -> None:
     for spec in definitions.resolve_all_asset_specs():
-        assert spec.group_name and spec.owners and spec.code_version and spec.description and spec.kinds, spec.key
+        assert spec.group_name and spec.owners and spec.code_version and spec.description and spec.kinds, (
+            spec.key
+        )
 
 
 def test_every_declared_check_is_there_and_the_costly_ones_block(definitions: dg.Definitions) -> None:

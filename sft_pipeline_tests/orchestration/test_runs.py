@@ -12,7 +12,10 @@ from sft_pipeline.config.load import Catalog
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.definitions import build_definitions
 
-ROWS = [{"thread_id": f"T{i}", "prompt": f"Say the number {i}, please.", "completion": f"The number is {i}."} for i in range(60)]
+ROWS = [
+    {"thread_id": f"T{i}", "prompt": f"Say the number {i}, please.", "completion": f"The number is {i}."}
+    for i in range(60)
+]
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -22,27 +25,50 @@ def instance(home: Path) -> Iterator[dg.DagsterInstance]:
         yield found
 
 
-def catalog(folder: Path, rows: list[dict] = ROWS, snapshots: tuple[str, ...] = ("s1",), **contract: float) -> Catalog:
+def catalog(
+    folder: Path, rows: list[dict] = ROWS, snapshots: tuple[str, ...] = ("s1",), **contract: float
+) -> Catalog:
     for snapshot in snapshots:
         (folder / "rows" / snapshot).mkdir(parents=True, exist_ok=True)
         (folder / "rows" / snapshot / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    dataset = DatasetConfig(name="small", sources=[{"path": str(folder / "rows"), "columns": {"group": "thread_id"}}], contract=contract or {})
-    recipe = RecipeConfig(name="small_lora", dataset="small", model={"base": "data/base_model"}, retrain={"on_new_snapshot": True, "cron": "0 3 * * 1"})
+    dataset = DatasetConfig(
+        name="small",
+        sources=[{"path": str(folder / "rows"), "columns": {"group": "thread_id"}}],
+        contract=contract or {},
+    )
+    recipe = RecipeConfig(
+        name="small_lora",
+        dataset="small",
+        model={"base": "data/base_model"},
+        retrain={"on_new_snapshot": True, "cron": "0 3 * * 1"},
+    )
     return Catalog(datasets={"small": dataset}, recipes={"small_lora": recipe})
 
 
-def materialize(instance: dg.DagsterInstance, found: Catalog, *assets: str, snapshot: str = "s1") -> dg.ExecuteInProcessResult:
+def materialize(
+    instance: dg.DagsterInstance, found: Catalog, *assets: str, snapshot: str = "s1"
+) -> dg.ExecuteInProcessResult:
     instance.add_dynamic_partitions("small_snapshots", [snapshot])
     keys = [dg.AssetKey(a.split("/")) for a in assets]
     job = build_definitions(found).resolve_job_def("small_lora_job")
-    return job.execute_in_process(instance=instance, partition_key=snapshot, asset_selection=keys, raise_on_error=False, run_config=QUIET)
+    return job.execute_in_process(
+        instance=instance,
+        partition_key=snapshot,
+        asset_selection=keys,
+        raise_on_error=False,
+        run_config=QUIET,
+    )
 
 
 def message(result: dg.ExecuteInProcessResult) -> str:
-    return " ".join(str(e.event_specific_data) for e in result.all_events if e.event_type_value == "STEP_FAILURE")
+    return " ".join(
+        str(e.event_specific_data) for e in result.all_events if e.event_type_value == "STEP_FAILURE"
+    )
 
 
-def test_a_materialization_carries_the_artifacts_version_and_its_checks(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_a_materialization_carries_the_artifacts_version_and_its_checks(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
     result = materialize(instance, catalog(tmp_path), "small/raw_rows", "small/validated_rows")
     assert result.success
     event = next(e for e in result.asset_materializations_for_node("small__validated_rows"))
@@ -53,14 +79,24 @@ def test_a_materialization_carries_the_artifacts_version_and_its_checks(instance
     assert {e.check_name for e in result.get_asset_check_evaluations()} >= {"reject_rate"}
 
 
-def test_a_failed_blocking_check_stops_the_run_and_a_later_one_refuses(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    found = catalog(tmp_path, [*ROWS, {"thread_id": "B1", "prompt": "x", "completion": ""}], max_reject_rate=0.0)
+def test_a_failed_blocking_check_stops_the_run_and_a_later_one_refuses(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    found = catalog(
+        tmp_path, [*ROWS, {"thread_id": "B1", "prompt": "x", "completion": ""}], max_reject_rate=0.0
+    )
     first = materialize(instance, found, "small/raw_rows", "small/validated_rows", "small/grouped_split")
     assert not first.success
-    assert not [e for e in first.all_events if e.event_type_value == "STEP_START" and "grouped_split" in (e.step_key or "")]
+    assert not [
+        e
+        for e in first.all_events
+        if e.event_type_value == "STEP_START" and "grouped_split" in (e.step_key or "")
+    ]
     later = materialize(instance, found, "small/grouped_split")
     assert not later.success
-    assert "small/validated_rows of snapshot s1 is not accepted" in message(later) and "reject_rate" in message(later)
+    assert "small/validated_rows of snapshot s1 is not accepted" in message(
+        later
+    ) and "reject_rate" in message(later)
 
 
 def test_downstream_alone_needs_its_input(instance: dg.DagsterInstance, tmp_path: Path) -> None:
@@ -88,7 +124,9 @@ def test_interleaved_snapshots_each_read_their_own(instance: dg.DagsterInstance,
     assert event.metadata["dagster/row_count"].value == 60
 
 
-def test_the_sensor_registers_snapshots_and_runs_only_on_a_new_one(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_the_sensor_registers_snapshots_and_runs_only_on_a_new_one(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
     def look(cursor: str | None) -> dg.SensorResult:
         sensor = build_definitions(catalog(tmp_path)).resolve_sensor_def("small_snapshots")
         return sensor(dg.build_sensor_context(instance=instance, cursor=cursor))

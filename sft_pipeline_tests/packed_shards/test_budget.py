@@ -39,7 +39,11 @@ def test_padding_ten_examples_to_2048_wastes_90_percent_and_packing_fits_one_blo
         np.array(LENGTHS), np.array(LENGTHS) // 2, max_length=2048, strategy="bfd", blocks_per_update=4, epochs=1, seed=0
     )  # fmt: skip
     assert (budget.blocks, budget.updates, budget.examples) == (1, 1, 10)
-    assert budget.packing_efficiency == pytest.approx(sum(LENGTHS) / 2048, abs=1e-6) == pytest.approx(packing_efficiency(2020, 1, 2048), abs=1e-6)
+    assert (
+        budget.packing_efficiency
+        == pytest.approx(sum(LENGTHS) / 2048, abs=1e-6)
+        == pytest.approx(packing_efficiency(2020, 1, 2048), abs=1e-6)
+    )
 
 
 def test_without_packing_an_update_holds_that_many_examples():
@@ -47,5 +51,7 @@ def test_without_packing_an_update_holds_that_many_examples():
         np.array(LENGTHS), np.array(LENGTHS) // 2, max_length=2048, strategy="none", blocks_per_update=5, epochs=3, seed=0
     )  # fmt: skip
     assert budget.updates == 6 and budget.examples_per_update.mean == 5 and budget.examples_per_update.cv == 0
-    assert budget.supervised_tokens_per_update.mean * 6 == pytest.approx(3 * budget.supervised_tokens, rel=1e-3)
+    assert budget.supervised_tokens_per_update.mean * 6 == pytest.approx(
+        3 * budget.supervised_tokens, rel=1e-3
+    )
     assert set(budget.to_json()["supervised_tokens_per_update"]) == {"mean", "min", "max", "cv"}

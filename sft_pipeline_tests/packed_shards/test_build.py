@@ -40,12 +40,30 @@ def tokenized(folder: Path, train: list[Example], validation: list[Example] = ()
     return Artifact(folder)
 
 
-def run(tmp_path: Path, source: Artifact, name: str = "out", strategy: str = "bfd", **config) -> tuple[Built, Path]:
+def run(
+    tmp_path: Path, source: Artifact, name: str = "out", strategy: str = "bfd", **config
+) -> tuple[Built, Path]:
     out = tmp_path / name
     out.mkdir()
-    settings = {"packing": PackingConfig(strategy=strategy), "max_length": 128, "blocks_per_update": 8, "epochs": 2, "seed": 7, **config}
+    settings = {
+        "packing": PackingConfig(strategy=strategy),
+        "max_length": 128,
+        "blocks_per_update": 8,
+        "epochs": 2,
+        "seed": 7,
+        **config,
+    }
     work = tmp_path / "work"
-    built = build(Build(config=PackedShardsConfig(**settings), inputs={"tokenized_rows": source}, out=out, work=work, report=Reporter(), asset="r/packed_shards"))
+    built = build(
+        Build(
+            config=PackedShardsConfig(**settings),
+            inputs={"tokenized_rows": source},
+            out=out,
+            work=work,
+            report=Reporter(),
+            asset="r/packed_shards",
+        )
+    )
     assert not work.exists()
     return built, out
 
@@ -73,7 +91,10 @@ def test_every_accepted_row_is_exactly_once_in_the_packs_whole_and_with_its_boun
                 start += length
         assert sorted(seen) == sorted(by_id)
     plan = pq.read_table(out / "plan.parquet").to_pandas()
-    assert built.counts["updates"] == plan["update"].nunique() and (plan.groupby(["epoch", "block"]).size() == 1).all()
+    assert (
+        built.counts["updates"] == plan["update"].nunique()
+        and (plan.groupby(["epoch", "block"]).size() == 1).all()
+    )
     assert plan.groupby("epoch")["supervised"].sum().tolist() == [built.counts["supervised_tokens"]] * 2
 
 

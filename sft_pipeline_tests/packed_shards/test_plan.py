@@ -46,7 +46,10 @@ def test_epochs_differ_and_nothing_is_sorted_over_time():
     rng = np.random.default_rng(0)
     supervised = rng.integers(50, 500, 800)
     plan = plan_updates(supervised, 8, 2, seed=1)
-    groups = [{frozenset(plan.block[(plan.update == u)].tolist()) for u in np.unique(plan.update[plan.epoch == e])} for e in (0, 1)]
+    groups = [
+        {frozenset(plan.block[(plan.update == u)].tolist()) for u in np.unique(plan.update[plan.epoch == e])}
+        for e in (0, 1)
+    ]
     assert not groups[0] & groups[1]
     first, second = supervised[plan.block[:400]], supervised[plan.block[400:800]]
     assert abs(first.mean() - second.mean()) < 0.02 * supervised.mean()

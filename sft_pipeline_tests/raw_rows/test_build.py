@@ -77,7 +77,14 @@ def test_a_snapshot_of_rejects_only_is_built_and_not_accepted(project: Path) -> 
     built = run(dataset(project / "rows.jsonl"), project / "home", STAGE)["raw_rows"]
     assert not built.artifact.manifest.accepted and not check(built, "has_rows")["passed"]
     assert "rows.jsonl:1 (invalid_json)" in check(built, "undecodable_rows")["description"]
-    assert built.artifact.manifest.counts == {"read": 2, "rows": 0, "rejects": 2, "sampled_out": 0, "files": 1, "bytes": 6}
+    assert built.artifact.manifest.counts == {
+        "read": 2,
+        "rows": 0,
+        "rejects": 2,
+        "sampled_out": 0,
+        "files": 1,
+        "bytes": 6,
+    }
 
 
 def test_a_line_of_five_megabytes_passes(project: Path) -> None:
@@ -100,8 +107,12 @@ def test_limit_takes_a_sample_that_is_stable_under_growth(project: Path) -> None
 
 def test_weights_are_the_shares_of_the_mixture(project: Path) -> None:
     one = write_jsonl(project / "one.jsonl", MANY)
-    two = write_jsonl(project / "two.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(100)])
-    built = run(dataset({"path": str(one), "weight": 0.5}, {"path": str(two)}), project / "home", STAGE)["raw_rows"].artifact
+    two = write_jsonl(
+        project / "two.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(100)]
+    )
+    built = run(dataset({"path": str(one), "weight": 0.5}, {"path": str(two)}), project / "home", STAGE)[
+        "raw_rows"
+    ].artifact
     assert [sum(r["source"] == i for r in rows(built, "rows")) for i in (0, 1)] == [50, 100]
     assert built.manifest.counts == {**built.manifest.counts, "read": 500, "rows": 150, "sampled_out": 350}
 
@@ -117,7 +128,9 @@ def test_sizes_of_a_mixture() -> None:
 def test_built_twice_it_has_the_same_data_version(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", MANY)
     config = dataset({"path": str(path), "limit": 300})
-    versions = {run(config, project / home)["grouped_split"].artifact.manifest.data_version for home in ("one", "two")}
+    versions = {
+        run(config, project / home)["grouped_split"].artifact.manifest.data_version for home in ("one", "two")
+    }
     assert len(versions) == 1
 
 
@@ -132,9 +145,14 @@ PIECES = st.sampled_from(
 def test_counts_add_up_on_fuzzed_lines(project: Path, lines: list[bytes]) -> None:
     data = b'{"prompt": "p", "completion": "c"}\n' + b"\n".join(lines)
     (project / "rows.jsonl").write_bytes(data)
-    outcomes = run(dataset(project / "rows.jsonl", contract={"max_reject_rate": 1}, split={"validation": 0, "test": 0}), project / "home")
+    outcomes = run(
+        dataset(project / "rows.jsonl", contract={"max_reject_rate": 1}, split={"validation": 0, "test": 0}),
+        project / "home",
+    )
     written = sum(bool(line.strip()) for line in data.split(b"\n"))
-    raw, validated, split = (outcomes[name].artifact.manifest.counts for name in ("raw_rows", "validated_rows", "grouped_split"))
+    raw, validated, split = (
+        outcomes[name].artifact.manifest.counts for name in ("raw_rows", "validated_rows", "grouped_split")
+    )
     assert raw["read"] == raw["rows"] + raw["rejects"] == written
     assert validated["read"] == validated["accepted"] + validated["quarantined"] == written
     assert split["read"] == split["train"] + split["rejects"] == validated["accepted"]

@@ -20,12 +20,20 @@ from sft_pipeline.stages.raw_rows.hub import read_hub
 from sft_pipeline.stages.raw_rows.locate import find_files
 from sft_pipeline.stages.raw_rows.readers import read_file
 
-ROWS = [{"prompt": f"Is key {i} stale?", "completion": f"Ask the owner of {i} — no, é, 漢字, \u2028, “quotes” \"and\" commas,"} for i in range(50)]
+ROWS = [
+    {
+        "prompt": f"Is key {i} stale?",
+        "completion": f'Ask the owner of {i} — no, é, 漢字, \u2028, “quotes” "and" commas,',
+    }
+    for i in range(50)
+]
 JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 
 
 def read(path: Path | str) -> list[Row | Bad]:
-    return [row for file in find_files([RawSource(path=str(path), static=True)], 0, "") for row in read_file(file)]
+    return [
+        row for file in find_files([RawSource(path=str(path), static=True)], 0, "") for row in read_file(file)
+    ]
 
 
 def contents(path: Path | str) -> list[dict[str, Any]]:
@@ -43,7 +51,10 @@ def as_csv(delimiter: str) -> str:
     def quoted(text: str) -> str:
         return '"' + text.replace('"', '""') + '"'
 
-    return "\ufeff" + "".join(delimiter.join(map(quoted, line)) + "\r\n" for line in [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in ROWS)])
+    return "\ufeff" + "".join(
+        delimiter.join(map(quoted, line)) + "\r\n"
+        for line in [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in ROWS)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +88,13 @@ def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_parquet_times_become_text_and_nan_becomes_null(tmp_path: Path) -> None:
-    table = pa.table({"at": pa.array([0], pa.timestamp("s")), "score": [float("nan")], "blob": pa.array([None], pa.binary())})
+    table = pa.table(
+        {
+            "at": pa.array([0], pa.timestamp("s")),
+            "score": [float("nan")],
+            "blob": pa.array([None], pa.binary()),
+        }
+    )
     pq.write_table(table, tmp_path / "rows.parquet")
     assert contents(tmp_path / "rows.parquet") == [{"at": "1970-01-01T00:00:00", "score": None, "blob": None}]
     pq.write_table(table.set_column(2, "blob", pa.array([b"\xff"], pa.binary())), tmp_path / "rows.parquet")
@@ -92,7 +109,9 @@ def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
     found = find_files([RawSource(path=str(tmp_path), static=True)], 0, "")
     assert [f.name for f in found] == ["a.jsonl", "b/two.jsonl"]
     assert contents(tmp_path) == ROWS * 2
-    assert [f.name for f in find_files([RawSource(path=f"{tmp_path}/*/*.jsonl", static=True)], 0, "")] == ["b/two.jsonl"]
+    assert [f.name for f in find_files([RawSource(path=f"{tmp_path}/*/*.jsonl", static=True)], 0, "")] == [
+        "b/two.jsonl"
+    ]
     with fsspec.open("memory://rows/one.jsonl", "wb") as stream:
         stream.write(JSONL)
     assert contents("memory://rows") == ROWS
@@ -140,15 +159,28 @@ def test_a_line_that_is_no_row_is_kept_with_its_reason(tmp_path: Path, line: byt
 
 
 def test_the_row_id_is_the_hash_of_the_canonical_content() -> None:
-    one, other = decode_object(1, b'{"b": 1.50, "a": "\\u00e9"}'), decode_object(9, '{"a":"é","b":1.5}'.encode())
+    one, other = (
+        decode_object(1, b'{"b": 1.50, "a": "\\u00e9"}'),
+        decode_object(9, '{"a":"é","b":1.5}'.encode()),
+    )
     assert one.row_id == other.row_id == hashlib.sha256('{"a":"é","b":1.5}'.encode()).hexdigest()[:32]
 
 
 def test_a_broken_csv_record_costs_its_first_line_only(tmp_path: Path) -> None:
     text = 'prompt,completion\na,b\nragged\nc,d,e\n"open,quote\nf,g\n\nh,"i\nj"\n"x" y,z\nk,l\n'
     found = read(put(tmp_path, "rows.csv", text))
-    assert [(r.line, r.reason) for r in found if isinstance(r, Bad)] == [(3, "ragged_row"), (4, "ragged_row"), (5, "invalid_csv"), (10, "invalid_csv")]
-    assert [(r.line, json.loads(r.content)["prompt"]) for r in found if isinstance(r, Row)] == [(2, "a"), (6, "f"), (8, "h"), (11, "k")]
+    assert [(r.line, r.reason) for r in found if isinstance(r, Bad)] == [
+        (3, "ragged_row"),
+        (4, "ragged_row"),
+        (5, "invalid_csv"),
+        (10, "invalid_csv"),
+    ]
+    assert [(r.line, json.loads(r.content)["prompt"]) for r in found if isinstance(r, Row)] == [
+        (2, "a"),
+        (6, "f"),
+        (8, "h"),
+        (11, "k"),
+    ]
 
 
 def test_an_open_quote_at_the_end_does_not_swallow_the_file(tmp_path: Path) -> None:
@@ -157,7 +189,9 @@ def test_an_open_quote_at_the_end_does_not_swallow_the_file(tmp_path: Path) -> N
 
 
 def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
-    text = '[\n{"a": 1},\n{"a": NaN},\n{"a": tru},\n5,\n{"a": "\\ud800"},\n{"a": {"b": [1, "]"}]},\n{"a": 2}\n]'
+    text = (
+        '[\n{"a": 1},\n{"a": NaN},\n{"a": tru},\n5,\n{"a": "\\ud800"},\n{"a": {"b": [1, "]"}]},\n{"a": 2}\n]'
+    )
     found = read(put(tmp_path, "rows.json", text))
     assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
         (2, "row"), (3, "not_finite"), (4, "invalid_json"), (5, "not_an_object"), (6, "invalid_unicode"), (7, "invalid_json"), (8, "row"),
@@ -170,7 +204,16 @@ def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
 def test_json_elements_larger_than_the_read_buffer(tmp_path: Path) -> None:
     rows = [{"a": "é" * n + '"\\]}{[,'} for n in (3_000_000, 5, 1_500_000, 1 << 20)]
     assert contents(put(tmp_path, "rows.json", json.dumps(rows, ensure_ascii=False))) == rows
-    assert contents(put(tmp_path, "object.json", json.dumps({"first": "x" * 2_000_000, "rows": rows}, ensure_ascii=False))) == rows
+    assert (
+        contents(
+            put(
+                tmp_path,
+                "object.json",
+                json.dumps({"first": "x" * 2_000_000, "rows": rows}, ensure_ascii=False),
+            )
+        )
+        == rows
+    )
 
 
 def test_an_object_of_messages_is_one_row(tmp_path: Path) -> None:
@@ -197,7 +240,9 @@ def test_an_object_of_messages_is_one_row(tmp_path: Path) -> None:
         ("rows.jsonl", JSONL.decode().encode("utf-16"), "is UTF-16"),
     ],
 )
-def test_a_file_that_does_not_hold_together_is_one_clear_error(tmp_path: Path, name: str, data: bytes | str, message: str) -> None:
+def test_a_file_that_does_not_hold_together_is_one_clear_error(
+    tmp_path: Path, name: str, data: bytes | str, message: str
+) -> None:
     path = put(tmp_path, name, data)
     with pytest.raises(InputError, match=message) as error:
         read(path)
@@ -213,12 +258,18 @@ def test_a_missing_path_names_itself_and_the_remedy(tmp_path: Path) -> None:
         read(put(tmp_path, "rows.txt", "x"))
 
 
-def test_a_line_above_the_cap_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_above_the_cap_is_never_in_memory_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (streams, readers, json_document):
         monkeypatch.setattr(module, "MAX_LINE", 10_000)
     long = b'{"a": "' + b"x" * 50_000 + b'"}'
     found = read(put(tmp_path, "rows.jsonl", b'{"a": 1}\n' + long + b"\n" + b'{"a": 2}\n'))
-    assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [(1, "row"), (2, "line_too_long"), (3, "row")]
+    assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
+        (1, "row"),
+        (2, "line_too_long"),
+        (3, "row"),
+    ]
     assert isinstance(found[1], Bad) and str(len(long) + 1) in found[1].raw and len(found[1].raw) < 5_000
     assert hashlib.sha256(long + b"\n").hexdigest() in found[1].raw
     with pytest.raises(InputError, match="never closes"):
@@ -226,7 +277,11 @@ def test_a_line_above_the_cap_is_never_in_memory_whole(tmp_path: Path, monkeypat
 
 
 def test_progress_is_the_bytes_of_the_file(tmp_path: Path) -> None:
-    for name, data in (("a.jsonl", JSONL), ("b.jsonl.gz", gzip.compress(JSONL)), ("c.json", json.dumps(ROWS).encode())):
+    for name, data in (
+        ("a.jsonl", JSONL),
+        ("b.jsonl.gz", gzip.compress(JSONL)),
+        ("c.json", json.dumps(ROWS).encode()),
+    ):
         path = put(tmp_path, name, data)
         file = find_files([RawSource(path=str(path), static=True)], 0, "")[0]
         seen: list[int] = []

@@ -41,8 +41,15 @@ def check(root, out, *, model=FULL, sanity=None, training=None, packed=None, tok
         template=template or {"chat_template": "tokenizer", "system": None}, tokens={"max_length": 64, "supervise": "completion", "overflow": "reject", "control_tokens": "reject"},
     )  # fmt: skip
     out.mkdir()
-    inputs = {"packed_shards": packed or Artifact(root / "packed"), "tokenized_rows": tokenized or Artifact(root / "tokenized")}
-    built = build(Build(config=config, inputs=inputs, out=out, work=out.with_name(out.name + "-work"), report=Reporter()))
+    inputs = {
+        "packed_shards": packed or Artifact(root / "packed"),
+        "tokenized_rows": tokenized or Artifact(root / "tokenized"),
+    }
+    built = build(
+        Build(
+            config=config, inputs=inputs, out=out, work=out.with_name(out.name + "-work"), report=Reporter()
+        )
+    )
     assert [c.name for c in built.checks] == [s.name for s in STAGE.checks]
     assert (out / "sanity.json").is_file()
     return {c.name: c for c in built.checks}, built
@@ -56,7 +63,11 @@ def test_a_sound_recipe_passes_with_its_evidence(root, tmp_path):
     checks, built = check(root, tmp_path / "out")
     assert failed(checks) in ([], ["samples"])
     record = json.loads((tmp_path / "out" / "sanity.json").read_text())
-    assert record["passed"] and [p["layout"] for p in record["boundaries"]] == ["packed", "rows"] and all(p["passed"] for p in record["boundaries"])
+    assert (
+        record["passed"]
+        and [p["layout"] for p in record["boundaries"]] == ["packed", "rows"]
+        and all(p["passed"] for p in record["boundaries"])
+    )
     assert record["overfit"]["losses"][-1] <= 0.5 * record["overfit"]["losses"][0]
     assert [s for s, _ in record["short_run"]["val_loss"]] == [0, 4, 8] and len(record["samples"]) == 3
     assert (tmp_path / "out" / "plots" / "short_run.png").is_file() and "forecast" in built.evidence
@@ -66,7 +77,10 @@ def test_a_sound_recipe_passes_with_its_evidence(root, tmp_path):
 @pytest.mark.parametrize("model", [FULL, {"parameterization": "lora"}])
 def test_a_learning_rate_of_one_is_stopped(root, tmp_path, model):
     checks, _ = check(root, tmp_path / "out", model=model, training={"learning_rate": 1.0})
-    assert not checks["short_run_stable"].passed and "Lower training.learning_rate" in checks["short_run_stable"].description
+    assert (
+        not checks["short_run_stable"].passed
+        and "Lower training.learning_rate" in checks["short_run_stable"].description
+    )
 
 
 def test_labels_shifted_by_one_token_are_stopped(root, tmp_path):
@@ -76,7 +90,13 @@ def test_labels_shifted_by_one_token_are_stopped(root, tmp_path):
     tiny.write_parquet(tmp_path / "packed" / "train" / "part-00000.parquet", blocks, tiny.PACKED)
     tiny.write_parquet(tmp_path / "packed" / "validation" / "part-00000.parquet", blocks[:2], tiny.PACKED)
     checks, _ = check(root, tmp_path / "out", packed=tiny.commit(tmp_path / "packed", "x"))
-    assert "shifted by one" in checks["labels_match"].description and failed(checks) == ["labels_match", "boundaries", "overfits", "short_run_stable", "samples"]
+    assert "shifted by one" in checks["labels_match"].description and failed(checks) == [
+        "labels_match",
+        "boundaries",
+        "overfits",
+        "short_run_stable",
+        "samples",
+    ]
     assert checks["overfits"].description == "Not run, since an earlier check failed."
     assert checks["labels_match"].evidence["rows"].value[0]["row_id"]
 
@@ -85,7 +105,9 @@ def test_ids_outside_the_vocabulary_and_too_long_examples_are_stopped(root, tmp_
     rows = tiny.examples(4, vocabulary=tiny.VOCABULARY + 40)
     rows[0]["input_ids"] = [5] * 300
     rows[0]["labels"], rows[0]["length"] = [-100] * 299 + [5], 300
-    tiny.write_parquet(tmp_path / "packed" / "train" / "part-00000.parquet", tiny.pack(rows, 512), tiny.PACKED)
+    tiny.write_parquet(
+        tmp_path / "packed" / "train" / "part-00000.parquet", tiny.pack(rows, 512), tiny.PACKED
+    )
     checks, _ = check(root, tmp_path / "out", packed=tiny.commit(tmp_path / "packed", "x"))
     words = checks["ids_in_vocabulary"].description
     assert "outside the model's vocabulary of 96" in words and "300 tokens, the model 256 positions" in words
@@ -100,15 +122,26 @@ def test_a_template_changed_after_tokenization_is_stopped(root, tmp_path):
     tokens = {"max_length": 64, "supervise": "completion", "overflow": "reject", "control_tokens": "reject"}
     tokenized = tiny.tokenized_rows(tmp_path / "tokenized")
     path = tokenized.file("formatting.json")
-    formatting = json.loads(path.read_text()) | {"tokenizer_sha256": now.sha256, "template_sha256": load_template("tokenizer", now).sha256, "mask_sha256": sha256_json({**tokens, "system": None})}
+    formatting = json.loads(path.read_text()) | {
+        "tokenizer_sha256": now.sha256,
+        "template_sha256": load_template("tokenizer", now).sha256,
+        "mask_sha256": sha256_json({**tokens, "system": None}),
+    }
     path.write_text(json.dumps(formatting))
     assert check(root, tmp_path / "same", tokenized=tokenized)[0]["labels_match"].passed
-    checks, _ = check(root, tmp_path / "other", tokenized=tokenized, template={"chat_template": "chatml", "system": None})
+    checks, _ = check(
+        root, tmp_path / "other", tokenized=tokenized, template={"chat_template": "chatml", "system": None}
+    )
     assert checks["labels_match"].description == "the template changed after tokenization"
 
 
 def test_a_model_that_cannot_learn_is_stopped(root, tmp_path):
-    checks, _ = check(root, tmp_path / "out", model={"parameterization": "full", "freeze": [r"^model\.(embed|layers)"]}, sanity={"overfit_steps": 3})
+    checks, _ = check(
+        root,
+        tmp_path / "out",
+        model={"parameterization": "full", "freeze": [r"^model\.(embed|layers)"]},
+        sanity={"overfit_steps": 3},
+    )
     assert not checks["overfits"].passed and "nothing can be learned" in checks["overfits"].description
 
 
@@ -121,7 +154,12 @@ def test_skipping_is_accepted_and_recorded(root, tmp_path):
 def test_a_leaking_model_stops_before_any_training(root, tmp_path, monkeypatch):
     from transformers import MambaConfig, MambaForCausalLM
 
-    tiny.base_folder(tmp_path / "base", model=MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)))
+    tiny.base_folder(
+        tmp_path / "base",
+        model=MambaForCausalLM(
+            MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
+        ),
+    )
     for name in ("packed", "tokenized"):
         (tmp_path / name).symlink_to(root / name)
     checks, _ = check(tmp_path, tmp_path / "out")

@@ -53,7 +53,13 @@ def test_without_rows_there_is_one_empty_part(tmp_path: Path) -> None:
 
 def test_reasons_are_counted(tmp_path: Path) -> None:
     with FileWriter(tmp_path / "rejects.parquet", REJECTS) as writer:
-        writer.append([{"row_id": "1", "reasons": ["b", "a"]}, {"row_id": "2", "reasons": ["b"]}, {"row_id": "3", "reasons": ["c"]}])
+        writer.append(
+            [
+                {"row_id": "1", "reasons": ["b", "a"]},
+                {"row_id": "2", "reasons": ["b"]},
+                {"row_id": "3", "reasons": ["c"]},
+            ]
+        )
     assert list(count_reasons([tmp_path / "rejects.parquet"]).items()) == [("b", 2), ("a", 1), ("c", 1)]
 
 

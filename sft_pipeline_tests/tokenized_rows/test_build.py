@@ -16,21 +16,39 @@ from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline_tests.tokenized_rows.tiny import MARKED, row, save_tokenizer, split_artifact
 
-TRAIN = [row(("user", f"who may read report {i}"), ("assistant", f"user {i}"), row_id=f"{i:032x}") for i in range(30)]
+TRAIN = [
+    row(("user", f"who may read report {i}"), ("assistant", f"user {i}"), row_id=f"{i:032x}")
+    for i in range(30)
+]
 BAD = [
     row(("user", "hi<|im_end|>"), ("assistant", "no"), row_id="f" * 32),
     row(("user", "w " * 400), ("assistant", "no"), row_id="e" * 32),
 ]
 
 
-def run(tmp_path: Path, name: str = "out", tokens: TokensConfig | None = None, template: str | None = MARKED, **sides) -> tuple[Built, Path]:
+def run(
+    tmp_path: Path,
+    name: str = "out",
+    tokens: TokensConfig | None = None,
+    template: str | None = MARKED,
+    **sides,
+) -> tuple[Built, Path]:
     sides = sides or {"train": TRAIN + BAD, "validation": TRAIN[:3], "test": TRAIN[3:5]}
     folder = save_tokenizer(tmp_path / "tokenizer", template)
-    config = TokenizedRowsConfig(tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=tokens or TokensConfig(max_length=128))
+    config = TokenizedRowsConfig(
+        tokenizer=str(folder),
+        revision=None,
+        template=TemplateConfig(),
+        tokens=tokens or TokensConfig(max_length=128),
+    )
     out = tmp_path / name
     out.mkdir()
     split = split_artifact(tmp_path / f"split-{name}", **sides)
-    return build(Build(config=config, inputs={"grouped_split": split}, out=out, work=tmp_path / "work", report=Reporter())), out
+    return build(
+        Build(
+            config=config, inputs={"grouped_split": split}, out=out, work=tmp_path / "work", report=Reporter()
+        )
+    ), out
 
 
 def test_rows_read_are_rows_written_and_rejects(tmp_path):
@@ -38,13 +56,20 @@ def test_rows_read_are_rows_written_and_rejects(tmp_path):
     assert built.counts["rows_read"] == 37 == built.counts["rows_accepted"] + built.counts["rows_rejected"]
     assert (built.counts["train"], built.counts["validation"], built.counts["test"]) == (30, 3, 2)
     rejects = {r["row_id"]: r for r in read_rows([out / "rejects.parquet"])}
-    assert rejects["f" * 32]["reasons"] == ["control_token_in_text"] and rejects["e" * 32]["reasons"] == ["no_room_for_completion"]
+    assert rejects["f" * 32]["reasons"] == ["control_token_in_text"] and rejects["e" * 32]["reasons"] == [
+        "no_room_for_completion"
+    ]
     assert json.loads(rejects["f" * 32]["raw"])["messages"][0]["content"] == "hi<|im_end|>"
     checks = {c.name: c for c in built.checks}
     assert sorted(checks) == sorted(c.name for c in STAGE.checks)
-    assert all(checks[c.name].passed for c in STAGE.checks if c.name != "reject_rate"), [c.description for c in built.checks if not c.passed]
+    assert all(checks[c.name].passed for c in STAGE.checks if c.name != "reject_rate"), [
+        c.description for c in built.checks if not c.passed
+    ]
     assert not checks["reject_rate"].passed  # 2 of 37
-    assert "37" not in checks["mask_certificate"].description and "35 of 35" in checks["mask_certificate"].description
+    assert (
+        "37" not in checks["mask_certificate"].description
+        and "35 of 35" in checks["mask_certificate"].description
+    )
 
 
 def test_the_columns_hold_what_they_say(tmp_path):
@@ -59,7 +84,9 @@ def test_the_columns_hold_what_they_say(tmp_path):
         assert r["completion"] == given["messages"][-1]["content"]
     recorded = json.loads((out / "formatting.json").read_text())
     assert recorded["stop_token_id"] == recorded["eos_token_id"] and recorded["stop_text"] == "<|im_end|>"
-    assert recorded["chat_template"] == MARKED and all(len(recorded[f"{k}_sha256"]) == 64 for k in ("template", "tokenizer", "mask"))
+    assert recorded["chat_template"] == MARKED and all(
+        len(recorded[f"{k}_sha256"]) == 64 for k in ("template", "tokenizer", "mask")
+    )
     assert str(tmp_path) not in (out / "formatting.json").read_text()
 
 
@@ -87,13 +114,25 @@ def test_a_tokenizer_that_does_not_give_text_back_is_blocked(tmp_path):
     lossy = Tokenizer.from_file(str(folder / "tokenizer.json"))
     lossy.normalizer = normalizers.Lowercase()
     lossy.save(str(folder / "tokenizer.json"))
-    config = TokenizedRowsConfig(tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=TokensConfig(max_length=128))
-    split = split_artifact(tmp_path / "split", train=[*TRAIN, row(("user", "who"), ("assistant", "The User"), row_id="d" * 32)])
+    config = TokenizedRowsConfig(
+        tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=TokensConfig(max_length=128)
+    )
+    split = split_artifact(
+        tmp_path / "split", train=[*TRAIN, row(("user", "who"), ("assistant", "The User"), row_id="d" * 32)]
+    )
     out = tmp_path / "out"
     out.mkdir()
-    built = build(Build(config=config, inputs={"grouped_split": split}, out=out, work=tmp_path / "work", report=Reporter()))
+    built = build(
+        Build(
+            config=config, inputs={"grouped_split": split}, out=out, work=tmp_path / "work", report=Reporter()
+        )
+    )
     checks = {c.name: c for c in built.checks}
-    assert built.counts["rows_rejected"] == 1 and not checks["decode_round_trip"].passed and checks["counts_add_up"].passed
+    assert (
+        built.counts["rows_rejected"] == 1
+        and not checks["decode_round_trip"].passed
+        and checks["counts_add_up"].passed
+    )
 
 
 @pytest.mark.parametrize("policy", ["truncate_prompt", "truncate_answer", "split"])
@@ -110,4 +149,9 @@ def test_declaring_the_stage_imports_nothing_heavy():
     import sys
 
     code = "import sys, sft_pipeline.stages.tokenized_rows.asset, sft_pipeline.stages.packed_shards.asset; print([m for m in ('torch', 'transformers', 'pyarrow', 'tokenizers', 'matplotlib', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -22,7 +22,9 @@ FORGED = [
 
 def encoder(mode: str, template: str = CHATML) -> RowEncoder:
     tokenizer = tiny_tokenizer(template)
-    return RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=512, control_tokens=mode))
+    return RowEncoder(
+        tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=512, control_tokens=mode)
+    )
 
 
 @pytest.mark.parametrize("forged", FORGED)
@@ -59,7 +61,24 @@ def test_added_tokens_that_the_template_writes_are_forgeries_outside_the_assista
     assert guard._of_others.search("a <think> b") and not guard._of_assistant.search("a <think> b")
 
 
-pieces = st.sampled_from(["<|", "|>", "<|im_end|>", "<|im_start|>", "im_end", "<", ">", "|", "<|im_", "a", " ", "\n", "<|pad|>", "end|>"])
+pieces = st.sampled_from(
+    [
+        "<|",
+        "|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "im_end",
+        "<",
+        ">",
+        "|",
+        "<|im_",
+        "a",
+        " ",
+        "\n",
+        "<|pad|>",
+        "end|>",
+    ]
+)
 texts = st.lists(pieces, min_size=1, max_size=6).map("".join).filter(str.strip)
 
 
@@ -74,4 +93,9 @@ def test_control_tokens_in_the_output_are_those_of_the_template(question, answer
         return
     assert mode == "neutralise" or not literal
     start, end = (e.tokenizer.control[t] for t in ("<|im_start|>", "<|im_end|>"))
-    assert [i for i in outcome[0].input_ids.tolist() if i in e.tokenizer.control_ids] == [start, end, start, end]
+    assert [i for i in outcome[0].input_ids.tolist() if i in e.tokenizer.control_ids] == [
+        start,
+        end,
+        start,
+        end,
+    ]

@@ -13,7 +13,9 @@ from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SHORT, row, t
 
 def encoder(template: str = CHATML, name: str = "tokenizer", **tokens) -> RowEncoder:
     tokenizer = tiny_tokenizer(template)
-    return RowEncoder(tokenizer, load_template(name, tokenizer), TokensConfig(**{"max_length": 4096, **tokens}))
+    return RowEncoder(
+        tokenizer, load_template(name, tokenizer), TokensConfig(**{"max_length": 4096, **tokens})
+    )
 
 
 def example(e: RowEncoder, given_row: dict) -> Example:
@@ -48,12 +50,23 @@ def test_golden_ids_of_a_chat_row():
     x = example(e, row(("user", "who may read the report"), ("assistant", "the user")))
     assert x.input_ids.tolist() == GOLDEN_IDS
     assert x.labels.tolist() == [IGNORE] * x.prompt_length + GOLDEN_IDS[x.prompt_length : -1] + [IGNORE]
-    assert e.tokenizer.decode(GOLDEN_IDS) == "<|im_start|>user\nwho may read the report<|im_end|>\n<|im_start|>assistant\nthe user<|im_end|>\n"
+    assert (
+        e.tokenizer.decode(GOLDEN_IDS)
+        == "<|im_start|>user\nwho may read the report<|im_end|>\n<|im_start|>assistant\nthe user<|im_end|>\n"
+    )
 
 
 GOLDEN_IDS = [331, 268, 198, 301, 308, 315, 262, 328, 332, 198, 331, 277, 322, 198, 258, 304, 332, 198]
 
-MULTI = (("system", "be brief"), ("user", "one?"), ("assistant", "first"), ("user", "two?"), ("assistant", "second"), ("tool", "result"), ("assistant", "third"))
+MULTI = (
+    ("system", "be brief"),
+    ("user", "one?"),
+    ("assistant", "first"),
+    ("user", "two?"),
+    ("assistant", "second"),
+    ("tool", "result"),
+    ("assistant", "third"),
+)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +94,10 @@ def test_all_supervises_everything_but_the_first_position_and_weight_0_messages(
 
 def test_weight_0_takes_a_turn_out_and_a_row_without_any_is_rejected():
     e = encoder(supervise="assistant")
-    assert learnt(e, example(e, row(*MULTI, weights=[None, None, 0.0]))) == ["second<|im_end|>", "third<|im_end|>"]
+    assert learnt(e, example(e, row(*MULTI, weights=[None, None, 0.0]))) == [
+        "second<|im_end|>",
+        "third<|im_end|>",
+    ]
     (refused,) = encoder().encode([row(*MULTI, weights=[None] * 6 + [0.0])])
     assert isinstance(refused, Refused) and refused.reason is Reason.NOTHING_SUPERVISED
 
@@ -106,7 +122,12 @@ THINKING = (
 
 def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
     e = encoder(THINKING, supervise="assistant")
-    x = example(e, row(("user", "a"), ("assistant", "<think>hm</think>\n\nfirst"), ("user", "b"), ("assistant", "second")))
+    x = example(
+        e,
+        row(
+            ("user", "a"), ("assistant", "<think>hm</think>\n\nfirst"), ("user", "b"), ("assistant", "second")
+        ),
+    )
     assert learnt(e, x) == ["<think>\n\n</think>\n\nsecond<|im_end|>"]
     assert e.tally.numbers["turns_not_supervised"] == 1
     assert e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1}
@@ -119,7 +140,9 @@ def test_a_template_whose_history_is_not_the_prompt_rejects_the_row():
 
 
 def test_a_template_that_loses_the_completion_rejects_the_row():
-    (refused,) = encoder(CHATML.replace("m.content", "m.content[:3]")).encode([row(("user", "ab"), ("assistant", "abcdef"))])
+    (refused,) = encoder(CHATML.replace("m.content", "m.content[:3]")).encode(
+        [row(("user", "ab"), ("assistant", "abcdef"))]
+    )
     assert isinstance(refused, Refused) and refused.reason is Reason.COMPLETION_NOT_RENDERED
 
 
@@ -128,7 +151,11 @@ def test_the_last_message_must_be_the_assistants():
     assert isinstance(refused, Refused) and refused.reason is Reason.NO_FINAL_ASSISTANT
 
 
-words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufdd0\ufdd1\ufdd2"), min_size=1, max_size=24).filter(str.strip)
+words = st.text(
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufdd0\ufdd1\ufdd2"),
+    min_size=1,
+    max_size=24,
+).filter(str.strip)
 turns = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
@@ -140,13 +167,20 @@ turns = st.lists(st.tuples(words, words), min_size=1, max_size=4)
     supervise=st.sampled_from(["completion", "assistant", "last_turn"]),
     template=st.sampled_from([CHATML, MARKED, THINKING]),
 )
-def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(turns, system, name, supervise, template):
+def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(
+    turns, system, name, supervise, template
+):
     e = encoder(template, name, supervise=supervise)
-    messages = ([("system", system)] if system else []) + [m for q, a in turns for m in (("user", q), ("assistant", a))]
+    messages = ([("system", system)] if system else []) + [
+        m for q, a in turns for m in (("user", q), ("assistant", a))
+    ]
     given_row = row(*messages)
     outcome = e.encode([given_row])[0]
     if isinstance(outcome, Refused):
-        assert outcome.reason in (Reason.COMPLETION_NOT_RENDERED, Reason.CONTROL_TOKEN_IN_TEXT), (outcome.reason, outcome.detail)
+        assert outcome.reason in (Reason.COMPLETION_NOT_RENDERED, Reason.CONTROL_TOKEN_IN_TEXT), (
+            outcome.reason,
+            outcome.detail,
+        )
         return
     (x,) = outcome
     plain = [{"role": r, "content": c} for r, c in messages]

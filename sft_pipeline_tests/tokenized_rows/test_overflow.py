@@ -15,7 +15,11 @@ LONG_PROMPT = row(("user", " ".join(f"word{i}" for i in range(40))), ("assistant
 
 def encoder(max_length: int, overflow: str, **tokens) -> RowEncoder:
     tokenizer = tiny_tokenizer()
-    return RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=max_length, overflow=overflow, **tokens))
+    return RowEncoder(
+        tokenizer,
+        load_template("tokenizer", tokenizer),
+        TokensConfig(max_length=max_length, overflow=overflow, **tokens),
+    )
 
 
 def whole(given: dict, **tokens):
@@ -37,7 +41,9 @@ def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
     full = whole(LONG_ANSWER)
     ((x,),) = encoder(len(full.input_ids), "reject").encode([LONG_ANSWER])
     assert x.truncated == 0
-    ((x,),) = encoder(len(full.input_ids) - 1, "reject").encode([LONG_ANSWER])  # only the newline after the stop is lost
+    ((x,),) = encoder(len(full.input_ids) - 1, "reject").encode(
+        [LONG_ANSWER]
+    )  # only the newline after the stop is lost
     assert x.truncated == 0 and (x.labels != IGNORE).sum() == (full.labels != IGNORE).sum()
     (refused,) = encoder(len(full.input_ids) - 2, "reject").encode([LONG_ANSWER])
     assert isinstance(refused, Refused) and refused.reason is Reason.TOO_LONG
@@ -47,7 +53,10 @@ def test_truncate_answer_loses_the_end_and_its_stop_and_says_so():
     full = whole(LONG_ANSWER)
     e = encoder(40, "truncate_answer")
     ((x,),) = e.encode([LONG_ANSWER])
-    assert x.input_ids.tolist() == full.input_ids[:40].tolist() and x.labels.tolist() == full.labels[:40].tolist()
+    assert (
+        x.input_ids.tolist() == full.input_ids[:40].tolist()
+        and x.labels.tolist() == full.labels[:40].tolist()
+    )
     assert x.truncated == len(full.input_ids) - 40 and e.tally.numbers["truncated"] == 1
 
 
@@ -56,8 +65,12 @@ def test_truncate_prompt_gives_the_prompt_of_a_shorter_conversation():
     ((x,),) = e.encode([LONG_PROMPT])
     text = e.tokenizer.decode(x.input_ids.tolist())
     question = text.removeprefix("<|im_start|>user\n").split("<|im_end|>")[0]
-    assert 0 < len(question) < len(LONG_PROMPT["messages"][0]["content"]) and LONG_PROMPT["messages"][0]["content"].endswith(question)
-    prompt = e.tokenizer.ids(e.template.render([{"role": "user", "content": question}], add_generation_prompt=True))
+    assert 0 < len(question) < len(LONG_PROMPT["messages"][0]["content"]) and LONG_PROMPT["messages"][0][
+        "content"
+    ].endswith(question)
+    prompt = e.tokenizer.ids(
+        e.template.render([{"role": "user", "content": question}], add_generation_prompt=True)
+    )
     assert x.input_ids[: x.prompt_length].tolist() == prompt
     assert len(x.input_ids) <= 60 and x.truncated > 0
     assert "the user<|im_end|>" in text
@@ -69,7 +82,12 @@ def test_truncate_prompt_drops_the_oldest_turns_first_and_keeps_the_system_messa
     e = encoder(90, "truncate_prompt")
     ((x,),) = e.encode([given])
     text = e.tokenizer.decode(x.input_ids.tolist())
-    assert "be brief" in text and "question 0" not in text and "answer 11<|im_end|>" in text and len(x.input_ids) <= 90
+    assert (
+        "be brief" in text
+        and "question 0" not in text
+        and "answer 11<|im_end|>" in text
+        and len(x.input_ids) <= 90
+    )
 
 
 def test_truncate_prompt_rejects_an_answer_that_does_not_fit_by_itself():
@@ -83,9 +101,16 @@ def test_split_learns_every_supervised_token_once(limit):
     e = encoder(limit, "split")
     (parts,) = e.encode([LONG_ANSWER])
     assert [p.row_id for p in parts] == ["r", *(f"r/{i}" for i in range(1, len(parts)))]
-    assert all(len(p.input_ids) <= limit and (p.labels != IGNORE).any() and p.labels[0] == IGNORE for p in parts)
+    assert all(
+        len(p.input_ids) <= limit and (p.labels != IGNORE).any() and p.labels[0] == IGNORE for p in parts
+    )
     learnt = np.concatenate([p.labels[p.labels != IGNORE] for p in parts])
     assert learnt.tolist() == full.labels[full.labels != IGNORE].tolist()
-    assert parts[0].input_ids[: parts[0].prompt_length].tolist() == full.input_ids[: full.prompt_length].tolist()
+    assert (
+        parts[0].input_ids[: parts[0].prompt_length].tolist() == full.input_ids[: full.prompt_length].tolist()
+    )
     for p in parts:  # each part is a stretch of the row
-        assert any(full.input_ids[i : i + len(p.input_ids)].tolist() == p.input_ids.tolist() for i in range(len(full.input_ids)))
+        assert any(
+            full.input_ids[i : i + len(p.input_ids)].tolist() == p.input_ids.tolist()
+            for i in range(len(full.input_ids))
+        )

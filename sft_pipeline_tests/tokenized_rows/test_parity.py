@@ -20,15 +20,35 @@ pytestmark = pytest.mark.shared_data
 
 OWN = ["qwen3", "smollm2", "phi-3-mini", "minimind-6400", "olmo2-dolma2"]
 WITHOUT = ["gpt2", "../models/stories260K"]
-TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Look <it> & up: é", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Look <it> & up: é",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
 CALLS = [{"type": "function", "function": {"name": "look_up", "arguments": {"what": "ключ", "n": 3}}}]
 ROWS = [
     row(("user", "Who may read it?"), ("assistant", "The owner.")),
-    row(("system", "Be brief."), ("user", "1234 + 5678?"), ("assistant", "6912"), ("user", "And 10x that?"), ("assistant", "69120")),
+    row(
+        ("system", "Be brief."),
+        ("user", "1234 + 5678?"),
+        ("assistant", "6912"),
+        ("user", "And 10x that?"),
+        ("assistant", "69120"),
+    ),
     row(("user", "  Leading and trailing  "), ("assistant", "\n\n  indented\n\tcode\n")),
     row(("user", "emoji 😀 and 漢字"), ("assistant", "naïve café — ½ 👩‍👩‍👧")),
     row(("user", "a\r\nb\n\n\nc"), ("assistant", "x" * 300)),
-    row(("user", "Think"), ("assistant", "<think>\nhm\n</think>\n\nDone."), ("user", "Again"), ("assistant", "Done again.")),
+    row(
+        ("user", "Think"),
+        ("assistant", "<think>\nhm\n</think>\n\nDone."),
+        ("user", "Again"),
+        ("assistant", "Done again."),
+    ),
 ]
 TOOL_ROWS = [
     row(("user", "Look"), ("assistant", "It is there."), tools=TOOLS),
@@ -58,7 +78,9 @@ def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
         plain = conversation(given)
         text = template.render(plain.messages, plain.tools)
         assert text == other.apply_chat_template(plain.messages, tools=plain.tools, tokenize=False)
-        prompt = other.apply_chat_template(plain.messages[:-1], tools=plain.tools, add_generation_prompt=True, return_dict=False)
+        prompt = other.apply_chat_template(
+            plain.messages[:-1], tools=plain.tools, add_generation_prompt=True, return_dict=False
+        )
         assert not isinstance(outcome, Refused), (given["messages"], outcome)
         (x,) = outcome
         assert x.input_ids[: x.prompt_length].tolist() == prompt
@@ -73,7 +95,9 @@ def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
 @pytest.mark.parametrize("name", OWN + WITHOUT)
 @pytest.mark.parametrize("template", NAMED_TEMPLATES)
 @pytest.mark.parametrize("supervise", ["completion", "assistant"])
-def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(load, name, template, supervise):
+def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(
+    load, name, template, supervise
+):
     tokenizer = load(name)
     named = load_template(template, tokenizer)
     assert named.stop == tokenizer.special["eos_token"]
@@ -94,9 +118,14 @@ def test_phi_3_ends_turns_with_a_token_that_is_not_eos(load):
 
 def test_an_empty_thinking_block_is_reported_and_history_without_thinking_is_supervised(load):
     tokenizer = load("qwen3")
-    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096, supervise="assistant"))
+    e = RowEncoder(
+        tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096, supervise="assistant")
+    )
     e.encode([ROWS[1]])
-    assert e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1} and e.tally.numbers["turns_not_supervised"] == 0
+    assert (
+        e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1}
+        and e.tally.numbers["turns_not_supervised"] == 0
+    )
     e.encode([ROWS[5]])
     assert e.tally.numbers["turns_not_supervised"] == 1
 
@@ -109,7 +138,10 @@ def test_a_template_that_always_opens_with_thinking_refuses_a_row_that_thinks(lo
 
 
 def test_skew_of_smollm2_is_found_and_qwen3_has_none(load):
-    texts = [conversation(row(("user", f"line {i}:\n   {i * 37} and\t{i}"), ("assistant", f"  {i * 1009}"))) for i in range(40)]
+    texts = [
+        conversation(row(("user", f"line {i}:\n   {i * 37} and\t{i}"), ("assistant", f"  {i * 1009}")))
+        for i in range(40)
+    ]
     smollm = load("smollm2")
     skew = find_skew(smollm, load_template("tokenizer", smollm), texts)
     assert skew.found and skew.other_ids > 0 and skew.other_prompt == 0 and "tokenizer.json" in skew.example

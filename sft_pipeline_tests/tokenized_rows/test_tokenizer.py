@@ -15,13 +15,18 @@ HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 def test_special_tokens_may_be_text_or_dicts_and_templates_a_list(tmp_path):
     folder = save_tokenizer(tmp_path, template=None, eos_token={"content": "<|im_end|>", "special": True})
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "T" + CHATML}]
+    config["chat_template"] = [
+        {"name": "default", "template": CHATML},
+        {"name": "tool_use", "template": "T" + CHATML},
+    ]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.special["eos_token"] == "<|im_end|>" and tokenizer.generation_eos == (3, 4)
     template = load_template("tokenizer", tokenizer)
-    assert template.render(HI).startswith("<|im_start|>") and template.render(HI, [{"name": "f"}]).startswith("T<|im_start|>")
+    assert template.render(HI).startswith("<|im_start|>") and template.render(HI, [{"name": "f"}]).startswith(
+        "T<|im_start|>"
+    )
 
 
 def test_a_jinja_file_beside_the_tokenizer_wins(tmp_path):

@@ -24,10 +24,13 @@ MARKED = (
     "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SHORT = (
-    "{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '') + m.content + '<|im_end|>' }}{% endfor %}"
-)
-CORPUS = ["the key is stale so rotate the key", "request rotation evidence and answer the user", "who may read the report", "user assistant system tool"] * 4
+SHORT = "{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '') + m.content + '<|im_end|>' }}{% endfor %}"
+CORPUS = [
+    "the key is stale so rotate the key",
+    "request rotation evidence and answer the user",
+    "who may read the report",
+    "user assistant system tool",
+] * 4
 SPECIAL = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
 
 
@@ -36,9 +39,13 @@ def _trained() -> str:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")]
+    )
     return backend.to_str()
 
 
@@ -47,7 +54,9 @@ def tiny_backend() -> Backend:
 
 
 def tiny_tokenizer(template: str | None = CHATML) -> Tokenizer:
-    return make_tokenizer(tiny_backend(), special=dict(SPECIAL), templates={"default": template} if template else {})
+    return make_tokenizer(
+        tiny_backend(), special=dict(SPECIAL), templates={"default": template} if template else {}
+    )
 
 
 def save_tokenizer(folder: Path, template: str | None = CHATML, **settings: Any) -> Path:
@@ -61,10 +70,21 @@ def save_tokenizer(folder: Path, template: str | None = CHATML, **settings: Any)
     return folder
 
 
-def row(*messages: tuple[str, str], row_id: str = "r", weights: Sequence[float | None] = (), tools: Any = None, calls: Any = None) -> dict[str, Any]:
+def row(
+    *messages: tuple[str, str],
+    row_id: str = "r",
+    weights: Sequence[float | None] = (),
+    tools: Any = None,
+    calls: Any = None,
+) -> dict[str, Any]:
     """A row of grouped_split; `calls` are the last message's tool calls."""
     given = [
-        {"role": role, "content": content, "weight": weights[i] if i < len(weights) else None, "tool_calls": None}
+        {
+            "role": role,
+            "content": content,
+            "weight": weights[i] if i < len(weights) else None,
+            "tool_calls": None,
+        }
         for i, (role, content) in enumerate(messages)
     ]
     if calls:
@@ -75,7 +95,9 @@ def row(*messages: tuple[str, str], row_id: str = "r", weights: Sequence[float |
     }  # fmt: skip
 
 
-_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())])
+_MESSAGE = pa.struct(
+    [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
+)
 SPLIT = pa.schema(
     [
         ("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("group", pa.string()),
@@ -89,7 +111,11 @@ class FakeArtifact(Artifact):
 
     @property
     def manifest(self) -> Any:  # type: ignore[override]
-        return SimpleNamespace(config=json.loads((self.path / "config.json").read_text()) if (self.path / "config.json").is_file() else {})
+        return SimpleNamespace(
+            config=json.loads((self.path / "config.json").read_text())
+            if (self.path / "config.json").is_file()
+            else {}
+        )
 
 
 def split_artifact(folder: Path, **sides: Sequence[dict[str, Any]]) -> Artifact:

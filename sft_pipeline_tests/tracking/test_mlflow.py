@@ -170,7 +170,9 @@ def test_evaluation_and_export_reach_the_run_and_the_champion_moves_only_to_a_be
     assert champion() == "1"
     one("4", {"A": 1.0, "B": 1.0})
     assert champion() == "4"
-    decisions = {str(v.version): v.tags["sft.champion_decision"] for v in client.search_model_versions("name='r'")}
+    decisions = {
+        str(v.version): v.tags["sft.champion_decision"] for v in client.search_model_versions("name='r'")
+    }
     assert "2 shared test groups" in decisions["4"] and "shares no test group" in decisions["3"]
 
 

@@ -1,6 +1,6 @@
 """Builds trained_checkpoints on tiny data, as a process that can be killed or started under torchrun.
 
-    python -m sft_pipeline_tests.trained_checkpoints.run_tiny ROOT NAME CONFIG_JSON [kill-after-update N | kill-in-save N]
+python -m sft_pipeline_tests.trained_checkpoints.run_tiny ROOT NAME CONFIG_JSON [kill-after-update N | kill-in-save N]
 """
 
 import json
@@ -44,9 +44,15 @@ def make(root: Path, **packed: Any) -> None:
     tiny.tokenized_rows(root / "tokenized")
 
 
-def config_of(root: Path, *, parameterization: str = "lora", lora: dict[str, Any] | None = None, **training: Any) -> TrainedCheckpointsConfig:
+def config_of(
+    root: Path, *, parameterization: str = "lora", lora: dict[str, Any] | None = None, **training: Any
+) -> TrainedCheckpointsConfig:
     training = {"learning_rate": 5e-3, "eval_steps": 2, **training}
-    model = ModelConfig(base=str(root / "base"), parameterization=parameterization, lora={"r": 4, "dropout": 0.1, **(lora or {})})
+    model = ModelConfig(
+        base=str(root / "base"),
+        parameterization=parameterization,
+        lora={"r": 4, "dropout": 0.1, **(lora or {})},
+    )
     return TrainedCheckpointsConfig(model=model, training=TrainingConfig(**training))
 
 
@@ -55,7 +61,15 @@ def run(root: Path, name: str, report: Reporter | None = None, **config: Any) ->
     out = root / name
     out.mkdir(exist_ok=True)
     inputs = {"packed_shards": Artifact(root / "packed"), "tokenized_rows": Artifact(root / "tokenized")}
-    return build(Build(config=config_of(root, **config), inputs=inputs, out=out, work=root / f"{name}-work", report=report or Reporter()))
+    return build(
+        Build(
+            config=config_of(root, **config),
+            inputs=inputs,
+            out=out,
+            work=root / f"{name}-work",
+            report=report or Reporter(),
+        )
+    )
 
 
 def main() -> None:

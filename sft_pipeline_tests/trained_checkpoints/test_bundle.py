@@ -19,7 +19,12 @@ from sft_pipeline.stages.trained_checkpoints.bundle import (
     write_bundle,
 )
 
-FILES = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "scheduler": "scheduler.json", "rng": "rng.json"}
+FILES = {
+    "model": "model.safetensors",
+    "optimizer": "optimizer.safetensors",
+    "scheduler": "scheduler.json",
+    "rng": "rng.json",
+}
 
 
 def write(parent, step, fail=None):
@@ -30,7 +35,12 @@ def write(parent, step, fail=None):
             raise fail
         return {item: [name] for item, name in FILES.items()}
 
-    return write_bundle(parent, step, files, {i: {"of": step} for i in ITEMS if i not in FILES and i != "global_step"} | {"global_step": step})
+    return write_bundle(
+        parent,
+        step,
+        files,
+        {i: {"of": step} for i in ITEMS if i not in FILES and i != "global_step"} | {"global_step": step},
+    )
 
 
 class Lines(Reporter):
@@ -43,7 +53,9 @@ class Lines(Reporter):
 
 def test_what_is_written_is_read_back_and_verified(tmp_path):
     found = read_bundle(write(tmp_path, 200))
-    assert found.step == 200 and set(found.items) == set(ITEMS) and found.value("data_manifest") == {"of": 200}
+    assert (
+        found.step == 200 and set(found.items) == set(ITEMS) and found.value("data_manifest") == {"of": 200}
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-200"]
 
 
@@ -96,7 +108,13 @@ def test_half_written_and_foreign_folders_are_passed_over(tmp_path):
     assert latest_whole(tmp_path, report).step == 300
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_stops_with_one_message_and_the_previous_checkpoint_intact(tmp_path, error):
     write(tmp_path, 100)
     with pytest.raises(InputError, match=r"no space left on the disk while saving .*checkpoint-200"):
@@ -128,7 +146,11 @@ def test_retirement_keeps_the_last_ones_and_the_best(tmp_path):
         write(tmp_path, step)
     assert retire(tmp_path, None, 200) == []
     assert retire(tmp_path, 2, 200) == [100, 300]
-    assert [p.name for p in checkpoint_folders(tmp_path)] == ["checkpoint-200", "checkpoint-400", "checkpoint-500"]
+    assert [p.name for p in checkpoint_folders(tmp_path)] == [
+        "checkpoint-200",
+        "checkpoint-400",
+        "checkpoint-500",
+    ]
 
 
 def test_bundles_do_not_depend_on_where_they_are(tmp_path):

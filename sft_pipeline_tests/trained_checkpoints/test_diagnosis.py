@@ -22,12 +22,22 @@ def kinds(*args):
 
 
 def test_a_sound_run_has_no_findings():
-    assert kinds(curve(lambda i: 0.2 + 2 * math.exp(-i / 20)), [(s, 0.3 + 2 * math.exp(-s / 20)) for s in range(0, 101, 10)]) == []
+    assert (
+        kinds(
+            curve(lambda i: 0.2 + 2 * math.exp(-i / 20)),
+            [(s, 0.3 + 2 * math.exp(-s / 20)) for s in range(0, 101, 10)],
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     "f,kind",
-    [(lambda i: 2.0, "not_decreasing"), (lambda i: 2.0 + 0.02 * i, "diverging"), (lambda i: 2.0 if i < 3 else 0.001, "near_zero_too_fast")],
+    [
+        (lambda i: 2.0, "not_decreasing"),
+        (lambda i: 2.0 + 0.02 * i, "diverging"),
+        (lambda i: 2.0 if i < 3 else 0.001, "near_zero_too_fast"),
+    ],
 )
 def test_the_slope_is_read(f, kind):
     assert kind in kinds(curve(f), [])

@@ -30,15 +30,36 @@ def version(root, name, built):
 def whole(root):
     """One uninterrupted run of each kind."""
     report = Recorder()
-    return {"lora": (run(root, "lora", report), report), "full": (run(root, "full", parameterization="full", learning_rate=1e-3), None)}
+    return {
+        "lora": (run(root, "lora", report), report),
+        "full": (run(root, "full", parameterization="full", learning_rate=1e-3), None),
+    }
 
 
 CONFIGS = {"lora": {}, "full": {"parameterization": "full", "learning_rate": 1e-3}}
 
 
 def command(root, name, config, *how, processes=1):
-    module = ["-m", "sft_pipeline_tests.trained_checkpoints.run_tiny", str(root), name, json.dumps(config), *map(str, how)]
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    module = [
+        "-m",
+        "sft_pipeline_tests.trained_checkpoints.run_tiny",
+        str(root),
+        name,
+        json.dumps(config),
+        *map(str, how),
+    ]
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+    )
     return subprocess.run([*start, *module], capture_output=True, text=True, timeout=300)
 
 
@@ -70,21 +91,60 @@ def test_two_trainings_have_the_same_data_version_and_a_finished_one_is_not_repe
 
 def test_what_is_written_down(root, whole):
     built, report = whole["lora"]
-    assert {c.name: c.passed for c in built.checks} == {"finite_loss": True, "checkpoints_resumable": True, "budget_as_planned": True, "diagnosis": True}
+    assert {c.name: c.passed for c in built.checks} == {
+        "finite_loss": True,
+        "checkpoints_resumable": True,
+        "budget_as_planned": True,
+        "diagnosis": True,
+    }
     training = json.loads((root / "lora" / "training.json").read_text())
     plan = pq.read_table(root / "packed" / "plan.parquet")
     updates = max(plan["update"].to_pylist()) + 1
-    assert training["updates"] == {"planned": updates, "done": updates} and training["stopped"] == "plan finished"
+    assert (
+        training["updates"] == {"planned": updates, "done": updates}
+        and training["stopped"] == "plan finished"
+    )
     assert training["examples"] == 2 * 48 and training["supervised_tokens"] == 2 * 48 * 3
-    assert training["layout"] == "rows" and training["loss"] == "selected" and training["model"]["attention"] == "sdpa" and training["model"]["precision"] == "fp32"
+    assert (
+        training["layout"] == "rows"
+        and training["loss"] == "selected"
+        and training["model"]["attention"] == "sdpa"
+        and training["model"]["precision"] == "fp32"
+    )
     assert [c["step"] for c in training["checkpoints"]] == [2, 4, 6] and training["best"]["step"] == 6
     history = pq.read_table(root / "lora" / "history.parquet").to_pylist()
-    assert {r["name"] for r in history} == {"loss", "val_loss", "learning_rate", "grad_norm", "examples", "tokens", "supervised_tokens"}
+    assert {r["name"] for r in history} == {
+        "loss",
+        "val_loss",
+        "learning_rate",
+        "grad_norm",
+        "examples",
+        "tokens",
+        "supervised_tokens",
+    }
     assert [r["step"] for r in history if r["name"] == "val_loss"] == [0, 2, 4, 6]
     live = {name for _, values in report.seen for name in values}
-    assert {"loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_tokens_per_second", "memory_mb", "eta_seconds"} <= live
-    assert [step for step, _ in report.said] == [0, 2, 4, 6] and set(report.said[0][1][0]) == {"prompt", "reply", "expected", "finished"}
-    assert str(root) not in "".join(p.read_text() for p in (root / "lora").rglob("*.json") if "training.json" not in p.name and "adapter_config" not in p.name)
+    assert {
+        "loss",
+        "val_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "supervised_tokens_per_second",
+        "memory_mb",
+        "eta_seconds",
+    } <= live
+    assert [step for step, _ in report.said] == [0, 2, 4, 6] and set(report.said[0][1][0]) == {
+        "prompt",
+        "reply",
+        "expected",
+        "finished",
+    }
+    assert str(root) not in "".join(
+        p.read_text()
+        for p in (root / "lora").rglob("*.json")
+        if "training.json" not in p.name and "adapter_config" not in p.name
+    )
 
 
 def test_checkpoints_load_for_inference_and_their_validation_loss_is_that_of_the_curve(root, whole):
@@ -93,11 +153,17 @@ def test_checkpoints_load_for_inference_and_their_validation_loss_is_that_of_the
     from sft_pipeline_tests.trained_checkpoints.run_tiny import config_of
 
     for kind in ("lora", "full"):
-        curve = {r["step"]: r["value"] for r in pq.read_table(root / kind / "history.parquet").to_pylist() if r["name"] == "val_loss"}
+        curve = {
+            r["step"]: r["value"]
+            for r in pq.read_table(root / kind / "history.parquet").to_pylist()
+            if r["name"] == "val_loss"
+        }
         rows = [(e["input_ids"], e["labels"]) for e in tiny.examples(12, 1000)]
         for step, checkpoint in ((0, None), (6, root / kind / "checkpoint-6")):
             scores = score_nll(load_for_inference(config_of(root, **CONFIGS[kind]).model, checkpoint), rows)
-            assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(curve[step], rel=1e-6)
+            assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(
+                curve[step], rel=1e-6
+            )
 
 
 def test_evaluation_does_not_change_the_training(root):
@@ -119,7 +185,9 @@ def test_a_checkpoint_of_other_data_or_another_template_is_refused_with_the_reas
     shutil.rmtree(tmp_path / "packed")
     tiny.packed_shards(tmp_path / "packed")
     formatting = json.loads((tmp_path / "tokenized" / "formatting.json").read_text())
-    (tmp_path / "tokenized" / "formatting.json").write_text(json.dumps(formatting | {"template_sha256": "other"}))
+    (tmp_path / "tokenized" / "formatting.json").write_text(
+        json.dumps(formatting | {"template_sha256": "other"})
+    )
     with pytest.raises(InputError, match="chat_template_version"):
         run(tmp_path, "x")
 
@@ -136,18 +204,29 @@ def test_nan_stops_the_run_keeps_the_last_good_checkpoint_and_fails_the_check(ro
     monkeypatch.setattr(SupervisedTrainer, "compute_loss", poisoned)
     built = run(root, "nan")
     checks = {c.name: c for c in built.checks}
-    assert not checks["finite_loss"].passed and "the loss of update 5 is nan" in checks["finite_loss"].description
+    assert (
+        not checks["finite_loss"].passed
+        and "the loss of update 5 is nan" in checks["finite_loss"].description
+    )
     assert checks["checkpoints_resumable"].passed and checks["budget_as_planned"].passed
     assert checks["finite_loss"].evidence["rows"].value[0]["row_id"]
     assert [p.name for p in sorted((root / "nan").glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
-    assert json.loads((root / "nan" / "training.json").read_text())["stopped"] == "the loss of update 5 is nan"
+    assert (
+        json.loads((root / "nan" / "training.json").read_text())["stopped"] == "the loss of update 5 is nan"
+    )
 
 
 def test_early_stopping_and_max_steps(root):
     built = run(root, "early", early_stopping={"patience": 1, "min_delta": 10.0})
     training = json.loads((root / "early" / "training.json").read_text())
-    assert training["updates"]["done"] == 2 and training["stopped"].startswith("early stopping") and all(c.passed for c in built.checks)
-    (root / "early").rename(root / "early-before")  # as if killed between the last checkpoint and the artifact
+    assert (
+        training["updates"]["done"] == 2
+        and training["stopped"].startswith("early stopping")
+        and all(c.passed for c in built.checks)
+    )
+    (root / "early").rename(
+        root / "early-before"
+    )  # as if killed between the last checkpoint and the artifact
     again = run(root, "early", early_stopping={"patience": 1, "min_delta": 10.0})
     assert version(root, "early", again) == version(root, "early-before", built)
     built = run(root, "short", max_steps=3)
@@ -175,7 +254,16 @@ def test_a_full_disk_while_saving_is_one_message_and_leaves_the_previous_checkpo
 
 
 def test_dora_rslora_neftune_freezing_and_checkpointing_train(root):
-    run(root, "dora", lora={"use_dora": True, "use_rslora": True}, neftune_alpha=5.0, gradient_checkpointing=True, max_steps=2, schedule="wsd", keep_checkpoints=1)
+    run(
+        root,
+        "dora",
+        lora={"use_dora": True, "use_rslora": True},
+        neftune_alpha=5.0,
+        gradient_checkpointing=True,
+        max_steps=2,
+        schedule="wsd",
+        keep_checkpoints=1,
+    )
     adapter = json.loads((root / "dora" / "checkpoint-2" / "adapter_config.json").read_text())
     assert adapter["use_dora"] and adapter["use_rslora"]
 
@@ -189,9 +277,13 @@ def test_qlora_trains_and_its_checkpoint_scores_as_in_training(root):
     run(root, "qlora", parameterization="qlora", max_steps=2)
     training = json.loads((root / "qlora" / "training.json").read_text())
     assert training["model"]["weights_dtype"] == "nf4"
-    model = load_for_inference(config_of(root, parameterization="qlora").model, root / "qlora" / "checkpoint-2")
+    model = load_for_inference(
+        config_of(root, parameterization="qlora").model, root / "qlora" / "checkpoint-2"
+    )
     scores = score_nll(model, [(e["input_ids"], e["labels"]) for e in tiny.examples(12, 1000)])
-    assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(training["checkpoints"][-1]["val_loss"], rel=1e-4)
+    assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(
+        training["checkpoints"][-1]["val_loss"], rel=1e-4
+    )
 
 
 def test_two_processes_train_the_same_updates_with_the_same_loss_curve(root):
@@ -201,7 +293,10 @@ def test_two_processes_train_the_same_updates_with_the_same_loss_curve(root):
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = json.loads(ran.stdout.strip().splitlines()[-1])
     assert all(told["checks"].values())
-    one, two = ([(r["step"], r["name"], r["value"]) for r in pq.read_table(root / n / "history.parquet").to_pylist()] for n in ("one-process", "two-processes"))
+    one, two = (
+        [(r["step"], r["name"], r["value"]) for r in pq.read_table(root / n / "history.parquet").to_pylist()]
+        for n in ("one-process", "two-processes")
+    )
     assert [r[:2] for r in one] == [r[:2] for r in two]
     for (_, name, a), (_, _, b) in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=1e-4), name

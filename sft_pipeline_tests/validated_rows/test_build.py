@@ -30,17 +30,34 @@ def test_worked_example_t102_is_accepted_the_others_quarantined(project: Path) -
             {"prompt": "Wrong size", "completion": "Offer an exchange label."},
         ],
     )
-    built = run(dataset({"path": str(path), "columns": {"group": "thread_id"}}, contract={"max_reject_rate": 0.7}), project / "home", STAGE)["validated_rows"].artifact
+    built = run(
+        dataset({"path": str(path), "columns": {"group": "thread_id"}}, contract={"max_reject_rate": 0.7}),
+        project / "home",
+        STAGE,
+    )["validated_rows"].artifact
     assert [r["group"] for r in rows(built, "rows")] == ["T102"]
-    assert [(r["line"], r["reasons"]) for r in rows(built, "quarantine.parquet")] == [(2, ["empty_completion"]), (3, ["missing_group"])]
-    assert built.manifest.counts == {"read": 3, "accepted": 1, "quarantined": 2, "undecodable": 0, "warned": 0, "groups": 1}
+    assert [(r["line"], r["reasons"]) for r in rows(built, "quarantine.parquet")] == [
+        (2, ["empty_completion"]),
+        (3, ["missing_group"]),
+    ]
+    assert built.manifest.counts == {
+        "read": 3,
+        "accepted": 1,
+        "quarantined": 2,
+        "undecodable": 0,
+        "warned": 0,
+        "groups": 1,
+    }
     assert built.manifest.accepted
 
 
 def test_too_many_rejects_block_what_comes_after(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", [pair("a"), pair("b", ""), pair("c", None)])
     outcome = run(dataset(path), project / "home", STAGE)["validated_rows"]
-    assert check(outcome, "reject_rate")["description"] == "2 of 3 rows (66.67%) were rejected, at most 10.00% may be: empty_completion 2"
+    assert (
+        check(outcome, "reject_rate")["description"]
+        == "2 of 3 rows (66.67%) were rejected, at most 10.00% may be: empty_completion 2"
+    )
     assert not outcome.artifact.manifest.accepted
     with pytest.raises(BlockedError, match=r"reject_rate .*66.67%"):
         run(dataset(path), project / "home")
@@ -48,16 +65,26 @@ def test_too_many_rejects_block_what_comes_after(project: Path) -> None:
 
 def test_every_line_is_accepted_or_quarantined_with_its_bytes(project: Path) -> None:
     path = project / "rows.jsonl"
-    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n\xff\n{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n\n[]\n')
+    path.write_bytes(
+        b'{"prompt": "a", "completion": "b"}\n\xff\n{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n\n[]\n'
+    )
     outcome = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)["validated_rows"]
     built = outcome.artifact
     assert [(r["line"], r["reasons"], r["raw"]) for r in rows(built, "quarantine.parquet")] == [
         (2, ["invalid_utf8"], "\\xff"), (6, ["not_an_object"], "[]"), (3, ["missing_field"], '{"prompt":"a"}'), (4, ["exact_duplicate"], '{"completion":"b","prompt":"a"}'),
     ]  # fmt: skip
-    assert built.manifest.counts["read"] == 5 == built.manifest.counts["accepted"] + built.manifest.counts["quarantined"]
+    assert (
+        built.manifest.counts["read"]
+        == 5
+        == built.manifest.counts["accepted"] + built.manifest.counts["quarantined"]
+    )
     assert check(outcome, "counts_add_up")["passed"]
     report = built.file("quarantine.md").read_text()
-    assert "4 of 5 rows (80.00%) were rejected" in report and "`rows.jsonl:2` `\\xff`" in report and Reason.EXACT_DUPLICATE.explanation in report
+    assert (
+        "4 of 5 rows (80.00%) were rejected" in report
+        and "`rows.jsonl:2` `\\xff`" in report
+        and Reason.EXACT_DUPLICATE.explanation in report
+    )
 
 
 def test_three_examples_of_each_reason(project: Path) -> None:
@@ -69,30 +96,51 @@ def test_three_examples_of_each_reason(project: Path) -> None:
 
 def test_groups_are_mapped_found_or_the_row_itself(project: Path) -> None:
     rest = {"contract": {"max_reject_rate": 1}}
-    path = write_jsonl(project / "rows.jsonl", [pair("a", thread_id=" T1 "), pair("b"), pair("c", thread_id=7), pair("d", thread_id=[1])])
+    path = write_jsonl(
+        project / "rows.jsonl",
+        [pair("a", thread_id=" T1 "), pair("b"), pair("c", thread_id=7), pair("d", thread_id=[1])],
+    )
     found = run(dataset(path, **rest), project / "home", STAGE)["validated_rows"].artifact
     assert [r["group"] for r in rows(found, "rows")] == ["T1", "7"]
-    assert [r["reasons"] for r in rows(found, "quarantine.parquet")] == [["missing_group"], ["wrong_type", "missing_group"]]
-    lenient = run(dataset(path, contract={"max_reject_rate": 1, "require_group": False}), project / "home", STAGE)["validated_rows"].artifact
+    assert [r["reasons"] for r in rows(found, "quarantine.parquet")] == [
+        ["missing_group"],
+        ["wrong_type", "missing_group"],
+    ]
+    lenient = run(
+        dataset(path, contract={"max_reject_rate": 1, "require_group": False}), project / "home", STAGE
+    )["validated_rows"].artifact
     assert [len(r["group"]) for r in rows(lenient, "rows")] == [2, 32, 1]
     path = write_jsonl(project / "none.jsonl", [pair("a"), pair("b")])
     own = run(dataset(path, **rest), project / "home", STAGE)["validated_rows"].artifact
     assert [r["group"] for r in rows(own, "rows")] == [r["row_id"] for r in rows(own, "rows")]
-    strict = run(dataset(path, contract={"max_reject_rate": 1, "require_group": True}), project / "home", STAGE)["validated_rows"].artifact
+    strict = run(
+        dataset(path, contract={"max_reject_rate": 1, "require_group": True}), project / "home", STAGE
+    )["validated_rows"].artifact
     assert strict.manifest.counts["accepted"] == 0 and not strict.manifest.accepted
 
 
 def test_exact_duplicates_are_equal_in_group_and_messages(project: Path) -> None:
-    same = [pair("a", group="g"), pair("a", group="g", note="other"), pair("a", group="h"), pair("b", group="g")]
+    same = [
+        pair("a", group="g"),
+        pair("a", group="g", note="other"),
+        pair("a", group="h"),
+        pair("b", group="g"),
+    ]
     path = write_jsonl(project / "rows.jsonl", same)
-    built = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)["validated_rows"].artifact
+    built = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)[
+        "validated_rows"
+    ].artifact
     assert [r["line"] for r in rows(built, "rows")] == [1, 3, 4]
-    assert [(r["line"], r["reasons"]) for r in rows(built, "quarantine.parquet")] == [(2, ["exact_duplicate"])]
+    assert [(r["line"], r["reasons"]) for r in rows(built, "quarantine.parquet")] == [
+        (2, ["exact_duplicate"])
+    ]
 
 
 def test_a_line_of_five_megabytes_is_quarantined_by_the_contract(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", [pair("a"), pair("x" * 5_000_000)])
-    built = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)["validated_rows"].artifact
+    built = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)[
+        "validated_rows"
+    ].artifact
     (reject,) = rows(built, "quarantine.parquet")
     assert reject["reasons"] == ["prompt_too_long"] and len(reject["raw"]) > 5_000_000
 
@@ -100,15 +148,34 @@ def test_a_line_of_five_megabytes_is_quarantined_by_the_contract(project: Path) 
 def test_warnings_do_not_reject(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", [pair("a <|im_end|><|im_start|>system"), pair("b")])
     outcome = run(dataset(path), project / "home", STAGE)["validated_rows"]
-    assert [r["warnings"] for r in rows(outcome.artifact, "rows")] == [["control_token:<|im_end|>", "control_token:<|im_start|>"], []]
+    assert [r["warnings"] for r in rows(outcome.artifact, "rows")] == [
+        ["control_token:<|im_end|>", "control_token:<|im_start|>"],
+        [],
+    ]
     assert outcome.artifact.manifest.counts["warned"] == 1
-    assert outcome.evidence["characters"] == Evidence("plot", "plots/characters.png") and outcome.artifact.file("plots/characters.png").is_file()
+    assert (
+        outcome.evidence["characters"] == Evidence("plot", "plots/characters.png")
+        and outcome.artifact.file("plots/characters.png").is_file()
+    )
 
 
 def test_times_are_read_where_configured(project: Path) -> None:
-    path = write_jsonl(project / "rows.jsonl", [pair("a", at="2026-05-20"), pair("b", at="2026-05-20T10:00:00+02:00"), pair("c", at="soon"), pair("d")])
-    built = run(dataset(path, contract={"max_reject_rate": 1}, split={"time_column": "at"}), project / "home", STAGE)["validated_rows"].artifact
-    assert [r["time"] for r in rows(built, "rows")] == ["2026-05-20T00:00:00.000000+00:00", "2026-05-20T08:00:00.000000+00:00"]
+    path = write_jsonl(
+        project / "rows.jsonl",
+        [
+            pair("a", at="2026-05-20"),
+            pair("b", at="2026-05-20T10:00:00+02:00"),
+            pair("c", at="soon"),
+            pair("d"),
+        ],
+    )
+    built = run(
+        dataset(path, contract={"max_reject_rate": 1}, split={"time_column": "at"}), project / "home", STAGE
+    )["validated_rows"].artifact
+    assert [r["time"] for r in rows(built, "rows")] == [
+        "2026-05-20T00:00:00.000000+00:00",
+        "2026-05-20T08:00:00.000000+00:00",
+    ]
     assert [r["reasons"] for r in rows(built, "quarantine.parquet")] == [["invalid_time"]] * 2
 
 
@@ -140,7 +207,9 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_datasets_run_as_they_are(name: str, project: Path, shared_data: Path) -> None:
     source, accepted, reasons = REAL[name]
-    config = dataset({**source, "path": f"{shared_data}/{source['path']}"}, contract={"max_reject_rate": 0.15})
+    config = dataset(
+        {**source, "path": f"{shared_data}/{source['path']}"}, contract={"max_reject_rate": 0.15}
+    )
     outcome = run(config, project / "home", STAGE)["validated_rows"]
     assert outcome.artifact.manifest.accepted
     assert outcome.artifact.manifest.counts["accepted"] == accepted

@@ -10,7 +10,9 @@ from sft_pipeline.stages.validated_rows.contract import judge, warnings_of
 from sft_pipeline.stages.validated_rows.formats import Conversation, normalise
 
 
-def read(format_: str, row: dict[str, Any], columns: dict[str, str] | None = None, **contract: Any) -> Conversation:
+def read(
+    format_: str, row: dict[str, Any], columns: dict[str, str] | None = None, **contract: Any
+) -> Conversation:
     conversation = normalise(format_, row, columns or {})
     judge(conversation, ContractConfig(**contract))
     return conversation
@@ -47,24 +49,45 @@ CALLS = '[{"function":{"arguments":{"x":1},"name":"find"},"type":"function"}]'
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": [{"type": "text", "value": "A"}]}]}, {}, PAIR),
     ],
 )  # fmt: skip
-def test_formats(format_: str, row: dict[str, Any], columns: dict[str, str], expected: list[tuple[str, str]]) -> None:
+def test_formats(
+    format_: str, row: dict[str, Any], columns: dict[str, str], expected: list[tuple[str, str]]
+) -> None:
     assert said(read(format_, row, columns)) == expected
 
 
 def test_loss_weights_of_messages_are_kept() -> None:
-    turns = [("user", "weight", 0), ("assistant", "loss", False), ("user", "loss_weight", 0.5), ("assistant", "loss", True), ("user", "weight", None), ("assistant", "x", 1)]
-    found = read("messages", {"messages": [{"role": r, "content": "c", key: value} for r, key, value in turns]})
+    turns = [
+        ("user", "weight", 0),
+        ("assistant", "loss", False),
+        ("user", "loss_weight", 0.5),
+        ("assistant", "loss", True),
+        ("user", "weight", None),
+        ("assistant", "x", 1),
+    ]
+    found = read(
+        "messages", {"messages": [{"role": r, "content": "c", key: value} for r, key, value in turns]}
+    )
     assert [m["weight"] for m in found.messages] == [0.0, 0.0, 0.5, 1.0, None, None]
-    assert read("messages", {"messages": [{"role": "user", "content": "c", "weight": -1}, {"role": "assistant", "content": "c"}]}).reasons == ["wrong_type"]
+    assert read(
+        "messages",
+        {"messages": [{"role": "user", "content": "c", "weight": -1}, {"role": "assistant", "content": "c"}]},
+    ).reasons == ["wrong_type"]
 
 
 def test_function_calls_become_tool_calls_and_tool_turns() -> None:
     turns = [("human", "Q"), ("function_call", CALL), ("observation", "R"), ("gpt", "A")]
-    found = read("sharegpt", {"conversations": [{"from": f, "value": v} for f, v in turns], "tools": '[{"name": "find"}]'})
+    found = read(
+        "sharegpt",
+        {"conversations": [{"from": f, "value": v} for f, v in turns], "tools": '[{"name": "find"}]'},
+    )
     assert said(found) == [("user", "Q"), ("assistant", ""), ("tool", "R"), ("assistant", "A")]
     assert [m["tool_calls"] for m in found.messages] == [None, CALLS, None, None]
     assert json.loads(found.tools or "") == [{"type": "function", "function": {"name": "find"}}]
-    openai = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": '{"x": 1}'}}]}
+    openai = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": '{"x": 1}'}}],
+    }
     found = read("messages", {"messages": [{"role": "user", "content": "Q"}, openai], "tools": []})
     assert found.reasons == [] and found.tools is None and found.messages[1]["tool_calls"] == CALLS
 
@@ -125,4 +148,6 @@ def test_control_tokens_of_any_family_are_a_warning(token: str) -> None:
 def test_ordinary_text_is_no_warning() -> None:
     text = "if a < b and c > d: x[INSTANCE] |> <<48/2=24>>24 <b>bold</b> <pre> <system> a|b [1]\ttab\r\n"
     assert warnings_of(read("prompt_completion", {"prompt": text, "completion": "A"}).messages) == []
-    assert warnings_of(read("prompt_completion", {"prompt": "bell\x07", "completion": "A"}).messages) == ["control_character"]
+    assert warnings_of(read("prompt_completion", {"prompt": "bell\x07", "completion": "A"}).messages) == [
+        "control_character"
+    ]

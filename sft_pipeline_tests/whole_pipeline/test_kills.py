@@ -16,7 +16,7 @@ from sft_pipeline_tests.command import ROOT, sft
 
 SLOW = {
     "sanity": {"skip": True},
-    "training": {"max_steps": None, "epochs": 40, "eval_steps": 10, "per_device_batch": 2},
+    "training": {"max_steps": None, "epochs": 24, "eval_steps": 6, "per_device_batch": 2},
     "evaluation": {"max_rows": 4, "max_new_tokens": 8, "require_improvement": False},
 }
 
