@@ -165,7 +165,7 @@ def _keys_at(model: type[BaseModel], loc: Loc, document: Document) -> list[str]:
     kinds: list[Any] = [model]
     value: Any = document.value
     for part in loc:
-        value = value[part] if isinstance(value, (dict, list)) else None
+        value = value[part] if isinstance(value, (dict, list)) else None  # type: ignore[index]
         kinds = [t for kind in kinds for t in _step(kind, part)]
     models = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
     if isinstance(value, dict) and "kind" in value:  # the one member of a discriminated union that was meant

@@ -2,6 +2,8 @@
 
 import json
 
+from pydantic import BaseModel
+
 from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.project import PACKAGE_DIR
@@ -9,7 +11,7 @@ from sft_pipeline.project import PACKAGE_DIR
 
 def schemas() -> dict[str, str]:
     """File name -> content."""
-    models = {"dataset.json": DatasetConfig, "recipe.json": RecipeConfig}
+    models: dict[str, type[BaseModel]] = {"dataset.json": DatasetConfig, "recipe.json": RecipeConfig}
     return {
         name: json.dumps(model.model_json_schema(by_alias=True), indent=2) + "\n"
         for name, model in models.items()

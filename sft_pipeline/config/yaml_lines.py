@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> Document:
             raise InputError(f"{path}:1: the file is empty")
         if not isinstance(node, yaml.MappingNode):
             raise InputError(
-                f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found a {node.id}"
+                f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found a {type(node).__name__.removesuffix('Node').lower()}"
             )
         origins: dict[Loc, Origin] = {(): Origin(str(path), 1)}
         _collect(node, (), str(path), origins)
