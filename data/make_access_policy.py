@@ -32,117 +32,369 @@ DESKS = {  # desk: (thread prefix, subject prefix, noun, a thread both snapshots
     "accounts": ("P", "G", "account", 771),
 }
 ROOMS = ["the server room", "the vault", "the data hall", "the library", "the canteen", "the garage"]
-SYSTEMS = ["the production cluster", "the payment system", "the live ledger", "the test cluster", "the wiki", "the sandbox"]
+SYSTEMS = [
+    "the production cluster",
+    "the payment system",
+    "the live ledger",
+    "the test cluster",
+    "the wiki",
+    "the sandbox",
+]
 DAYS = [5, 7, 10, 14, 20, 21, 30, 45, 60, 75, 90, 120]
 PERSONAL = ["customer addresses", "patient records", "payroll figures", "home phone numbers"]
 HARMLESS = ["sensor readings", "price lists", "build logs", "floor plans", "stock counts"]
 FIRMS = ["Orlin Labs", "Baxter Freight", "Nordwind Media", "Kestrel Audit", "Tamsin Foods", "Helio Print"]
-TEAMS = ["finance", "logistics", "research", "support", "legal", "design", "marketing", "facilities", "quality",
-         "planning"]
+TEAMS = [
+    "finance",
+    "logistics",
+    "research",
+    "support",
+    "legal",
+    "design",
+    "marketing",
+    "facilities",
+    "quality",
+    "planning",
+]
 SERVICES = ["billing", "backup", "search", "mailer", "report", "metrics", "booking", "invoice"]
-CITIES = ["Oslo", "Porto", "Ghent", "Turin", "Leeds", "Basel", "Riga", "Malmo", "Cork", "Graz", "Lyon", "Bonn"]
+CITIES = [
+    "Oslo",
+    "Porto",
+    "Ghent",
+    "Turin",
+    "Leeds",
+    "Basel",
+    "Riga",
+    "Malmo",
+    "Cork",
+    "Graz",
+    "Lyon",
+    "Bonn",
+]
 WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 MONTHS = ["January", "February", "March", "April"]
-GIVEN = ["Ada", "Bruno", "Carla", "Deniz", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Lena", "Marek",
-         "Nadia", "Omar", "Petra", "Quinn", "Rosa", "Sven", "Tilda", "Umar", "Vera", "Wim", "Yara", "Zoe"]
-FAMILY = ["Abel", "Brandt", "Costa", "Dahl", "Egger", "Falk", "Gomez", "Hoff", "Ivers", "Jansen", "Keller", "Lund",
-          "Mori", "Novak", "Okafor", "Patel", "Rossi", "Sato", "Thorn", "Vance", "Weber", "Yilmaz", "Zeman"]
+GIVEN = [
+    "Ada",
+    "Bruno",
+    "Carla",
+    "Deniz",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Lena",
+    "Marek",
+    "Nadia",
+    "Omar",
+    "Petra",
+    "Quinn",
+    "Rosa",
+    "Sven",
+    "Tilda",
+    "Umar",
+    "Vera",
+    "Wim",
+    "Yara",
+    "Zoe",
+]
+FAMILY = [
+    "Abel",
+    "Brandt",
+    "Costa",
+    "Dahl",
+    "Egger",
+    "Falk",
+    "Gomez",
+    "Hoff",
+    "Ivers",
+    "Jansen",
+    "Keller",
+    "Lund",
+    "Mori",
+    "Novak",
+    "Okafor",
+    "Patel",
+    "Rossi",
+    "Sato",
+    "Thorn",
+    "Vance",
+    "Weber",
+    "Yilmaz",
+    "Zeman",
+]
 
 # --- how things are said ----------------------------------------------------
 
-FRAMES = ["{p} wants to {w}.", "{p} asks to {w}.", "May {p} {w}?", "Can {p} {w}?", "{p} would like to {w}.",
-          "We have a request from {p} to {w}.", "Please check whether {p} may {w}.", "Requester: {p}. Wish: {w}.",
-          "Is it fine for {p} to {w}?", "The form says that {p} hopes to {w}.", "{p} called and plans to {w}.",
-          "There is a note from {p}, who needs to {w}."]
+FRAMES = [
+    "{p} wants to {w}.",
+    "{p} asks to {w}.",
+    "May {p} {w}?",
+    "Can {p} {w}?",
+    "{p} would like to {w}.",
+    "We have a request from {p} to {w}.",
+    "Please check whether {p} may {w}.",
+    "Requester: {p}. Wish: {w}.",
+    "Is it fine for {p} to {w}?",
+    "The form says that {p} hopes to {w}.",
+    "{p} called and plans to {w}.",
+    "There is a note from {p}, who needs to {w}.",
+]
 WISHES = {
-    ("badges", "use"): ["use badge {i} at {l}", "enter {l} with badge {i}", "walk into {l} on badge {i}",
-                        "open {l} with badge {i}"],
-    ("badges", "renew"): ["replace badge {i} for {l}", "get a new card for badge {i}, valid at {l}",
-                          "swap badge {i} of {l} for a fresh one"],
-    ("keys", "use"): ["use key {i} on {l}", "sign calls to {l} with key {i}", "connect to {l} through key {i}",
-                      "run a job on {l} with key {i}"],
-    ("keys", "renew"): ["rotate key {i} of {l}", "have key {i} for {l} rotated", "swap key {i} of {l} for a fresh one"],
-    ("accounts", "use"): ["log in to {l} as account {i}", "use account {i} on {l}", "work in {l} under account {i}"],
-    ("accounts", "renew"): ["reset account {i} on {l}", "get a new password for account {i} of {l}",
-                            "have account {i} for {l} reset"],
-    ("exports", "use"): ["send export {i} with {c} to {d}", "share {c} from export {i} with {d}",
-                         "hand export {i}, which holds {c}, over to {d}"],
-    ("exports", "extend"): ["keep export {i} with {c} open to {d} for {n} more days",
-                            "extend the link of export {i}, {c} for {d}, by {n} days"],
-    "extend": ["extend {k} {i} for {l} by {n} days", "keep {k} {i} valid at {l} for {n} more days",
-               "add {n} days to {k} {i} of {l}", "let {k} {i} for {l} last {n} days longer"],
+    ("badges", "use"): [
+        "use badge {i} at {l}",
+        "enter {l} with badge {i}",
+        "walk into {l} on badge {i}",
+        "open {l} with badge {i}",
+    ],
+    ("badges", "renew"): [
+        "replace badge {i} for {l}",
+        "get a new card for badge {i}, valid at {l}",
+        "swap badge {i} of {l} for a fresh one",
+    ],
+    ("keys", "use"): [
+        "use key {i} on {l}",
+        "sign calls to {l} with key {i}",
+        "connect to {l} through key {i}",
+        "run a job on {l} with key {i}",
+    ],
+    ("keys", "renew"): [
+        "rotate key {i} of {l}",
+        "have key {i} for {l} rotated",
+        "swap key {i} of {l} for a fresh one",
+    ],
+    ("accounts", "use"): [
+        "log in to {l} as account {i}",
+        "use account {i} on {l}",
+        "work in {l} under account {i}",
+    ],
+    ("accounts", "renew"): [
+        "reset account {i} on {l}",
+        "get a new password for account {i} of {l}",
+        "have account {i} for {l} reset",
+    ],
+    ("exports", "use"): [
+        "send export {i} with {c} to {d}",
+        "share {c} from export {i} with {d}",
+        "hand export {i}, which holds {c}, over to {d}",
+    ],
+    ("exports", "extend"): [
+        "keep export {i} with {c} open to {d} for {n} more days",
+        "extend the link of export {i}, {c} for {d}, by {n} days",
+    ],
+    "extend": [
+        "extend {k} {i} for {l} by {n} days",
+        "keep {k} {i} valid at {l} for {n} more days",
+        "add {n} days to {k} {i} of {l}",
+        "let {k} {i} for {l} last {n} days longer",
+    ],
 }
 ROLES = {
-    "employee": ["{p} is an employee in {t}.", "{p} is on the staff of {t} in {city}.",
-                 "{p} has a permanent post in {t}.", "Role: employee, {t}."],
-    "contractor": ["{p} is a contractor for {t}.", "{p} came through an agency as a contractor.",
-                   "{p} works on contract with {t} in {city}.", "Role: contractor, {t}."],
-    "visitor": ["{p} is a visitor of {t}.", "{p} is visiting us from {city}.",
-                "{p} is here as a visitor until {day}.", "Role: visitor, {t}."],
-    "service": ["{p} is run by {t}.", "{p} is a service owned by {t}.", "{p} runs without a person, in {city}."],
+    "employee": [
+        "{p} is an employee in {t}.",
+        "{p} is on the staff of {t} in {city}.",
+        "{p} has a permanent post in {t}.",
+        "Role: employee, {t}.",
+    ],
+    "contractor": [
+        "{p} is a contractor for {t}.",
+        "{p} came through an agency as a contractor.",
+        "{p} works on contract with {t} in {city}.",
+        "Role: contractor, {t}.",
+    ],
+    "visitor": [
+        "{p} is a visitor of {t}.",
+        "{p} is visiting us from {city}.",
+        "{p} is here as a visitor until {day}.",
+        "Role: visitor, {t}.",
+    ],
+    "service": [
+        "{p} is run by {t}.",
+        "{p} is a service owned by {t}.",
+        "{p} runs without a person, in {city}.",
+    ],
 }
 # fact: {value: sentences}.  The value that a rule reacts to is in TROUBLE below.
 FACTS = {
     "gone": {
-        True: ["{p} left the company in {month}.", "{p} is suspended since {day}.", "{p} was let go in {month}.",
-               "The staff list shows {p} as no longer with us.", "{p} has resigned and is already gone."],
-        False: ["{p} is in good standing.", "{p} is still with us.", "The staff list shows {p} as active.",
-                "{p} is not suspended."]},
+        True: [
+            "{p} left the company in {month}.",
+            "{p} is suspended since {day}.",
+            "{p} was let go in {month}.",
+            "The staff list shows {p} as no longer with us.",
+            "{p} has resigned and is already gone.",
+        ],
+        False: [
+            "{p} is in good standing.",
+            "{p} is still with us.",
+            "The staff list shows {p} as active.",
+            "{p} is not suspended.",
+        ],
+    },
     "gone service": {
-        True: ["{p} was shut down in {month}.", "{p} has been retired.", "{p} is switched off for good since {day}."],
-        False: ["{p} is up and running.", "{p} is still in service.", "{p} has not been retired."]},
+        True: [
+            "{p} was shut down in {month}.",
+            "{p} has been retired.",
+            "{p} is switched off for good since {day}.",
+        ],
+        False: ["{p} is up and running.", "{p} is still in service.", "{p} has not been retired."],
+    },
     "compromised": {
-        True: ["The {k} was stolen in {city}.", "The {k} went missing on {day}.", "The {k} was lost on a train to {city}.",
-               "A copy of the {k} turned up on the web.", "The {k} leaked in a chat on {day}.",
-               "A stranger has seen the {k}.", "The {k} is reported stolen since {day}."],
-        False: ["The {k} was never lost.", "No loss of the {k} is known.", "The {k} is in safe hands.",
-                "Nobody else has seen the {k}."]},
+        True: [
+            "The {k} was stolen in {city}.",
+            "The {k} went missing on {day}.",
+            "The {k} was lost on a train to {city}.",
+            "A copy of the {k} turned up on the web.",
+            "The {k} leaked in a chat on {day}.",
+            "A stranger has seen the {k}.",
+            "The {k} is reported stolen since {day}.",
+        ],
+        False: [
+            "The {k} was never lost.",
+            "No loss of the {k} is known.",
+            "The {k} is in safe hands.",
+            "Nobody else has seen the {k}.",
+        ],
+    },
     "trained": {
-        True: ["{p} passed the security course in {month}.", "The security course of {p} is up to date.",
-               "{p} took the security course on {day}.", "Security course: done in {month}."],
-        False: ["{p} has not done the security course.", "The security course of {p} ran out in {month}.",
-                "{p} missed the security course in {month}.", "Security course: overdue since {month}."]},
+        True: [
+            "{p} passed the security course in {month}.",
+            "The security course of {p} is up to date.",
+            "{p} took the security course on {day}.",
+            "Security course: done in {month}.",
+        ],
+        False: [
+            "{p} has not done the security course.",
+            "The security course of {p} ran out in {month}.",
+            "{p} missed the security course in {month}.",
+            "Security course: overdue since {month}.",
+        ],
+    },
     "sponsored": {
-        True: ["{q} sponsors {p}.", "{q} from {team} vouches for {p}.", "Sponsor: {q}.", "{p} has {q} as sponsor."],
-        False: ["{p} has no sponsor.", "Nobody vouches for {p}.", "Sponsor: none.", "No one in {t} sponsors {p}."]},
+        True: [
+            "{q} sponsors {p}.",
+            "{q} from {team} vouches for {p}.",
+            "Sponsor: {q}.",
+            "{p} has {q} as sponsor.",
+        ],
+        False: [
+            "{p} has no sponsor.",
+            "Nobody vouches for {p}.",
+            "Sponsor: none.",
+            "No one in {t} sponsors {p}.",
+        ],
+    },
     "frozen": {
-        True: ["The change freeze is on until {day}.", "We are inside the change freeze.",
-               "A change freeze began on {day} and still holds.", "Change freeze: on."],
-        False: ["The change freeze ended on {day}.", "There is no change freeze now.", "The change freeze was lifted.",
-                "Change freeze: off."]},
+        True: [
+            "The change freeze is on until {day}.",
+            "We are inside the change freeze.",
+            "A change freeze began on {day} and still holds.",
+            "Change freeze: on.",
+        ],
+        False: [
+            "The change freeze ended on {day}.",
+            "There is no change freeze now.",
+            "The change freeze was lifted.",
+            "Change freeze: off.",
+        ],
+    },
     "signed off": {
-        True: ["Data protection signed it off on {day}.", "Data protection agreed in {month}.",
-               "Data protection: signed off by {q}."],
-        False: ["Data protection has not signed it off.", "Data protection has yet to answer.",
-                "Data protection: not signed off."]},
+        True: [
+            "Data protection signed it off on {day}.",
+            "Data protection agreed in {month}.",
+            "Data protection: signed off by {q}.",
+        ],
+        False: [
+            "Data protection has not signed it off.",
+            "Data protection has yet to answer.",
+            "Data protection: not signed off.",
+        ],
+    },
     "contract": {
-        True: ["A signed contract with {d} is on file.", "{d} signed the contract in {month}.",
-               "The contract with {d} is in place."],
-        False: ["There is no contract with {d}.", "{d} has not signed the contract.",
-                "The contract with {d} is missing."]},
+        True: [
+            "A signed contract with {d} is on file.",
+            "{d} signed the contract in {month}.",
+            "The contract with {d} is in place.",
+        ],
+        False: [
+            "There is no contract with {d}.",
+            "{d} has not signed the contract.",
+            "The contract with {d} is missing.",
+        ],
+    },
 }
-TROUBLE = {"gone": True, "gone service": True, "compromised": True, "trained": False, "sponsored": False,
-           "frozen": True, "signed off": False, "contract": False}
-ASIDES = ["The call came from {city} on {day}.", "{q} from {team} is in copy.", "Ticket Q{num} has the same sender.",
-          "Lunch with {q} is moved to {day}.", "{q} filed this on {day}.", "The desk phone is {num}.",
-          "The team meets in {city} on {day}.", "{team} moved to {city} in {month}.", "{q} will be back on {day}.",
-          "This came in as mail {num}.", "{q} sends greetings from {city}.", "It rained in {city} on {day}.",
-          "The last audit was in {month}.", "{q} and {q2} share a desk in {city}.", "Ticket Q{num} is a separate matter.",
-          "The answer goes to {q} in {team}.", "A parcel for {q} waits in {city}.", "The office in {city} closes on {day}.",
-          "{q} asked twice since {month}.", "Please reply before {day}.", "{q} of {team} had a similar case in {month}.",
-          "The train from {city} was late on {day}."]
-OPENERS = ["Hello desk,", "Good morning.", "New case.", "Hi, a question.", "From the {team} queue:", "{day} shift:",
-           "For the {city} desk:", "Logged by {q}:"]
-FOLLOW_UPS = ["Follow-up.", "Next question on this case.", "News on the same matter.", "One more thing here.",
-              "Update from {day}:", "Second look at this case:", "{q} came back to it:"]
-CLOSERS = ["What do we answer?", "Is that allowed?", "How do we rule?", "Please decide.", "What is the ruling?",
-           "Your decision, please.", "Can this go ahead?", "Tell {q} the outcome."]
+TROUBLE = {
+    "gone": True,
+    "gone service": True,
+    "compromised": True,
+    "trained": False,
+    "sponsored": False,
+    "frozen": True,
+    "signed off": False,
+    "contract": False,
+}
+ASIDES = [
+    "The call came from {city} on {day}.",
+    "{q} from {team} is in copy.",
+    "Ticket Q{num} has the same sender.",
+    "Lunch with {q} is moved to {day}.",
+    "{q} filed this on {day}.",
+    "The desk phone is {num}.",
+    "The team meets in {city} on {day}.",
+    "{team} moved to {city} in {month}.",
+    "{q} will be back on {day}.",
+    "This came in as mail {num}.",
+    "{q} sends greetings from {city}.",
+    "It rained in {city} on {day}.",
+    "The last audit was in {month}.",
+    "{q} and {q2} share a desk in {city}.",
+    "Ticket Q{num} is a separate matter.",
+    "The answer goes to {q} in {team}.",
+    "A parcel for {q} waits in {city}.",
+    "The office in {city} closes on {day}.",
+    "{q} asked twice since {month}.",
+    "Please reply before {day}.",
+    "{q} of {team} had a similar case in {month}.",
+    "The train from {city} was late on {day}.",
+]
+OPENERS = [
+    "Hello desk,",
+    "Good morning.",
+    "New case.",
+    "Hi, a question.",
+    "From the {team} queue:",
+    "{day} shift:",
+    "For the {city} desk:",
+    "Logged by {q}:",
+]
+FOLLOW_UPS = [
+    "Follow-up.",
+    "Next question on this case.",
+    "News on the same matter.",
+    "One more thing here.",
+    "Update from {day}:",
+    "Second look at this case:",
+    "{q} came back to it:",
+]
+CLOSERS = [
+    "What do we answer?",
+    "Is that allowed?",
+    "How do we rule?",
+    "Please decide.",
+    "What is the ruling?",
+    "Your decision, please.",
+    "Can this go ahead?",
+    "Tell {q} the outcome.",
+]
 
 
 OFTEN = 0.7  # a request in the dataset rarely has several troubles at once
 
 
 # --- a case and the policy ---------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Case:
@@ -194,7 +446,9 @@ def decide(case: Case) -> tuple[str, str]:
 
 def reply(case: Case) -> str:
     decision, policy = decide(case)
-    return json.dumps({"decision": decision, "policy": policy, "subject": case.subject}, separators=(",", ":"))
+    return json.dumps(
+        {"decision": decision, "policy": policy, "subject": case.subject}, separators=(",", ":")
+    )
 
 
 def full_name(rng: random.Random) -> str:
@@ -215,8 +469,16 @@ def draw_facts(rng: random.Random, case: Case, often: float = 1.0) -> dict[str, 
 
 
 def draw_case(rng: random.Random, desk: str, subject: str, often: float = 1.0) -> Case:
-    role = rng.choice(["employee", "employee", "contractor", "contractor", "visitor",
-                       "visitor" if desk == "badges" else "service"])
+    role = rng.choice(
+        [
+            "employee",
+            "employee",
+            "contractor",
+            "contractor",
+            "visitor",
+            "visitor" if desk == "badges" else "service",
+        ]
+    )
     requester = f"the {rng.choice(SERVICES)} service" if role == "service" else full_name(rng)
     action = rng.choice(["use", "extend"] if desk == "exports" else ["use", "renew", "extend"])
     place = content = destination = ""
@@ -225,7 +487,19 @@ def draw_case(rng: random.Random, desk: str, subject: str, often: float = 1.0) -
         destination = rng.choice([rng.choice(FIRMS), f"the {rng.choice(TEAMS)} team"])
     else:
         place = rng.choice(ROOMS if desk == "badges" else SYSTEMS)
-    case = Case(desk, action, subject, requester, role, rng.choice(TEAMS), place, content, destination, rng.choice(DAYS), {})
+    case = Case(
+        desk,
+        action,
+        subject,
+        requester,
+        role,
+        rng.choice(TEAMS),
+        place,
+        content,
+        destination,
+        rng.choice(DAYS),
+        {},
+    )
     return replace(case, facts=draw_facts(rng, case, often))
 
 
@@ -251,12 +525,27 @@ def next_turn(rng: random.Random, case: Case) -> Case:
 
 # --- a case in words ---------------------------------------------------------
 
+
 def fill(rng: random.Random, template: str, case: Case) -> str:
     """Put the case and small talk into a template; the sentence starts with a capital."""
     text = template.format(
-        p=case.requester, i=case.subject, k=DESKS[case.desk][2], l=case.place, c=case.content, d=case.destination,
-        t=case.team, n=case.days, w="{w}", q=full_name(rng), q2=full_name(rng), team=rng.choice(TEAMS),
-        city=rng.choice(CITIES), day=rng.choice(WEEKDAYS), month=rng.choice(MONTHS), num=rng.randint(1000, 9999))
+        p=case.requester,
+        i=case.subject,
+        k=DESKS[case.desk][2],
+        l=case.place,
+        c=case.content,
+        d=case.destination,
+        t=case.team,
+        n=case.days,
+        w="{w}",
+        q=full_name(rng),
+        q2=full_name(rng),
+        team=rng.choice(TEAMS),
+        city=rng.choice(CITIES),
+        day=rng.choice(WEEKDAYS),
+        month=rng.choice(MONTHS),
+        num=rng.randint(1000, 9999),
+    )
     return text[0].upper() + text[1:]
 
 
@@ -289,8 +578,17 @@ def prompt(rng: random.Random, case: Case, follow_up: bool) -> str:
 
 Row = dict[str, object]
 Edition = tuple[bytes | None, bytes]  # a line's text in the first snapshot, and in the second
-SPRING = ["2026-03-09", "2026-03-18", "2026-03-27", "2026-04-02", "2026-04-09", "2026-04-17", "2026-04-24", "2026-05-05",
-          "2026-05-11"]
+SPRING = [
+    "2026-03-09",
+    "2026-03-18",
+    "2026-03-27",
+    "2026-04-02",
+    "2026-04-09",
+    "2026-04-17",
+    "2026-04-24",
+    "2026-05-05",
+    "2026-05-11",
+]
 WEEK = ["2026-05-13", "2026-05-14", "2026-05-15", "2026-05-18", "2026-05-19"]
 
 
@@ -310,8 +608,14 @@ class Neighbours:
     def closest(self, row: Row) -> float:
         grams = trigrams(row)
         shared = Counter(n for gram in grams for n in self.holders.get(gram, ()))
-        return max((both / (len(grams) + self.rows[n][1] - both) for n, both in shared.items()
-                    if self.rows[n][0] != row["thread_id"]), default=0.0)
+        return max(
+            (
+                both / (len(grams) + self.rows[n][1] - both)
+                for n, both in shared.items()
+                if self.rows[n][0] != row["thread_id"]
+            ),
+            default=0.0,
+        )
 
     def add(self, row: Row) -> None:
         grams = trigrams(row)
@@ -334,8 +638,11 @@ class Desk:
         for _ in range(count):
             follow_up = thread in self.cases
             subject = f"{DESKS[self.name][1]}{next(self.subjects)}"
-            case = next_turn(self.rng, self.cases[thread]) if follow_up else \
-                draw_case_for_rule(self.rng, self.name, subject)
+            case = (
+                next_turn(self.rng, self.cases[thread])
+                if follow_up
+                else draw_case_for_rule(self.rng, self.name, subject)
+            )
             self.cases[thread] = case
             row: Row = {"thread_id": thread, "completion": reply(case), "opened": opened}
             while True:
@@ -351,11 +658,14 @@ class Desk:
         rows: list[Row] = []
         while len(rows) < total:
             count = min(self.rng.choice([1, 1, 1, 2, 2, 3, 3, 4]), total - len(rows))
-            rows += self.turns(f"{DESKS[self.name][0]}{numbers.pop(0)}", count, dates[len(rows) * len(dates) // total])
+            rows += self.turns(
+                f"{DESKS[self.name][0]}{numbers.pop(0)}", count, dates[len(rows) * len(dates) // total]
+            )
         return rows
 
 
 # --- what is wrong on purpose ------------------------------------------------
+
 
 def near_copy(rng: random.Random, row: Row) -> Row | None:
     """The same request with one weekday, city or month changed; None where that is not possible."""
@@ -376,7 +686,7 @@ def line(row: Row) -> bytes:
 def spliced(text: object, insert: str) -> str:
     """`insert` put between two words in the middle of `text`."""
     words = str(text).split(" ")
-    return " ".join([*words[:len(words) // 2], insert, *words[len(words) // 2:]])
+    return " ".join([*words[: len(words) // 2], insert, *words[len(words) // 2 :]])
 
 
 # defect: (how a sound row becomes the broken line, how many are in the first snapshot, and in the second)
@@ -388,10 +698,17 @@ DEFECTS = {
     "number as completion": (lambda r: line({**r, "completion": 10}), 3, 5),
     "list as completion": (lambda r: line({**r, "completion": ["deny", "AP-03"]}), 3, 5),
     "exact duplicate of a row": (line, 7, 11),
-    "truncated JSON line": (lambda r: line(r)[:len(line(r)) * 3 // 5], 5, 8),
-    "invalid UTF-8 bytes": (lambda r: line({**r, "prompt": spliced(r["prompt"], "caf@")}).replace(b"@", b"\xe9"), 4, 6),
-    "control token `<|im_end|>` in the prompt": (lambda r: line({**r, "prompt": spliced(r["prompt"], "<|im_end|>")}),
-                                                 4, 6),
+    "truncated JSON line": (lambda r: line(r)[: len(line(r)) * 3 // 5], 5, 8),
+    "invalid UTF-8 bytes": (
+        lambda r: line({**r, "prompt": spliced(r["prompt"], "caf@")}).replace(b"@", b"\xe9"),
+        4,
+        6,
+    ),
+    "control token `<|im_end|>` in the prompt": (
+        lambda r: line({**r, "prompt": spliced(r["prompt"], "<|im_end|>")}),
+        4,
+        6,
+    ),
 }
 NEAR_COPY = "near-copy of a row of another thread"
 NEAR_COPIES = 16, 28  # in the first snapshot, and in the second
@@ -403,7 +720,13 @@ CORRECTED_REPLIES, CORRECTED_PROMPTS = 32, 32  # rows of the first snapshot that
 def slip(rng: random.Random, row: Row) -> Row:
     """The row as it stood before its reply was corrected: another rule was cited."""
     answer = json.loads(str(row["completion"]))
-    wrong = [("deny", "AP-01"), ("escalate", "AP-02"), ("escalate", "AP-06"), ("deny", "AP-08"), ("approve", "AP-09")]
+    wrong = [
+        ("deny", "AP-01"),
+        ("escalate", "AP-02"),
+        ("escalate", "AP-06"),
+        ("deny", "AP-08"),
+        ("approve", "AP-09"),
+    ]
     decision, policy = rng.choice([w for w in wrong if w[1] != answer["policy"]])
     answer |= {"decision": decision, "policy": policy}
     return {**row, "completion": json.dumps(answer, separators=(",", ":"))}
@@ -412,13 +735,16 @@ def slip(rng: random.Random, row: Row) -> Row:
 def typo(rng: random.Random, row: Row) -> Row:
     """The row as it stood before its prompt was corrected: two letters of one long word swapped."""
     words = str(row["prompt"]).split(" ")
-    at = rng.choice([n for n, w in enumerate(words) if w.isalpha() and w.islower() and len(w) > 4 and w[2] != w[3]])
+    at = rng.choice(
+        [n for n, w in enumerate(words) if w.isalpha() and w.islower() and len(w) > 4 and w[2] != w[3]]
+    )
     w = words[at]
     words[at] = w[:2] + w[3] + w[2] + w[4:]
     return {**row, "prompt": " ".join(words)}
 
 
 # --- the snapshots -----------------------------------------------------------
+
 
 def special_lines(desk: Desk, kinds: list[str], sound: list[Row], numbers: list[int]) -> list[bytes]:
     """One line per kind of defect or near-copy, each (but a duplicate) in a thread of its own."""
@@ -441,7 +767,9 @@ def scatter(rng: random.Random, lines: list[Edition], among: list[Edition]) -> N
         among.insert(rng.randint(1, len(among)), item)
 
 
-def desk_lines(name: str, kinds: tuple[list[str], list[str]], rng: random.Random, neighbours: Neighbours) -> list[Edition]:
+def desk_lines(
+    name: str, kinds: tuple[list[str], list[str]], rng: random.Random, neighbours: Neighbours
+) -> list[Edition]:
     """Each line of one desk as (its text in the first snapshot or None, its text in the second)."""
     desk, share = Desk(name, rng, neighbours), len(DESKS)
     used = sorted(rng.sample(range(100, 800), 330))
@@ -453,14 +781,16 @@ def desk_lines(name: str, kinds: tuple[list[str], list[str]], rng: random.Random
 
     sound = desk.threads(used, SOUND_ROWS[0] // share, SPRING)
     rng_order = rng.sample(range(len(sound)), (CORRECTED_REPLIES + CORRECTED_PROMPTS) // share)
-    before = {n: slip(rng, sound[n]) for n in rng_order[:CORRECTED_REPLIES // share]}
-    before |= {n: typo(rng, sound[n]) for n in rng_order[CORRECTED_REPLIES // share:]}
+    before = {n: slip(rng, sound[n]) for n in rng_order[: CORRECTED_REPLIES // share]}
+    before |= {n: typo(rng, sound[n]) for n in rng_order[CORRECTED_REPLIES // share :]}
     lines: list[Edition] = [(line(before.get(n, row)), line(row)) for n, row in enumerate(sound)]
     steady = [row for n, row in enumerate(sound) if n not in before]
     scatter(rng, [(x, x) for x in special_lines(desk, kinds[0], steady, spare)], lines)
 
     threads = sorted({str(row["thread_id"]) for row in sound})
-    added = [row for thread in rng.sample(threads, LATER_TURNS // share) for row in desk.turns(thread, 1, WEEK[0])]
+    added = [
+        row for thread in rng.sample(threads, LATER_TURNS // share) for row in desk.turns(thread, 1, WEEK[0])
+    ]
     added += desk.threads(later, SOUND_ROWS[1] // share, WEEK)
     new: list[Edition] = [(None, line(row)) for row in added]
     scatter(rng, [(None, x) for x in special_lines(desk, kinds[1], added, spare_later)], new)
@@ -469,12 +799,14 @@ def desk_lines(name: str, kinds: tuple[list[str], list[str]], rng: random.Random
 
 def kinds_by_desk(rng: random.Random) -> dict[str, tuple[list[str], list[str]]]:
     """Deals the defects and near-copies of the first snapshot, and those the second adds, to the desks."""
-    counts = {kind: (first, second) for kind, (_, first, second) in DEFECTS.items()} | {NEAR_COPY: NEAR_COPIES}
+    counts = {kind: (first, second) for kind, (_, first, second) in DEFECTS.items()} | {
+        NEAR_COPY: NEAR_COPIES
+    }
     first = [kind for kind, (n, _) in counts.items() for _ in range(n)]
     added = [kind for kind, (n, total) in counts.items() for _ in range(total - n)]
     rng.shuffle(first)
     rng.shuffle(added)
-    return {desk: (first[n::len(DESKS)], added[n::len(DESKS)]) for n, desk in enumerate(DESKS)}
+    return {desk: (first[n :: len(DESKS)], added[n :: len(DESKS)]) for n, desk in enumerate(DESKS)}
 
 
 def build() -> dict[str, bytes]:
@@ -490,6 +822,7 @@ def build() -> dict[str, bytes]:
 
 # --- the card and the check --------------------------------------------------
 
+
 def parsed(data: bytes) -> list[Row]:
     """The rows of a file that a trainer could use: everything that no defect has broken."""
     rows = []
@@ -499,14 +832,20 @@ def parsed(data: bytes) -> list[Row]:
         except ValueError:
             continue
         words = str(row["prompt"])
-        if isinstance(row["completion"], str) and row["completion"] and row.get("thread_id") and words.strip() \
-                and "<|im_end|>" not in words:
+        if (
+            isinstance(row["completion"], str)
+            and row["completion"]
+            and row.get("thread_id")
+            and words.strip()
+            and "<|im_end|>" not in words
+        ):
             rows.append(row)
     return rows
 
 
 def card(files: dict[str, bytes]) -> str:
     """The dataset card, all figures counted from the files."""
+
     def of(snapshot: str) -> dict[str, bytes]:
         return {path.split("/")[1]: data for path, data in files.items() if path.startswith(snapshot)}
 
@@ -517,18 +856,33 @@ def card(files: dict[str, bytes]) -> str:
     first, second = of(FIRST), of(SECOND)
     usable = [[row for data in snapshot.values() for row in parsed(data)] for snapshot in (first, second)]
     old, new = (set(b"".join(snapshot.values()).splitlines()) for snapshot in (first, second))
-    answers = Counter((a["policy"], a["decision"]) for a in (json.loads(str(row["completion"])) for row in usable[1]))
-    counts = table(["", FIRST, SECOND], [
-        *[[f"lines in `{name}`", data.count(b"\n"), second[name].count(b"\n")] for name, data in first.items()],
-        ["lines", *[sum(d.count(b"\n") for d in s.values()) for s in (first, second)]],
-        ["rows broken on purpose", *[sum(d[n] for d in DEFECTS.values()) for n in (1, 2)]],
-        ["sound rows", *map(len, usable)],
-        ["threads of sound rows", *[len({row["thread_id"] for row in rows}) for rows in usable]]])
-    planted = table(["on purpose", FIRST, SECOND], [
-        *[[kind.replace("|", "\\|"), a, b] for kind, (_, a, b) in DEFECTS.items()],
-        ["**rows broken on purpose**", *[sum(d[n] for d in DEFECTS.values()) for n in (1, 2)]],
-        [f"{NEAR_COPY} (sound, but it leaks)", *NEAR_COPIES]])
-    rules = table(["rule", "decision", f"rows in {SECOND}"], [[p, d, n] for (p, d), n in sorted(answers.items())])
+    answers = Counter(
+        (a["policy"], a["decision"]) for a in (json.loads(str(row["completion"])) for row in usable[1])
+    )
+    counts = table(
+        ["", FIRST, SECOND],
+        [
+            *[
+                [f"lines in `{name}`", data.count(b"\n"), second[name].count(b"\n")]
+                for name, data in first.items()
+            ],
+            ["lines", *[sum(d.count(b"\n") for d in s.values()) for s in (first, second)]],
+            ["rows broken on purpose", *[sum(d[n] for d in DEFECTS.values()) for n in (1, 2)]],
+            ["sound rows", *map(len, usable)],
+            ["threads of sound rows", *[len({row["thread_id"] for row in rows}) for rows in usable]],
+        ],
+    )
+    planted = table(
+        ["on purpose", FIRST, SECOND],
+        [
+            *[[kind.replace("|", "\\|"), a, b] for kind, (_, a, b) in DEFECTS.items()],
+            ["**rows broken on purpose**", *[sum(d[n] for d in DEFECTS.values()) for n in (1, 2)]],
+            [f"{NEAR_COPY} (sound, but it leaks)", *NEAR_COPIES],
+        ],
+    )
+    rules = table(
+        ["rule", "decision", f"rows in {SECOND}"], [[p, d, n] for (p, d), n in sorted(answers.items())]
+    )
     example = parsed(second["keys.jsonl"])[0]
     return f"""# access_policy: requests to an access desk
 
@@ -574,7 +928,9 @@ Each broken row has one defect and, but for the duplicates, a thread id that no 
 def check(files: dict[str, bytes]) -> None:
     """Raises AssertionError where the files on disk or the promises of the card do not hold."""
     for path, data in files.items():
-        assert (OUTPUT / path).read_bytes() == data, f"{path} is not what this script writes; run it without --check"
+        assert (OUTPUT / path).read_bytes() == data, (
+            f"{path} is not what this script writes; run it without --check"
+        )
     for snapshot, copies in zip((FIRST, SECOND), NEAR_COPIES, strict=True):
         neighbours, similar = Neighbours(), []
         rows = [row for path, data in files.items() if path.startswith(snapshot) for row in parsed(data)]
@@ -587,8 +943,10 @@ def check(files: dict[str, bytes]) -> None:
         assert len(near) == copies and min(near) >= 0.85, (snapshot, sorted(near))
         highest = max(s for s in similar if s < CEILING)
         mean = sum(similar) / len(similar)
-        print(f"{snapshot}: {len(rows)} sound rows, {copies} near-copies from {min(near):.2f} up; closest other pair "
-              f"{highest:.2f}, mean closest {mean:.2f}")
+        print(
+            f"{snapshot}: {len(rows)} sound rows, {copies} near-copies from {min(near):.2f} up; closest other pair "
+            f"{highest:.2f}, mean closest {mean:.2f}"
+        )
     rules = set(re.findall(r"\*\*(AP-\d\d)", (HERE / "access_policy.md").read_text()))
     cited = {json.loads(str(row["completion"]))["policy"] for row in rows}
     assert rules == cited, f"policy and rows disagree on the rules: {rules ^ cited}"
@@ -596,7 +954,9 @@ def check(files: dict[str, bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; verify the files on disk and the card's promises")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; verify the files on disk and the card's promises"
+    )
     arguments = parser.parse_args()
     files = build()
     if arguments.check:

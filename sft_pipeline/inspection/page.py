@@ -49,7 +49,13 @@ Hover over a token for its id, its position id and its label.</p>
 def html_page(inspection: Inspection) -> str:
     """The page. All text of rows is escaped."""
     template = Environment(autoescape=True, keep_trailing_newline=True).from_string(_PAGE)
-    return template.render(title=inspection.title, rows=inspection.rows, blocks=inspection.blocks, shown={r.row_id for r in inspection.rows}, show=_show)
+    return template.render(
+        title=inspection.title,
+        rows=inspection.rows,
+        blocks=inspection.blocks,
+        shown={r.row_id for r in inspection.rows},
+        show=_show,
+    )
 
 
 def _show(token: str) -> str:

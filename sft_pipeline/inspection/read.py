@@ -17,7 +17,13 @@ SIDES = ("train", "validation", "test")
 
 
 def inspect_rows(
-    tokenized: Artifact, packed: Artifact | None, *, row: str | None = None, n: int = 3, side: str = "train", tokenizer: Tokenizer | None = None
+    tokenized: Artifact,
+    packed: Artifact | None,
+    *,
+    row: str | None = None,
+    n: int = 3,
+    side: str = "train",
+    tokenizer: Tokenizer | None = None,
 ) -> Inspection:
     """Looks up rows and the blocks that hold them.
 
@@ -35,7 +41,10 @@ def inspect_rows(
     found = _find(tokenized, row, n, side)
     if row is not None and not found:
         where = _rejected(tokenized, row)
-        raise InputError(f"no tokenized row has an id that begins with {row}" + (f": it was rejected here ({where})" if where else ""))
+        raise InputError(
+            f"no tokenized row has an id that begins with {row}"
+            + (f": it was rejected here ({where})" if where else "")
+        )
     rows: list[RowView] = []
     blocks: list[BlockView] = []
     for place, values in found:
@@ -53,7 +62,11 @@ def _title(tokenized: Artifact) -> str:
 
 def _find(tokenized: Artifact, row: str | None, n: int, side: str) -> list[tuple[str, dict]]:
     if row is None:
-        rows = (values for batch in read_batches(tokenized.parts(side), batch_rows=max(n, 1)) for values in batch.to_pylist())
+        rows = (
+            values
+            for batch in read_batches(tokenized.parts(side), batch_rows=max(n, 1))
+            for values in batch.to_pylist()
+        )
         return [(side, values) for _, values in zip(range(n), rows, strict=False)]
     found: list[tuple[str, dict]] = []
     for place in SIDES:
@@ -100,7 +113,14 @@ def _block_of(packed: Artifact, side: str, row_id: str) -> BlockView | None:
 
 def _index_of(row_ids: pa.ListArray, row_id: str) -> int | None:
     place = pc.index(row_ids.flatten(), row_id).as_py()
-    return None if place < 0 else int(np.searchsorted(row_ids.offsets.to_numpy() - row_ids.offsets[0].as_py(), place, side="right")) - 1
+    return (
+        None
+        if place < 0
+        else int(
+            np.searchsorted(row_ids.offsets.to_numpy() - row_ids.offsets[0].as_py(), place, side="right")
+        )
+        - 1
+    )
 
 
 def _block(values: dict, max_length: int) -> BlockView:

@@ -13,7 +13,11 @@ _SHADES = ("on green4", "on dark_cyan", "on purple4", "on dark_goldenrod", "on g
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Prints rows, then the blocks they lie in."""
-    legend = Text("supervised", STYLES["supervised"]) + Text("  control token", STYLES["special"]) + Text("  context", STYLES["context"])
+    legend = (
+        Text("supervised", STYLES["supervised"])
+        + Text("  control token", STYLES["special"])
+        + Text("  context", STYLES["context"])
+    )
     console.print(Text(inspection.title + "   ", "bold") + legend)
     for row in inspection.rows:
         console.print(Panel(row_text(row), title=Text(_title(row)), title_align="left"))
@@ -22,7 +26,13 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
 
 def _title(row: RowView) -> str:
-    parts = [row.row_id, row.side, f"{len(row.input_ids)} tokens", f"{row.supervised} supervised", f"prompt {row.prompt_length}"]
+    parts = [
+        row.row_id,
+        row.side,
+        f"{len(row.input_ids)} tokens",
+        f"{row.supervised} supervised",
+        f"prompt {row.prompt_length}",
+    ]
     if row.block is not None:
         parts.append(f"block {row.block}")
     if row.truncated:
@@ -38,7 +48,12 @@ def row_text(row: RowView) -> Text:
         style = STYLES[kind] + (" underline" if kind == "supervised" and row.special[i] else "")
         if kind == "supervised" and (i == 0 or row.kind(i - 1) != "supervised"):
             text.append("▌", "green")
-        text.append(token.replace("\r", "␍") if row.kind(i) != "supervised" or token.strip("\n") else token.replace("\n", "⏎\n"), style)
+        text.append(
+            token.replace("\r", "␍")
+            if row.kind(i) != "supervised" or token.strip("\n")
+            else token.replace("\n", "⏎\n"),
+            style,
+        )
     if row.truncated:
         text.append(" ✂", "bold red")
     return text
@@ -46,7 +61,9 @@ def row_text(row: RowView) -> Text:
 
 def block_text(block: BlockView) -> Text:
     """The block as a bar, one shade per example, with the room that is left; then its rows."""
-    text = Text(f"block {block.block}: {len(block.segments)} examples, {block.length} of {block.max_length} tokens\n  ")
+    text = Text(
+        f"block {block.block}: {len(block.segments)} examples, {block.length} of {block.max_length} tokens\n  "
+    )
     for i, segment in enumerate(block.segments):
         cells = max(round(segment.length / block.max_length * _WIDTH), 1)
         text.append("│" + " " * (cells - 1), _SHADES[i % len(_SHADES)])
@@ -54,5 +71,7 @@ def block_text(block: BlockView) -> Text:
     for i, segment in enumerate(block.segments):
         text.append("\n  ")
         text.append("  ", _SHADES[i % len(_SHADES)])
-        text.append(f" {segment.row_id}  {segment.length} tokens, {segment.supervised} supervised, positions 0 to {segment.length - 1}")
+        text.append(
+            f" {segment.row_id}  {segment.length} tokens, {segment.supervised} supervised, positions 0 to {segment.length - 1}"
+        )
     return text

@@ -41,7 +41,7 @@ class RowView:
         return sum(label != IGNORE for label in self.labels)
 
     def kind(self, index: int) -> str:
-        """"supervised", "special" (a control token without loss) or "context"."""
+        """ "supervised", "special" (a control token without loss) or "context"."""
         if self.labels[index] != IGNORE:
             return "supervised"
         return "special" if self.special[index] else "context"
@@ -104,7 +104,10 @@ class Inspection:
                     "block": b.block,
                     "length": b.length,
                     "max_length": b.max_length,
-                    "segments": [{"row_id": s.row_id, "length": s.length, "supervised": s.supervised} for s in b.segments],
+                    "segments": [
+                        {"row_id": s.row_id, "length": s.length, "supervised": s.supervised}
+                        for s in b.segments
+                    ],
                 }
                 for b in self.blocks
             ],

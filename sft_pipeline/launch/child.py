@@ -47,7 +47,9 @@ def main(order_path: str) -> int:
             write_built(result, built)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        failed = Failed.of(Interrupted(_STOPPED) if isinstance(error, KeyboardInterrupt) else error, time.time())
+        failed = Failed.of(
+            Interrupted(_STOPPED) if isinstance(error, KeyboardInterrupt) else error, time.time()
+        )
         print(failed.traceback or failed.message, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # a full disk: the exit code and the log tell it too
             write_failed(result, failed)
@@ -124,7 +126,9 @@ def _pipes(rank: int, order: Order) -> Iterator[Reporter]:
 
     with open_dagster_pipes() as pipes:
         ranks = os.environ.get("WORLD_SIZE", "1")
-        pipes.log.info(f"{order.asset} is being built by process {os.getpid()}{f' and {int(ranks) - 1} more' if ranks != '1' else ''}")
+        pipes.log.info(
+            f"{order.asset} is being built by process {os.getpid()}{f' and {int(ranks) - 1} more' if ranks != '1' else ''}"
+        )
         yield report
 
 

@@ -35,7 +35,15 @@ HARD_STOP_SECONDS = GRACE_SECONDS + 3.0
 LOG_LINES = 30
 
 # What tells a process that it is one rank of many: not the child's business where the parent is one itself.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _RANK_KILLED = re.compile(r"exitcode\s*:\s*-(\d+)")  # torchrun's summary of a rank that a signal ended
 
 
@@ -66,7 +74,9 @@ def run_isolated(
     """
     build.work.mkdir(parents=True, exist_ok=True)
     with _launch_folder(build.work) as folder:
-        return _Launch(stage, build, folder, processes).run([token(), *map(watched_token, watch)], extra_env or {}, lock_wait_seconds)
+        return _Launch(stage, build, folder, processes).run(
+            [token(), *map(watched_token, watch)], extra_env or {}, lock_wait_seconds
+        )
 
 
 def watched_token(watched: str) -> str:
@@ -94,7 +104,9 @@ class _Launch:
         self._events = folder / "events.jsonl"
         self._result = folder / "result.json"
         self._log = build.work / LOG
-        self._order = Order.of(stage, build, events=self._events, result=self._result, import_path=[p for p in sys.path if p])
+        self._order = Order.of(
+            stage, build, events=self._events, result=self._result, import_path=[p for p in sys.path if p]
+        )
 
     def run(self, watch: Sequence[str], extra_env: Mapping[str, str], lock_wait_seconds: float) -> Built:
         self._order.write(self._spec)
@@ -123,7 +135,9 @@ class _Launch:
                 stop(supervisor, name)
         return self._outcome(code, _last_lines(self._log, log_start, LOG_LINES))
 
-    def _start(self, watch: Sequence[str], extra_env: Mapping[str, str], lock_wait_seconds: float, log: int) -> subprocess.Popen[bytes]:
+    def _start(
+        self, watch: Sequence[str], extra_env: Mapping[str, str], lock_wait_seconds: float, log: int
+    ) -> subprocess.Popen[bytes]:
         command = [
             sys.executable, "-m", "sft_pipeline.launch.supervise",
             *(part for watched in watch for part in ("--watch", watched)),
@@ -132,16 +146,28 @@ class _Launch:
             *self._child_command(),
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
-        environment.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns whenever a data loader forks
+        environment.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # else it warns whenever a data loader forks
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **extra_env}
         # A session of its own: Ctrl-C in the terminal reaches this process only, which then ends the child in order.
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
     def _child_command(self) -> list[str]:
         child = ["-m", "sft_pipeline.launch.child", str(self._spec.absolute())]
         if self._ranks == 1:
             return [sys.executable, *child]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self._ranks), *child]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(self._ranks),
+            *child,
+        ]
 
     # -- what came out -------------------------------------------------------------------------------------------
 
@@ -149,7 +175,9 @@ class _Launch:
         name = self._build.asset or self._stage.name
         where = f"Its log: {self._log}" + (f"\n{log_tail}" if log_tail else "")
         if code == EXIT_LOCKED:
-            raise SftError(f"{name}: another process still builds in {self._build.work}, and did not end in time. Stop it, or wait for it, and run again")
+            raise SftError(
+                f"{name}: another process still builds in {self._build.work}, and did not end in time. Stop it, or wait for it, and run again"
+            )
         if code in (EXIT_STOPPED, EXIT_WATCHED_GONE):
             raise Interrupted(f"{name} was stopped from outside; running again resumes")
         if code == EXIT_CANNOT_START:
@@ -164,10 +192,16 @@ class _Launch:
         killed_by = -code if code < 0 else code - 128 if code > 128 else self._rank_killed_by(log_tail)
         first = min(failures, key=lambda f: (f.exit_code == Interrupted.exit_code, f.time), default=None)
         if first is not None and (first.exit_code != Interrupted.exit_code or not killed_by):
-            raise first.error(f"{name}: ") if first.expected else SftError(f"{name} failed: {first.message}. {where}")
+            raise (
+                first.error(f"{name}: ")
+                if first.expected
+                else SftError(f"{name} failed: {first.message}. {where}")
+            )
         if killed_by:
             who = "the supervisor of the child process" if code < 0 else "the child process"
-            raise SftError(f"{name}: {who} was killed by {_signal_name(killed_by)}{_hint(killed_by)}. Running again resumes. {where}")
+            raise SftError(
+                f"{name}: {who} was killed by {_signal_name(killed_by)}{_hint(killed_by)}. Running again resumes. {where}"
+            )
         kind = {e.exit_code: e for e in (InputError, BlockedError, Interrupted)}.get(code, SftError)
         raise kind(f"{name}: the child process ended with exit code {code}. {where}")
 

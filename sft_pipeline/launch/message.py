@@ -51,7 +51,9 @@ class Order:
         return cls(
             build=stage.build,
             config_class=f"{kind.__module__}:{kind.__qualname__}" if isinstance(build.config, Config) else "",
-            config=build.config.model_dump(mode="json", by_alias=True) if isinstance(build.config, Config) else build.config,
+            config=build.config.model_dump(mode="json", by_alias=True)
+            if isinstance(build.config, Config)
+            else build.config,
             inputs={name: str(artifact.path.absolute()) for name, artifact in build.inputs.items()},
             out=str(build.out.absolute()),
             work=str(build.work.absolute()),
@@ -72,7 +74,9 @@ class Order:
     def to_build(self, report: Reporter) -> Build:
         """What the build function is given."""
         return Build(
-            config=_named(self.config_class).model_validate(self.config) if self.config_class else self.config,
+            config=_named(self.config_class).model_validate(self.config)
+            if self.config_class
+            else self.config,
             inputs={name: Artifact(Path(path)) for name, path in self.inputs.items()},
             out=Path(self.out),
             work=Path(self.work),
@@ -140,7 +144,9 @@ def read_result(path: Path) -> Built | Failed | None:
     if "failed" in data:
         return Failed(**data["failed"])
     built = data["built"]
-    checks = tuple(Check(c["name"], c["passed"], c["description"], _evidence(c["evidence"])) for c in built["checks"])
+    checks = tuple(
+        Check(c["name"], c["passed"], c["description"], _evidence(c["evidence"])) for c in built["checks"]
+    )
     return Built(built["counts"], checks, tuple(built["volatile"]), _evidence(built["evidence"]))
 
 
@@ -168,5 +174,8 @@ def _is_lack_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text or "not enough memory" in text))
+        or (
+            isinstance(error, RuntimeError)
+            and ("out of memory" in text or "can't allocate memory" in text or "not enough memory" in text)
+        )
     )

@@ -93,7 +93,11 @@ def carrying(variable: str, value: str) -> list[int]:
     parent any more included. Only processes of the same user are seen.
     """
     wanted = f"{variable}={value}".encode()
-    return [pid for pid in _pids() if wanted in _environ(pid).split(b"\0") and (found := _stat(pid)) and found[0] not in _GONE]
+    return [
+        pid
+        for pid in _pids()
+        if wanted in _environ(pid).split(b"\0") and (found := _stat(pid)) and found[0] not in _GONE
+    ]
 
 
 def send(pid: int, *signals: signal.Signals) -> None:
@@ -103,7 +107,9 @@ def send(pid: int, *signals: signal.Signals) -> None:
             os.kill(pid, s)
 
 
-def kill_carrying(variable: str, value: str, spare: Collection[int] = (), wait_seconds: float = 3.0) -> list[int]:
+def kill_carrying(
+    variable: str, value: str, spare: Collection[int] = (), wait_seconds: float = 3.0
+) -> list[int]:
     """Kills (SIGKILL) every process that carries the variable, again and again until none is left or the time is over.
 
     Returns:

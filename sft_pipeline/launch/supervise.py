@@ -107,7 +107,9 @@ class Supervisor:
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(handle), os.stat(lock)):
-                    with contextlib.suppress(OSError):  # a full disk: only the next one's message is poorer for it
+                    with contextlib.suppress(
+                        OSError
+                    ):  # a full disk: only the next one's message is poorer for it
                         os.ftruncate(handle, 0)
                         os.pwrite(handle, processes.token().encode(), 0)
                     return handle
@@ -116,7 +118,9 @@ class Supervisor:
             self._must_go_on()
             now = time.monotonic()
             if now >= deadline:
-                raise Stop(EXIT_LOCKED, f"{lock} is still held by process {holder} after {wait_seconds:.0f} s")
+                raise Stop(
+                    EXIT_LOCKED, f"{lock} is still held by process {holder} after {wait_seconds:.0f} s"
+                )
             if now >= say_at:
                 self._say(f"waiting for the earlier process {holder} on {os.path.dirname(lock)} to be gone")
                 say_at = now + SAY_AGAIN_SECONDS
@@ -140,7 +144,9 @@ class Supervisor:
 
         environment = os.environ | {SUPERVISOR_VARIABLE: processes.token(), LOCK_VARIABLE: lock}
         try:
-            self._command = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_supervisor)
+            self._command = subprocess.Popen(
+                command, env=environment, start_new_session=True, preexec_fn=die_with_supervisor
+            )
         except (OSError, subprocess.SubprocessError) as error:
             raise Stop(EXIT_CANNOT_START, f"cannot start {command[0]}: {error}") from None
 
@@ -174,8 +180,12 @@ class Supervisor:
                 elif pid not in asked:
                     asked.add(pid)
                     processes.send(pid, signal.SIGTERM, signal.SIGCONT)
-            if now >= say_at:  # uninterruptible in the kernel: a device or a network disk that does not answer
-                self._say(f"still waiting for {', '.join(map(str, left))}, which the kernel has not ended yet")
+            if (
+                now >= say_at
+            ):  # uninterruptible in the kernel: a device or a network disk that does not answer
+                self._say(
+                    f"still waiting for {', '.join(map(str, left))}, which the kernel has not ended yet"
+                )
                 say_at = now + SAY_AGAIN_SECONDS
             self._pause(0.05)
 
@@ -215,18 +225,42 @@ class Supervisor:
         with contextlib.suppress(OSError):
             print(f"supervise: {message}", file=sys.stderr, flush=True)
         if self._events:
-            event = {"kind": "log", "time": time.time(), "pid": os.getpid(), "message": message, "level": "warning"}
+            event = {
+                "kind": "log",
+                "time": time.time(),
+                "pid": os.getpid(),
+                "message": message,
+                "level": "warning",
+            }
             with contextlib.suppress(OSError), open(self._events, "a", encoding="utf-8") as stream:
                 # A killed child can have left half a line: end it first.
                 stream.write("\n" + json.dumps(event) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--watch", action="append", default=[], metavar="PID:START", help="a process without which the command must end")
-    parser.add_argument("--lock", required=True, metavar="FILE", help="held while any process of the command lives")
-    parser.add_argument("--lock-wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for the lock (default 60)")
-    parser.add_argument("--grace", type=float, default=2.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (default 2)")
+    parser = argparse.ArgumentParser(
+        prog="supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--watch",
+        action="append",
+        default=[],
+        metavar="PID:START",
+        help="a process without which the command must end",
+    )
+    parser.add_argument(
+        "--lock", required=True, metavar="FILE", help="held while any process of the command lives"
+    )
+    parser.add_argument(
+        "--lock-wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for the lock (default 60)",
+    )
+    parser.add_argument(
+        "--grace", type=float, default=2.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (default 2)"
+    )
     parser.add_argument("--events", metavar="FILE", help="where to tell, as JSON lines, what is waited for")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
     options = parser.parse_args(arguments)

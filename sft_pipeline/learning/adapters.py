@@ -10,7 +10,9 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.learning.config import ModelConfig
 
 
-def add_adapter(model: Any, config: ModelConfig, checkpoint: Path | None = None, *, gradient_checkpointing: bool = False) -> Any:
+def add_adapter(
+    model: Any, config: ModelConfig, checkpoint: Path | None = None, *, gradient_checkpointing: bool = False
+) -> Any:
     """Wraps the base in low-rank adapters: freshly initialised, or those of a checkpoint.
 
     Raises:
@@ -22,16 +24,28 @@ def add_adapter(model: Any, config: ModelConfig, checkpoint: Path | None = None,
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     settings = config.lora
     lora = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, bias="none",
-        target_modules=settings.target_modules, use_rslora=settings.use_rslora, use_dora=settings.use_dora,
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        bias="none",
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
     )
     try:
-        wrapped = get_peft_model(model, lora) if checkpoint is None else PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+        wrapped = (
+            get_peft_model(model, lora)
+            if checkpoint is None
+            else PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+        )
     except ValueError as error:
         raise InputError(f"model.lora.target_modules {settings.target_modules}: {error}") from error
     head = wrapped.get_output_embeddings()
     if hasattr(head, "lora_A"):
-        raise InputError(f"model.lora.target_modules {settings.target_modules} includes the output layer, whose adapter the loss could not see. Leave it out")
+        raise InputError(
+            f"model.lora.target_modules {settings.target_modules} includes the output layer, whose adapter the loss could not see. Leave it out"
+        )
     if gradient_checkpointing:
         wrapped.enable_input_require_grads()
     return wrapped

@@ -36,7 +36,11 @@ def tokenizer_folder(config: ModelConfig) -> Path:
     """
     if config.tokenizer is None:
         return base_folder(config)
-    name, _, own = config.tokenizer.partition("@") if HUB_ID.match(config.tokenizer.partition("@")[0]) else (config.tokenizer, "", "")
+    name, _, own = (
+        config.tokenizer.partition("@")
+        if HUB_ID.match(config.tokenizer.partition("@")[0])
+        else (config.tokenizer, "", "")
+    )
     return model_folder(name, own or config.revision, "model.tokenizer")
 
 
@@ -46,12 +50,20 @@ def model_folder(name: str, revision: str | None, key: str, *, remote_code: bool
     if folder.is_dir():
         return folder
     if not HUB_ID.match(name):
-        raise InputError(f"{key} {name}: no such folder ({folder}), and it is no hub id (OWNER/NAME). Mend the path in the recipe")
+        raise InputError(
+            f"{key} {name}: no such folder ({folder}), and it is no hub id (OWNER/NAME). Mend the path in the recipe"
+        )
     if not revision:
-        raise InputError(f"{key} {name}: no such folder ({folder}); if it is a hub id, pin model.revision to a commit")
+        raise InputError(
+            f"{key} {name}: no such folder ({folder}); if it is a hub id, pin model.revision to a commit"
+        )
     from huggingface_hub import snapshot_download
 
-    fetch: dict[str, Any] = {"repo_id": name, "revision": revision, "allow_patterns": [*MODEL_FILES, *(["*.py"] if remote_code else [])]}
+    fetch: dict[str, Any] = {
+        "repo_id": name,
+        "revision": revision,
+        "allow_patterns": [*MODEL_FILES, *(["*.py"] if remote_code else [])],
+    }
     with contextlib.suppress(Exception):
         return Path(snapshot_download(**fetch, local_files_only=True))
     with clear_loading_errors(f"{key} {name}"):
@@ -67,7 +79,9 @@ def clear_loading_errors(what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"{what} cannot be loaded: {first}. Check the name, the pinned commit, HF_TOKEN and the network, and that it has safetensors") from error
+        raise InputError(
+            f"{what} cannot be loaded: {first}. Check the name, the pinned commit, HF_TOKEN and the network, and that it has safetensors"
+        ) from error
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -22,12 +22,21 @@ class ModelConfig(Config):
     """The base model and what of it is trained."""
 
     base: Annotated[str, Field(min_length=1, description="local folder or hub id")]
-    revision: Annotated[str | None, Field(description="commit of the hub repository; required for a hub id")] = None
+    revision: Annotated[
+        str | None, Field(description="commit of the hub repository; required for a hub id")
+    ] = None
     tokenizer: Annotated[str | None, Field(description="folder or hub id; null: the base model's own")] = None
     parameterization: Literal["full", "lora", "qlora"] = "lora"
     lora: LoraConfig = LoraConfig()
-    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"], Field(description="auto: flash attention where installed on a GPU, else sdpa; never substituted silently")] = "auto"
-    freeze: Annotated[list[str], Field(description="full only: regular expressions of parameter names that are not trained")] = []
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
+        Field(
+            description="auto: flash attention where installed on a GPU, else sdpa; never substituted silently"
+        ),
+    ] = "auto"
+    freeze: Annotated[
+        list[str], Field(description="full only: regular expressions of parameter names that are not trained")
+    ] = []
     trust_remote_code: bool = False
 
 
@@ -43,11 +52,15 @@ class TrainingConfig(Config):
 
     epochs: Annotated[int, Field(ge=1)] = 2
     max_steps: Annotated[int | None, Field(ge=1, description="stop after this many updates")] = None
-    learning_rate: Annotated[float | None, Field(gt=0, description="null: 1e-4 for adapters, 2e-5 for full")] = None
+    learning_rate: Annotated[
+        float | None, Field(gt=0, description="null: 1e-4 for adapters, 2e-5 for full")
+    ] = None
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the updates")] = 0.05
-    decay: Annotated[float, Field(gt=0, le=1, description="wsd only: fraction of the updates in which the rate decays")] = 0.2
+    decay: Annotated[
+        float, Field(gt=0, le=1, description="wsd only: fraction of the updates in which the rate decays")
+    ] = 0.2
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -55,22 +68,38 @@ class TrainingConfig(Config):
     per_device_batch: Annotated[int, Field(ge=1)] = 4
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     processes: Annotated[int, Field(ge=1, description="data-parallel processes on this machine")] = 1
-    blocks_per_update: Annotated[int | None, Field(ge=1, description="null: per_device_batch x gradient_accumulation x processes")] = None
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], Field(description="auto: bf16 where the device has it, fp32 on a CPU")] = "auto"
+    blocks_per_update: Annotated[
+        int | None, Field(ge=1, description="null: per_device_batch x gradient_accumulation x processes")
+    ] = None
+    precision: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        Field(description="auto: bf16 where the device has it, fp32 on a CPU"),
+    ] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     neftune_alpha: Annotated[float | None, Field(gt=0)] = None
-    eval_steps: Annotated[int | None, Field(ge=1, description="updates between evaluations; null: ten evaluations a run")] = None
-    save_steps: Annotated[int | None, Field(ge=1, description="updates between checkpoints; null: at every evaluation")] = None
-    keep_checkpoints: Annotated[int | None, Field(ge=1, description="keep the last N and the best; null: all, for evaluation to choose from")] = None
+    eval_steps: Annotated[
+        int | None, Field(ge=1, description="updates between evaluations; null: ten evaluations a run")
+    ] = None
+    save_steps: Annotated[
+        int | None, Field(ge=1, description="updates between checkpoints; null: at every evaluation")
+    ] = None
+    keep_checkpoints: Annotated[
+        int | None,
+        Field(ge=1, description="keep the last N and the best; null: all, for evaluation to choose from"),
+    ] = None
     early_stopping: EarlyStopping | None = None
-    report_to: Annotated[list[Literal["tensorboard", "wandb"]], Field(description="the trainer's own reporting, beside MLflow")] = []
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb"]], Field(description="the trainer's own reporting, beside MLflow")
+    ] = []
     seed: int = 42
 
     @model_validator(mode="after")
     def _units_divide(self) -> "TrainingConfig":
         if self.blocks_per_update and self.blocks_per_update % self.processes:
-            raise ValueError(f"blocks_per_update {self.blocks_per_update} cannot be divided over {self.processes} processes: take a multiple")
+            raise ValueError(
+                f"blocks_per_update {self.blocks_per_update} cannot be divided over {self.processes} processes: take a multiple"
+            )
         return self
 
     @property

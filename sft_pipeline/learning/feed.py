@@ -34,7 +34,9 @@ def layout_for(device: torch.device, attention: str) -> Layout:
     return "flat" if attention.startswith("flash_attention") else "packed"
 
 
-def supervised_targets(labels: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray = (0,)) -> tuple[np.ndarray, np.ndarray]:
+def supervised_targets(
+    labels: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray = (0,)
+) -> tuple[np.ndarray, np.ndarray]:
     """Where a prediction is scored, and what must be predicted there.
 
     Position t predicts the token at t + 1. The first token of an example is predicted by nothing: at a boundary inside
@@ -70,11 +72,23 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return Microbatch({k: move(v) for k, v in self.inputs.items()}, move(self.index), move(self.targets), self.examples, self.tokens)
+        return Microbatch(
+            {k: move(v) for k, v in self.inputs.items()},
+            move(self.index),
+            move(self.targets),
+            self.examples,
+            self.tokens,
+        )
 
     def pinned(self) -> "Microbatch":
         pin = lambda x: x.pin_memory() if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return Microbatch({k: pin(v) for k, v in self.inputs.items()}, pin(self.index), pin(self.targets), self.examples, self.tokens)
+        return Microbatch(
+            {k: pin(v) for k, v in self.inputs.items()},
+            pin(self.index),
+            pin(self.targets),
+            self.examples,
+            self.tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,9 @@ class UpdateBatch:
         return sum(m.examples for m in self.microbatches)
 
 
-def microbatches(blocks: Sequence[Block], *, layout: Layout, per_device_batch: int, max_tokens: int) -> list[Microbatch]:
+def microbatches(
+    blocks: Sequence[Block], *, layout: Layout, per_device_batch: int, max_tokens: int
+) -> list[Microbatch]:
     """Lays blocks out as micro-batches.
 
     Args:
@@ -127,11 +143,20 @@ def _packed(blocks: Sequence[Block]) -> Microbatch:
     index, targets = [], []
     for row, block in enumerate(blocks):
         n = len(block.input_ids)
-        ids[row, :n], positions[row, :n], positions[row, n:] = block.input_ids, block.position_ids, np.arange(width - n)
+        ids[row, :n], positions[row, :n], positions[row, n:] = (
+            block.input_ids,
+            block.position_ids,
+            np.arange(width - n),
+        )
         at, y = supervised_targets(block.labels, block.starts)
         index.append(at + row * width)
         targets.append(y)
-    return _microbatch(blocks, {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)}, index, targets)
+    return _microbatch(
+        blocks,
+        {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)},
+        index,
+        targets,
+    )
 
 
 def _flat(blocks: Sequence[Block]) -> Microbatch:
@@ -146,16 +171,26 @@ def _flat(blocks: Sequence[Block]) -> Microbatch:
         before += len(block.input_ids)
     inputs = {
         "input_ids": torch.from_numpy(np.concatenate([b.input_ids for b in blocks]).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(np.concatenate([b.position_ids for b in blocks]).astype(np.int64))[None],
-        "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest,
+        "position_ids": torch.from_numpy(np.concatenate([b.position_ids for b in blocks]).astype(np.int64))[
+            None
+        ],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
     return _microbatch(blocks, inputs, index, targets)
 
 
-def _microbatch(blocks: Sequence[Block], inputs: dict[str, Any], index: list[np.ndarray], targets: list[np.ndarray]) -> Microbatch:
+def _microbatch(
+    blocks: Sequence[Block], inputs: dict[str, Any], index: list[np.ndarray], targets: list[np.ndarray]
+) -> Microbatch:
     return Microbatch(
-        inputs, torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(targets)),
-        examples=sum(len(b.lengths) for b in blocks), tokens=sum(len(b.input_ids) for b in blocks),
+        inputs,
+        torch.from_numpy(np.concatenate(index)),
+        torch.from_numpy(np.concatenate(targets)),
+        examples=sum(len(b.lengths) for b in blocks),
+        tokens=sum(len(b.input_ids) for b in blocks),
     )
 
 
@@ -164,7 +199,11 @@ def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
 
     No mask and no positions are needed: to a causal model padding on the right is invisible.
     """
-    segments = [(b.input_ids[s : s + n], b.labels[s : s + n]) for b in blocks for s, n in zip(b.starts, b.lengths, strict=True)]
+    segments = [
+        (b.input_ids[s : s + n], b.labels[s : s + n])
+        for b in blocks
+        for s, n in zip(b.starts, b.lengths, strict=True)
+    ]
     segments.sort(key=lambda s: -len(s[0]))
     found: list[Microbatch] = []
     group: list[tuple[np.ndarray, np.ndarray]] = []
@@ -187,8 +226,11 @@ def _pad(group: list[tuple[np.ndarray, np.ndarray]]) -> Microbatch:
         index.append(at + row * width)
         targets.append(y)
     return Microbatch(
-        {"input_ids": torch.from_numpy(ids)}, torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(targets)),
-        examples=len(group), tokens=sum(len(t) for t, _ in group),
+        {"input_ids": torch.from_numpy(ids)},
+        torch.from_numpy(np.concatenate(index)),
+        torch.from_numpy(np.concatenate(targets)),
+        examples=len(group),
+        tokens=sum(len(t) for t, _ in group),
     )
 
 
@@ -211,7 +253,9 @@ class Feed:
     def update(self, number: int) -> UpdateBatch:
         blocks = [int(b) for b in self.plan.blocks(number)]
         own = [self.shards.block(b) for b in blocks[self.rank :: self.world]]
-        parts = microbatches(own, layout=self.layout, per_device_batch=self.per_device_batch, max_tokens=self.max_tokens)
+        parts = microbatches(
+            own, layout=self.layout, per_device_batch=self.per_device_batch, max_tokens=self.max_tokens
+        )
         return UpdateBatch(number, tuple(blocks), tuple(parts))
 
     def iterate(self, start: int) -> Iterator[UpdateBatch]:
@@ -221,7 +265,11 @@ class Feed:
         def made() -> Iterator[UpdateBatch]:
             for number in range(start, self.updates):
                 batch = self.update(number)
-                yield UpdateBatch(batch.update, batch.blocks, tuple(m.pinned() for m in batch.microbatches)) if pin else batch
+                yield (
+                    UpdateBatch(batch.update, batch.blocks, tuple(m.pinned() for m in batch.microbatches))
+                    if pin
+                    else batch
+                )
 
         return prefetched(made(), depth=4)
 
@@ -230,13 +278,17 @@ class Feed:
         return [row for block in self.plan.blocks(update) for row in self.shards.row_ids(int(block))]
 
 
-def all_blocks(shards: Shards, *, layout: Layout, per_device_batch: int, max_tokens: int, rank: int = 0, world: int = 1) -> Iterator[Microbatch]:
+def all_blocks(
+    shards: Shards, *, layout: Layout, per_device_batch: int, max_tokens: int, rank: int = 0, world: int = 1
+) -> Iterator[Microbatch]:
     """Every block once, for evaluation: this rank's share, laid out 8 micro-batches at a time."""
     own = range(rank, len(shards), world)
     step = 8 * per_device_batch
     for start in range(0, len(own), step):
         blocks = [shards.block(i) for i in own[start : start + step]]
-        yield from microbatches(blocks, layout=layout, per_device_batch=per_device_batch, max_tokens=max_tokens)
+        yield from microbatches(
+            blocks, layout=layout, per_device_batch=per_device_batch, max_tokens=max_tokens
+        )
 
 
 def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -84,7 +84,20 @@ def generate(
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                for i, reply in zip(batch, _generate_batch(model, [prompts[i] for i in batch], [room[i] for i in batch], batch, stop_ids, pad_id, limit, decoding), strict=True):
+                for i, reply in zip(
+                    batch,
+                    _generate_batch(
+                        model,
+                        [prompts[i] for i in batch],
+                        [room[i] for i in batch],
+                        batch,
+                        stop_ids,
+                        pad_id,
+                        limit,
+                        decoding,
+                    ),
+                    strict=True,
+                ):
                     replies[i] = reply
                 done += len(batch)
                 report.progress(name, done, len(prompts), "replies")
@@ -93,7 +106,16 @@ def generate(
     return replies
 
 
-def _generate_batch(model: Any, prompts: list[list[int]], room: list[int], index: list[int], stop_ids: set[int], pad_id: int, limit: int, decoding: Decoding) -> list[Reply]:
+def _generate_batch(
+    model: Any,
+    prompts: list[list[int]],
+    room: list[int],
+    index: list[int],
+    stop_ids: set[int],
+    pad_id: int,
+    limit: int,
+    decoding: Decoding,
+) -> list[Reply]:
     device = causal_model(model).device
     width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -103,16 +125,26 @@ def _generate_batch(model: Any, prompts: list[list[int]], room: list[int], index
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in index] if decoding.temperature > 0 else None
+    generators = (
+        [torch.Generator().manual_seed(decoding.seed * 1_000_003 + i) for i in index]
+        if decoding.temperature > 0
+        else None
+    )
     call, cache_name = _caller(model)
     cache = _new_cache(model)
     live = list(range(len(prompts)))  # batch row -> prompt
     out: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     while True:
-        result = call(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_name: cache})
+        result = call(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_name: cache}
+        )
         cache = getattr(result, cache_name)
-        chosen = _choose(result.logits[:, -1].float(), decoding, [generators[i] if i >= 0 else None for i in live] if generators else None)
+        chosen = _choose(
+            result.logits[:, -1].float(),
+            decoding,
+            [generators[i] if i >= 0 else None for i in live] if generators else None,
+        )
         tokens = chosen.tolist()
         keep = []
         for row, (i, token) in enumerate(zip(live, tokens, strict=True)):
@@ -139,7 +171,9 @@ def _generate_batch(model: Any, prompts: list[list[int]], room: list[int], index
         positions = (positions[:, -1:] + 1).clamp(max=limit - 1)  # only rows that have ended would run over
 
 
-def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator | None] | None) -> torch.Tensor:
+def _choose(
+    logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator | None] | None
+) -> torch.Tensor:
     if generators is None:
         return logits.argmax(-1)
     probabilities = (logits / decoding.temperature).softmax(-1).cpu()
@@ -147,7 +181,10 @@ def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Gen
         ordered, at = probabilities.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered > decoding.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, at, ordered)
-    picked = [torch.multinomial(p, 1, generator=g) if g else p.argmax(-1, keepdim=True) for p, g in zip(probabilities, generators, strict=True)]
+    picked = [
+        torch.multinomial(p, 1, generator=g) if g else p.argmax(-1, keepdim=True)
+        for p, g in zip(probabilities, generators, strict=True)
+    ]
     return torch.cat(picked).to(logits.device)
 
 
@@ -182,7 +219,14 @@ def _max_positions(model: Any) -> int:
     return int(found) if found else 1 << 30
 
 
-def score_nll(model: Any, examples: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = 8192, report: Reporter | None = None, name: str = "scoring") -> list[tuple[float, int]]:
+def score_nll(
+    model: Any,
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_tokens: int = 8192,
+    report: Reporter | None = None,
+    name: str = "scoring",
+) -> list[tuple[float, int]]:
     """(summed NLL in nats, number of supervised tokens) of each example, in their order.
 
     Args:
@@ -209,7 +253,12 @@ def score_nll(model: Any, examples: Sequence[tuple[Sequence[int], Sequence[int]]
                     index.append(torch.from_numpy(at) + row * width)
                     targets.append(torch.from_numpy(y))
                     counts.append(len(y))
-                nll = model(input_ids=ids.to(device), supervised_index=torch.cat(index).to(device), supervised_targets=torch.cat(targets).to(device), reduction="none")["nll"]
+                nll = model(
+                    input_ids=ids.to(device),
+                    supervised_index=torch.cat(index).to(device),
+                    supervised_targets=torch.cat(targets).to(device),
+                    reduction="none",
+                )["nll"]
                 for i, part in zip(batch, nll.double().cpu().split(counts), strict=True):
                     results[i] = (float(part.sum()), len(part))
                 done += len(batch)

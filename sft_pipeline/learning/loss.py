@@ -36,8 +36,14 @@ class _SummedNll(torch.autograd.Function):
         want_bias = bias is not None and ctx.needs_input_grad[2]
         total = torch.zeros((), dtype=_accumulator(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=_accumulator(weight), device=weight.device) if want_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=_accumulator(bias), device=bias.device) if want_bias else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=_accumulator(weight), device=weight.device)
+            if want_weight
+            else None
+        )
+        grad_bias = (
+            torch.zeros(bias.shape, dtype=_accumulator(bias), device=bias.device) if want_bias else None
+        )
         rows = chunk_rows(weight.shape[0], hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
@@ -71,7 +77,10 @@ class _SummedNll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        grads = [None if g is None else (g * upstream.to(g.dtype)).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        grads = [
+            None if g is None else (g * upstream.to(g.dtype)).to(d)
+            for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*grads, None, None, None, None)
 
 
@@ -129,7 +138,9 @@ def install_supervised_forward(model: nn.Module) -> str:
     own_forward = causal.forward
     scale, cap = output_transform(causal.config)
 
-    def selected(index: torch.Tensor, targets: torch.Tensor, reduction: str, inputs: dict[str, Any]) -> torch.Tensor:
+    def selected(
+        index: torch.Tensor, targets: torch.Tensor, reduction: str, inputs: dict[str, Any]
+    ) -> torch.Tensor:
         hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal.get_output_embeddings()
         rows = hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)]
@@ -140,7 +151,9 @@ def install_supervised_forward(model: nn.Module) -> str:
             return _SummedNll.apply(rows, head.weight, head.bias, targets, scale, cap, dtype)
         return token_nll(rows.to(dtype), head.weight.to(dtype), head.bias, targets, scale, cap)
 
-    def whole(index: torch.Tensor, targets: torch.Tensor, reduction: str, inputs: dict[str, Any]) -> torch.Tensor:
+    def whole(
+        index: torch.Tensor, targets: torch.Tensor, reduction: str, inputs: dict[str, Any]
+    ) -> torch.Tensor:
         logits = own_forward(**inputs, use_cache=False).logits
         rows = logits.reshape(-1, logits.shape[-1])[index.to(logits.device)]
         return F.cross_entropy(rows.to(_accumulator(rows)), targets.to(rows.device), reduction=reduction)
@@ -161,11 +174,22 @@ def install_supervised_forward(model: nn.Module) -> str:
     return causal.supervised_head
 
 
-def token_nll(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+def token_nll(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float,
+    cap: float | None,
+) -> torch.Tensor:
     """NLL [N] of each target, by chunks; ordinary autograd applies."""
     rows = chunk_rows(weight.shape[0], hidden.device.type)
     parts = [
-        F.cross_entropy(_transform(F.linear(hidden[s : s + rows], weight, bias), scale, cap), targets[s : s + rows], reduction="none")
+        F.cross_entropy(
+            _transform(F.linear(hidden[s : s + rows], weight, bias), scale, cap),
+            targets[s : s + rows],
+            reduction="none",
+        )
         for s in range(0, len(hidden), rows)
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

@@ -9,7 +9,9 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.learning.base import base_folder, weight_shapes
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 
-EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out|output\.weight)")
+EMBEDDING = re.compile(
+    r"(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out|output\.weight)"
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,14 @@ class MemoryEstimate:
         return {**self.__dict__, "total": self.total}
 
 
-def estimate(model: ModelConfig, training: TrainingConfig, *, tokens: int, supervised: int | None = None, gpu: bool = False) -> MemoryEstimate:
+def estimate(
+    model: ModelConfig,
+    training: TrainingConfig,
+    *,
+    tokens: int,
+    supervised: int | None = None,
+    gpu: bool = False,
+) -> MemoryEstimate:
     """Memory of one process.
 
     Args:
@@ -52,7 +61,11 @@ def estimate(model: ModelConfig, training: TrainingConfig, *, tokens: int, super
     config = config.get("text_config", config)
     total = sum(_size(s) for s in shapes.values())
     trainable = _trainable(shapes, model)
-    compute = 2 if gpu and training.precision in ("auto", "bf16", "fp16") else (2 if training.precision == "bf16" else 4)
+    compute = (
+        2
+        if gpu and training.precision in ("auto", "bf16", "fp16")
+        else (2 if training.precision == "bf16" else 4)
+    )
     if model.parameterization == "full":
         weights = total * 4
     elif model.parameterization == "lora":
@@ -61,8 +74,11 @@ def estimate(model: ModelConfig, training: TrainingConfig, *, tokens: int, super
         linear = sum(_size(s) for n, s in shapes.items() if len(s) == 2 and not EMBEDDING.search(n))
         weights = int(linear * 0.52) + (total - linear) * compute + trainable * 4
     return MemoryEstimate(
-        parameters=total + (trainable if model.parameterization != "full" else 0), trainable=trainable, weights=weights,
-        gradients=trainable * 4, optimizer=trainable * 8,
+        parameters=total + (trainable if model.parameterization != "full" else 0),
+        trainable=trainable,
+        weights=weights,
+        gradients=trainable * 4,
+        optimizer=trainable * 8,
         activations=_activations(config, shapes, tokens, compute, training.gradient_checkpointing),
         logits=_logits(shapes, config, supervised if supervised is not None else tokens, gpu),
     )
@@ -95,13 +111,19 @@ def _trainable(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> int:
     return found
 
 
-def _activations(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokens: int, compute: int, checkpointing: bool) -> int:
+def _activations(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokens: int, compute: int, checkpointing: bool
+) -> int:
     """Values kept per token and layer: about 8 of the hidden width and 3 of the MLP's (norms, q, k, v, attention, MLP).
 
     After Korthikanti et al. 2022 (arXiv:2205.05198), without the attention matrix, which sdpa and flash attention do
     not keep. Checkpointing keeps one hidden vector per layer, and one layer whole while it is recomputed.
     """
-    hidden = config.get("hidden_size") or config.get("n_embd") or max((s[-1] for s in shapes.values() if len(s) == 2), default=0)
+    hidden = (
+        config.get("hidden_size")
+        or config.get("n_embd")
+        or max((s[-1] for s in shapes.values() if len(s) == 2), default=0)
+    )
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
     middle = config.get("intermediate_size") or 4 * hidden
     layer = tokens * (8 * hidden + 3 * middle) * compute
@@ -110,6 +132,8 @@ def _activations(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], tok
 
 def _logits(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], supervised: int, gpu: bool) -> int:
     """Three fp32 copies of one chunk of logits: see loss.chunk_rows."""
-    vocabulary = config.get("vocab_size") or max((s[0] for n, s in shapes.items() if EMBEDDING.search(n)), default=1)
+    vocabulary = config.get("vocab_size") or max(
+        (s[0] for n, s in shapes.items() if EMBEDDING.search(n)), default=1
+    )
     rows = min(supervised, max(32, (1 << (26 if gpu else 24)) // vocabulary))
     return 3 * 4 * rows * vocabulary

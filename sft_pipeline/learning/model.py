@@ -41,7 +41,11 @@ class LoadReport:
 
 def training_device() -> torch.device:
     """This process's device: the GPU of its local rank, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
@@ -69,7 +73,10 @@ def resolve_attention(asked: str, device: torch.device, architecture: Any = None
     if asked != "auto":
         return asked
     if device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
-        for package, name in (("flash_attn_interface", "flash_attention_3"), ("flash_attn", "flash_attention_2")):
+        for package, name in (
+            ("flash_attn_interface", "flash_attention_3"),
+            ("flash_attn", "flash_attention_2"),
+        ):
             if importlib.util.find_spec(package):
                 return name
     return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
@@ -88,7 +95,9 @@ def load_model_config(config: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
-def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None, four_bit: bool = False) -> Any:
+def load_base(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None, four_bit: bool = False
+) -> Any:
     """The base model in evaluation mode, with the attention that was asked for.
 
     Args:
@@ -111,8 +120,12 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device |
         extra = {"quantization_config": _four_bit(dtype), "device_map": {"": device}}
     with clear_loading_errors(f"model.base {config.base} with attention {attention}"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True,
-            trust_remote_code=config.trust_remote_code, **extra,
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **extra,
         )
     _assert_attention(model, attention)
     if four_bit:
@@ -122,7 +135,13 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, device: torch.device |
     return model.eval()
 
 
-def load_for_training(config: ModelConfig, training: TrainingConfig, checkpoint: Path | None = None, *, device: torch.device | None = None) -> tuple[Any, LoadReport]:
+def load_for_training(
+    config: ModelConfig,
+    training: TrainingConfig,
+    checkpoint: Path | None = None,
+    *,
+    device: torch.device | None = None,
+) -> tuple[Any, LoadReport]:
     """The model that will be trained, adapters and freezing applied, in training mode.
 
     Frozen weights are held in the precision of the computation, trained ones in fp32 (adapters, full fine-tuning),
@@ -153,7 +172,13 @@ def _as_base(config: ModelConfig, checkpoint: Path) -> ModelConfig:
     return config.model_copy(update={"base": str(checkpoint), "revision": None})
 
 
-def load_for_inference(config: ModelConfig, checkpoint: Path | None = None, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+def load_for_inference(
+    config: ModelConfig,
+    checkpoint: Path | None = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """A model to generate or score with, in evaluation mode, gradients off.
 
     Args:
@@ -164,7 +189,12 @@ def load_for_inference(config: ModelConfig, checkpoint: Path | None = None, *, d
     device = device or training_device()
     dtype = dtype or DTYPES[resolve_precision("auto", device)]
     if checkpoint is None or (checkpoint / "adapter_config.json").is_file():
-        model = load_base(config, dtype=dtype, device=device, four_bit=config.parameterization == "qlora" and checkpoint is not None)
+        model = load_base(
+            config,
+            dtype=dtype,
+            device=device,
+            four_bit=config.parameterization == "qlora" and checkpoint is not None,
+        )
         if checkpoint is not None:
             model = _with_adapter(model, checkpoint)
     else:
@@ -196,7 +226,10 @@ def save_weights(model: Any, folder: Path, config: ModelConfig) -> None:
         data = json.loads(adapter.read_text(encoding="utf-8"))
         data["base_model_name_or_path"] = config.base
         data["revision"] = config.revision
-        data = {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in data.items()}
+        data = {
+            k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
+            for k, v in data.items()
+        }
         adapter.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     plain = folder / "config.json"
     if plain.is_file():
@@ -230,24 +263,40 @@ def describe(model: Any, config: ModelConfig, precision: str) -> LoadReport:
     causal = causal_model(model)
     total, trained = count_parameters(model)
     return LoadReport(
-        architecture=type(causal).__name__, parameterization=config.parameterization, attention=causal.config._attn_implementation,
-        precision=precision, weights_dtype="nf4" if config.parameterization == "qlora" else str(causal.dtype).removeprefix("torch."),
-        device=causal.device.type, total_parameters=total, trainable_parameters=trained,
+        architecture=type(causal).__name__,
+        parameterization=config.parameterization,
+        attention=causal.config._attn_implementation,
+        precision=precision,
+        weights_dtype="nf4"
+        if config.parameterization == "qlora"
+        else str(causal.dtype).removeprefix("torch."),
+        device=causal.device.type,
+        total_parameters=total,
+        trainable_parameters=trained,
     )
 
 
 def _assert_attention(model: Any, asked: str) -> None:
     got = model.config._attn_implementation
     if got != asked:
-        raise InputError(f"model.attention {asked}: {type(model).__name__} loaded with {got} instead. Set model.attention to {got}, or install what {asked} needs")
+        raise InputError(
+            f"model.attention {asked}: {type(model).__name__} loaded with {got} instead. Set model.attention to {got}, or install what {asked} needs"
+        )
 
 
 def _four_bit(compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if not importlib.util.find_spec("bitsandbytes"):
-        raise InputError("model.parameterization qlora needs bitsandbytes, which is not installed here. Install it or use lora")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+        raise InputError(
+            "model.parameterization qlora needs bitsandbytes, which is not installed here. Install it or use lora"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def _keep_four_bit_weights(model: nn.Module) -> None:

@@ -22,7 +22,9 @@ class Schedule:
     @classmethod
     def of(cls, training: TrainingConfig, model: ModelConfig) -> "Schedule":
         peak = training.learning_rate or (FULL_RATE if model.parameterization == "full" else ADAPTER_RATE)
-        return cls(training.schedule, peak, min(training.min_learning_rate, peak), training.warmup, training.decay)
+        return cls(
+            training.schedule, peak, min(training.min_learning_rate, peak), training.warmup, training.decay
+        )
 
 
 def rate(update: int, total: int, schedule: Schedule) -> float:

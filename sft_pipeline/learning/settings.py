@@ -14,7 +14,16 @@ from sft_pipeline.learning.config import TrainingConfig
 from sft_pipeline.learning.schedule import Schedule
 
 
-def arguments(training: TrainingConfig, schedule: Schedule, precision: str, folder: Path, updates: int, *, cpu: bool, distributed: bool) -> SFTConfig:
+def arguments(
+    training: TrainingConfig,
+    schedule: Schedule,
+    precision: str,
+    folder: Path,
+    updates: int,
+    *,
+    cpu: bool,
+    distributed: bool,
+) -> SFTConfig:
     """Every setting is explicit whose default would do something else: bf16 on, checkpointing on, truncation at 1,024."""
     return SFTConfig(
         output_dir=str(folder), max_steps=updates, per_device_train_batch_size=training.per_device_batch, gradient_accumulation_steps=1,
@@ -34,17 +43,27 @@ def arguments(training: TrainingConfig, schedule: Schedule, precision: str, fold
 
 def assert_launch(accelerator: Any, world: int) -> None:
     """Several launch mistakes train copies that never talk to each other; none of them may pass unseen."""
-    kind = accelerator.distributed_type.value if hasattr(accelerator.distributed_type, "value") else str(accelerator.distributed_type)
+    kind = (
+        accelerator.distributed_type.value
+        if hasattr(accelerator.distributed_type, "value")
+        else str(accelerator.distributed_type)
+    )
     if accelerator.num_processes != world:
-        raise AssertionError(f"launched as {world} processes, but the trainer sees {accelerator.num_processes} ({kind}): they would train unsynchronised copies")
+        raise AssertionError(
+            f"launched as {world} processes, but the trainer sees {accelerator.num_processes} ({kind}): they would train unsynchronised copies"
+        )
     if world > 1 and kind not in ("MULTI_CPU", "MULTI_GPU"):
-        raise AssertionError(f"{world} processes under distributed type {kind}: gradients would not be summed")
+        raise AssertionError(
+            f"{world} processes under distributed type {kind}: gradients would not be summed"
+        )
 
 
 def assert_wrapped(model: Any, world: int) -> None:
     """With more than one process the model must be in a wrapper that sums gradients."""
     if world > 1 and not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise AssertionError(f"{world} processes, but the model is a bare {type(model).__name__}: gradients would not be summed")
+        raise AssertionError(
+            f"{world} processes, but the model is a bare {type(model).__name__}: gradients would not be summed"
+        )
 
 
 @contextlib.contextmanager

@@ -42,10 +42,28 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
-def make_feed(shards: Shards, plan: Plan, training: TrainingConfig, *, layout: Layout, updates: int, rank: int = 0, world: int = 1) -> Feed:
+def make_feed(
+    shards: Shards,
+    plan: Plan,
+    training: TrainingConfig,
+    *,
+    layout: Layout,
+    updates: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Feed:
     """A rows micro-batch may hold as many padded tokens as a packed one would: per_device_batch of the longest block."""
     longest = max((len(shards.block(int(b)).input_ids) for b in plan.blocks(0)), default=1)
-    return Feed(shards, plan, layout, training.per_device_batch, max_tokens=training.per_device_batch * longest, updates=updates, rank=rank, world=world)
+    return Feed(
+        shards,
+        plan,
+        layout,
+        training.per_device_batch,
+        max_tokens=training.per_device_batch * longest,
+        updates=updates,
+        rank=rank,
+        world=world,
+    )
 
 
 def sample_rows(parts: list[Path], count: int) -> list[dict[str, Any]]:
@@ -54,7 +72,12 @@ def sample_rows(parts: list[Path], count: int) -> list[dict[str, Any]]:
         file = pq.ParquetFile(part, memory_map=True)
         if file.metadata.num_rows:
             table = file.read_row_group(0, columns=["input_ids", "prompt_length", "completion"])
-            at = sorted({round(i * (table.num_rows - 1) / max(1, count - 1)) for i in range(min(count, table.num_rows))})
+            at = sorted(
+                {
+                    round(i * (table.num_rows - 1) / max(1, count - 1))
+                    for i in range(min(count, table.num_rows))
+                }
+            )
             return table.take(at).to_pylist()
     return []
 
@@ -71,7 +94,14 @@ def stop_ids(formatting: Mapping[str, Any]) -> set[int]:
     return found
 
 
-def make_sampler(model: Any, tokenizer: Any, parts: list[Path], formatting: Mapping[str, Any], count: int, new_tokens: int = SAMPLE_TOKENS) -> Callable[[], list[dict[str, Any]]]:
+def make_sampler(
+    model: Any,
+    tokenizer: Any,
+    parts: list[Path],
+    formatting: Mapping[str, Any],
+    count: int,
+    new_tokens: int = SAMPLE_TOKENS,
+) -> Callable[[], list[dict[str, Any]]]:
     """Replies of the model as it is now to a few fixed held-out prompts."""
     rows = sample_rows(parts, count)
     prompts = [r["input_ids"][: r["prompt_length"]] for r in rows]
@@ -79,9 +109,21 @@ def make_sampler(model: Any, tokenizer: Any, parts: list[Path], formatting: Mapp
 
     def sample() -> list[dict[str, Any]]:
         with threads_for(model):
-            replies = generate(model, prompts, max_new_tokens=new_tokens, stop_ids=ends, pad_id=min(ends, default=0), batch_size=max(1, count))
+            replies = generate(
+                model,
+                prompts,
+                max_new_tokens=new_tokens,
+                stop_ids=ends,
+                pad_id=min(ends, default=0),
+                batch_size=max(1, count),
+            )
         return [
-            {"prompt": tokenizer.decode(p), "reply": tokenizer.decode(r.ids), "expected": row["completion"], "finished": r.finished}
+            {
+                "prompt": tokenizer.decode(p),
+                "reply": tokenizer.decode(r.ids),
+                "expected": row["completion"],
+                "finished": r.finished,
+            }
             for p, r, row in zip(prompts, replies, rows, strict=True)
         ]
 

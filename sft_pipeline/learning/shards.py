@@ -49,13 +49,17 @@ class Shards:
             try:
                 file = pq.ParquetFile(path, memory_map=True)
             except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"{path}: not a readable Parquet file ({error}). Delete the artifact's folder to have it rebuilt") from error
+                raise InputError(
+                    f"{path}: not a readable Parquet file ({error}). Delete the artifact's folder to have it rebuilt"
+                ) from error
             self._files.append(file)
             blocks = file.read(columns=["block"])["block"].to_numpy()
             start = 0
             for group in range(file.num_row_groups):
                 n = file.metadata.row_group(group).num_rows
-                own = np.stack([blocks[start : start + n], np.full(n, part), np.full(n, group), np.arange(n)], axis=1)
+                own = np.stack(
+                    [blocks[start : start + n], np.full(n, part), np.full(n, group), np.arange(n)], axis=1
+                )
                 where.append(own.astype(np.int32))
                 start += n
         rows = np.concatenate(where) if where else np.zeros((0, 4), np.int32)
@@ -75,7 +79,13 @@ class Shards:
         batch, row = self._locate(number)
         values = {name: _row(batch, name, row) for name in ("input_ids", "labels", "position_ids", "lengths")}
         length = int(values["lengths"].sum())
-        return Block(number, values["input_ids"][:length], values["labels"][:length], values["position_ids"][:length], values["lengths"])
+        return Block(
+            number,
+            values["input_ids"][:length],
+            values["labels"][:length],
+            values["position_ids"][:length],
+            values["lengths"],
+        )
 
     def row_ids(self, number: int) -> list[str]:
         """The rows in a block, in segment order."""
@@ -84,13 +94,17 @@ class Shards:
 
     def _locate(self, number: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= number < len(self._where):
-            raise InputError(f"block {number} is in the update plan but not among the {len(self._where)} packed blocks")
+            raise InputError(
+                f"block {number} is in the update plan but not among the {len(self._where)} packed blocks"
+            )
         part, group, row = (int(x) for x in self._where[number])
         key = (part, group)
         if key in self._cache:
             self._cache.move_to_end(key)
         else:
-            table = self._files[part].read_row_group(group, columns=["input_ids", "labels", "position_ids", "lengths", "row_ids"])
+            table = self._files[part].read_row_group(
+                group, columns=["input_ids", "labels", "position_ids", "lengths", "row_ids"]
+            )
             batch = table.combine_chunks().to_batches()[0]
             self._cache[key] = (batch, table.nbytes)
             self._cached += table.nbytes
@@ -121,7 +135,11 @@ class Plan:
         update, position = table["update"].to_numpy(), table["position"].to_numpy()
         order = np.lexsort((position, update))
         self._blocks = table["block"].to_numpy()[order]
-        self._counts = {name: table[name].to_numpy()[order] for name in ("examples", "tokens", "supervised") if name in table.column_names}
+        self._counts = {
+            name: table[name].to_numpy()[order]
+            for name in ("examples", "tokens", "supervised")
+            if name in table.column_names
+        }
         numbers, starts = np.unique(update[order], return_index=True)
         if not len(numbers) or not np.array_equal(numbers, np.arange(len(numbers))):
             raise InputError(f"{path}: updates are not numbered from 0 without gaps")

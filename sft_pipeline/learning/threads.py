@@ -19,7 +19,10 @@ def threads_for(model: Any) -> Iterator[None]:
     """
     parameters = list(model.parameters())
     before = torch.get_num_threads()
-    small = all(p.device.type == "cpu" for p in parameters) and sum(p.numel() for p in parameters) < SMALL_PARAMETERS
+    small = (
+        all(p.device.type == "cpu" for p in parameters)
+        and sum(p.numel() for p in parameters) < SMALL_PARAMETERS
+    )
     torch.set_num_threads(1 if small else before)
     try:
         yield

@@ -57,7 +57,9 @@ class _Conductor(TrainerCallback):
         trainer = self.trainer
         state.epoch = state.global_step / max(1, trainer.feed.updates)
         trainer.finish_update(state.global_step)
-        control.should_evaluate = trainer.validation is not None and trainer.intervals.evaluates(state.global_step)
+        control.should_evaluate = trainer.validation is not None and trainer.intervals.evaluates(
+            state.global_step
+        )
         control.should_save = trainer.saver is not None and trainer.intervals.saves(state.global_step)
 
     def on_evaluate(self, args, state, control, **_):
@@ -96,7 +98,13 @@ class SupervisedTrainer(SFTTrainer):
         intervals: Intervals | None = None,
         evaluate_first: bool = True,
     ) -> None:
-        self.feed, self.validation, self.listener, self.saver, self.resume = feed, validation, listener, saver, resume
+        self.feed, self.validation, self.listener, self.saver, self.resume = (
+            feed,
+            validation,
+            listener,
+            saver,
+            resume,
+        )
         self.training, self.schedule, self.evaluate_first = training, schedule, evaluate_first
         self.intervals = intervals or Intervals.of(training, feed.updates)
         self.clock = time.monotonic()
@@ -105,7 +113,9 @@ class SupervisedTrainer(SFTTrainer):
         cpu = next(model.parameters()).device.type == "cpu"
         super().__init__(
             model=model,
-            args=arguments(training, schedule, precision, folder, feed.updates, cpu=cpu, distributed=feed.world > 1),
+            args=arguments(
+                training, schedule, precision, folder, feed.updates, cpu=cpu, distributed=feed.world > 1
+            ),
             # TRL wants a dataset to look at; the feed takes its place in get_train_dataloader.
             train_dataset=Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, 0]]}),
             data_collator=list,  # type: ignore[arg-type]  # never called: the feed gives tensors
@@ -114,7 +124,11 @@ class SupervisedTrainer(SFTTrainer):
         )
         for parameter in model.parameters():
             # TRL rounds the adapters of a 4-bit model to bf16: undone, see load_for_training.
-            if parameter.requires_grad and parameter.dtype != torch.float32 and torch.is_floating_point(parameter):
+            if (
+                parameter.requires_grad
+                and parameter.dtype != torch.float32
+                and torch.is_floating_point(parameter)
+            ):
                 parameter.data = parameter.data.float()
         self.loss_path = install_supervised_forward(model)
         self.remove_callback(PrinterCallback)
@@ -132,15 +146,23 @@ class SupervisedTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def compute_loss(self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
+    def compute_loss(
+        self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:  # type: ignore[override]
         """Summed NLL of a micro-batch, in fp32."""
-        return model(**inputs.inputs, supervised_index=inputs.index, supervised_targets=inputs.targets, reduction="sum")["nll"]
+        return model(
+            **inputs.inputs, supervised_index=inputs.index, supervised_targets=inputs.targets, reduction="sum"
+        )["nll"]
 
     def training_step(self, model: Any, inputs: UpdateBatch, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
         """Forward and backward of a whole update. Returns its loss: mean NLL over its supervised tokens."""
         device, world = self.args.device, self.accelerator.num_processes
         model.train()
-        counts = self._over_ranks(torch.tensor([inputs.supervised, inputs.tokens, inputs.examples], dtype=torch.int64, device=device))
+        counts = self._over_ranks(
+            torch.tensor(
+                [inputs.supervised, inputs.tokens, inputs.examples], dtype=torch.int64, device=device
+            )
+        )
         supervised, tokens, examples = counts.tolist()
         total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         last = len(inputs.microbatches) - 1
@@ -167,13 +189,24 @@ class SupervisedTrainer(SFTTrainer):
     def finish_update(self, step: int) -> None:
         now = time.monotonic()
         loss, examples, tokens, supervised = self._now
-        self.listener.updated(UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, now - self.clock))
+        self.listener.updated(
+            UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, now - self.clock)
+        )
         if self.args.report_to:
-            self.log({"loss": loss, "learning_rate": self._rate, "grad_norm": self._norm, "supervised_tokens_per_second": supervised / max(1e-9, now - self.clock)})
+            self.log(
+                {
+                    "loss": loss,
+                    "learning_rate": self._rate,
+                    "grad_norm": self._norm,
+                    "supervised_tokens_per_second": supervised / max(1e-9, now - self.clock),
+                }
+            )
         self.clock = now
 
     def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(value, reduction="sum") if self.accelerator.num_processes > 1 else value
+        return (
+            self.accelerator.reduce(value, reduction="sum") if self.accelerator.num_processes > 1 else value
+        )
 
     # Optimizer and schedule
 
@@ -210,7 +243,14 @@ class SupervisedTrainer(SFTTrainer):
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)
         with torch.no_grad(), self.accelerator.autocast():
-            for microbatch in all_blocks(self.validation, layout=feed.layout, per_device_batch=feed.per_device_batch, max_tokens=feed.max_tokens, rank=feed.rank, world=feed.world):
+            for microbatch in all_blocks(
+                self.validation,
+                layout=feed.layout,
+                per_device_batch=feed.per_device_batch,
+                max_tokens=feed.max_tokens,
+                rank=feed.rank,
+                world=feed.world,
+            ):
                 total[0] += self.compute_loss(model, microbatch.to(device)).double()
                 total[1] += len(microbatch.targets)
         model.train(training)

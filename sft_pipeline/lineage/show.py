@@ -15,14 +15,26 @@ def print_chain(chain: Chain, console: Console) -> None:
         table.add_column(name, overflow="fold")
     for node in chain.nodes:
         m = node.manifest
-        where = "here" if node.path == chain.root else "in the store" if node.path else "manifest only" if m else "not found"
+        where = (
+            "here"
+            if node.path == chain.root
+            else "in the store"
+            if node.path
+            else "manifest only"
+            if m
+            else "not found"
+        )
         table.add_row(
             node.asset, m.created_at[:19].replace("T", " ") if m else "?", node.data_version[:12], node.fingerprint[:12],
             m.code_version[:12] if m else "?", str(len(m.files)) if m else "?", _rows(m.counts) if m else "?", where,
         )  # fmt: skip
     console.print(table)
     sources = chain.sources()
-    console.print(f"source files: {len(sources)}" if sources else "source files: not recorded in a manifest that could be found")
+    console.print(
+        f"source files: {len(sources)}"
+        if sources
+        else "source files: not recorded in a manifest that could be found"
+    )
     for name, digest in sources.items():
         console.print(f"  {digest[:64]}  {name}", highlight=False, soft_wrap=True)
 
@@ -61,8 +73,15 @@ def print_trace(found: Trace, console: Console) -> None:
     console.print(places)
     for b in found.blocks:
         updates = ", ".join(str(u) for u in b["updates"][:20]) + (" …" if len(b["updates"]) > 20 else "")
-        console.print(f"{b['asset']} {b['partition']}: {b['side']} block {b['block']}, updates {updates or 'none'}", highlight=False)
+        console.print(
+            f"{b['asset']} {b['partition']}: {b['side']} block {b['block']}, updates {updates or 'none'}",
+            highlight=False,
+        )
     for m in found.models:
-        console.print(f"[bold]{m['asset']}[/bold] {m['partition']} learned it: {m['path']}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold]{m['asset']}[/bold] {m['partition']} learned it: {m['path']}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if not found.models:
         console.print("no exported model of this store learned it")

@@ -15,7 +15,12 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.store import Artifact, Store
 
 SIDES = ("train", "validation", "test")
-ROW_STAGES = {"raw_rows": ("rows",), "validated_rows": ("rows",), "grouped_split": SIDES, "tokenized_rows": SIDES}
+ROW_STAGES = {
+    "raw_rows": ("rows",),
+    "validated_rows": ("rows",),
+    "grouped_split": SIDES,
+    "tokenized_rows": SIDES,
+}
 _PART = r"/\d+$"
 REJECT_FILES = ("rejects.parquet", "quarantine.parquet")
 
@@ -67,7 +72,9 @@ def trace(key: str, store: Store | None = None, report: Reporter | None = None) 
                 _trace_rows(artifact, stage, folder, ids, found)
             _trace_rejects(artifact, ids, found)
             report.progress("tracing", done := done + 1, todo, "artifacts")
-    found.row_ids = sorted(ids & {s["row_id"] for s in found.sources}) or sorted(ids) if found.artifacts else []
+    found.row_ids = (
+        sorted(ids & {s["row_id"] for s in found.sources}) or sorted(ids) if found.artifacts else []
+    )
     for artifact in by_stage.get("packed_shards", []):
         _trace_blocks(artifact, ids, found)
         report.progress("tracing", done := done + 1, todo, "artifacts")
@@ -80,7 +87,12 @@ def trace(key: str, store: Store | None = None, report: Reporter | None = None) 
 
 def _about(artifact: Artifact) -> dict[str, Any]:
     m = artifact.manifest
-    return {"asset": m.asset, "partition": m.partition, "fingerprint": m.fingerprint, "path": str(artifact.path)}
+    return {
+        "asset": m.asset,
+        "partition": m.partition,
+        "fingerprint": m.fingerprint,
+        "path": str(artifact.path),
+    }
 
 
 def _row_ids(key: str, by_stage: dict[str, list[Artifact]]) -> set[str]:
@@ -105,15 +117,21 @@ def _scan(parts: Sequence[Path], columns: list[str], condition: ds.Expression) -
 
 def _trace_rows(artifact: Artifact, stage: str, folder: str, ids: set[str], found: Trace) -> None:
     columns = ["row_id", "file", "line"] if stage == "raw_rows" else ["row_id"]
-    rows = [r for b in _scan(artifact.parts(folder), columns, _row().isin(sorted(ids))) for r in b.to_pylist()]
+    rows = [
+        r for b in _scan(artifact.parts(folder), columns, _row().isin(sorted(ids))) for r in b.to_pylist()
+    ]
     if not rows:
         return
-    found.artifacts.append({**_about(artifact), "side": None if folder == "rows" else folder, "rows": len(rows), "note": None})
+    found.artifacts.append(
+        {**_about(artifact), "side": None if folder == "rows" else folder, "rows": len(rows), "note": None}
+    )
     if stage == "raw_rows":
         places = {(s["file"], s["line"], s["row_id"]) for s in found.sources}
         for row in rows:
             if (row["file"], row["line"], row["row_id"]) not in places:
-                found.sources.append({**_about(artifact), "row_id": row["row_id"], "file": row["file"], "line": row["line"]})
+                found.sources.append(
+                    {**_about(artifact), "row_id": row["row_id"], "file": row["file"], "line": row["line"]}
+                )
 
 
 def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
@@ -121,10 +139,19 @@ def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
         path = artifact.file(name)
         if not path.is_file():
             continue
-        rows = [r for b in _scan([path], ["row_id", "reasons"], _row().isin(sorted(ids))) for r in b.to_pylist()]
+        rows = [
+            r for b in _scan([path], ["row_id", "reasons"], _row().isin(sorted(ids))) for r in b.to_pylist()
+        ]
         if rows:
             reasons = sorted({reason for r in rows for reason in r["reasons"]})
-            found.artifacts.append({**_about(artifact), "side": None, "rows": len(rows), "note": f"in {name}: {', '.join(reasons)}"})
+            found.artifacts.append(
+                {
+                    **_about(artifact),
+                    "side": None,
+                    "rows": len(rows),
+                    "note": f"in {name}: {', '.join(reasons)}",
+                }
+            )
 
 
 def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
@@ -135,19 +162,36 @@ def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
             with pq.ParquetFile(part) as file:
                 for batch in file.iter_batches(columns=["block", "row_ids"]):
                     lists = batch.column("row_ids")
-                    hit = pc.is_in(pc.replace_substring_regex(lists.flatten(), pattern=_PART, replacement=""), wanted)
-                    for at, row_id in zip(lists.value_parent_indices().filter(hit).to_pylist(), lists.flatten().filter(hit).to_pylist()):
+                    hit = pc.is_in(
+                        pc.replace_substring_regex(lists.flatten(), pattern=_PART, replacement=""), wanted
+                    )
+                    for at, row_id in zip(
+                        lists.value_parent_indices().filter(hit).to_pylist(),
+                        lists.flatten().filter(hit).to_pylist(),
+                    ):
                         held.setdefault(batch.column("block")[at].as_py(), []).append(row_id)
         if not held:
             continue
         updates = _updates(artifact, set(held)) if side == "train" else {}
-        found.artifacts.append({**_about(artifact), "side": side, "rows": sum(map(len, held.values())), "note": f"{len(held)} blocks"})
-        found.blocks += [{**_about(artifact), "side": side, "block": b, "row_ids": rows, "updates": updates.get(b, [])} for b, rows in sorted(held.items())]
+        found.artifacts.append(
+            {
+                **_about(artifact),
+                "side": side,
+                "rows": sum(map(len, held.values())),
+                "note": f"{len(held)} blocks",
+            }
+        )
+        found.blocks += [
+            {**_about(artifact), "side": side, "block": b, "row_ids": rows, "updates": updates.get(b, [])}
+            for b, rows in sorted(held.items())
+        ]
 
 
 def _updates(artifact: Artifact, blocks: set[int]) -> dict[int, list[int]]:
     updates: dict[int, list[int]] = {}
-    for batch in _scan([artifact.file("plan.parquet")], ["update", "block"], ds.field("block").isin(sorted(blocks))):
+    for batch in _scan(
+        [artifact.file("plan.parquet")], ["update", "block"], ds.field("block").isin(sorted(blocks))
+    ):
         for row in batch.to_pylist():
             updates.setdefault(row["block"], []).append(row["update"])
     return {b: sorted(u) for b, u in updates.items()}
@@ -158,6 +202,16 @@ def _trace_model(artifact: Artifact, store: Store, found: Trace) -> None:
     chain = walk(artifact.path, store)
     packed = {n.fingerprint for n in chain.by_stage("packed_shards")}
     step = artifact.manifest.counts.get("step")
-    learned = sorted({u for b in found.blocks if b["fingerprint"] in packed and b["side"] == "train" for u in b["updates"] if step is None or u < step})
+    learned = sorted(
+        {
+            u
+            for b in found.blocks
+            if b["fingerprint"] in packed and b["side"] == "train"
+            for u in b["updates"]
+            if step is None or u < step
+        }
+    )
     if learned:
-        found.models.append({**_about(artifact), "step": step, "updates": learned, "accepted": artifact.manifest.accepted})
+        found.models.append(
+            {**_about(artifact), "step": step, "updates": learned, "accepted": artifact.manifest.accepted}
+        )

@@ -104,7 +104,9 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
     _verify_copies(chain, work)
     _verify_outside(chain, work)
     findings = tuple(dict.fromkeys(work.findings))
-    return Verification(not findings, findings, tuple(dict.fromkeys(work.unreachable)), len(work.hashed), work.bytes, chain)
+    return Verification(
+        not findings, findings, tuple(dict.fromkeys(work.unreachable)), len(work.hashed), work.bytes, chain
+    )
 
 
 def _expected_bytes(chain: Chain) -> int:
@@ -119,14 +121,21 @@ def _verify_node(node: Node, work: _Work) -> None:
         work.wrong(node.problem.split(": ", 1)[0], "the manifest cannot be read")
     if node.manifest is None or node.manifest_path is None:
         if not node.problem:
-            work.unreachable.append(f"{node.asset} {node.partition} ({node.fingerprint[:12]}): neither in the store nor in the export's lineage")
+            work.unreachable.append(
+                f"{node.asset} {node.partition} ({node.fingerprint[:12]}): neither in the store nor in the export's lineage"
+            )
         return
     if node.manifest.fingerprint != node.fingerprint or node.manifest.asset != node.asset:
-        work.wrong(node.manifest_path, f"it is the manifest of {node.manifest.asset} ({node.manifest.fingerprint[:12]}), not of {node.asset} ({node.fingerprint[:12]})")
+        work.wrong(
+            node.manifest_path,
+            f"it is the manifest of {node.manifest.asset} ({node.manifest.fingerprint[:12]}), not of {node.asset} ({node.fingerprint[:12]})",
+        )
     for problem in _manifest_problems(node.manifest):
         work.wrong(node.manifest_path, problem)
     if node.path is None:
-        work.unreachable.append(f"{node.asset} {node.partition} ({node.fingerprint[:12]}): its files are not in the store; only its manifest was checked")
+        work.unreachable.append(
+            f"{node.asset} {node.partition} ({node.fingerprint[:12]}): its files are not in the store; only its manifest was checked"
+        )
         return
     for problem in _seal_problems(node.manifest_path):
         work.wrong(node.manifest_path, problem)
@@ -156,7 +165,9 @@ def _seal_problems(path: Path) -> Iterator[str]:
     seal = data.pop("manifest_sha256", None)
     if seal != sha256_json(data):
         yield "the manifest was changed: it is not what its own SHA-256 (manifest_sha256) says"
-    elif (json.dumps({**data, "manifest_sha256": seal}, indent=2, ensure_ascii=False) + "\n").encode() != written:
+    elif (
+        json.dumps({**data, "manifest_sha256": seal}, indent=2, ensure_ascii=False) + "\n"
+    ).encode() != written:
         yield "the manifest was changed: it is not laid out as it was written"
 
 
@@ -174,7 +185,10 @@ def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], work: _Work) -> 
                 f"{node.asset} was made from {name} with the data version {entry.data_version[:12]}, this one has {upstream.manifest.data_version[:12]}",
             )
         if not upstream.manifest.accepted:
-            work.wrong(upstream.manifest_path or upstream.asset, f"{upstream.asset} is not accepted, but {node.asset} was made from it")
+            work.wrong(
+                upstream.manifest_path or upstream.asset,
+                f"{upstream.asset} is not accepted, but {node.asset} was made from it",
+            )
 
 
 def _verify_copies(chain: Chain, work: _Work) -> None:
@@ -190,7 +204,9 @@ def _verify_copies(chain: Chain, work: _Work) -> None:
             if getattr(carried, name) != getattr(node.manifest, name)
         ]  # fmt: skip
         if differing:
-            work.wrong(node.manifest_path or copy, f"differs from the copy in {copy} in {', '.join(differing)}")
+            work.wrong(
+                node.manifest_path or copy, f"differs from the copy in {copy} in {', '.join(differing)}"
+            )
 
 
 # -- what lies outside the store ----------------------------------------------------------------------------------

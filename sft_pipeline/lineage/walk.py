@@ -1,7 +1,7 @@
 """The chain of manifests behind an artifact, newest first, ending at the source files.
 
-    export/manifest.json ── inputs ──> objects/<fingerprint>/manifest.json ── inputs ──> ... ──> raw_rows ──> source files
-                      └── lineage/ ──> copies of the same manifests, for a model that left its store
+export/manifest.json ── inputs ──> objects/<fingerprint>/manifest.json ── inputs ──> ... ──> raw_rows ──> source files
+                  └── lineage/ ──> copies of the same manifests, for a model that left its store
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,12 @@ class Chain:
 
     def sources(self) -> dict[str, str]:
         """{source file: sha256} as the raw rows recorded them."""
-        return {name: digest for n in self.by_stage("raw_rows") if n.manifest for name, digest in n.manifest.outside.items()}
+        return {
+            name: digest
+            for n in self.by_stage("raw_rows")
+            if n.manifest
+            for name, digest in n.manifest.outside.items()
+        }
 
     def to_json(self) -> list[dict[str, Any]]:
         return [n.to_json() for n in self.nodes]
@@ -102,7 +107,9 @@ def artifact_root(folder: Path) -> Path:
     for candidate in (folder, *list(folder.parents)[:2]):
         if (candidate / MANIFEST_NAME).is_file():
             return candidate
-    raise InputError(f"{folder}: no {MANIFEST_NAME} here, so this is no artifact. Give the folder of an exported model")
+    raise InputError(
+        f"{folder}: no {MANIFEST_NAME} here, so this is no artifact. Give the folder of an exported model"
+    )
 
 
 def copied_manifests(root: Path) -> dict[str, Path]:
@@ -132,7 +139,16 @@ def walk(folder: Path, store: Store | None = None) -> Chain:
     manifest = Manifest.read(root / MANIFEST_NAME)
     copies = copied_manifests(root)
     objects = [root.parent, (store or Store()).objects]
-    first = Node(manifest.asset, manifest.partition, manifest.fingerprint, manifest.data_version, "root", root, root / MANIFEST_NAME, manifest)
+    first = Node(
+        manifest.asset,
+        manifest.partition,
+        manifest.fingerprint,
+        manifest.data_version,
+        "root",
+        root,
+        root / MANIFEST_NAME,
+        manifest,
+    )
     nodes: dict[str, Node] = {}
     _visit(first, objects, copies, nodes)
     return Chain(root, tuple(reversed(nodes.values())))
@@ -153,7 +169,12 @@ def _found(entry: InputEntry, objects: list[Path], copies: Mapping[str, Path]) -
         manifest_path = path / MANIFEST_NAME
         if manifest_path.is_file():
             try:
-                return Node(**_recorded(entry), path=path, manifest_path=manifest_path, manifest=Manifest.read(manifest_path))
+                return Node(
+                    **_recorded(entry),
+                    path=path,
+                    manifest_path=manifest_path,
+                    manifest=Manifest.read(manifest_path),
+                )
             except InputError as error:
                 problem = str(error)
     copy = copies.get(entry.fingerprint)

@@ -105,7 +105,9 @@ class FileWriter:
             self.close()
         else:
             self._pending = []
-            with contextlib.suppress(OSError):  # the first error is the one to tell, not that the footer fails too
+            with contextlib.suppress(
+                OSError
+            ):  # the first error is the one to tell, not that the footer fails too
                 self._writer.close()
 
 
@@ -215,7 +217,13 @@ def first_offenders(path: Path, count: int = 10) -> list[dict[str, str]]:
     """The first rows of a rejects file, for people: where, why, and the beginning of the raw row."""
     found: list[dict[str, str]] = []
     for row in read_rows([path]):
-        found.append({"where": f"{row['file']}:{row['line']}", "reasons": ", ".join(row["reasons"]), "raw": row["raw"][:200]})
+        found.append(
+            {
+                "where": f"{row['file']}:{row['line']}",
+                "reasons": ", ".join(row["reasons"]),
+                "raw": row["raw"][:200],
+            }
+        )
         if len(found) == count:
             break
     return found

@@ -19,7 +19,9 @@ def _config(branch: Branch) -> EvaluationStageConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
+    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
+        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+    )
     for grader in recipe.evaluation.graders:
         if isinstance(grader, JsonSchemaGrader) and isinstance(grader.schema_, str):
             found[grader.schema_] = _digest(grader.name, project_path(grader.schema_))
@@ -31,7 +33,9 @@ def _outside(branch: Branch) -> dict[str, str]:
 
 def _digest(grader: str, path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"grader {grader}: {path} does not exist (relative paths start at the folder of dagster.yaml)")
+        raise InputError(
+            f"grader {grader}: {path} does not exist (relative paths start at the folder of dagster.yaml)"
+        )
     return digest_file(path)
 
 
@@ -60,7 +64,9 @@ def grader_sources(grader: PythonGrader) -> dict[str, Path]:
         except (ImportError, ValueError) as error:
             raise InputError(f"grader {grader.name}: {module} cannot be imported ({error})") from error
         if spec is None:
-            raise InputError(f"grader {grader.name}: there is no module {module} in the project root {root} or among the installed packages")
+            raise InputError(
+                f"grader {grader.name}: there is no module {module} in the project root {root} or among the installed packages"
+            )
         if spec.origin and Path(spec.origin).is_file():
             found[module] = Path(spec.origin)
     return found
@@ -97,8 +103,16 @@ STAGE = Stage(
     build="sft_pipeline.stages.evaluation.build:build",
     checks=(
         CheckSpec("gates_passed", True, "The chosen checkpoint passes every gate on the validation side."),
-        CheckSpec("improvement", True, "On the test side the chosen checkpoint is strictly better than the base on the first ranking term."),
-        CheckSpec("selection_explained", False, "Why this checkpoint was chosen, and whether the lowest loss would have chosen another."),
+        CheckSpec(
+            "improvement",
+            True,
+            "On the test side the chosen checkpoint is strictly better than the base on the first ranking term.",
+        ),
+        CheckSpec(
+            "selection_explained",
+            False,
+            "Why this checkpoint was chosen, and whether the lowest loss would have chosen another.",
+        ),
         CheckSpec("replies_end", False, "Few replies of the tuned model are cut at max_new_tokens."),
     ),
     outside=_outside,

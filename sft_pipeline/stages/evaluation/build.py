@@ -55,13 +55,22 @@ def build(b: Build) -> Built:
         judged = _judge_checkpoints(models, validation, config, graders, speech, samples, b.report)
         selection = _choose(judged, config)
         b.report.log(f"chosen: {selection.why}")
-        tuned, base, shown = _judge_test(models, selection.step, test, config, graders, speech, samples, b.report)
+        tuned, base, shown = _judge_test(
+            models, selection.step, test, config, graders, speech, samples, b.report
+        )
     finally:
         samples.close()
     comparisons = compare_sides(base, tuned, test, graders, config)
     _report_test(comparisons, selection.step, shown, b.report)
     groups = {s.name: _groups(s.parts) for s in (validation, test)}
-    write_json(b.out / "evaluation.json", _rounded(_summary(config, judged, selection, base, tuned, comparisons, (validation, test), groups, ungradable)))
+    write_json(
+        b.out / "evaluation.json",
+        _rounded(
+            _summary(
+                config, judged, selection, base, tuned, comparisons, (validation, test), groups, ungradable
+            )
+        ),
+    )
     return Built(
         counts={
             "checkpoints": len(judged),
@@ -87,7 +96,9 @@ def build(b: Build) -> Built:
             "checkpoints": table(checkpoint_rows(selection)),
             "choice": text(selection.why),
             "samples": table(shown),
-            **{f"tuned_{c.name}": number(c.tuned.value) for c in comparisons if not math.isnan(c.tuned.value)},
+            **{
+                f"tuned_{c.name}": number(c.tuned.value) for c in comparisons if not math.isnan(c.tuned.value)
+            },
             **{f"base_{c.name}": number(c.base.value) for c in comparisons if not math.isnan(c.base.value)},
         },
     )
@@ -99,7 +110,11 @@ def checkpoints_of(trained: Artifact) -> dict[int, Path]:
     Raises:
         InputError: There are none.
     """
-    found = {int(p.name.removeprefix("checkpoint-")): p for p in trained.path.glob("checkpoint-*") if (p / "bundle.json").is_file()}
+    found = {
+        int(p.name.removeprefix("checkpoint-")): p
+        for p in trained.path.glob("checkpoint-*")
+        if (p / "bundle.json").is_file()
+    }
     if not found:
         raise InputError(f"{trained.manifest.asset}: no checkpoint in {trained.path}; materialize it again")
     return dict(sorted(found.items()))
@@ -114,22 +129,43 @@ def side_of(tokenized: Artifact, name: str, config: EvaluationConfig, generated:
 def _check_side(side: Side, graders: Sequence[Grader], report: Reporter) -> dict[str, int]:
     if not side.positions:
         return {}
-    counts = check_expected(graders, [(r.row_id, r.completion) for r in held_out_rows(side.parts, side.positions)])
+    counts = check_expected(
+        graders, [(r.row_id, r.completion) for r in held_out_rows(side.parts, side.positions)]
+    )
     if line := graded_rows(counts, len(side.positions)):
         report.log(f"{side.name}: {line}", level="warning")
     return counts
 
 
 def _judge_checkpoints(
-    models: Models, side: Side, config: EvaluationConfig, graders: Sequence[Grader], speech: Speech, samples: SamplesWriter, report: Reporter
+    models: Models,
+    side: Side,
+    config: EvaluationConfig,
+    graders: Sequence[Grader],
+    speech: Speech,
+    samples: SamplesWriter,
+    report: Reporter,
 ) -> dict[int, Judgement]:
     judged = {}
     for step in models.checkpoints:
-        found = judge(models.tuned(step), side, config, graders, speech, report, name=f"evaluating step {step}", keep=samples.keeper(side.name, step))
+        found = judge(
+            models.tuned(step),
+            side,
+            config,
+            graders,
+            speech,
+            report,
+            name=f"evaluating step {step}",
+            keep=samples.keeper(side.name, step),
+        )
         judged[step] = found
         values = {"val_loss": found.loss, **found.means()}
         report.metrics({f"validation/{k}": v for k, v in values.items() if not math.isnan(v)}, step=step)
-        report.log(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()) + (f", {found.unfinished} replies cut" if found.unfinished else ""))
+        report.log(
+            f"step {step}: "
+            + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+            + (f", {found.unfinished} replies cut" if found.unfinished else "")
+        )
     return judged
 
 
@@ -139,7 +175,14 @@ def _choose(judged: Mapping[int, Judgement], config: EvaluationConfig) -> Select
 
 
 def _judge_test(
-    models: Models, step: int, side: Side, config: EvaluationConfig, graders: Sequence[Grader], speech: Speech, samples: SamplesWriter, report: Reporter
+    models: Models,
+    step: int,
+    side: Side,
+    config: EvaluationConfig,
+    graders: Sequence[Grader],
+    speech: Speech,
+    samples: SamplesWriter,
+    report: Reporter,
 ) -> tuple[Judgement, Judgement, list[dict[str, Any]]]:
     """(tuned, base, a few samples with both replies)."""
     kept: list[dict[str, Any]] = []
@@ -149,7 +192,16 @@ def _judge_test(
         keep(rows)
         kept.extend(rows if len(kept) < 1000 else [])
 
-    tuned = judge(models.tuned(step), side, config, graders, speech, report, name=f"test side, step {step}", keep=keep_tuned)
+    tuned = judge(
+        models.tuned(step),
+        side,
+        config,
+        graders,
+        speech,
+        report,
+        name=f"test side, step {step}",
+        keep=keep_tuned,
+    )
     shown = some_samples(kept)
     wanted = {s["row_id"]: s for s in shown}
     keep_base = samples.keeper(side.name, None)
@@ -165,12 +217,25 @@ def _judge_test(
     return tuned, base, shown
 
 
-def compare_sides(base: Judgement, tuned: Judgement, side: Side, graders: Sequence[Grader], config: EvaluationConfig) -> list[Comparison]:
+def compare_sides(
+    base: Judgement, tuned: Judgement, side: Side, graders: Sequence[Grader], config: EvaluationConfig
+) -> list[Comparison]:
     """One comparison for each grader, on the generated rows, and one of the loss, on all rows."""
     groups = _groups(side.parts)
     generated = [groups[p] for p in side.positions]
-    found = [compare(g.name, base.scores[g.name], tuned.scores[g.name], generated, seed=config.decoding.seed) for g in graders]
-    loss = compare(TEST_LOSS, base.nll, tuned.nll, groups, weights=base.tokens, lower_is_better=True, seed=config.decoding.seed)
+    found = [
+        compare(g.name, base.scores[g.name], tuned.scores[g.name], generated, seed=config.decoding.seed)
+        for g in graders
+    ]
+    loss = compare(
+        TEST_LOSS,
+        base.nll,
+        tuned.nll,
+        groups,
+        weights=base.tokens,
+        lower_is_better=True,
+        seed=config.decoding.seed,
+    )
     return [*found, loss]
 
 
@@ -180,10 +245,16 @@ def _groups(parts: Sequence[Path]) -> list[str]:
     return [g for part in parts for g in pq.read_table(part, columns=["group"]).column(0).to_pylist()]
 
 
-def _report_test(comparisons: Sequence[Comparison], step: int, shown: list[dict[str, Any]], report: Reporter) -> None:
+def _report_test(
+    comparisons: Sequence[Comparison], step: int, shown: list[dict[str, Any]], report: Reporter
+) -> None:
     values: dict[str, float] = {}
     for c in comparisons:
-        values |= {f"test/base_{c.name}": c.base.value, f"test/tuned_{c.name}": c.tuned.value, f"test/difference_{c.name}": c.difference.value}
+        values |= {
+            f"test/base_{c.name}": c.base.value,
+            f"test/tuned_{c.name}": c.tuned.value,
+            f"test/difference_{c.name}": c.difference.value,
+        }
     report.metrics({k: v for k, v in values.items() if not math.isnan(v)}, step=step)
     if shown:
         report.samples(shown, step=step)
@@ -205,7 +276,8 @@ def _summary(
         "rank_by": list(config.rank_by),
         "lowest_val_loss_step": selection.lowest_loss,
         "checkpoints": [
-            {**table_rows[step], "unfinished": j.unfinished, "supervised_tokens": int(j.tokens.sum())} for step, j in judged.items()
+            {**table_rows[step], "unfinished": j.unfinished, "supervised_tokens": int(j.tokens.sum())}
+            for step, j in judged.items()
         ],
         "base": {name: c["base"]["value"] for name, c in found.items()},
         "tuned": {name: c["tuned"]["value"] for name, c in found.items()},
@@ -239,6 +311,8 @@ def _plots(out: Path, comparisons: Sequence[Comparison], selection: Selection) -
     plot_checkpoints(out / "plots" / "checkpoints.png", selection)
     found = {"scores_over_steps": plot("plots/checkpoints.png")}
     if any(np.isfinite(c.tuned.value) for c in comparisons):
-        plot_comparison(out / "plots" / "base_vs_tuned.png", [c for c in comparisons if np.isfinite(c.tuned.value)])
+        plot_comparison(
+            out / "plots" / "base_vs_tuned.png", [c for c in comparisons if np.isfinite(c.tuned.value)]
+        )
         found = {"base_vs_tuned_plot": plot("plots/base_vs_tuned.png"), **found}
     return found

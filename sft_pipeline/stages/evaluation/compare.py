@@ -85,13 +85,20 @@ def compare(
     n_groups = len(names)
     if len(a) == 0 or w.sum() == 0:
         nothing = Interval(math.nan, math.nan, math.nan)
-        return Comparison(name, lower_is_better, len(a), n_groups, nothing, nothing, nothing, math.nan, 0, 0, 0)
-    per_group = np.stack([np.bincount(member, weights=x, minlength=n_groups) for x in (a, b, w)])  # (3, groups)
+        return Comparison(
+            name, lower_is_better, len(a), n_groups, nothing, nothing, nothing, math.nan, 0, 0, 0
+        )
+    per_group = np.stack(
+        [np.bincount(member, weights=x, minlength=n_groups) for x in (a, b, w)]
+    )  # (3, groups)
     drawn = _resampled(per_group, seed, resamples)  # (3, resamples)
     kept = drawn[2] > 0
     mean_a, mean_b = drawn[0][kept] / drawn[2][kept], drawn[1][kept] / drawn[2][kept]
     whole = [math.fsum(x) / math.fsum(w) for x in (a, b)]
-    intervals = [_widened(_interval(value, drawn), x, n_groups) for value, drawn, x in ((whole[0], mean_a, a), (whole[1], mean_b, b))]
+    intervals = [
+        _widened(_interval(value, drawn), x, n_groups)
+        for value, drawn, x in ((whole[0], mean_a, a), (whole[1], mean_b, b))
+    ]
     row_a, row_b = (x / np.where(w > 0, w, 1) for x in (a, b))
     higher, lower = int((row_b > row_a).sum()), int((row_b < row_a).sum())
     wins, losses = (lower, higher) if lower_is_better else (higher, lower)

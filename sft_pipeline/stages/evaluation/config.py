@@ -13,7 +13,10 @@ class JsonSchemaGrader(Config):
 
     name: str
     kind: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any] | str, Field(alias="schema", description="a JSON Schema, or the path of a file with one")]
+    schema_: Annotated[
+        dict[str, Any] | str,
+        Field(alias="schema", description="a JSON Schema, or the path of a file with one"),
+    ]
 
 
 class JsonFieldsGrader(Config):
@@ -77,9 +80,13 @@ class EvaluationConfig(Config):
 
     graders: list[Grader] = []
     gates: Annotated[list[str], Field(description='for example "format_pass_rate >= 0.98"')] = []
-    rank_by: Annotated[list[str], Field(min_length=1, description="names in order of weight; a minus means lower is better")] = ["-val_loss"]
+    rank_by: Annotated[
+        list[str], Field(min_length=1, description="names in order of weight; a minus means lower is better")
+    ] = ["-val_loss"]
     require_improvement: bool = True
-    max_rows: Annotated[int | None, Field(ge=1, description="rows per side that are generated; null: all")] = None
+    max_rows: Annotated[
+        int | None, Field(ge=1, description="rows per side that are generated; null: all")
+    ] = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 32
     decoding: DecodingConfig = DecodingConfig()
@@ -95,10 +102,14 @@ class EvaluationConfig(Config):
             if len(words) != 3 or words[1] not in (">=", ">", "<=", "<", "==") or not _is_number(words[2]):
                 raise ValueError(f'gate "{gate}": write it as "NAME >= NUMBER" (also >, <=, <, ==)')
             if words[0] not in known:
-                raise ValueError(f'gate "{gate}": no grader is named {words[0]}; known: {", ".join(sorted(known))}')
+                raise ValueError(
+                    f'gate "{gate}": no grader is named {words[0]}; known: {", ".join(sorted(known))}'
+                )
         for term in self.rank_by:
             if term.lstrip("-") not in known:
-                raise ValueError(f"rank_by {term}: no grader is named {term.lstrip('-')}; known: {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"rank_by {term}: no grader is named {term.lstrip('-')}; known: {', '.join(sorted(known))}"
+                )
         return self
 
 

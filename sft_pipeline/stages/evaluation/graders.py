@@ -35,7 +35,9 @@ from sft_pipeline.stages.evaluation.parsing import (
     parse_json,
 )
 
-GraderConfig = JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader
+GraderConfig = (
+    JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader
+)
 Row = Mapping[str, Any]
 """What a Python grader sees of a row: row_id, group, prompt (text), completion."""
 
@@ -100,7 +102,9 @@ def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, s
             )
         lacking = set.intersection(*(set(grader.lacks(c)) for c in usable)) if usable else set()
         if lacking:
-            raise InputError(f"grader {grader.name}: no expected completion has the field {sorted(lacking)[0]!r}; is it misspelt?")
+            raise InputError(
+                f"grader {grader.name}: no expected completion has the field {sorted(lacking)[0]!r}; is it misspelt?"
+            )
         counts[grader.name] = len(bad)
     return counts
 
@@ -119,7 +123,9 @@ def _json_schema(config: JsonSchemaGrader) -> Grader:
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise InputError(f"grader {config.name}: not a JSON Schema: {error.message} (at {error.json_path})") from error
+        raise InputError(
+            f"grader {config.name}: not a JSON Schema: {error.message} (at {error.json_path})"
+        ) from error
     # An empty registry: a `$ref` to elsewhere is an error, never a download that the fingerprint does not cover.
     validator = kind(schema, registry=referencing.Registry())
 
@@ -129,7 +135,9 @@ def _json_schema(config: JsonSchemaGrader) -> Grader:
         except Unparsable:
             return 0.0
         except referencing.exceptions.Unresolvable as error:
-            raise InputError(f"grader {config.name}: the schema refers to {error.ref!r}, which is not inside it: put it under $defs") from error
+            raise InputError(
+                f"grader {config.name}: the schema refers to {error.ref!r}, which is not inside it: put it under $defs"
+            ) from error
 
     return Grader(config.name, score)
 
@@ -146,7 +154,9 @@ def load_schema(config: JsonSchemaGrader) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"grader {config.name}: the schema file {path} cannot be read ({error.strerror})") from error
+        raise InputError(
+            f"grader {config.name}: the schema file {path} cannot be read ({error.strerror})"
+        ) from error
     except ValueError as error:
         raise InputError(f"grader {config.name}: the schema file {path} is not JSON: {error}") from error
 
@@ -200,7 +210,11 @@ def _regex(config: RegexGrader) -> Grader:
         got = found(reply)
         return float(got is not None and got == found(completion))
 
-    return Grader(config.name, score, lambda c: None if found(c) is not None else "the pattern is not found in the completion")
+    return Grader(
+        config.name,
+        score,
+        lambda c: None if found(c) is not None else "the pattern is not found in the completion",
+    )
 
 
 def _numeric_answer(config: NumericAnswerGrader) -> Grader:
@@ -212,7 +226,11 @@ def _numeric_answer(config: NumericAnswerGrader) -> Grader:
         return float(got is not None and want is not None and abs(got - want) <= config.tolerance)
 
     where = "" if config.after is None else f" after {config.after!r}"
-    return Grader(config.name, score, lambda c: None if number(c) is not None else f"the completion has no number{where}")
+    return Grader(
+        config.name,
+        score,
+        lambda c: None if number(c) is not None else f"the completion has no number{where}",
+    )
 
 
 def _python(config: PythonGrader) -> Grader:
@@ -235,7 +253,9 @@ def _python(config: PythonGrader) -> Grader:
         try:
             value = function(reply, completion, dict(row))
         except Exception as error:
-            raise InputError(f"{where}: {config.callable} raised {type(error).__name__}: {error}. A reply it cannot read should score 0") from error
+            raise InputError(
+                f"{where}: {config.callable} raised {type(error).__name__}: {error}. A reply it cannot read should score 0"
+            ) from error
         try:
             number = float(value)
         except (TypeError, ValueError):

@@ -94,7 +94,15 @@ def judge(
         keep: Is given the sample rows: row_id, group, prompt, reply, expected, finished, and each grader's score.
     """
     with threads_for(model):
-        return _judge(model, side, config, graders, speech, _Span(report, name, count_rows(side.parts) + len(side.positions)), keep)
+        return _judge(
+            model,
+            side,
+            config,
+            graders,
+            speech,
+            _Span(report, name, count_rows(side.parts) + len(side.positions)),
+            keep,
+        )
 
 
 def _judge(
@@ -114,7 +122,15 @@ def _judge(
                 scores[grader].append(score)
             unfinished += not finished
             samples.append(
-                {"row_id": row.row_id, "group": row.group, "prompt": prompt, "reply": text, "expected": row.completion, "finished": finished, "scores": graded}
+                {
+                    "row_id": row.row_id,
+                    "group": row.group,
+                    "prompt": prompt,
+                    "reply": text,
+                    "expected": row.completion,
+                    "finished": finished,
+                    "scores": graded,
+                }
             )
         keep(samples)
         span.passed(len(rows))
@@ -151,7 +167,9 @@ def _losses(model: Any, side: Side, span: _Span) -> tuple[np.ndarray, np.ndarray
     return np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.int64)
 
 
-def _replies(model: Any, rows: Sequence[HeldOut], config: EvaluationConfig, speech: Speech, span: _Span) -> list[Reply]:
+def _replies(
+    model: Any, rows: Sequence[HeldOut], config: EvaluationConfig, speech: Speech, span: _Span
+) -> list[Reply]:
     """A reply to each row. Greedily, equal prompts have equal replies, and each is generated once."""
     prompts = [tuple(r.prompt) for r in rows]
     decoding = config.decoding
@@ -161,8 +179,14 @@ def _replies(model: Any, rows: Sequence[HeldOut], config: EvaluationConfig, spee
     else:
         distinct = list(dict.fromkeys(prompts))
     replies = generate(
-        model, [list(p) for p in distinct], max_new_tokens=config.max_new_tokens, stop_ids=set(speech.stop_ids),
-        pad_id=speech.pad_id, batch_size=config.batch_size, decoding=decoding, report=span,
+        model,
+        [list(p) for p in distinct],
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=set(speech.stop_ids),
+        pad_id=speech.pad_id,
+        batch_size=config.batch_size,
+        decoding=decoding,
+        report=span,
     )
     if len(distinct) == len(prompts):
         return replies

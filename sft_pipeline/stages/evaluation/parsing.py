@@ -69,7 +69,9 @@ def json_equal(a: Any, b: Any) -> bool:
 
 
 # Digits with thousands commas, or plain, with a decimal part; not from the middle of a longer number.
-_DIGITS = r"(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|(?<!\d)\.\d+)"
+_DIGITS = (
+    r"(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|(?<!\d)\.\d+)"
+)
 # A minus is a sign unless it follows a digit, a letter or a closing bracket ("10-5", "T-5").
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]])[-+]\s?)?(?P<unit>[$€£¥]\s?)?(?P<sign2>(?<=[$€£¥])-)?"

@@ -57,6 +57,13 @@ def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[H
         while following is not None and following < start + batch.num_rows:
             row = batch.slice(following - start, 1).to_pylist()[0]
             n = row["prompt_length"]
-            yield HeldOut(following, row["row_id"], row["group"], row["input_ids"][:n], row["input_ids"][n:], row["completion"])
+            yield HeldOut(
+                following,
+                row["row_id"],
+                row["group"],
+                row["input_ids"][:n],
+                row["input_ids"][n:],
+                row["completion"],
+            )
             following = next(wanted, None)
         start += batch.num_rows

@@ -26,15 +26,30 @@ class SamplesWriter:
     def __init__(self, path: Path, graders: Sequence[str]) -> None:
         self.columns = score_columns(graders)
         text = [(c, pa.string()) for c in ("side", "model")]
-        middle = [("step", pa.int64()), *((c, pa.string()) for c in ("row_id", "group", "prompt", "reply", "expected"))]
-        self.file = FileWriter(path, pa.schema([*text, *middle, ("finished", pa.bool_()), *((c, pa.float64()) for c in self.columns.values())]))
+        middle = [
+            ("step", pa.int64()),
+            *((c, pa.string()) for c in ("row_id", "group", "prompt", "reply", "expected")),
+        ]
+        self.file = FileWriter(
+            path,
+            pa.schema(
+                [
+                    *text,
+                    *middle,
+                    ("finished", pa.bool_()),
+                    *((c, pa.float64()) for c in self.columns.values()),
+                ]
+            ),
+        )
 
     def keeper(self, side: str, step: int | None) -> Callable[[list[dict[str, Any]]], None]:
         """Takes the samples of one model on one side."""
         model = "base" if step is None else f"checkpoint-{step}"
 
         def keep(rows: list[dict[str, Any]]) -> None:
-            self.file.append([{"side": side, "model": model, "step": step, **_flat(r, self.columns)} for r in rows])
+            self.file.append(
+                [{"side": side, "model": model, "step": step, **_flat(r, self.columns)} for r in rows]
+            )
 
         return keep
 
@@ -43,4 +58,7 @@ class SamplesWriter:
 
 
 def _flat(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    return {**{k: v for k, v in row.items() if k != "scores"}, **{columns[g]: s for g, s in row["scores"].items()}}
+    return {
+        **{k: v for k, v in row.items() if k != "scores"},
+        **{columns[g]: s for g, s in row["scores"].items()},
+    }

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+    "==": operator.eq,
 }
 
 
@@ -86,7 +90,11 @@ def select(candidates: Sequence[Candidate], gates: Sequence[Gate], rank_by: Sequ
     ranked.sort(key=lambda c: bool(failed[c.step]))
     winner = ranked[0]
     rank = {c.step: i + 1 for i, c in enumerate(ranked)}
-    losses = [(c.scores["val_loss"], c.step) for c in candidates if not math.isnan(c.scores.get("val_loss", math.nan))]
+    losses = [
+        (c.scores["val_loss"], c.step)
+        for c in candidates
+        if not math.isnan(c.scores.get("val_loss", math.nan))
+    ]
     lowest = min(losses)[1] if losses else None
     table = [
         {
@@ -107,7 +115,13 @@ def _shown(candidate: Candidate, term: str) -> str:
     return f"{name} {candidate.scores[name]:.4g}"
 
 
-def _words(ranked: Sequence[Candidate], failed: Mapping[int, list[str]], gates: Sequence[Gate], rank_by: Sequence[str], lowest: int | None) -> str:
+def _words(
+    ranked: Sequence[Candidate],
+    failed: Mapping[int, list[str]],
+    gates: Sequence[Gate],
+    rank_by: Sequence[str],
+    lowest: int | None,
+) -> str:
     winner = ranked[0]
     passing = [c for c in ranked if not failed[c.step]]
     total = len(ranked)
@@ -115,7 +129,9 @@ def _words(ranked: Sequence[Candidate], failed: Mapping[int, list[str]], gates: 
     if gates and passing:
         said.append(f"{len(passing)} of {total} checkpoints pass the gates ({', '.join(map(str, gates))})")
     elif gates:
-        nearest = ", ".join(f"{g.name} {winner.scores[g.name]:.4g} ({g} asked)" for g in gates if not g.met(winner.scores))
+        nearest = ", ".join(
+            f"{g.name} {winner.scores[g.name]:.4g} ({g} asked)" for g in gates if not g.met(winner.scores)
+        )
         said.append(f"no checkpoint passes the gates; step {winner.step} is the best by rank, with {nearest}")
     pool = passing or list(ranked)
     others = pool[1:]
@@ -129,13 +145,23 @@ def _words(ranked: Sequence[Candidate], failed: Mapping[int, list[str]], gates: 
             if not tied:
                 best = "lowest" if term.startswith("-") else "highest"
                 among = f" of those tied on {first.lstrip('-')}" if term != first else ""
-                said.append(f"step {winner.step} has the {best} {_shown(winner, term)}{among}, before step {others[0].step} with {others[0].scores[name]:.4g}")
+                said.append(
+                    f"step {winner.step} has the {best} {_shown(winner, term)}{among}, before step {others[0].step} with {others[0].scores[name]:.4g}"
+                )
                 break
             others = tied
         else:
-            said.append(f"step {winner.step} ties with step {others[0].step} on {', '.join(t.lstrip('-') for t in rank_by)} and is the earlier one")
+            said.append(
+                f"step {winner.step} ties with step {others[0].step} on {', '.join(t.lstrip('-') for t in rank_by)} and is the earlier one"
+            )
     if lowest is not None and lowest != winner.step:
         by_step = {c.step: c for c in ranked}
-        reason = "fails " + ", ".join(failed[lowest]) if failed[lowest] and not failed[winner.step] else f"has {_shown(by_step[lowest], first)} against {winner.scores[first.lstrip('-')]:.4g}"
-        said.append(f"step {lowest} has the lowest val_loss ({by_step[lowest].scores['val_loss']:.4g}) but {reason}")
+        reason = (
+            "fails " + ", ".join(failed[lowest])
+            if failed[lowest] and not failed[winner.step]
+            else f"has {_shown(by_step[lowest], first)} against {winner.scores[first.lstrip('-')]:.4g}"
+        )
+        said.append(
+            f"step {lowest} has the lowest val_loss ({by_step[lowest].scores['val_loss']:.4g}) but {reason}"
+        )
     return "; ".join(said)

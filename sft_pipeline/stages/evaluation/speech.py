@@ -43,7 +43,9 @@ def tokenizer_of(tokenized: Artifact) -> Tokenizer:
     tokenizer = load_tokenizer(config.tokenizer, config.revision)
     recorded = formatting_of(tokenized)["tokenizer_sha256"]
     if tokenizer.sha256 != recorded:
-        raise InputError(f"tokenizer {config.tokenizer}: its files are not those that {tokenized.manifest.asset} was made with; materialize it again")
+        raise InputError(
+            f"tokenizer {config.tokenizer}: its files are not those that {tokenized.manifest.asset} was made with; materialize it again"
+        )
     return tokenizer
 
 

@@ -25,7 +25,9 @@ def gates_passed(selection: Selection, config: EvaluationConfig, rows: int) -> C
     if not config.gates:
         description = f"no gates are set; step {selection.step} was chosen: {selection.why}"
         return Check("gates_passed", True, description, {"checkpoints": table(selection.table)})
-    shown = ", ".join(f"{name} {winner[name]:.4g}" for name in dict.fromkeys(g.split()[0] for g in config.gates))
+    shown = ", ".join(
+        f"{name} {winner[name]:.4g}" for name in dict.fromkeys(g.split()[0] for g in config.gates)
+    )
     if not rows:
         description = f"the validation side has no rows, so that no checkpoint can be judged against {', '.join(config.gates)}: raise split.validation"
     elif selection.passed:
@@ -42,7 +44,18 @@ def improvement(comparisons: Mapping[str, Comparison], config: EvaluationConfig)
     evidence = {
         "base": number(found.base.value),
         "tuned": number(found.tuned.value),
-        "difference": table([{"measure": found.name, **found.to_json()["difference"], "p_value": found.to_json()["p_value"], "wins": found.wins, "losses": found.losses, "ties": found.ties}]),
+        "difference": table(
+            [
+                {
+                    "measure": found.name,
+                    **found.to_json()["difference"],
+                    "p_value": found.to_json()["p_value"],
+                    "wins": found.wins,
+                    "losses": found.losses,
+                    "ties": found.ties,
+                }
+            ]
+        ),
     }
     if math.isnan(found.tuned.value):
         passed, said = False, f"{found.name} cannot be measured: the test side has no rows. Raise split.test"
@@ -56,7 +69,9 @@ def improvement(comparisons: Mapping[str, Comparison], config: EvaluationConfig)
             f"{found.difference.low:+.4g} to {found.difference.high:+.4g}; {found.wins} better, {found.losses} worse, p = {found.p_value:.2g})"
         )
     if not config.require_improvement:
-        return Check("improvement", True, f"not required (evaluation.require_improvement is false): {said}", evidence)
+        return Check(
+            "improvement", True, f"not required (evaluation.require_improvement is false): {said}", evidence
+        )
     return Check("improvement", passed, said, evidence)
 
 
@@ -74,10 +89,16 @@ def replies_end(unfinished: int, generated: int, config: EvaluationConfig) -> Ch
     description = f"{unfinished} of {generated} test replies of the tuned model were cut at max_new_tokens {config.max_new_tokens}"
     if not passed:
         description += "; they were graded as they are. Raise evaluation.max_new_tokens, or see whether the model learned to stop"
-    return Check("replies_end", passed, description, {"unfinished": number(unfinished), "share": number(share)})
+    return Check(
+        "replies_end", passed, description, {"unfinished": number(unfinished), "share": number(share)}
+    )
 
 
 def graded_rows(ungradable: Mapping[str, int], rows: int) -> str | None:
     """A line about expected completions that a grader cannot grade against, None where there are none."""
     found: Sequence[str] = [f"{name} {n}" for name, n in ungradable.items() if n]
-    return f"expected completions that a grader cannot grade against (they score 0), of {rows}: {', '.join(found)}" if found else None
+    return (
+        f"expected completions that a grader cannot grade against (they score 0), of {rows}: {', '.join(found)}"
+        if found
+        else None
+    )

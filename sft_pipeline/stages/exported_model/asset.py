@@ -8,12 +8,16 @@ from sft_pipeline.stages.tokenized_rows.config import TOKENIZER_FILES, split_rev
 
 def _config(branch: Branch) -> ExportedModelConfig:
     recipe = branch.the_recipe()
-    return ExportedModelConfig(export=recipe.export, model=recipe.model, recipe=recipe.name, dataset=recipe.dataset)
+    return ExportedModelConfig(
+        export=recipe.export, model=recipe.model, recipe=recipe.name, dataset=recipe.dataset
+    )
 
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
+    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
+        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+    )
 
 
 STAGE = Stage(
@@ -24,9 +28,21 @@ STAGE = Stage(
     config=_config,
     build="sft_pipeline.stages.exported_model.build:build",
     checks=(
-        CheckSpec("merged_equals_adapter", True, "The exported weights, loaded again, give the logits of base and adapter within what rounding explains."),
-        CheckSpec("reload_answers_equal", True, "Loaded with AutoModelForCausalLM and AutoTokenizer alone, the export gives the same greedy answers."),
-        CheckSpec("served_prompt_equal", True, "The exported tokenizer and template turn messages into exactly the prompt ids of training."),
+        CheckSpec(
+            "merged_equals_adapter",
+            True,
+            "The exported weights, loaded again, give the logits of base and adapter within what rounding explains.",
+        ),
+        CheckSpec(
+            "reload_answers_equal",
+            True,
+            "Loaded with AutoModelForCausalLM and AutoTokenizer alone, the export gives the same greedy answers.",
+        ),
+        CheckSpec(
+            "served_prompt_equal",
+            True,
+            "The exported tokenizer and template turn messages into exactly the prompt ids of training.",
+        ),
         CheckSpec("safetensors_only", True, "No weights in a format that can run code."),
         CheckSpec("no_machine_paths", True, "No exported file names a folder of this machine."),
     ),

@@ -60,12 +60,16 @@ class _Proof:
 
 def build(b: Build) -> Built:
     config: ExportedModelConfig = b.config
-    tokenized, trained, evaluated = (b.inputs[n] for n in ("tokenized_rows", "trained_checkpoints", "evaluation"))
+    tokenized, trained, evaluated = (
+        b.inputs[n] for n in ("tokenized_rows", "trained_checkpoints", "evaluation")
+    )
     evaluation = json.loads(evaluated.file("evaluation.json").read_text(encoding="utf-8"))
     step = evaluation["chosen_step"]
     checkpoint = trained.file(f"checkpoint-{step}")
     if not checkpoint.is_dir():
-        raise InputError(f"{evaluated.manifest.asset} chose step {step}, which {trained.manifest.asset} has no checkpoint of; materialize evaluation again")
+        raise InputError(
+            f"{evaluated.manifest.asset} chose step {step}, which {trained.manifest.asset} has no checkpoint of; materialize evaluation again"
+        )
     formatting, tokenizer, speech = formatting_of(tokenized), tokenizer_of(tokenized), speech_of(tokenized)
     tick = _Steps(b.report)
     adapter = merging.has_adapter(checkpoint)
@@ -73,19 +77,31 @@ def build(b: Build) -> Built:
     folder = b.out / ("merged" if merged else "adapter")
     if adapter:
         merging.write_adapter(checkpoint, b.out / "adapter", config.model)
-    write_tokenizer(tokenizer, formatting["chat_template"], folder, pad_id=speech.pad_id, with_tools=formatting["chat_template_with_tools"])
+    write_tokenizer(
+        tokenizer,
+        formatting["chat_template"],
+        folder,
+        pad_id=speech.pad_id,
+        with_tools=formatting["chat_template_with_tools"],
+    )
     tick("weights")
     rows = probe_rows(tokenized, PROBES)
     if not rows:
         raise InputError(f"{tokenized.manifest.asset} has no rows to prove the export with")
     settings = {"stop_ids": sorted(speech.stop_ids), "pad_id": speech.pad_id}
     if merged:
-        proof = _write_and_prove(config, checkpoint, folder, rows, evaluation, evaluated, speech.decode, settings, tick)
+        proof = _write_and_prove(
+            config, checkpoint, folder, rows, evaluation, evaluated, speech.decode, settings, tick
+        )
     else:
-        proof = _prove_adapter(config.model, checkpoint, folder, rows, evaluation, evaluated, speech.decode, settings, tick)
+        proof = _prove_adapter(
+            config.model, checkpoint, folder, rows, evaluation, evaluated, speech.decode, settings, tick
+        )
     served = reload_tokenizer(folder)
     template = load_template(tokenized.manifest.config["template"]["chat_template"], tokenizer)
-    prompts = compare_prompts(tokenized, b.inputs["grouped_split"], served, tokenizer, template, tokenized.manifest.config)
+    prompts = compare_prompts(
+        tokenized, b.inputs["grouped_split"], served, tokenizer, template, tokenized.manifest.config
+    )
     tick("served prompts compared")
     manifests = upstream(list(b.inputs.values()))
     write_lineage(manifests, b.out / "lineage")
@@ -159,7 +175,14 @@ def _write_and_prove(
     free_memory()
     tick("export loaded again")
     quantized = _against_quantized(config.model, checkpoint, sequences, reference)
-    return _Proof(exact, loaded, quantized, _answers(prompts, before, after, decode), _as_judged(evaluated, evaluation, rows, before, settings, decode, new_tokens), dtype)
+    return _Proof(
+        exact,
+        loaded,
+        quantized,
+        _answers(prompts, before, after, decode),
+        _as_judged(evaluated, evaluation, rows, before, settings, decode, new_tokens),
+        dtype,
+    )
 
 
 def _prove_adapter(
@@ -179,15 +202,27 @@ def _prove_adapter(
     tick("checkpoint loaded")
     base = load_base(merging.unquantized(config), dtype=torch.float32, device=training_device())
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    loaded, after = difference(reference, logits(model, sequences)), greedy(model, prompts, new_tokens, **stops)
+    loaded, after = (
+        difference(reference, logits(model, sequences)),
+        greedy(model, prompts, new_tokens, **stops),
+    )
     del model, base
     free_memory()
     tick("export loaded again")
     quantized = _against_quantized(config, checkpoint, sequences, reference)
-    return _Proof(None, loaded, quantized, _answers(prompts, before, after, decode), _as_judged(evaluated, evaluation, rows, before, settings, decode, new_tokens), torch.float32)
+    return _Proof(
+        None,
+        loaded,
+        quantized,
+        _answers(prompts, before, after, decode),
+        _as_judged(evaluated, evaluation, rows, before, settings, decode, new_tokens),
+        torch.float32,
+    )
 
 
-def _against_quantized(config: ModelConfig, checkpoint: Path, sequences: list[list[int]], reference: list[torch.Tensor]) -> Difference | None:
+def _against_quantized(
+    config: ModelConfig, checkpoint: Path, sequences: list[list[int]], reference: list[torch.Tensor]
+) -> Difference | None:
     if config.parameterization != "qlora":
         return None
     model = load_for_inference(config, checkpoint)
@@ -197,19 +232,38 @@ def _against_quantized(config: ModelConfig, checkpoint: Path, sequences: list[li
     return found
 
 
-def _answers(prompts: list[list[int]], before: list[list[int]], after: list[list[int]], decode: Any) -> Answers:
-    return Answers([decode(p) for p in prompts], [decode(a) for a in before], [decode(a) for a in after], [a == b for a, b in zip(before, after, strict=True)])
+def _answers(
+    prompts: list[list[int]], before: list[list[int]], after: list[list[int]], decode: Any
+) -> Answers:
+    return Answers(
+        [decode(p) for p in prompts],
+        [decode(a) for a in before],
+        [decode(a) for a in after],
+        [a == b for a, b in zip(before, after, strict=True)],
+    )
 
 
 def _as_judged(
-    evaluated: Artifact, evaluation: dict[str, Any], rows: list[HeldOut], answers: list[list[int]], settings: dict[str, Any], decode: Any, new_tokens: int
+    evaluated: Artifact,
+    evaluation: dict[str, Any],
+    rows: list[HeldOut],
+    answers: list[list[int]],
+    settings: dict[str, Any],
+    decode: Any,
+    new_tokens: int,
 ) -> tuple[int, int] | None:
     """(answers that begin as the evaluation's replies, answers that it has a reply to); None where it generated none, or sampled."""
     if evaluation["decoding"]["temperature"] > 0:
         return None
-    samples = pq.read_table(evaluated.file("samples.parquet"), columns=["row_id", "reply", "step"], filters=[("step", "=", evaluation["chosen_step"])])
+    samples = pq.read_table(
+        evaluated.file("samples.parquet"),
+        columns=["row_id", "reply", "step"],
+        filters=[("step", "=", evaluation["chosen_step"])],
+    )
     replies = {r["row_id"]: r["reply"] for r in samples.to_pylist()}
-    known = [(decode(a).strip(), replies[r.row_id].strip()) for r, a in zip(rows, answers) if r.row_id in replies]
+    known = [
+        (decode(a).strip(), replies[r.row_id].strip()) for r, a in zip(rows, answers) if r.row_id in replies
+    ]
     # Answers are cut at fewer tokens here, and what the template puts around a reply is taken off there.
     same = sum(a == b or (b != "" and b in a) or (len(a) > 0 and b.startswith(a)) for a, b in known)
     return (same, len(known)) if known else None
@@ -218,7 +272,9 @@ def _as_judged(
 def _paired_samples(evaluated: Artifact, step: int, count: int = 4) -> list[dict[str, Any]]:
     """The first test samples of the tuned model, with the base's reply to the same row."""
     columns = ["model", "step", "row_id", "prompt", "reply", "expected"]
-    found = pq.read_table(evaluated.file("samples.parquet"), columns=columns, filters=[("side", "=", "test")]).to_pylist()
+    found = pq.read_table(
+        evaluated.file("samples.parquet"), columns=columns, filters=[("side", "=", "test")]
+    ).to_pylist()
     base = {r["row_id"]: r["reply"] for r in found if r["step"] is None}
     tuned = [r for r in found if r["step"] == step][:count]
     return [{**r, "base_reply": base.get(r["row_id"])} for r in tuned]
@@ -229,20 +285,31 @@ def _as_run(trained: Artifact) -> dict[str, Any]:
     path = trained.file("training.json")
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     parts = {name: data.get(name) or {} for name in ("model", "schedule", "updates")}
-    found = {name: parts["model"].get(name) for name in ("architecture", "precision", "attention", "trainable_parameters", "total_parameters")}
+    found = {
+        name: parts["model"].get(name)
+        for name in ("architecture", "precision", "attention", "trainable_parameters", "total_parameters")
+    }
     found |= {"peak learning rate": parts["schedule"].get("peak"), "updates": parts["updates"].get("done")}
     found |= {name: data.get(name) for name in ("examples", "supervised_tokens", "stopped")}
     return {k: v for k, v in found.items() if v is not None}
 
 
 def _sizes(folder: Path) -> list[dict[str, Any]]:
-    return [{"file": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [
+        {"file": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    ]
 
 
 def _safetensors_only(folder: Path) -> Check:
     found = unsafe_files(folder)
     weights = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors"))
-    said = f"weights are in {', '.join(weights)}" if not found else f"in a format that can run code or hide weights: {', '.join(found)}"
+    said = (
+        f"weights are in {', '.join(weights)}"
+        if not found
+        else f"in a format that can run code or hide weights: {', '.join(found)}"
+    )
     return Check("safetensors_only", not found and bool(weights), said)
 
 
@@ -251,5 +318,9 @@ def _no_machine_paths(folder: Path) -> Check:
     if not found:
         return Check("no_machine_paths", True, "no exported file names a folder of this machine")
     first = found[0]
-    return Check("no_machine_paths", False, f"{len(found)} places name a folder of this machine, first {first['file']} line {first['line']}: {first['text']}", {"places": table(found[:20])})
-
+    return Check(
+        "no_machine_paths",
+        False,
+        f"{len(found)} places name a folder of this machine, first {first['file']} line {first['line']}: {first['text']}",
+        {"places": table(found[:20])},
+    )

@@ -44,7 +44,17 @@ class CardFacts:
 
 def card(facts: CardFacts) -> str:
     """The card's text: YAML front matter as the Hugging Face hub reads it, then what a person wants to know."""
-    sections = [_what(facts), _results(facts), _samples(facts), _use(facts), _data(facts), _training(facts), _template(facts), _lineage(facts), _licence(facts)]
+    sections = [
+        _what(facts),
+        _results(facts),
+        _samples(facts),
+        _use(facts),
+        _data(facts),
+        _training(facts),
+        _template(facts),
+        _lineage(facts),
+        _licence(facts),
+    ]
     return f"---\n{_front_matter(facts)}\n---\n\n# {facts.recipe}\n\n" + "\n\n".join(sections) + "\n"
 
 
@@ -71,9 +81,15 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _what(facts: CardFacts) -> str:
-    kind = {"full": "full fine-tuning", "lora": "low-rank adapters (LoRA)", "qlora": "low-rank adapters on a 4-bit base (QLoRA)"}[facts.model.parameterization]
+    kind = {
+        "full": "full fine-tuning",
+        "lora": "low-rank adapters (LoRA)",
+        "qlora": "low-rank adapters on a 4-bit base (QLoRA)",
+    }[facts.model.parameterization]
     revision = f" at `{facts.model.revision}`" if facts.model.revision else ""
-    parts = (["`merged/` (whole weights, " + facts.dtype + ")"] if facts.dtype else []) + (["`adapter/` (PEFT)"] if facts.adapter else [])
+    parts = (["`merged/` (whole weights, " + facts.dtype + ")"] if facts.dtype else []) + (
+        ["`adapter/` (PEFT)"] if facts.adapter else []
+    )
     return (
         f"`{facts.base}`{revision}, tuned by supervised fine-tuning on the snapshot `{facts.snapshot}` of `{facts.dataset}` with {kind}; "
         f"the checkpoint of step {facts.step}. Here: {' and '.join(parts)}.\n\n"
@@ -82,12 +98,17 @@ def _what(facts: CardFacts) -> str:
 
 
 def _results(facts: CardFacts) -> str:
-    rows = ["| measure | base | tuned | difference | 95 % interval | p |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        "| measure | base | tuned | difference | 95 % interval | p |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     comparison: Mapping[str, Any] = facts.evaluation["comparison"]
     for name, c in comparison.items():
         d = c["difference"]
         label = f"{name} (lower is better)" if c["lower_is_better"] else name
-        rows.append(f"| {label} | {_n(c['base']['value'])} | {_n(c['tuned']['value'])} | {_n(d['value'], '+')} | {_n(d['low'], '+')} to {_n(d['high'], '+')} | {_p(c['p_value'])} |")
+        rows.append(
+            f"| {label} | {_n(c['base']['value'])} | {_n(c['tuned']['value'])} | {_n(d['value'], '+')} | {_n(d['low'], '+')} to {_n(d['high'], '+')} | {_p(c['p_value'])} |"
+        )
     test = facts.evaluation["sides"]["test"]
     return (
         "## Base against tuned\n\nOn held-out groups, looked at once, after the choice.\n\n" + "\n".join(rows)
@@ -107,13 +128,17 @@ def _samples(facts: CardFacts) -> str:
         return "## Samples\n\nNothing was generated: the recipe has no graders."
     parts = []
     for s in facts.samples[:SAMPLES]:
-        parts.append(f"Prompt:\n{_block(s['prompt'])}\n\nExpected:\n{_block(s['expected'])}\n\nTuned:\n{_block(s['reply'])}\n\nBase:\n{_block(s['base_reply'])}")
+        parts.append(
+            f"Prompt:\n{_block(s['prompt'])}\n\nExpected:\n{_block(s['expected'])}\n\nTuned:\n{_block(s['reply'])}\n\nBase:\n{_block(s['base_reply'])}"
+        )
     return "## Samples\n\nThe first of the test side, not chosen by hand.\n\n" + "\n\n---\n\n".join(parts)
 
 
 def _block(text: str | None) -> str:
     text = (text or "").strip("\n")
-    text = "(empty)" if not text.strip() else text if len(text) <= 1200 else text[:600] + "\n…\n" + text[-600:]
+    text = (
+        "(empty)" if not text.strip() else text if len(text) <= 1200 else text[:600] + "\n…\n" + text[-600:]
+    )
     fence = "```"
     while fence in text:
         fence += "`"
@@ -123,9 +148,19 @@ def _block(text: str | None) -> str:
 def _use(facts: CardFacts) -> str:
     code = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if facts.dtype:
-        code += ["", 'tokenizer = AutoTokenizer.from_pretrained("merged")', 'model = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")']
+        code += [
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("merged")',
+            'model = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")',
+        ]
     else:
-        code += ["from peft import PeftModel", "", 'tokenizer = AutoTokenizer.from_pretrained("adapter")', f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")', 'model = PeftModel.from_pretrained(base, "adapter")']
+        code += [
+            "from peft import PeftModel",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("adapter")',
+            f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")',
+            'model = PeftModel.from_pretrained(base, "adapter")',
+        ]
     code += [
         "prompt = tokenizer.apply_chat_template(",
         '    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", return_dict=True',
@@ -139,12 +174,29 @@ def _use(facts: CardFacts) -> str:
 def _data(facts: CardFacts) -> str:
     rows = []
     raw, split, tokenized = (facts.manifests.get(n) for n in ("raw_rows", "grouped_split", "tokenized_rows"))
-    for manifest in (raw, facts.manifests.get("validated_rows"), split, tokenized, facts.manifests.get("packed_shards")):
+    for manifest in (
+        raw,
+        facts.manifests.get("validated_rows"),
+        split,
+        tokenized,
+        facts.manifests.get("packed_shards"),
+    ):
         if manifest:
             counts = ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
-            rows.append(f"| {manifest.asset.rpartition('/')[2]} | {counts} | `{manifest.data_version[:16]}` |")
-    sources = [f"- `{_last(name)}` sha256 `{digest}`" for name, digest in sorted(raw.outside.items())] if raw else []
-    return "## Data\n\n| stage | counts | data version |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n\nSource files:\n\n" + "\n".join(sources)
+            rows.append(
+                f"| {manifest.asset.rpartition('/')[2]} | {counts} | `{manifest.data_version[:16]}` |"
+            )
+    sources = (
+        [f"- `{_last(name)}` sha256 `{digest}`" for name, digest in sorted(raw.outside.items())]
+        if raw
+        else []
+    )
+    return (
+        "## Data\n\n| stage | counts | data version |\n| --- | --- | --- |\n"
+        + "\n".join(rows)
+        + "\n\nSource files:\n\n"
+        + "\n".join(sources)
+    )
 
 
 def _last(name: str) -> str:
@@ -154,7 +206,11 @@ def _last(name: str) -> str:
 def _training(facts: CardFacts) -> str:
     trained = facts.manifests.get("trained_checkpoints")
     values = dict(trained.config.get("training", {})) if trained else {}
-    values |= {f"model.{k}": v for k, v in facts.model.model_dump(mode="json").items() if k in ("parameterization", "lora", "freeze") and v}
+    values |= {
+        f"model.{k}": v
+        for k, v in facts.model.model_dump(mode="json").items()
+        if k in ("parameterization", "lora", "freeze") and v
+    }
     if facts.model.parameterization == "full":
         values.pop("model.lora", None)
     values |= {f"as run: {k}": v for k, v in facts.training.items()}
@@ -163,7 +219,10 @@ def _training(facts: CardFacts) -> str:
 
 
 def _template(facts: CardFacts) -> str:
-    return "## Chat template\n\nThe one that training rendered with; `apply_chat_template` uses it.\n\n" + _block(facts.template).replace("text\n", "jinja\n", 1)
+    return (
+        "## Chat template\n\nThe one that training rendered with; `apply_chat_template` uses it.\n\n"
+        + _block(facts.template).replace("text\n", "jinja\n", 1)
+    )
 
 
 def _lineage(facts: CardFacts) -> str:
@@ -175,7 +234,11 @@ def _lineage(facts: CardFacts) -> str:
 
 
 def _licence(facts: CardFacts) -> str:
-    return f"## Licence\n\n{facts.license}" if facts.license else "## Licence\n\nNot stated in the recipe (`export.license`). The base model's and the data's terms apply."
+    return (
+        f"## Licence\n\n{facts.license}"
+        if facts.license
+        else "## Licence\n\nNot stated in the recipe (`export.license`). The base model's and the data's terms apply."
+    )
 
 
 def _n(value: float | None, sign: str = "") -> str:

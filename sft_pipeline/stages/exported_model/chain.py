@@ -43,5 +43,7 @@ def write_lineage(manifests: dict[str, Manifest], folder: Path) -> None:
                 "data_version": manifest.data_version, "inputs": {k: v.fingerprint for k, v in manifest.inputs.items()},
             }
         )  # fmt: skip
-    sources = {k: v for m in manifests.values() if m.asset.endswith("/raw_rows") for k, v in m.outside.items()}
+    sources = {
+        k: v for m in manifests.values() if m.asset.endswith("/raw_rows") for k, v in m.outside.items()
+    }
     write_json(folder / "chain.json", {"chain": chain, "source_files": portable(sources)})

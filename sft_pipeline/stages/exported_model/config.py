@@ -12,7 +12,13 @@ class ExportConfig(Config):
     """What leaves the house."""
 
     merge: Annotated[bool, Field(description="also write merged weights that need no PEFT to serve")] = True
-    dtype: Annotated[str, Field(pattern="^(auto|float32|bfloat16|float16)$", description="of the merged weights; auto: the base model's")] = "auto"
+    dtype: Annotated[
+        str,
+        Field(
+            pattern="^(auto|float32|bfloat16|float16)$",
+            description="of the merged weights; auto: the base model's",
+        ),
+    ] = "auto"
     license: str | None = None
 
 

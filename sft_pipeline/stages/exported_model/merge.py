@@ -67,7 +67,9 @@ def write_adapter(checkpoint: Path, folder: Path, config: ModelConfig) -> None:
     _write_json(folder / ADAPTER_CONFIG, data)
 
 
-def write_merged(model: Any, folder: Path, *, stop_ids: list[int], pad_id: int, decoding: dict[str, Any]) -> None:
+def write_merged(
+    model: Any, folder: Path, *, stop_ids: list[int], pad_id: int, decoding: dict[str, Any]
+) -> None:
     """Saves whole weights as safetensors, with a generation config that stops, and decodes, as the evaluation did.
 
     Args:
@@ -77,11 +79,18 @@ def write_merged(model: Any, folder: Path, *, stop_ids: list[int], pad_id: int, 
     from transformers import GenerationConfig
 
     model.config.use_cache = True  # training switches it off, and would have it off for every server
-    for name, value in (("eos_token_id", stop_ids[0] if len(stop_ids) == 1 else stop_ids), ("pad_token_id", pad_id)):
+    for name, value in (
+        ("eos_token_id", stop_ids[0] if len(stop_ids) == 1 else stop_ids),
+        ("pad_token_id", pad_id),
+    ):
         setattr(model.config.get_text_config(), name, value)
     sampling = decoding["temperature"] > 0
     own = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
-    kept = {k: v for k, v in own.items() if k in ("bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")}
+    kept = {
+        k: v
+        for k, v in own.items()
+        if k in ("bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
+    }
     model.generation_config = GenerationConfig(
         **kept, eos_token_id=stop_ids, pad_token_id=pad_id, do_sample=sampling,
         **({"temperature": decoding["temperature"], "top_p": decoding["top_p"]} if sampling else {}),

@@ -46,13 +46,19 @@ def logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]
 
 def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
     """Compares logits position by position. A NaN on either side is an infinite difference."""
-    largest = max(float((a - b).abs().nan_to_num(nan=float("inf")).max()) for a, b in zip(reference, other, strict=True))
+    largest = max(
+        float((a - b).abs().nan_to_num(nan=float("inf")).max()) for a, b in zip(reference, other, strict=True)
+    )
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(reference, other))
-    return Difference(largest, max(float(a.abs().max()) for a in reference), same / sum(len(a) for a in reference))
+    return Difference(
+        largest, max(float(a.abs().max()) for a in reference), same / sum(len(a) for a in reference)
+    )
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any) -> list[list[int]]:
+def greedy(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any
+) -> list[list[int]]:
     """New ids for each prompt, by transformers' own `generate`, one prompt at a time, as any user would call it.
 
     Args:
@@ -63,7 +69,13 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **
     with threads_for(model):
         for ids in prompts:
             batch = torch.tensor([list(ids)], device=device)
-            out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=max_new_tokens, do_sample=False, **settings)
+            out = model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                **settings,
+            )
             found.append(out[0, len(ids) :].tolist())
     return found
 
@@ -72,7 +84,9 @@ def reload_model(folder: Path, *, trust_remote_code: bool) -> Any:
     """The exported weights as a stranger would load them."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -83,9 +97,13 @@ def reload_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def served_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **variables: Any) -> list[int]:
+def served_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **variables: Any
+) -> list[int]:
     """The ids that a server sends to have the next message generated."""
-    found = tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, **variables)
+    found = tokenizer.apply_chat_template(
+        list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
+    )
     return list(found)
 
 

@@ -9,11 +9,26 @@ from typing import Any
 from sft_pipeline.project import project_root, sft_home
 
 WEIGHTS = ".safetensors"
-UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".onnx", ".npy", ".npz", ".joblib")
+UNSAFE = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".npy",
+    ".npz",
+    ".joblib",
+)
 # Where any absolute path is a mistake. Vocabularies, samples and templates hold path-like text of their own; there, as
 # everywhere, this machine's own folders count.
 _SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
-_ABSOLUTE = re.compile(rb"""(?<![\w.:/~<*-])/(?:home|root|Users|tmp|mnt|opt|srv|var|data|work|workspace|private|media|scratch)/[\w.@+-]+|\b[A-Za-z]:\\\\?\w""")
+_ABSOLUTE = re.compile(
+    rb"""(?<![\w.:/~<*-])/(?:home|root|Users|tmp|mnt|opt|srv|var|data|work|workspace|private|media|scratch)/[\w.@+-]+|\b[A-Za-z]:\\\\?\w"""
+)
 
 
 def portable(value: Any) -> Any:
@@ -29,7 +44,11 @@ def _portable_text(text: str) -> str:
     if re.fullmatch(r"(?:file:)?[/~][^\s]*", text) and len(text) > 1:
         path = PurePosixPath("/" + text.removeprefix("file:").lstrip("/~"))
         root = PurePosixPath(project_root().as_posix())
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else f"…/{path.name}"
+        return (
+            path.relative_to(root).as_posix()
+            if path.is_relative_to(root) and path != root
+            else f"…/{path.name}"
+        )
     for folder in machine_folders():
         text = text.replace(folder + "/", "")
     return text
@@ -39,7 +58,13 @@ def machine_folders() -> list[str]:
     """This machine's own folders: the project, SFT_HOME, the home folder, the interpreter's environment."""
     import sys
 
-    found = {project_root().as_posix(), sft_home().as_posix(), os.path.expanduser("~"), Path(sys.prefix).as_posix(), Path.cwd().as_posix()}
+    found = {
+        project_root().as_posix(),
+        sft_home().as_posix(),
+        os.path.expanduser("~"),
+        Path(sys.prefix).as_posix(),
+        Path.cwd().as_posix(),
+    }
     return sorted((f.rstrip("/") for f in found if len(f) > 1), key=len, reverse=True)
 
 

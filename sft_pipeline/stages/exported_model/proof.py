@@ -51,7 +51,12 @@ class Prompts:
             said = "no row could be compared: every row was cut to fit (tokens.overflow)"
         if self.skipped:
             said += f"; {self.skipped} rows that were cut to fit were left out"
-        return Check("served_prompt_equal", passed, said, {"different": table(self.different[:10]), "compared": number(self.compared)})
+        return Check(
+            "served_prompt_equal",
+            passed,
+            said,
+            {"different": table(self.different[:10]), "compared": number(self.compared)},
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,10 @@ class Answers:
         said = f"{len(self.ids_equal) - len(wrong)} of {len(self.ids_equal)} greedy answers are the same after loading the export again"
         if judged is not None:
             said += f"; {judged[0]} of {judged[1]} are those that the evaluation recorded"
-        rows = [{"prompt": p[-200:], "before": b[:200], "after": a[:200], "same": same} for p, b, a, same in zip(self.prompts, self.before, self.after, self.ids_equal)]
+        rows = [
+            {"prompt": p[-200:], "before": b[:200], "after": a[:200], "same": same}
+            for p, b, a, same in zip(self.prompts, self.before, self.after, self.ids_equal)
+        ]
         return Check("reload_answers_equal", passed, said, {"answers": table(rows)})
 
 
@@ -84,7 +92,13 @@ def probe_rows(tokenized: Artifact, count: int) -> list[HeldOut]:
 
 
 def compare_prompts(
-    tokenized: Artifact, split: Artifact, served: Any, tokenizer: Tokenizer, template: ChatTemplate, config: Mapping[str, Any], limit: int = PROMPTS_A_SIDE
+    tokenized: Artifact,
+    split: Artifact,
+    served: Any,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    config: Mapping[str, Any],
+    limit: int = PROMPTS_A_SIDE,
 ) -> Prompts:
     """Renders and tokenizes prompts as a server would, from the rows' messages, and compares with the tokenized rows.
 
@@ -123,18 +137,24 @@ def compare_prompts(
 def _cut_rows(parts: Sequence[Path], row_ids: list[str]) -> set[str]:
     if not parts or not row_ids:
         return set()
-    found = ds.dataset([str(p) for p in parts], format="parquet").to_table(columns=["row_id"], filter=ds.field("row_id").isin(row_ids) & (ds.field("truncated") > 0))
+    found = ds.dataset([str(p) for p in parts], format="parquet").to_table(
+        columns=["row_id"], filter=ds.field("row_id").isin(row_ids) & (ds.field("truncated") > 0)
+    )
     return set(found.column(0).to_pylist())
 
 
 def _messages(parts: Sequence[Path], row_ids: list[str]) -> dict[str, dict[str, Any]]:
     if not parts or not row_ids:
         return {}
-    found = ds.dataset([str(p) for p in parts], format="parquet").to_table(columns=["row_id", "messages", "tools"], filter=ds.field("row_id").isin(row_ids))
+    found = ds.dataset([str(p) for p in parts], format="parquet").to_table(
+        columns=["row_id", "messages", "tools"], filter=ds.field("row_id").isin(row_ids)
+    )
     return {r["row_id"]: r for r in found.to_pylist()}
 
 
-def merged_check(exact: Difference | None, loaded: Difference, dtype: Any, quantized: Difference | None, *, merged: bool) -> Check:
+def merged_check(
+    exact: Difference | None, loaded: Difference, dtype: Any, quantized: Difference | None, *, merged: bool
+) -> Check:
     """Blocking: the exported weights' logits are those of base and adapter.
 
     Args:

@@ -8,10 +8,19 @@ from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 # What would have other code, other tokens or another template loaded than those of training, or names a machine.
-_LEFT_OUT = ("chat_template", "added_tokens_decoder", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+_LEFT_OUT = (
+    "chat_template",
+    "added_tokens_decoder",
+    "auto_map",
+    "name_or_path",
+    "tokenizer_file",
+    "special_tokens_map_file",
+)
 
 
-def write_tokenizer(tokenizer: Tokenizer, template: str, folder: Path, *, pad_id: int, with_tools: str | None = None) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, template: str, folder: Path, *, pad_id: int, with_tools: str | None = None
+) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     The class is the generic one: model-specific classes rebuild the tokenizer from their own idea of it (SmolLM2's
@@ -30,7 +39,9 @@ def write_tokenizer(tokenizer: Tokenizer, template: str, folder: Path, *, pad_id
     config |= {**tokenizer.special, "tokenizer_class": GENERIC_CLASS, "clean_up_tokenization_spaces": False}
     if "pad_token" not in tokenizer.special and (token := tokenizer.backend.id_to_token(pad_id)) is not None:
         config["pad_token"] = token
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     if with_tools is not None:
         (folder / "additional_chat_templates").mkdir()

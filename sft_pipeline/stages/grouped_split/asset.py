@@ -10,11 +10,25 @@ STAGE = Stage(
     config=lambda branch: branch.dataset.split,
     build="sft_pipeline.stages.grouped_split.build:build",
     checks=(
-        CheckSpec("group_overlap", blocking=True, description="No group is on two sides, as read back from the written files"),
-        CheckSpec("near_duplicate_leakage", blocking=True, description="The fraction of held-out rows with a near-duplicate on another side is within the bound"),
+        CheckSpec(
+            "group_overlap",
+            blocking=True,
+            description="No group is on two sides, as read back from the written files",
+        ),
+        CheckSpec(
+            "near_duplicate_leakage",
+            blocking=True,
+            description="The fraction of held-out rows with a near-duplicate on another side is within the bound",
+        ),
         CheckSpec("sides_not_empty", blocking=True, description="Every side that should have rows has some"),
-        CheckSpec("counts_add_up", blocking=True, description="train + validation + test + rejects = accepted rows"),
-        CheckSpec("fixed_groups_found", blocking=False, description="Every group that is put on a side by hand is in the data"),
+        CheckSpec(
+            "counts_add_up", blocking=True, description="train + validation + test + rejects = accepted rows"
+        ),
+        CheckSpec(
+            "fixed_groups_found",
+            blocking=False,
+            description="Every group that is put on a side by hand is in the data",
+        ),
     ),
     packages=("pyarrow",),
     of_dataset=True,

@@ -23,7 +23,9 @@ from sft_pipeline.store.files import write_json
 
 NEAR_DUPLICATE = "near_duplicate_of_held_out"
 EXCERPT = pa.schema([(name, pa.string()) for name in ("row_id", "group", "side", "text")])
-PAIRS = pa.schema([("similarity", pa.float64()), *((f"{of}{f.name}", f.type) for of in ("", "of_") for f in EXCERPT)])
+PAIRS = pa.schema(
+    [("similarity", pa.float64()), *((f"{of}{f.name}", f.type) for of in ("", "of_") for f in EXCERPT)]
+)
 SHOWN_TEXT = 500
 
 
@@ -32,10 +34,20 @@ def build(b: Build) -> Built:
     config: SplitConfig = b.config
     parts = b.inputs["validated_rows"].parts("rows")
     total = tables.count_rows(parts)
-    sides = Sides(config, first_times(tables.read_batches(parts, ["group", "time"])) if config.time_cutoff else None)
+    sides = Sides(
+        config, first_times(tables.read_batches(parts, ["group", "time"])) if config.time_cutoff else None
+    )
     near = config.near_duplicates
-    b.report.log(f"dealing {total:,} rows to sides" + (f" and searching near-duplicates at {near.threshold:g}" if near else ""))
-    side = np.concatenate([np.zeros(0, np.int8), *(sides.of_rows(batch.column("group")) for batch in tables.read_batches(parts, ["group"]))])
+    b.report.log(
+        f"dealing {total:,} rows to sides"
+        + (f" and searching near-duplicates at {near.threshold:g}" if near else "")
+    )
+    side = np.concatenate(
+        [
+            np.zeros(0, np.int8),
+            *(sides.of_rows(batch.column("group")) for batch in tables.read_batches(parts, ["group"])),
+        ]
+    )
     found = Straddling(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     if near:
         sets = ShingleSets(_texts(b, parts, total, "shingle"), b.work / "sets")
@@ -87,7 +99,13 @@ def _write(b: Build, parts: list[Path], side: np.ndarray, dropped: np.ndarray, f
             for i, writer in enumerate((train, validation, test)):
                 writer.write(batch.filter(pa.array((side[here] == i) & ~dropped[here])))
             rejects.append([_reject(row) for row in batch.filter(pa.array(dropped[here])).to_pylist()])
-            excerpts.append(_excerpt(batch, shown[np.searchsorted(shown, done) : np.searchsorted(shown, here.stop)] - done, side[here]))
+            excerpts.append(
+                _excerpt(
+                    batch,
+                    shown[np.searchsorted(shown, done) : np.searchsorted(shown, here.stop)] - done,
+                    side[here],
+                )
+            )
             done = here.stop
             b.report.progress("write", done, len(side), "rows")
     rows = pa.Table.from_batches(excerpts)
@@ -102,20 +120,30 @@ def _excerpt(batch: pa.RecordBatch, at: np.ndarray, side: np.ndarray) -> pa.Reco
     taken = batch.take(pa.array(at))
     texts = pc.utf8_slice_codeunits(texts_of(taken.column("messages")), 0, SHOWN_TEXT)
     names = pa.array([SIDES[s] for s in side[at]], pa.string())
-    return pa.RecordBatch.from_arrays([taken.column("row_id"), taken.column("group"), names, texts], schema=EXCERPT)
+    return pa.RecordBatch.from_arrays(
+        [taken.column("row_id"), taken.column("group"), names, texts], schema=EXCERPT
+    )
 
 
 def _reject(row: dict[str, Any]) -> dict[str, Any]:
     raw = json.dumps({k: row[k] for k in ("group", "messages", "tools")}, ensure_ascii=False, sort_keys=True)
-    return {**{k: row[k] for k in ("row_id", "source", "file", "line")}, "reasons": [NEAR_DUPLICATE], "raw": raw}
+    return {
+        **{k: row[k] for k in ("row_id", "source", "file", "line")},
+        "reasons": [NEAR_DUPLICATE],
+        "raw": raw,
+    }
 
 
-def _leaks(b: Build, config: SplitConfig, written: dict[str, list[Path]], summaries: dict[str, SideSummary]) -> dict[str, int] | None:
+def _leaks(
+    b: Build, config: SplitConfig, written: dict[str, list[Path]], summaries: dict[str, SideSummary]
+) -> dict[str, int] | None:
     """Held-out rows that still have a near-duplicate elsewhere, searched anew in the files that were written."""
     if config.near_duplicates is None:
         return None
     side = np.repeat(np.arange(len(SIDES), dtype=np.int8), [s.rows for s in summaries.values()])
-    sets = ShingleSets(_texts(b, [p for paths in written.values() for p in paths], len(side), "verify"), b.work / "sets")
+    sets = ShingleSets(
+        _texts(b, [p for paths in written.values() for p in paths], len(side), "verify"), b.work / "sets"
+    )
     return leaked(sets, side, config.near_duplicates.threshold)
 
 
@@ -125,7 +153,12 @@ def _leakage(counts: dict[str, int], leaks: dict[str, int] | None) -> float | No
 
 
 def _write_summary(
-    out: Path, config: SplitConfig, counts: dict[str, int], summaries: dict[str, SideSummary], leaks: dict[str, int] | None, shared: list[str]
+    out: Path,
+    config: SplitConfig,
+    counts: dict[str, int],
+    summaries: dict[str, SideSummary],
+    leaks: dict[str, int] | None,
+    shared: list[str],
 ) -> None:
     labels = [s.labels for s in summaries.values() if s.labels is not None]
     write_json(
@@ -149,20 +182,39 @@ def _write_summary(
 
 def _worst_pairs(out: Path, count: int = 10) -> list[dict[str, Any]]:
     """The most similar pairs, side by side."""
-    pairs = [{**p, "row_id": p["row_id"], "similarity": round(p["similarity"], 3)} for p in tables.read_rows([out / "near_duplicates.parquet"])]
+    pairs = [
+        {**p, "row_id": p["row_id"], "similarity": round(p["similarity"], 3)}
+        for p in tables.read_rows([out / "near_duplicates.parquet"])
+    ]
     pairs.sort(key=lambda p: (-p["similarity"], p["row_id"]))
-    return [{k: str(p[k])[:200] if "text" in k else p[k] for k in ("similarity", "side", "row_id", "text", "of_side", "of_row_id", "of_text")} for p in pairs[:count]]
+    return [
+        {
+            k: str(p[k])[:200] if "text" in k else p[k]
+            for k in ("similarity", "side", "row_id", "text", "of_side", "of_row_id", "of_text")
+        }
+        for p in pairs[:count]
+    ]
 
 
 def _checks(
     config: SplitConfig, counts: dict[str, int], summaries: dict[str, SideSummary], leaks: dict[str, int] | None, shared: list[str],
     pairs: list[dict[str, Any]], sides: Sides,
 ) -> tuple[Check, ...]:  # fmt: skip
-    wanted = {"train": True, "validation": bool(config.validation or config.groups.validation), "test": bool(config.test or config.groups.test or config.time_cutoff)}
+    wanted = {
+        "train": True,
+        "validation": bool(config.validation or config.groups.validation),
+        "test": bool(config.test or config.groups.test or config.time_cutoff),
+    }
     empty = [name for name, needed in wanted.items() if needed and not counts[name]]
     kept = sum(counts[name] for name in SIDES)
-    by_side = table([{"side": name, "rows": s.rows, "groups": len(s.groups)} for name, s in summaries.items()])
-    remedy = ". Add groups, give them by hand with split.groups, raise the fraction, or set the side's fraction to 0" if empty else ""
+    by_side = table(
+        [{"side": name, "rows": s.rows, "groups": len(s.groups)} for name, s in summaries.items()]
+    )
+    remedy = (
+        ". Add groups, give them by hand with split.groups, raise the fraction, or set the side's fraction to 0"
+        if empty
+        else ""
+    )
     return (
         Check(
             "group_overlap", not shared, f"{len(shared)} groups are on two sides{': ' + ', '.join(shared[:5]) if shared else ''}", {"groups": number(len(shared))}
@@ -179,15 +231,34 @@ def _checks(
     )  # fmt: skip
 
 
-def _leakage_check(config: SplitConfig, counts: dict[str, int], leaks: dict[str, int] | None, pairs: list[dict[str, Any]]) -> Check:
+def _leakage_check(
+    config: SplitConfig, counts: dict[str, int], leaks: dict[str, int] | None, pairs: list[dict[str, Any]]
+) -> Check:
     near, leakage = config.near_duplicates, _leakage(counts, leaks)
     if near is None or leaks is None or leakage is None:
-        return Check("near_duplicate_leakage", True, "the search for near-duplicates is switched off (near_duplicates: null)")
-    bound = near.max_leakage if near.max_leakage is not None else (0.0 if near.action == "drop_from_train" else 1.0)
-    evidence: dict[str, Evidence] = {"leakage": number(leakage), "bound": number(bound), "dropped": number(counts["rejects"]), "found": number(counts["near_duplicates"])}
+        return Check(
+            "near_duplicate_leakage",
+            True,
+            "the search for near-duplicates is switched off (near_duplicates: null)",
+        )
+    bound = (
+        near.max_leakage
+        if near.max_leakage is not None
+        else (0.0 if near.action == "drop_from_train" else 1.0)
+    )
+    evidence: dict[str, Evidence] = {
+        "leakage": number(leakage),
+        "bound": number(bound),
+        "dropped": number(counts["rejects"]),
+        "found": number(counts["near_duplicates"]),
+    }
     if pairs:
         evidence["worst_pairs"] = table(pairs)
-    done = f"{counts['rejects']:,} rows were dropped" if near.action == "drop_from_train" else f"{counts['near_duplicates']:,} rows straddle and were only reported"
+    done = (
+        f"{counts['rejects']:,} rows were dropped"
+        if near.action == "drop_from_train"
+        else f"{counts['near_duplicates']:,} rows straddle and were only reported"
+    )
     return Check(
         "near_duplicate_leakage",
         leakage <= bound,
@@ -196,17 +267,32 @@ def _leakage_check(config: SplitConfig, counts: dict[str, int], leaks: dict[str,
     )
 
 
-def _evidence(out: Path, counts: dict[str, int], summaries: dict[str, SideSummary], pairs: list[dict[str, Any]]) -> dict[str, Evidence]:
+def _evidence(
+    out: Path, counts: dict[str, int], summaries: dict[str, SideSummary], pairs: list[dict[str, Any]]
+) -> dict[str, Evidence]:
     charts.bars(
         out / "plots" / "sides.png", SIDES,
         {"rows": [s.rows for s in summaries.values()], "groups": [len(s.groups) for s in summaries.values()]}, title="Rows and groups per side", y="number",
     )  # fmt: skip
-    charts.histogram(out / "plots" / "lengths.png", {n: s.characters for n, s in summaries.items() if s.rows}, title="Characters per row", x="characters")
+    charts.histogram(
+        out / "plots" / "lengths.png",
+        {n: s.characters for n, s in summaries.items() if s.rows},
+        title="Characters per row",
+        x="characters",
+    )
     sides = []
     for name, summary in summaries.items():
         data = summary.to_json()
         characters = data["characters"] or {"mean": 0, "median": 0, "p95": 0, "max": 0}
-        sides.append({"side": name, "rows": data["rows"], "groups": data["groups"], "replies": data["turns"], **{f"characters {k}": v for k, v in characters.items()}})
+        sides.append(
+            {
+                "side": name,
+                "rows": data["rows"],
+                "groups": data["groups"],
+                "replies": data["turns"],
+                **{f"characters {k}": v for k, v in characters.items()},
+            }
+        )
     return {
         "row_count": number(sum(counts[name] for name in SIDES)),
         "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),

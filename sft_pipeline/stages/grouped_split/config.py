@@ -12,11 +12,25 @@ from sft_pipeline.config.base import Config
 class NearDuplicatesConfig(Config):
     """The search for near-duplicates across sides."""
 
-    threshold: Annotated[float, Field(gt=0, le=1, description="Jaccard similarity of word 3-grams from which two rows count as near-duplicates")] = 0.8
-    action: Annotated[Literal["drop_from_train", "report"], Field(description="drop the training-side rows of a straddling cluster, or only list them")] = "drop_from_train"
+    threshold: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Jaccard similarity of word 3-grams from which two rows count as near-duplicates",
+        ),
+    ] = 0.8
+    action: Annotated[
+        Literal["drop_from_train", "report"],
+        Field(description="drop the training-side rows of a straddling cluster, or only list them"),
+    ] = "drop_from_train"
     max_leakage: Annotated[
         float | None,
-        Field(ge=0, le=1, description="the blocking check fails above this fraction of held-out rows with a near-duplicate left on another side; null: 0 where rows are dropped, no bound where they are only reported"),
+        Field(
+            ge=0,
+            le=1,
+            description="the blocking check fails above this fraction of held-out rows with a near-duplicate left on another side; null: 0 where rows are dropped, no bound where they are only reported",
+        ),
     ] = None
 
 
@@ -41,20 +55,33 @@ class SplitConfig(Config):
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of groups")] = 0.1
     test: Annotated[float, Field(ge=0, lt=1, description="fraction of groups")] = 0.1
     salt: Annotated[str, Field(description="another salt deals the groups anew")] = "salt-v1"
-    groups: Annotated[FixedGroups, Field(description="sides fixed by hand, before the salt is asked")] = FixedGroups()
-    time_column: Annotated[str | None, Field(description="column of the raw rows with an ISO date or time, for time_cutoff")] = None
-    time_cutoff: Annotated[str | None, Field(description="groups whose first row is at or after this ISO time are held out as test")] = None
-    near_duplicates: Annotated[NearDuplicatesConfig | None, Field(description="null turns the search off")] = NearDuplicatesConfig()
+    groups: Annotated[FixedGroups, Field(description="sides fixed by hand, before the salt is asked")] = (
+        FixedGroups()
+    )
+    time_column: Annotated[
+        str | None, Field(description="column of the raw rows with an ISO date or time, for time_cutoff")
+    ] = None
+    time_cutoff: Annotated[
+        str | None,
+        Field(description="groups whose first row is at or after this ISO time are held out as test"),
+    ] = None
+    near_duplicates: Annotated[
+        NearDuplicatesConfig | None, Field(description="null turns the search off")
+    ] = NearDuplicatesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.validation + self.test >= 1:
-            raise ValueError(f"validation {self.validation} and test {self.test} leave nothing to train on: together they must stay below 1")
+            raise ValueError(
+                f"validation {self.validation} and test {self.test} leave nothing to train on: together they must stay below 1"
+            )
         if self.time_cutoff is not None:
             if self.time_column is None:
                 raise ValueError("time_cutoff needs time_column, the raw rows' column that holds the time")
             try:
                 datetime.fromisoformat(self.time_cutoff)
             except ValueError:
-                raise ValueError(f"time_cutoff {self.time_cutoff!r} is no ISO date or time, for example 2026-05-20") from None
+                raise ValueError(
+                    f"time_cutoff {self.time_cutoff!r} is no ISO date or time, for example 2026-05-20"
+                ) from None
         return self

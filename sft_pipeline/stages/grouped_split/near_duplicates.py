@@ -38,7 +38,11 @@ class ShingleSets:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._path = folder / "shingles.u32"
-        sizes, bitmaps, signatures = [np.zeros(0, np.int64)], [np.zeros((0, BITS // 64), np.uint64)], [np.zeros((0, 2), np.uint64)]
+        sizes, bitmaps, signatures = (
+            [np.zeros(0, np.int64)],
+            [np.zeros((0, BITS // 64), np.uint64)],
+            [np.zeros((0, 2), np.uint64)],
+        )
         self._frequency = np.zeros(FREQUENCY_SLOTS, np.int64)
         with self._path.open("wb") as stream:
             for batch in texts:
@@ -71,11 +75,19 @@ class ShingleSets:
             rarity = np.minimum(self._frequency[hashes % FREQUENCY_SLOTS], 0xFFFF).astype(np.uint64)
             ordered = np.sort((row << np.uint64(48)) | (rarity << np.uint64(32)) | hashes)
             start = np.cumsum(size) - size
-            full, short = (size - np.ceil(share * size - 1e-9).astype(np.int64) + 1 for share in (threshold, 2 * threshold / (1 + threshold)))
-            stands_alone = self.node[first:last] == np.arange(first, last)  # an equal row stands for the others
+            full, short = (
+                size - np.ceil(share * size - 1e-9).astype(np.int64) + 1
+                for share in (threshold, 2 * threshold / (1 + threshold))
+            )
+            stands_alone = self.node[first:last] == np.arange(
+                first, last
+            )  # an equal row stands for the others
             for entries, at, length in ((found[0], start, short), (found[1], start + short, full - short)):
                 taken = ordered[ranges(at, np.where(stands_alone, length, 0))]
-                entries.append(((taken & np.uint64(0xFFFFFFFF)) << np.uint64(32)) | ((taken >> np.uint64(48)) + np.uint64(first)))
+                entries.append(
+                    ((taken & np.uint64(0xFFFFFFFF)) << np.uint64(32))
+                    | ((taken >> np.uint64(48)) + np.uint64(first))
+                )
         return Index(threshold, *(np.sort(np.concatenate(entries)) for entries in found))
 
     def may_reach(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
@@ -96,7 +108,9 @@ class ShingleSets:
         for piece in np.split(np.arange(len(one)), np.flatnonzero(np.diff(chunk)) + 1):
             x, y = one[piece], other[piece]
             pair = np.arange(len(piece), dtype=np.uint64) << np.uint64(32)
-            keys = np.concatenate([np.repeat(pair, self.size[r]) | hashes[ranges(self._start[r], self.size[r])] for r in (x, y)])
+            keys = np.concatenate(
+                [np.repeat(pair, self.size[r]) | hashes[ranges(self._start[r], self.size[r])] for r in (x, y)]
+            )
             keys.sort()
             twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
             common = np.bincount(twice.astype(np.int64), minlength=len(piece))
@@ -148,13 +162,23 @@ def _of(entries: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _sorted_pairs(found: list[Pairs], *, by_node: bool) -> Pairs:
-    one, other, similarity = (np.concatenate(columns) for columns in zip((np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)), *found))
+    one, other, similarity = (
+        np.concatenate(columns)
+        for columns in zip((np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)), *found)
+    )
     order = np.argsort(one, kind="stable") if by_node else np.arange(len(one))
     return one[order], other[order], similarity[order]
 
 
 def _search(
-    sets: ShingleSets, threshold: float, asked: np.ndarray, near: np.ndarray, left: np.ndarray, count: np.ndarray, open_: np.ndarray, found: list[Pairs]
+    sets: ShingleSets,
+    threshold: float,
+    asked: np.ndarray,
+    near: np.ndarray,
+    left: np.ndarray,
+    count: np.ndarray,
+    open_: np.ndarray,
+    found: list[Pairs],
 ) -> None:
     """Goes through the candidates of each index entry, a few of every entry at a time, so that a node which has found a
     neighbour is not asked again: in a large cluster this makes the work linear."""
@@ -218,13 +242,23 @@ def _signatures(size: np.ndarray, hashes: np.ndarray) -> np.ndarray:
         return np.zeros((0, 2), np.uint64)
     starts = np.cumsum(size) - size
     wide = hashes.astype(np.uint64)
-    return np.stack([np.add.reduceat(mixed(wide * np.uint64(k) + np.uint64(k)), starts) for k in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)], axis=1)
+    return np.stack(
+        [
+            np.add.reduceat(mixed(wide * np.uint64(k) + np.uint64(k)), starts)
+            for k in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)
+        ],
+        axis=1,
+    )
 
 
 def _first_equal(size: np.ndarray, signatures: np.ndarray) -> np.ndarray:
     """For each row the first row with the same set."""
     if not len(size):
         return np.zeros(0, np.int64)
-    keys = np.column_stack([signatures, size.astype(np.uint64)]).view([("a", np.uint64), ("b", np.uint64), ("n", np.uint64)]).ravel()
+    keys = (
+        np.column_stack([signatures, size.astype(np.uint64)])
+        .view([("a", np.uint64), ("b", np.uint64), ("n", np.uint64)])
+        .ravel()
+    )
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return first[inverse]

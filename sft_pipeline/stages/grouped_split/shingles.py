@@ -43,7 +43,11 @@ def _hashes(words: pa.Array) -> np.ndarray:
     """A 64-bit hash per word that is the same on every machine (uint64)."""
     encoded = words.dictionary_encode()
     distinct = np.array(
-        [int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8).digest(), "little") for w in encoded.dictionary.to_pylist()], dtype=np.uint64
+        [
+            int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8).digest(), "little")
+            for w in encoded.dictionary.to_pylist()
+        ],
+        dtype=np.uint64,
     )
     return distinct[encoded.indices.to_numpy(zero_copy_only=False)]
 
@@ -87,7 +91,11 @@ def shingle_sets(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     size = np.repeat(size, counts - size + 1)
     grams = np.zeros(len(starts), np.uint64)
     for i in range(GRAM):
-        grams += np.where(size > i, mixed(hashes[np.minimum(starts + i, len(hashes) - 1)] + np.uint64(i)) * _MIX[i], np.uint64(0))
+        grams += np.where(
+            size > i,
+            mixed(hashes[np.minimum(starts + i, len(hashes) - 1)] + np.uint64(i)) * _MIX[i],
+            np.uint64(0),
+        )
     rows = np.repeat(np.arange(len(texts), dtype=np.uint64), counts - np.minimum(counts, GRAM) + 1)
     keys = distinct((rows << np.uint64(32)) | (mixed(grams) >> np.uint64(32)))
     sizes = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))

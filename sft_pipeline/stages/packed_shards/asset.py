@@ -25,9 +25,23 @@ STAGE = Stage(
     checks=(
         CheckSpec("every_row_packed_once", True, "every tokenized row is in exactly one block"),
         CheckSpec("boundaries_restart", True, "position ids restart at 0 at each example"),
-        CheckSpec("labels_match_inputs", True, "labels equal input ids wherever supervised, and no example's first position is"),
-        CheckSpec("plan_covers_every_block", True, "every epoch of the plan holds every training block exactly once"),
-        CheckSpec("packing_efficiency", False, "blocks are at least 90 % full on average (where there are 50 or more)"),
-        CheckSpec("balanced_updates", False, "supervised tokens per update vary by at most 10 % (coefficient of variation over updates of equal size)"),
+        CheckSpec(
+            "labels_match_inputs",
+            True,
+            "labels equal input ids wherever supervised, and no example's first position is",
+        ),
+        CheckSpec(
+            "plan_covers_every_block", True, "every epoch of the plan holds every training block exactly once"
+        ),
+        CheckSpec(
+            "packing_efficiency",
+            False,
+            "blocks are at least 90 % full on average (where there are 50 or more)",
+        ),
+        CheckSpec(
+            "balanced_updates",
+            False,
+            "supervised tokens per update vary by at most 10 % (coefficient of variation over updates of equal size)",
+        ),
     ),
 )

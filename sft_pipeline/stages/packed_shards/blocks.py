@@ -76,12 +76,17 @@ def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
     """
     scratch.mkdir(parents=True, exist_ok=True)
     lengths, row_ids, wrong = [np.zeros(1, dtype=np.int64)], [], 0
-    with (scratch / "ids.bin").open("wb") as ids_file, (scratch / "supervised.bin").open("wb") as supervised_file:
+    with (
+        (scratch / "ids.bin").open("wb") as ids_file,
+        (scratch / "supervised.bin").open("wb") as supervised_file,
+    ):
         for batch in read_batches(parts, ["row_id", "input_ids", "labels"]):
             ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
             offsets = batch.column("input_ids").offsets.to_numpy()
             supervised = labels != IGNORE
-            wrong += int(np.count_nonzero(supervised & (labels != ids))) + int(np.count_nonzero(supervised[offsets[:-1] - offsets[0]]))
+            wrong += int(np.count_nonzero(supervised & (labels != ids))) + int(
+                np.count_nonzero(supervised[offsets[:-1] - offsets[0]])
+            )
             ids.tofile(ids_file)
             supervised.tofile(supervised_file)
             lengths.append(np.diff(offsets).astype(np.int64))
@@ -128,7 +133,9 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
             examples += len(lengths)
             tokens += len(positions)
             supervised += int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE))
-            bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(int(np.count_nonzero(positions == 0)) - len(lengths))
+            bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(
+                int(np.count_nonzero(positions == 0)) - len(lengths)
+            )
         return Written(out.rows, examples, tokens, supervised, bad)
 
 

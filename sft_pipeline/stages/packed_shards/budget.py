@@ -53,7 +53,12 @@ def spread(values: npt.NDArray) -> Spread:
     if not len(values):
         return Spread(0.0, 0, 0, 0.0)
     mean = float(np.mean(values))
-    return Spread(round(mean, 2), int(np.min(values)), int(np.max(values)), round(float(np.std(values)) / mean, 5) if mean else 0.0)
+    return Spread(
+        round(mean, 2),
+        int(np.min(values)),
+        int(np.max(values)),
+        round(float(np.std(values)) / mean, 5) if mean else 0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ class Budget:
         return asdict(self)
 
 
-def budget_of(packing: Packing, plan: UpdatePlan, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int) -> Budget:
+def budget_of(
+    packing: Packing, plan: UpdatePlan, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int
+) -> Budget:
     """The budget of a packing and its plan.
 
     Args:
@@ -112,7 +119,14 @@ def budget_of(packing: Packing, plan: UpdatePlan, lengths: npt.NDArray, supervis
 
 
 def plan_budget(
-    lengths: npt.NDArray, supervised: npt.NDArray, *, max_length: int, strategy: str, blocks_per_update: int, epochs: int, seed: int
+    lengths: npt.NDArray,
+    supervised: npt.NDArray,
+    *,
+    max_length: int,
+    strategy: str,
+    blocks_per_update: int,
+    epochs: int,
+    seed: int,
 ) -> Budget:
     """The budget of a training on examples of these lengths, as `packed_shards` would plan it (for `sft check`)."""
     packing = pack(lengths, max_length, strategy, seed)

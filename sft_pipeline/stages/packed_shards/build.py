@@ -48,12 +48,19 @@ def build(b: Build) -> Built:
     try:
         train, validation = (_pack_side(b, config, side, scratch / side) for side in ("train", "validation"))
         if not train.packing.blocks:
-            raise InputError(f"{b.asset}: the train side of tokenized_rows has no rows, so there is nothing to pack")
+            raise InputError(
+                f"{b.asset}: the train side of tokenized_rows has no rows, so there is nothing to pack"
+            )
         supervised = train.packing.sums(train.rows.supervised_counts)
         plan = plan_updates(supervised, config.blocks_per_update, config.epochs, config.seed)
-        budget = budget_of(train.packing, plan, train.rows.lengths, train.rows.supervised_counts, config.max_length)
+        budget = budget_of(
+            train.packing, plan, train.rows.lengths, train.rows.supervised_counts, config.max_length
+        )
         _write_plan(b.out / "plan.parquet", plan, train)
-        write_json(b.out / "budget.json", {**budget.to_json(), "blocks_per_update": config.blocks_per_update, "epochs": config.epochs})
+        write_json(
+            b.out / "budget.json",
+            {**budget.to_json(), "blocks_per_update": config.blocks_per_update, "epochs": config.epochs},
+        )
         fills = train.packing.sums(train.rows.lengths)
         plot_fill(b.out / "plots" / "block_fill.png", fills, train.rows.lengths, config.max_length)
         plot_updates(b.out / "plots" / "updates.png", plan.sums(supervised))
@@ -87,8 +94,12 @@ def _pack_side(b: Build, config: PackedShardsConfig, side: str, scratch: Path) -
     rows = flatten(parts, scratch)
     packing = pack(rows.lengths, config.max_length, config.packing.strategy, config.seed)
     written = write_blocks(rows, packing, b.out / side)
-    b.report.log(f"packed_shards: {written.examples} {side} examples in {written.blocks} blocks of {config.max_length}")
-    return Side(rows, packing, written, count_rows(sorted((b.out / side).glob("*.parquet"))), count_rows(parts))
+    b.report.log(
+        f"packed_shards: {written.examples} {side} examples in {written.blocks} blocks of {config.max_length}"
+    )
+    return Side(
+        rows, packing, written, count_rows(sorted((b.out / side).glob("*.parquet"))), count_rows(parts)
+    )
 
 
 def _write_plan(path: Path, plan: UpdatePlan, train: Side) -> None:
@@ -103,14 +114,23 @@ def _write_plan(path: Path, plan: UpdatePlan, train: Side) -> None:
         out.write(pa.table({f.name: pa.array(columns[f.name].astype(np.int32)) for f in PLAN}, schema=PLAN))
 
 
-def _checks(config: PackedShardsConfig, train: Side, validation: Side, plan: UpdatePlan, budget: Budget) -> tuple[Check, ...]:
+def _checks(
+    config: PackedShardsConfig, train: Side, validation: Side, plan: UpdatePlan, budget: Budget
+) -> tuple[Check, ...]:
     sides = {"train": train, "validation": validation}
     once = all(_packed_once(s) for s in sides.values())
     numbers = ", ".join(f"{name}: {s.expected} rows in {s.on_disk} blocks" for name, s in sides.items())
     bad = sum(s.written.bad_boundaries for s in sides.values())
-    wrong = sum(s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised_counts.sum())) for s in sides.values())
+    wrong = sum(
+        s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised_counts.sum()))
+        for s in sides.values()
+    )
     covered = _covers(plan, train.packing.blocks, config.epochs)
-    full = budget.packing_efficiency >= MIN_EFFICIENCY or budget.blocks < ENOUGH_BLOCKS or config.packing.strategy == "none"
+    full = (
+        budget.packing_efficiency >= MIN_EFFICIENCY
+        or budget.blocks < ENOUGH_BLOCKS
+        or config.packing.strategy == "none"
+    )
     return (
         Check("every_row_packed_once", once, numbers),
         Check("boundaries_restart", bad == 0, f"{train.written.examples + validation.written.examples} examples, {bad} with position ids that do not run from 0"),
@@ -133,20 +153,40 @@ def _checks(config: PackedShardsConfig, train: Side, validation: Side, plan: Upd
 def _packed_once(side: Side) -> bool:
     """Every example's index occurs once in the packing, and as many examples and blocks lie on the disk."""
     times = np.bincount(side.packing.order, minlength=side.expected)
-    return bool((times == 1).all()) and len(times) == side.expected == side.written.examples and side.on_disk == side.packing.blocks
+    return (
+        bool((times == 1).all())
+        and len(times) == side.expected == side.written.examples
+        and side.on_disk == side.packing.blocks
+    )
 
 
 def _covers(plan: UpdatePlan, blocks: int, epochs: int) -> bool:
     times = np.zeros((epochs, blocks), dtype=np.int64)
     np.add.at(times, (plan.epoch, plan.block), 1)
-    return bool((times == 1).all()) and bool((np.diff(plan.update) >= 0).all()) and len(plan.sizes()) == plan.updates and bool((plan.sizes() > 0).all())
+    return (
+        bool((times == 1).all())
+        and bool((np.diff(plan.update) >= 0).all())
+        and len(plan.sizes()) == plan.updates
+        and bool((plan.sizes() > 0).all())
+    )
 
 
-def _evidence(config: PackedShardsConfig, train: Side, plan: UpdatePlan, supervised: np.ndarray, budget: Budget) -> dict[str, Evidence]:
-    tokens, examples = plan.sums(train.packing.sums(train.rows.lengths)), plan.sums(np.diff(train.packing.starts))
+def _evidence(
+    config: PackedShardsConfig, train: Side, plan: UpdatePlan, supervised: np.ndarray, budget: Budget
+) -> dict[str, Evidence]:
+    tokens, examples = (
+        plan.sums(train.packing.sums(train.rows.lengths)),
+        plan.sums(np.diff(train.packing.starts)),
+    )
     per_update = plan.sums(supervised)
     first = [
-        {"update": u, "blocks": int(plan.sizes()[u]), "examples": int(examples[u]), "tokens": int(tokens[u]), "supervised tokens": int(per_update[u])}
+        {
+            "update": u,
+            "blocks": int(plan.sizes()[u]),
+            "examples": int(examples[u]),
+            "tokens": int(tokens[u]),
+            "supervised tokens": int(per_update[u]),
+        }
         for u in range(min(10, plan.updates))
     ]
     spreads = ("examples_per_update", "supervised_tokens_per_update", "tokens_per_update")
@@ -156,7 +196,15 @@ def _evidence(config: PackedShardsConfig, train: Side, plan: UpdatePlan, supervi
         "updates": number(budget.updates),
         "packing_efficiency": number(budget.packing_efficiency),
         "padding_waste": number(budget.padding_waste),
-        "budget": table([{"per update": name.removesuffix("_per_update").replace("_", " "), **asdict(getattr(budget, name))} for name in spreads]),
+        "budget": table(
+            [
+                {
+                    "per update": name.removesuffix("_per_update").replace("_", " "),
+                    **asdict(getattr(budget, name)),
+                }
+                for name in spreads
+            ]
+        ),
         "first_updates": table(first),
         "block_fill_plot": plot("plots/block_fill.png"),
         "updates_plot": plot("plots/updates.png"),

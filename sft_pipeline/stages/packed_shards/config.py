@@ -10,7 +10,10 @@ from sft_pipeline.config.base import Config
 class PackingConfig(Config):
     """How examples share blocks."""
 
-    strategy: Annotated[Literal["bfd", "none"], Field(description="bfd: best-fit-decreasing of whole examples; none: one example per block")] = "bfd"
+    strategy: Annotated[
+        Literal["bfd", "none"],
+        Field(description="bfd: best-fit-decreasing of whole examples; none: one example per block"),
+    ] = "bfd"
 
 
 class PackedShardsConfig(Config):

@@ -58,7 +58,9 @@ def pack(lengths: Ints, max_length: int, strategy: str, seed: int = 0) -> Packin
     """
     lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= max_length:
-        raise ValueError(f"examples of {int(lengths.min())} to {int(lengths.max())} tokens do not fit into blocks of {max_length}")
+        raise ValueError(
+            f"examples of {int(lengths.min())} to {int(lengths.max())} tokens do not fit into blocks of {max_length}"
+        )
     if strategy == "none":
         return Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     if strategy != "bfd":
@@ -73,7 +75,9 @@ Pattern = tuple[tuple[int, int], ...]
 
 def plan_patterns(histogram: Ints, max_length: int) -> list[tuple[Pattern, int]]:
     """Best-fit-decreasing on (length -> how many examples); gives patterns and how many blocks have each."""
-    open_blocks: dict[int, list[tuple[Pattern, int]]] = {}  # room -> blocks with exactly that much, by pattern
+    open_blocks: dict[
+        int, list[tuple[Pattern, int]]
+    ] = {}  # room -> blocks with exactly that much, by pattern
     rooms: list[int] = []  # the keys of open_blocks, ascending
 
     def put(room: int, pattern: Pattern, count: int) -> None:
@@ -112,7 +116,9 @@ def _deal(lengths: Ints, patterns: list[tuple[Pattern, int]], seed: int) -> Pack
     """Deals the examples to the planned blocks. Which of equal length goes where is shuffled, or neighbours in the
     source would always share a block."""
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
-    small = lengths[shuffled].astype(np.uint16 if len(lengths) and int(lengths.max()) < 65_536 else np.int64)  # 16 bits sort by radix
+    small = lengths[shuffled].astype(
+        np.uint16 if len(lengths) and int(lengths.max()) < 65_536 else np.int64
+    )  # 16 bits sort by radix
     by_length = shuffled[np.argsort(small, kind="stable")]
     ends = np.cumsum(np.bincount(lengths)) if len(lengths) else np.empty(0, dtype=np.int64)
     taken = ends - np.bincount(lengths) if len(lengths) else ends  # where the examples of each length begin

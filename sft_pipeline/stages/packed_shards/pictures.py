@@ -12,8 +12,20 @@ def plot_fill(path: Path, fills: npt.NDArray, lengths: npt.NDArray, max_length: 
     """How full blocks are, beside how full they would be with one example each."""
     fig, ax = axes(7, 3.2)
     bins = np.linspace(0, 1, 41).tolist()
-    ax.hist(lengths / max_length, bins=bins, weights=np.full(len(lengths), 1 / max(len(lengths), 1)), color="#cfd8dc", label="one example per block")
-    ax.hist(fills / max_length, bins=bins, weights=np.full(len(fills), 1 / max(len(fills), 1)), color="#52b788", label="packed")
+    ax.hist(
+        lengths / max_length,
+        bins=bins,
+        weights=np.full(len(lengths), 1 / max(len(lengths), 1)),
+        color="#cfd8dc",
+        label="one example per block",
+    )
+    ax.hist(
+        fills / max_length,
+        bins=bins,
+        weights=np.full(len(fills), 1 / max(len(fills), 1)),
+        color="#52b788",
+        label="packed",
+    )
     ax.set_xlabel("fill of a block")
     ax.set_ylabel("share of blocks")
     ax.legend(frameon=False)
@@ -23,7 +35,13 @@ def plot_fill(path: Path, fills: npt.NDArray, lengths: npt.NDArray, max_length: 
 def plot_updates(path: Path, supervised: npt.NDArray) -> None:
     """Supervised tokens per update, in the order of training."""
     fig, ax = axes(7, 3.2)
-    ax.plot(np.arange(len(supervised)), supervised, color="#2d6a4f", linewidth=1, marker="." if len(supervised) < 100 else None)
+    ax.plot(
+        np.arange(len(supervised)),
+        supervised,
+        color="#2d6a4f",
+        linewidth=1,
+        marker="." if len(supervised) < 100 else None,
+    )
     ax.set_ylim(0, float(supervised.max()) * 1.15 if len(supervised) else 1)
     ax.set_xlabel("update")
     ax.set_ylabel("supervised tokens")

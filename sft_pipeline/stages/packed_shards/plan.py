@@ -40,7 +40,9 @@ class UpdatePlan:
 
     def sums(self, per_block: Ints) -> Ints:
         """Per update, the sum of a value per block."""
-        return np.bincount(self.update, weights=per_block[self.block], minlength=self.updates).astype(np.int64)
+        return np.bincount(self.update, weights=per_block[self.block], minlength=self.updates).astype(
+            np.int64
+        )
 
     def sizes(self) -> Ints:
         """Blocks per update."""
@@ -64,7 +66,9 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
     update = np.concatenate([p[0] for p in parts])
     sizes = np.bincount(update, minlength=done)
     position = np.arange(len(update)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return UpdatePlan(update, position, np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts]))
+    return UpdatePlan(
+        update, position, np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+    )
 
 
 def _deal(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -80,7 +84,10 @@ def _deal(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[
     ranked = ranked[np.argsort(supervised[ranked], kind="stable")]
     spare = count - updates * (count // updates)
     chosen = rng.choice(updates, size=spare, replace=False)
-    extra, ranked = ranked[:spare], ranked[spare:]  # the poorest blocks are the ones left over: they disturb least
+    extra, ranked = (
+        ranked[:spare],
+        ranked[spare:],
+    )  # the poorest blocks are the ones left over: they disturb least
     layers = ranked.reshape(-1, updates) if updates else ranked.reshape(0, 0)
     totals = np.zeros(updates)
     totals[chosen] += supervised[extra]
@@ -129,7 +136,9 @@ def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> N
         if not pairs:
             return
         poor, rich = ranked[:pairs], ranked[::-1][:pairs]
-        given = supervised[members[:, rich]].T[:, :, None] - supervised[members[:, poor]].T[:, None, :]  # (pair, of rich, of poor)
+        given = (
+            supervised[members[:, rich]].T[:, :, None] - supervised[members[:, poor]].T[:, None, :]
+        )  # (pair, of rich, of poor)
         off = np.abs(given - gap[:pairs, None, None] / 2).reshape(pairs, -1)
         best = off.argmin(axis=1)
         helps = off[np.arange(pairs), best] < gap[:pairs] / 2

@@ -6,7 +6,12 @@ from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> RawRowsConfig:
-    return RawRowsConfig(sources=[RawSource(path=s.path, limit=s.limit, weight=s.weight, static=s.static) for s in branch.dataset.sources])
+    return RawRowsConfig(
+        sources=[
+            RawSource(path=s.path, limit=s.limit, weight=s.weight, static=s.static)
+            for s in branch.dataset.sources
+        ]
+    )
 
 
 STAGE = Stage(

@@ -20,7 +20,15 @@ from sft_pipeline.stages.raw_rows.sample import chosen, rank, sizes
 from sft_pipeline.stages.raw_rows.streams import SourceFile
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 
-ROWS = pa.schema([("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("content", pa.string())])
+ROWS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("content", pa.string()),
+    ]
+)
 FLUSH_ROWS = 4_096
 FLUSH_CHARACTERS = 16 << 20
 
@@ -32,7 +40,11 @@ def build(b: Build) -> Built:
     sampled = any(s.limit is not None for s in config.sources) or len({s.weight for s in config.sources}) > 1
     spool = b.work / "spool"
     shutil.rmtree(spool, ignore_errors=True)
-    files = {i: find_files(config.sources, i, b.snapshot) for i, s in enumerate(config.sources) if not is_hub(s.path)}
+    files = {
+        i: find_files(config.sources, i, b.snapshot)
+        for i, s in enumerate(config.sources)
+        if not is_hub(s.path)
+    }
     reading = _Reading(b.report, total=sum(f.bytes for found in files.values() for f in found))
     read: list[int] = []
     ranks: list[np.ndarray] = []
@@ -40,11 +52,15 @@ def build(b: Build) -> Built:
         if not sampled:
             with tables.PartWriter(b.out / "rows", ROWS) as rows:
                 for i in range(len(config.sources)):
-                    read.append(len(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=False)))
+                    read.append(
+                        len(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=False))
+                    )
         else:
             for i in range(len(config.sources)):
                 with tables.PartWriter(spool / str(i), ROWS) as rows:
-                    ranks.append(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=True))
+                    ranks.append(
+                        _read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=True)
+                    )
             read = [len(r) for r in ranks]
     kept = read
     if sampled:
@@ -54,10 +70,14 @@ def build(b: Build) -> Built:
                 _copy_chosen(sorted((spool / str(i)).glob("*.parquet")), chosen(ranks[i], kept[i]), rows)
         shutil.rmtree(spool)
         for i, source in enumerate(config.sources):
-            b.report.log(f"{source.path}: {kept[i]:,} of {read[i]:,} rows taken (limit {source.limit}, weight {source.weight:g})")
+            b.report.log(
+                f"{source.path}: {kept[i]:,} of {read[i]:,} rows taken (limit {source.limit}, weight {source.weight:g})"
+            )
     bad = tables.count_rows([b.out / "rejects.parquet"])
     if not sum(read) and not bad:
-        raise InputError(f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in config.sources)}. Add rows, or remove the snapshot's folder")
+        raise InputError(
+            f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in config.sources)}. Add rows, or remove the snapshot's folder"
+        )
     counts = {
         "read": sum(read) + bad, "rows": sum(kept), "rejects": bad, "sampled_out": sum(read) - sum(kept),
         "files": sum(len(f) for f in files.values()), "bytes": reading.total,
@@ -78,7 +98,9 @@ class _Reading:
             self._report.progress("read", min(self._done, self.total), self.total, "bytes")
 
 
-def _rows_of(config: RawRowsConfig, source: int, files: list[SourceFile], reading: _Reading) -> Iterator[tuple[str, Row | Bad]]:
+def _rows_of(
+    config: RawRowsConfig, source: int, files: list[SourceFile], reading: _Reading
+) -> Iterator[tuple[str, Row | Bad]]:
     if is_hub(path := config.sources[source].path):
         for row in read_hub(path):
             yield path, row
@@ -88,7 +110,14 @@ def _rows_of(config: RawRowsConfig, source: int, files: list[SourceFile], readin
 
 
 def _read_source(
-    config: RawRowsConfig, source: int, files: list[SourceFile], rows: tables.PartWriter, rejects: tables.FileWriter, reading: _Reading, *, ranked: bool
+    config: RawRowsConfig,
+    source: int,
+    files: list[SourceFile],
+    rows: tables.PartWriter,
+    rejects: tables.FileWriter,
+    reading: _Reading,
+    *,
+    ranked: bool,
 ) -> np.ndarray:
     """Writes one source's rows and rejects. Returns a rank per row (zeros unless `ranked`)."""
     ranks = array("Q")
@@ -99,7 +128,13 @@ def _read_source(
     def flush() -> None:
         nonlocal characters
         lines, ids, contents = zip(*good) if good else ((), (), ())
-        columns = [pa.array(ids, pa.string()), pa.array([source] * len(ids), pa.int32()), pa.array(names, pa.string()), pa.array(lines, pa.int64()), pa.array(contents, pa.string())]
+        columns = [
+            pa.array(ids, pa.string()),
+            pa.array([source] * len(ids), pa.int32()),
+            pa.array(names, pa.string()),
+            pa.array(lines, pa.int64()),
+            pa.array(contents, pa.string()),
+        ]
         rows.write(pa.RecordBatch.from_arrays(columns, schema=ROWS))
         good.clear()
         names.clear()
@@ -107,7 +142,18 @@ def _read_source(
 
     for name, row in _rows_of(config, source, files, reading):
         if isinstance(row, Bad):
-            rejects.append([{"row_id": row.row_id, "source": source, "file": name, "line": row.line, "reasons": [str(row.reason)], "raw": row.raw}])
+            rejects.append(
+                [
+                    {
+                        "row_id": row.row_id,
+                        "source": source,
+                        "file": name,
+                        "line": row.line,
+                        "reasons": [str(row.reason)],
+                        "raw": row.raw,
+                    }
+                ]
+            )
             continue
         good.append(row)
         names.append(name)
@@ -131,15 +177,30 @@ def _checks(out: Path, counts: dict[str, int]) -> tuple[Check, ...]:
     evidence: dict[str, Evidence] = {"rejects": number(counts["rejects"])}
     if offenders:
         reasons = tables.count_reasons([out / "rejects.parquet"])
-        evidence |= {"reasons": table([{"reason": k, "rows": v} for k, v in reasons.items()]), "first": table(list(offenders))}
+        evidence |= {
+            "reasons": table([{"reason": k, "rows": v} for k, v in reasons.items()]),
+            "first": table(list(offenders)),
+        }
     where = f"; the first is {offenders[0]['where']} ({offenders[0]['reasons']})" if offenders else ""
     return (
-        Check("undecodable_rows", not counts["rejects"], f"{counts['rejects']:,} of {counts['read']:,} rows could not be decoded{where}", evidence),
-        Check("has_rows", counts["rows"] > 0, f"{counts['rows']:,} rows were read", {"rows": number(counts["rows"])}),
+        Check(
+            "undecodable_rows",
+            not counts["rejects"],
+            f"{counts['rejects']:,} of {counts['read']:,} rows could not be decoded{where}",
+            evidence,
+        ),
+        Check(
+            "has_rows",
+            counts["rows"] > 0,
+            f"{counts['rows']:,} rows were read",
+            {"rows": number(counts["rows"])},
+        ),
     )
 
 
-def _evidence(config: RawRowsConfig, counts: dict[str, int], read: list[int], kept: list[int]) -> dict[str, Evidence]:
+def _evidence(
+    config: RawRowsConfig, counts: dict[str, int], read: list[int], kept: list[int]
+) -> dict[str, Evidence]:
     sources = [
         {"source": i, "path": s.path, "decoded": n, "taken": k, "limit": s.limit or "", "weight": s.weight}
         for i, (s, n, k) in enumerate(zip(config.sources, read, kept))

@@ -28,14 +28,28 @@ class RawSource(Config):
 
     path: Annotated[
         str,
-        Field(min_length=1, description="folder, file, glob, fsspec URL or hf://dataset@revision?config=NAME&split=NAME; relative to the project root"),
+        Field(
+            min_length=1,
+            description="folder, file, glob, fsspec URL or hf://dataset@revision?config=NAME&split=NAME; relative to the project root",
+        ),
     ]
-    limit: Annotated[int | None, Field(ge=1, description="take this many rows, sampled with a fixed seed; the file order is kept")] = None
+    limit: Annotated[
+        int | None,
+        Field(ge=1, description="take this many rows, sampled with a fixed seed; the file order is kept"),
+    ] = None
     weight: Annotated[
         float,
-        Field(gt=0, description="share in the mixture: where the sources' weights differ, rows are sampled down until the shares are proportional to the weights; no row is ever repeated"),
+        Field(
+            gt=0,
+            description="share in the mixture: where the sources' weights differ, rows are sampled down until the shares are proportional to the weights; no row is ever repeated",
+        ),
     ] = 1.0
-    static: Annotated[bool, Field(description="true: one folder or file for every snapshot; false: `path` holds one subfolder per snapshot")] = False
+    static: Annotated[
+        bool,
+        Field(
+            description="true: one folder or file for every snapshot; false: `path` holds one subfolder per snapshot"
+        ),
+    ] = False
 
 
 class SourceConfig(RawSource):
@@ -44,7 +58,9 @@ class SourceConfig(RawSource):
     format: Annotated[Format, Field(description="shape of the rows")] = "prompt_completion"
     columns: Annotated[
         dict[str, str],
-        Field(description="field of the format (or `group`) -> the source's own column; a dotted path reaches into objects and lists, for example prompt.replies.0.text"),
+        Field(
+            description="field of the format (or `group`) -> the source's own column; a dotted path reaches into objects and lists, for example prompt.replies.0.text"
+        ),
     ] = {}
 
     @model_validator(mode="after")
@@ -53,7 +69,9 @@ class SourceConfig(RawSource):
         for name in self.columns:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"columns: the format {self.format} has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}")
+                raise ValueError(
+                    f"columns: the format {self.format} has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}"
+                )
         return self
 
 

@@ -36,10 +36,16 @@ class Undecodable(ExplainedEnum):
     NOT_FINITE = "not_finite", "NaN or Infinity, which JSON does not have"
     DUPLICATE_KEY = "duplicate_key", "an object names the same key twice: which value counts is not defined"
     TOO_DEEP = "too_deep", f"nested more than {MAX_DEPTH} levels deep"
-    LINE_TOO_LONG = "line_too_long", f"longer than {MAX_LINE >> 20} MiB; only its beginning, length and SHA-256 are kept"
+    LINE_TOO_LONG = (
+        "line_too_long",
+        f"longer than {MAX_LINE >> 20} MiB; only its beginning, length and SHA-256 are kept",
+    )
     INVALID_CSV = "invalid_csv", "broken quoting in a CSV record"
     RAGGED_ROW = "ragged_row", "the record has another number of fields than the header"
-    UNSUPPORTED_VALUE = "unsupported_value", "a value of a type that JSON cannot hold, for example binary data"
+    UNSUPPORTED_VALUE = (
+        "unsupported_value",
+        "a value of a type that JSON cannot hold, for example binary data",
+    )
 
 
 class Row(NamedTuple):
@@ -162,7 +168,9 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain).encode
+_canonical = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
+).encode
 
 
 def without_nan(value: Any) -> Any:

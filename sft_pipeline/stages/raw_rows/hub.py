@@ -46,7 +46,9 @@ def parse_hub(path: str) -> HubDataset:
     address, _, query = path.removeprefix("hf://").partition("?")
     name, _, revision = address.rpartition("@")
     if not name or not revision:
-        raise InputError(f"{path}: add the revision, as in hf://owner/dataset@COMMIT: a dataset that may change cannot be traced")
+        raise InputError(
+            f"{path}: add the revision, as in hf://owner/dataset@COMMIT: a dataset that may change cannot be traced"
+        )
     options = dict(parse_qsl(query))
     if unknown := sorted(options.keys() - {"config", "split"}):
         raise InputError(f"{path}: unknown option {unknown[0]}; known are config and split")
@@ -61,8 +63,15 @@ def hub_digests(path: str) -> dict[str, str]:
     """
     dataset = parse_hub(path)
     if dataset.folder:
-        files = sorted(p for p in dataset.folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(dataset.folder).parts))
-        return {f"{dataset.name.rstrip('/')}/{p.relative_to(dataset.folder).as_posix()}": digest_file(p) for p in files}
+        files = sorted(
+            p
+            for p in dataset.folder.rglob("*")
+            if p.is_file() and not any(x.startswith(".") for x in p.relative_to(dataset.folder).parts)
+        )
+        return {
+            f"{dataset.name.rstrip('/')}/{p.relative_to(dataset.folder).as_posix()}": digest_file(p)
+            for p in files
+        }
     if _COMMIT.fullmatch(dataset.revision):
         return {path: f"commit:{dataset.revision}"}
     from huggingface_hub import HfApi
@@ -70,7 +79,9 @@ def hub_digests(path: str) -> dict[str, str]:
     try:
         commit = HfApi().dataset_info(dataset.name, revision=dataset.revision).sha
     except Exception as error:
-        raise InputError(f"{path}: cannot resolve the revision {dataset.revision} ({error.__class__.__name__}); give the 40-digit commit instead") from error
+        raise InputError(
+            f"{path}: cannot resolve the revision {dataset.revision} ({error.__class__.__name__}); give the 40-digit commit instead"
+        ) from error
     return {path: f"commit:{commit}"}
 
 
@@ -84,9 +95,15 @@ def read_hub(path: str) -> Iterator[Row | Bad]:
 
     dataset = parse_hub(path)
     try:
-        splits: Any = load_dataset(str(dataset.folder or dataset.name), dataset.config, revision=dataset.revision, streaming=True)
-    except Exception as error:  # `datasets` raises many kinds, all of which mean that this address gives no data
-        raise InputError(f"{path}: cannot be loaded: {str(error).splitlines()[0] if str(error) else error.__class__.__name__}") from error
+        splits: Any = load_dataset(
+            str(dataset.folder or dataset.name), dataset.config, revision=dataset.revision, streaming=True
+        )
+    except (
+        Exception
+    ) as error:  # `datasets` raises many kinds, all of which mean that this address gives no data
+        raise InputError(
+            f"{path}: cannot be loaded: {str(error).splitlines()[0] if str(error) else error.__class__.__name__}"
+        ) from error
     name = dataset.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if name not in splits:
         raise InputError(f"{path}: no split {name}; add ?split=NAME with one of {', '.join(splits)}")
@@ -95,7 +112,9 @@ def read_hub(path: str) -> Iterator[Row | Bad]:
         try:
             row = next(rows, None)
         except Exception as error:
-            raise InputError(f"{path}: reading stopped: {str(error).splitlines()[0] if str(error) else error.__class__.__name__}") from error
+            raise InputError(
+                f"{path}: reading stopped: {str(error).splitlines()[0] if str(error) else error.__class__.__name__}"
+            ) from error
         if row is None:
             return
         yield row

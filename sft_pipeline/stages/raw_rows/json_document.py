@@ -33,10 +33,16 @@ _MESSAGE_KEYS = {"role", "from", "content"}
 def looks_like_lines(file: SourceFile) -> bool:
     """Whether a .json file is in fact JSON lines: its first line is a whole object and more follows."""
     with open_stream(file) as stream:
-        lines = (line.strip().removeprefix(b"\xef\xbb\xbf") for line in iter(lambda: stream.readline(MAX_LINE), b""))
+        lines = (
+            line.strip().removeprefix(b"\xef\xbb\xbf")
+            for line in iter(lambda: stream.readline(MAX_LINE), b"")
+        )
         try:
             first, second = [line for line, _ in zip((x for x in lines if x), range(2))]
-        except (ValueError, OSError):  # fewer than two lines; a file that cannot be read says so when it is read
+        except (
+            ValueError,
+            OSError,
+        ):  # fewer than two lines; a file that cannot be read says so when it is read
             return False
     if not first.startswith(b"{"):
         return False
@@ -100,7 +106,9 @@ def _whole(file: SourceFile) -> Iterator[Row | Bad]:
     with open_stream(file) as stream:
         data = stream.read(MAX_LINE + 1)
     if len(data) > MAX_LINE:
-        raise InputError(f"{file.given} is one JSON object of more than {MAX_LINE >> 20} MiB and not a list of rows: write one row per line (.jsonl)")
+        raise InputError(
+            f"{file.given} is one JSON object of more than {MAX_LINE >> 20} MiB and not a list of rows: write one row per line (.jsonl)"
+        )
     text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     try:
         yield encode(1, parse(text), text)
@@ -159,7 +167,9 @@ class _Text:
 
     def take(self, character: str) -> None:
         if self.peek() != character:
-            raise self.error(f"is truncated or broken: expected {character!r} here. Copy it again, or write one row per line (.jsonl)")
+            raise self.error(
+                f"is truncated or broken: expected {character!r} here. Copy it again, or write one row per line (.jsonl)"
+            )
         self._at += 1
 
     def must_end(self) -> None:
@@ -181,9 +191,13 @@ class _Text:
                 self._at = end
                 return value, refused, text
             if len(self._text) - self._at > MAX_LINE:
-                raise self.error(f"has an element of more than {MAX_LINE >> 20} MiB, or a quote or bracket that never closes")
+                raise self.error(
+                    f"has an element of more than {MAX_LINE >> 20} MiB, or a quote or bracket that never closes"
+                )
             if not self._more():
-                raise self.error("is truncated in the element that begins here, or a quote or bracket in it never closes. Copy the file again, or mend the element")
+                raise self.error(
+                    "is truncated in the element that begins here, or a quote or bracket in it never closes. Copy the file again, or mend the element"
+                )
 
     def _end_of_value(self, start: int) -> int | None:
         """Where a value that does not parse ends, by its brackets and quotes; None if the window ends first."""

@@ -63,7 +63,9 @@ def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
         return
     moving = [s.path for s in sources if not _is_static(s)]
     if not moving:
-        raise InputError(f"no snapshot {snapshot}: the sources are static, and their content is the snapshot {known[0]}")
+        raise InputError(
+            f"no snapshot {snapshot}: the sources are static, and their content is the snapshot {known[0]}"
+        )
     where = ", ".join(moving)
     if not known:
         raise InputError(
@@ -94,12 +96,23 @@ def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list
         root = _resolve(given_root or ".")[1]
         found = [p for p in fs.glob(path) if fs.isfile(p)]
     else:
-        raise InputError(f"{given} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml")
+        raise InputError(
+            f"{given} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml"
+        )
     files = []
     for each in sorted(found):
         name = each.removeprefix(root).lstrip("/")
         if is_supported(name) and not any(part.startswith(".") for part in name.split("/")):
-            files.append(SourceFile(source, name, f"{given_root}/{name}" if given_root else name, fs, each, int(fs.size(each) or 0)))
+            files.append(
+                SourceFile(
+                    source,
+                    name,
+                    f"{given_root}/{name}" if given_root else name,
+                    fs,
+                    each,
+                    int(fs.size(each) or 0),
+                )
+            )
     if not files:
         raise InputError(f"{given}: no file to read ({path}). Known formats: {', '.join(SUPPORTED)}")
     return files
@@ -130,10 +143,18 @@ def _is_static(source: RawSource) -> bool:
 def _subfolders(source: RawSource) -> set[str]:
     fs, path = _resolve(source.path)
     if fs.isfile(path) or _MAGIC.search(source.path):
-        raise InputError(f"{source.path} is a file, not a folder with one subfolder per snapshot: set `static: true` for this source")
+        raise InputError(
+            f"{source.path} is a file, not a folder with one subfolder per snapshot: set `static: true` for this source"
+        )
     if not fs.isdir(path):
-        raise InputError(f"{source.path} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml")
-    names = (PurePosixPath(entry["name"]).name for entry in fs.ls(path, detail=True) if entry["type"] == "directory")
+        raise InputError(
+            f"{source.path} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml"
+        )
+    names = (
+        PurePosixPath(entry["name"]).name
+        for entry in fs.ls(path, detail=True)
+        if entry["type"] == "directory"
+    )
     return {name for name in names if not name.startswith(".")}
 
 

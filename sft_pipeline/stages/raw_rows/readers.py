@@ -139,7 +139,9 @@ def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Ro
 def _header(file: SourceFile, fields: list[str]) -> list[str]:
     if len(set(fields)) != len(fields):
         twice = sorted({f for f in fields if fields.count(f) > 1})
-        raise InputError(f"{file.given}, line 1: the header names {', '.join(map(repr, twice))} twice: rename the columns")
+        raise InputError(
+            f"{file.given}, line 1: the header names {', '.join(map(repr, twice))} twice: rename the columns"
+        )
     return fields
 
 
@@ -161,7 +163,9 @@ def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
                     yield _table_row(number, value)
                 advance(int(batch.num_rows * share))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file.given}: not a readable Parquet file after row {number} ({str(error).splitlines()[0]}): copy it again") from error
+        raise InputError(
+            f"{file.given}: not a readable Parquet file after row {number} ({str(error).splitlines()[0]}): copy it again"
+        ) from error
 
 
 def _values(batch: Any) -> list[Any]:
@@ -187,7 +191,11 @@ def _table_row(number: int, value: Any) -> Row | Bad:
     if isinstance(row, Bad) and row.reason is Undecodable.NOT_FINITE:
         value = without_nan(value)
         row = encode(number, value, "")
-    return bad(number, row.reason, repr(value).encode("utf-8", "backslashreplace")) if isinstance(row, Bad) else row
+    return (
+        bad(number, row.reason, repr(value).encode("utf-8", "backslashreplace"))
+        if isinstance(row, Bad)
+        else row
+    )
 
 
 def table_rows(values: Iterator[Any]) -> Iterator[Row | Bad]:

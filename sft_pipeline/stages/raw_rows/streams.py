@@ -65,19 +65,25 @@ def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator
 
     with contextlib.ExitStack() as stack:
         try:
-            counted = io.BufferedReader(_Counted(stack.enter_context(file.fs.open(file.path, "rb")), advance), 1 << 20)
+            counted = io.BufferedReader(
+                _Counted(stack.enter_context(file.fs.open(file.path, "rb")), advance), 1 << 20
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"cannot open {file.given}: {error}") from error
         if file.codec:
             if not counted.peek(1):
                 raise InputError(f"{file.given}: truncated {file.codec} file (it is empty): copy it again")
-            stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec), 1 << 20)
+            stream = io.BufferedReader(
+                pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec), 1 << 20
+            )
         else:
             stream = counted
         with _explain(file, lambda: 0):
             start = stream.peek(2)[:2]
         if start in (b"\xff\xfe", b"\xfe\xff"):
-            raise InputError(f"{file.given} is UTF-16: convert it, for example with `iconv -f UTF-16 -t UTF-8`")
+            raise InputError(
+                f"{file.given} is UTF-16: convert it, for example with `iconv -f UTF-16 -t UTF-8`"
+            )
         yield stream
 
 

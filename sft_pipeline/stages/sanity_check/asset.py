@@ -21,7 +21,9 @@ def _config(branch: Branch) -> SanityCheckConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
+    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
+        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+    )
     template = recipe.template.chat_template
     return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)
 
@@ -34,11 +36,27 @@ STAGE = Stage(
     config=_config,
     build="sft_pipeline.stages.sanity_check.build:build",
     checks=(
-        CheckSpec("ids_in_vocabulary", True, "Every id is inside the model's vocabulary, and blocks fit its positions."),
-        CheckSpec("labels_match", True, "Labels equal input ids wherever supervised, and the rows were made with this template and tokenizer."),
-        CheckSpec("boundaries", True, "No example of a block sees another: changing one moves no other's predictions, and packed loss equals unpacked loss."),
+        CheckSpec(
+            "ids_in_vocabulary",
+            True,
+            "Every id is inside the model's vocabulary, and blocks fit its positions.",
+        ),
+        CheckSpec(
+            "labels_match",
+            True,
+            "Labels equal input ids wherever supervised, and the rows were made with this template and tokenizer.",
+        ),
+        CheckSpec(
+            "boundaries",
+            True,
+            "No example of a block sees another: changing one moves no other's predictions, and packed loss equals unpacked loss.",
+        ),
         CheckSpec("overfits", True, "A throw-away copy can learn a few rows by heart."),
-        CheckSpec("short_run_stable", True, "A short run at the recipe's own learning rate neither diverges nor oscillates nor meets a NaN."),
+        CheckSpec(
+            "short_run_stable",
+            True,
+            "A short run at the recipe's own learning rate neither diverges nor oscillates nor meets a NaN.",
+        ),
         CheckSpec("samples", False, "After the short run the model says something, and ends."),
     ),
     outside=_outside,

@@ -51,25 +51,50 @@ def _data(b: Build, config: SanityCheckConfig, verdict: Verdict) -> DataFindings
     packed, tokenized = b.inputs["packed_shards"], b.inputs["tokenized_rows"]
     model = load_model_config(config.model).get_text_config()
     formatting = _formatting(tokenized)
-    found = check_blocks({side: packed.parts(side) for side in ("train", "validation")}, model.vocab_size, b.report)
+    found = check_blocks(
+        {side: packed.parts(side) for side in ("train", "validation")}, model.vocab_size, b.report
+    )
     offenders = {"rows": table(found.offenders)} if found.offenders else {}
     positions = getattr(model, "max_position_embeddings", None)
     wrong = []
     if found.outside_vocabulary:
-        wrong.append(f"{found.outside_vocabulary:,} ids are outside the model's vocabulary of {model.vocab_size:,} (the highest is {found.highest_id:,}): tokenizer and model do not belong together")
+        wrong.append(
+            f"{found.outside_vocabulary:,} ids are outside the model's vocabulary of {model.vocab_size:,} (the highest is {found.highest_id:,}): tokenizer and model do not belong together"
+        )
     if positions and found.longest > positions:
-        wrong.append(f"the longest example has {found.longest:,} tokens, the model {positions:,} positions: lower tokens.max_length to {positions}")
+        wrong.append(
+            f"the longest example has {found.longest:,} tokens, the model {positions:,} positions: lower tokens.max_length to {positions}"
+        )
     if formatting.get("vocab_size", 0) > model.vocab_size and not wrong:
-        b.report.log(f"the tokenizer has {formatting['vocab_size']:,} ids, the model {model.vocab_size:,}: some text could not be encoded for it", "warning")
-    verdict.say("ids_in_vocabulary", not wrong, "; ".join(wrong) or f"{found.tokens:,} ids are inside the vocabulary of {model.vocab_size:,}; the longest example has {found.longest:,} tokens.", **offenders)
-    problems = changed_formatting(formatting, config.tokenizer, config.tokenizer_revision, config.template, config.tokens)
+        b.report.log(
+            f"the tokenizer has {formatting['vocab_size']:,} ids, the model {model.vocab_size:,}: some text could not be encoded for it",
+            "warning",
+        )
+    verdict.say(
+        "ids_in_vocabulary",
+        not wrong,
+        "; ".join(wrong)
+        or f"{found.tokens:,} ids are inside the vocabulary of {model.vocab_size:,}; the longest example has {found.longest:,} tokens.",
+        **offenders,
+    )
+    problems = changed_formatting(
+        formatting, config.tokenizer, config.tokenizer_revision, config.template, config.tokens
+    )
     if found.mismatched_labels:
-        problems.append(f"{found.mismatched_labels:,} labels are not the id at their own position (labels shifted by one look like this): pack the rows anew")
+        problems.append(
+            f"{found.mismatched_labels:,} labels are not the id at their own position (labels shifted by one look like this): pack the rows anew"
+        )
     if found.without_supervision:
         problems.append(f"{found.without_supervision:,} examples have no supervised token")
     if not found.tokens:
         problems.append("there is no block to train on")
-    verdict.say("labels_match", not problems, "; ".join(problems) or f"{found.supervised:,} labels equal their input ids; template, tokenizer and mask are those of the rows.", **offenders)
+    verdict.say(
+        "labels_match",
+        not problems,
+        "; ".join(problems)
+        or f"{found.supervised:,} labels equal their input ids; template, tokenizer and mask are those of the rows.",
+        **offenders,
+    )
     verdict.record["data"] = {k: v for k, v in asdict(found).items() if k != "offenders"}
     return found
 
@@ -79,7 +104,9 @@ def _formatting(tokenized: Any) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt") from error
+        raise InputError(
+            f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt"
+        ) from error
 
 
 def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
@@ -113,13 +140,22 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
     )  # fmt: skip
     verdict.say("overfits", result.passed, result.words, losses=plot("plots/overfit.png"))
     verdict.record["overfit"] = asdict(result)
-    plots.plot_curve(b.out / "plots" / "overfit.png", list(enumerate(result.losses)), f"Overfitting {result.rows} rows", "nats per supervised token")
+    plots.plot_curve(
+        b.out / "plots" / "overfit.png",
+        list(enumerate(result.losses)),
+        f"Overfitting {result.rows} rows",
+        "nats per supervised token",
+    )
     b.report.log(result.words)
     with torch.no_grad():
         for p, s in zip(trained, start, strict=True):
             p.copy_(s)
     tokenizer = load_tokenizer(config.model)
-    held_out = protocol.FirstBlocks(packed.parts("validation"), protocol.EVALUATION_BLOCKS) if packed.parts("validation") else None
+    held_out = (
+        protocol.FirstBlocks(packed.parts("validation"), protocol.EVALUATION_BLOCKS)
+        if packed.parts("validation")
+        else None
+    )
     run = protocol.short_run(
         model, feed, held_out if held_out is not None and len(held_out) else None, tokenizer, config.model, training,
         steps=sanity.short_run_steps, precision=loaded.precision, folder=b.work / "trainer", report=b.report,
@@ -131,7 +167,11 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
     expected = protocol.forecast(run, total, memory)
     if expected:
         b.report.log(f"forecast: {expected.words}")
-        verdict.evidence |= {"forecast": markdown(expected.words), "forecast_seconds": number(round(expected.seconds, 1)), "memory_mb": number(round(memory, 1))}
+        verdict.evidence |= {
+            "forecast": markdown(expected.words),
+            "forecast_seconds": number(round(expected.seconds, 1)),
+            "memory_mb": number(round(memory, 1)),
+        }
         write_json(b.out / "forecast.json", {**asdict(expected), "worst_micro_batch": asdict(worst)})
 
 
@@ -152,7 +192,16 @@ def _probe(b: Build, model: Any, shards: Any, layout: str, verdict: Verdict) -> 
     if bad:
         words = f"Examples of a block see each other (layout {bad.layout}): {bad.cause}. Remedy: {bad.remedy}"
     else:
-        most = max((p.moved[i][j] for p in probes for i in range(len(p.moved)) for j in range(len(p.moved)) if i != j), default=0.0)
+        most = max(
+            (
+                p.moved[i][j]
+                for p in probes
+                for i in range(len(p.moved))
+                for j in range(len(p.moved))
+                if i != j
+            ),
+            default=0.0,
+        )
         words = f"No example sees another ({', '.join(layouts)}): changing one moves others by at most {most:.1e} nats, and packed loss equals unpacked loss."
     verdict.say("boundaries", bad is None, words, **({"differences": table(matrix)} if matrix else {}))
     b.report.log(words, "error" if bad else "info")
@@ -168,9 +217,18 @@ def _judge_run(b: Build, config: SanityCheckConfig, verdict: Verdict, run: Any) 
     else:
         ends = f", validation {run.val_loss[0][1]:.3f} to {run.val_loss[-1][1]:.3f}" if run.val_loss else ""
         words = f"{len(run.loss)} updates at up to {rate:g}: loss {run.loss[0][1]:.3f} to {run.loss[-1][1]:.3f}{ends}."
-    plots.plot_loss(b.out / "plots" / "short_run.png", run.loss, run.val_loss, "Short run: loss per supervised token")
+    plots.plot_loss(
+        b.out / "plots" / "short_run.png", run.loss, run.val_loss, "Short run: loss per supervised token"
+    )
     verdict.say("short_run_stable", not problems, words, curves=plot("plots/short_run.png"))
-    verdict.record["short_run"] = {"loss": run.loss, "val_loss": run.val_loss, "grad_norm": run.grad_norm, "problems": problems, "learning_rate": rate, "stride": run.stride}
+    verdict.record["short_run"] = {
+        "loss": run.loss,
+        "val_loss": run.val_loss,
+        "grad_norm": run.grad_norm,
+        "problems": problems,
+        "learning_rate": rate,
+        "stride": run.stride,
+    }
     b.report.log(words, "error" if problems else "info")
 
 
@@ -182,7 +240,9 @@ def _samples(b: Build, config: SanityCheckConfig, verdict: Verdict, model: Any, 
     if not config.sanity.samples:
         verdict.say("samples", True, "None asked for (sanity.samples is 0).")
         return
-    said = make_sampler(model, tokenizer, parts, _formatting(tokenized), config.sanity.samples, new_tokens=64)()
+    said = make_sampler(
+        model, tokenizer, parts, _formatting(tokenized), config.sanity.samples, new_tokens=64
+    )()
     b.report.samples(said, config.sanity.short_run_steps)
     shown = [{k: str(v)[:400] for k, v in row.items()} for row in said]
     spoken = [row for row in said if str(row["reply"]).strip()]
@@ -203,7 +263,11 @@ def _finish(b: Build, verdict: Verdict, data: DataFindings) -> Built:
             if (b.out / "plots" / f"{name}.png").stat().st_size:
                 evidence[f"{name}_curve"] = plot(f"plots/{name}.png")
     return Built(
-        counts={"tokens": data.tokens, "supervised_tokens": data.supervised, "checks_failed": sum(not c.passed for c in checks)},
+        counts={
+            "tokens": data.tokens,
+            "supervised_tokens": data.supervised,
+            "checks_failed": sum(not c.passed for c in checks),
+        },
         checks=checks,
         volatile=("plots/", "forecast.json"),
         evidence=evidence,

@@ -14,7 +14,9 @@ class SanityConfig(Config):
     skip: Annotated[bool, Field(description="accept without running; recorded in the manifest")] = False
     overfit_rows: Annotated[int, Field(ge=1)] = 20
     overfit_steps: Annotated[int, Field(ge=1)] = 60
-    overfit_loss: Annotated[float, Field(gt=0, lt=1, description="the overfit loss must fall to this fraction of its start")] = 0.5
+    overfit_loss: Annotated[
+        float, Field(gt=0, lt=1, description="the overfit loss must fall to this fraction of its start")
+    ] = 0.5
     short_run_steps: Annotated[int, Field(ge=2, le=200)] = 20
     samples: Annotated[int, Field(ge=0)] = 3
 

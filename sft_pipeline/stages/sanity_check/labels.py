@@ -66,8 +66,14 @@ def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:
     found.highest_id = max(found.highest_id, int(ids.max(initial=-1)))
     example_starts = np.concatenate([[0], np.cumsum(lengths)])
     if len(lengths) and example_starts[-1] == len(labels):
-        found.without_supervision += int((np.add.reduceat(supervised, example_starts[:-1], dtype=np.int64) == 0).sum())
-    row_ids = lists["row_ids"].flatten().to_pylist() if (outside.any() or wrong.any()) and len(found.offenders) < MOST else []
+        found.without_supervision += int(
+            (np.add.reduceat(supervised, example_starts[:-1], dtype=np.int64) == 0).sum()
+        )
+    row_ids = (
+        lists["row_ids"].flatten().to_pylist()
+        if (outside.any() or wrong.any()) and len(found.offenders) < MOST
+        else []
+    )
     for at in np.flatnonzero(outside | wrong)[: MOST - len(found.offenders)] if row_ids else []:
         example = int(np.searchsorted(example_starts, at, side="right")) - 1
         block = int(np.searchsorted(starts, at, side="right")) - 1
@@ -80,7 +86,13 @@ def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:
         )  # fmt: skip
 
 
-def changed_formatting(recorded: Mapping[str, Any], tokenizer: str, revision: str | None, template: Mapping[str, Any], tokens: Mapping[str, Any]) -> list[str]:
+def changed_formatting(
+    recorded: Mapping[str, Any],
+    tokenizer: str,
+    revision: str | None,
+    template: Mapping[str, Any],
+    tokens: Mapping[str, Any],
+) -> list[str]:
     """What has changed since the rows were made: in words, empty where nothing has.
 
     The tokenizer, template and mask of the recipe are fingerprinted as tokenized_rows does it, and compared with
@@ -96,4 +108,8 @@ def changed_formatting(recorded: Mapping[str, Any], tokenizer: str, revision: st
         "template": load_template(template["chat_template"], now).sha256,
         "mask": sha256_json({**tokens, "system": template["system"]}),
     }
-    return [f"the {what} changed after tokenization" for what, digest in current.items() if recorded.get(f"{what}_sha256") != digest]
+    return [
+        f"the {what} changed after tokenization"
+        for what, digest in current.items()
+        if recorded.get(f"{what}_sha256") != digest
+    ]

@@ -20,7 +20,22 @@ from sft_pipeline.learning.loss import causal_model, install_supervised_forward
 from sft_pipeline.learning.shards import Block, Shards
 
 EXAMPLES, TOKENS_EACH = 3, 48
-STATE_SPACE = ("mamba", "jamba", "zamba", "bamba", "falcon_h1", "falcon_mamba", "rwkv", "recurrent_gemma", "lfm2", "qwen3_next", "granitemoehybrid", "nemotron_h", "xlstm", "minimax")
+STATE_SPACE = (
+    "mamba",
+    "jamba",
+    "zamba",
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "rwkv",
+    "recurrent_gemma",
+    "lfm2",
+    "qwen3_next",
+    "granitemoehybrid",
+    "nemotron_h",
+    "xlstm",
+    "minimax",
+)
 Collate = Callable[[Sequence[Block]], list[Microbatch]]
 
 
@@ -51,12 +66,25 @@ class Probe:
     def rows(self) -> list[dict[str, Any]]:
         """The matrix of differences, for people."""
         return [
-            {"layout": self.layout, "changed": i, **{f"moved_{j}": self.moved[i][j] for j in range(len(self.moved))}, **{f"gradient_{j}": self.gradient[i][j] for j in range(len(self.gradient))}}
+            {
+                "layout": self.layout,
+                "changed": i,
+                **{f"moved_{j}": self.moved[i][j] for j in range(len(self.moved))},
+                **{f"gradient_{j}": self.gradient[i][j] for j in range(len(self.gradient))},
+            }
             for i in range(len(self.moved))
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"layout": self.layout, "passed": self.passed, "moved": self.moved, "gradient": self.gradient, "packed_against_alone": self.alone, "cause": self.cause, "remedy": self.remedy}
+        return {
+            "layout": self.layout,
+            "passed": self.passed,
+            "moved": self.moved,
+            "gradient": self.gradient,
+            "packed_against_alone": self.alone,
+            "cause": self.cause,
+            "remedy": self.remedy,
+        }
 
 
 def collate_as(layout: Layout) -> Collate:
@@ -104,7 +132,11 @@ def probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
 
 
 def _probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
-    tolerance = TIGHT if causal_model(model).dtype in (torch.float32, torch.float64) and not _four_bit(model) else ROUGH
+    tolerance = (
+        TIGHT
+        if causal_model(model).dtype in (torch.float32, torch.float64) and not _four_bit(model)
+        else ROUGH
+    )
     vocabulary = causal_model(model).get_input_embeddings().weight.shape[0]
     n = len(block.lengths)
     segments = [block.input_ids[s : s + k] for s, k in zip(block.starts, block.lengths, strict=True)]
@@ -129,7 +161,10 @@ def _probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
     inputs = collate([block])[0].inputs
     cause, remedy = name_the_cause(model, layout, inputs)
     if not all(np.isfinite(b).all() for b in before):
-        cause, remedy = "the model's predictions are not finite before any training", "check the base model's weights and training.precision"
+        cause, remedy = (
+            "the model's predictions are not finite before any training",
+            "check the base model's weights and training.precision",
+        )
     return Probe(layout, False, moved, gradient, alone, cause, remedy)
 
 
@@ -137,14 +172,18 @@ def _four_bit(model: Any) -> bool:
     return bool(getattr(causal_model(model), "is_loaded_in_4bit", False))
 
 
-def _losses(model: Any, batches: Sequence[Microbatch], n: int, segments: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _losses(
+    model: Any, batches: Sequence[Microbatch], n: int, segments: Sequence[np.ndarray]
+) -> list[np.ndarray]:
     """NLL of each predicted token, by example. Examples are told apart by their ids, since a layout may reorder them."""
     found: list[np.ndarray | None] = [None] * n
     device = causal_model(model).device
     with torch.no_grad():
         for m in batches:
             m = m.to(device)
-            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")["nll"]
+            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")[
+                "nll"
+            ]
             for j, part in _owners(m, segments, found):
                 found[j] = nll[part].double().cpu().numpy()
     if any(f is None for f in found):
@@ -169,7 +208,9 @@ def _owners(m: Microbatch, segments: Sequence[np.ndarray], taken: list[Any]) -> 
     return owners
 
 
-def _gradients(model: Any, block: Block, collate: Collate, n: int, segments: Sequence[np.ndarray]) -> list[list[float]]:
+def _gradients(
+    model: Any, block: Block, collate: Collate, n: int, segments: Sequence[np.ndarray]
+) -> list[list[float]]:
     """Norm of d loss_j / d embeddings_i, as a share of d loss_j / d embeddings_j."""
     embedding = causal_model(model).get_input_embeddings()
     device = causal_model(model).device
@@ -185,7 +226,9 @@ def _gradients(model: Any, block: Block, collate: Collate, n: int, segments: Seq
         kept: list[torch.Tensor] = []
         hook = embedding.register_forward_hook(leaf)
         try:
-            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")["nll"]
+            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")[
+                "nll"
+            ]
         finally:
             hook.remove()
         owners = _owners(m, segments, [1 if any(x is j for x in taken) else None for j in range(n)])
@@ -211,17 +254,27 @@ def name_the_cause(model: Any, layout: str, inputs: dict[str, Any]) -> tuple[str
     config = causal.config.get_text_config()
     kind = getattr(config, "model_type", "")
     layers = set(getattr(config, "layer_types", None) or [])
-    if any(kind.startswith(s) for s in STATE_SPACE) or layers & {"linear_attention", "mamba", "conv", "recurrent"} or getattr(causal, "_is_stateful", False):
+    if (
+        any(kind.startswith(s) for s in STATE_SPACE)
+        or layers & {"linear_attention", "mamba", "conv", "recurrent"}
+        or getattr(causal, "_is_stateful", False)
+    ):
         return (
             f"{kind} belongs to the state-space or convolution family: its state runs on across the boundary of examples, whatever the positions say",
             "set packing.strategy: none",
         )
     if inputs.get("attention_mask") is not None:
-        return "an attention mask is passed beside the position ids: it switches the block-diagonal mask off", "leave attention_mask out of the packed batch"
+        return (
+            "an attention mask is passed beside the position ids: it switches the block-diagonal mask off",
+            "leave attention_mask out of the packed batch",
+        )
     if inputs.get("use_cache"):
         return "the cache is on: positions are then not read as boundaries", "pass use_cache=False"
     if layout != "rows" and "position_ids" not in inputs:
-        return "the packed batch has no position ids: the whole row is one document", "pass position ids that restart at each example"
+        return (
+            "the packed batch has no position ids: the whole row is one document",
+            "pass position ids that restart at each example",
+        )
     return (
         f"{type(causal).__name__} with attention {config._attn_implementation} does not read position ids as boundaries",
         "set packing.strategy: none, or another model.attention",

@@ -44,7 +44,17 @@ class Overfit:
         return f"The loss only went from {change}, {self.target:.3f} was needed: nothing can be learned from these labels, or too little is trained (LoRA rank, frozen parts)"
 
 
-def overfit(model: Any, rows: Sequence[Block], *, steps: int, fraction: float, adapters: bool, max_tokens: int, clip: float, report: Reporter) -> Overfit:
+def overfit(
+    model: Any,
+    rows: Sequence[Block],
+    *,
+    steps: int,
+    fraction: float,
+    adapters: bool,
+    max_tokens: int,
+    clip: float,
+    report: Reporter,
+) -> Overfit:
     """Trains on the same few rows with AdamW until the loss is `fraction` of its start, for at most `steps` updates.
 
     The rate is the trial's own: whether the rows *can* be learned is asked here, whether the recipe's rate is sound is
@@ -62,7 +72,9 @@ def overfit(model: Any, rows: Sequence[Block], *, steps: int, fraction: float, a
         if attempt or losses[-1] <= fraction * losses[0]:
             break
         other = rate * 5 if losses[-1] <= losses[0] else rate / 5
-        report.log(f"the overfitting trial went from {losses[0]:.2f} to {losses[-1]:.2f} at a learning rate of {rate:g}; trying {other:g}")
+        report.log(
+            f"the overfitting trial went from {losses[0]:.2f} to {losses[-1]:.2f} at a learning rate of {rate:g}; trying {other:g}"
+        )
         rate = other
         with torch.no_grad():
             for p, s in zip(parameters, start, strict=True):
@@ -71,7 +83,16 @@ def overfit(model: Any, rows: Sequence[Block], *, steps: int, fraction: float, a
     return Overfit(math.isfinite(losses[-1]) and losses[-1] <= target, count, losses, target, rate)
 
 
-def _descend(model: Any, parameters: list[Any], batches: Sequence[Any], steps: int, fraction: float, rate: float, clip: float, report: Reporter) -> list[float]:
+def _descend(
+    model: Any,
+    parameters: list[Any],
+    batches: Sequence[Any],
+    steps: int,
+    fraction: float,
+    rate: float,
+    clip: float,
+    report: Reporter,
+) -> list[float]:
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
     supervised = max(1, sum(len(m.targets) for m in batches))
     device = parameters[0].device
@@ -81,12 +102,19 @@ def _descend(model: Any, parameters: list[Any], batches: Sequence[Any], steps: i
         total = 0.0
         for m in batches:
             m = m.to(device)
-            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")["nll"]
+            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")[
+                "nll"
+            ]
             (nll / supervised).backward()
             total += float(nll.detach())
         losses.append(total / supervised)
         report.progress("overfitting a few rows", step, steps, "updates")
-        done = step == steps or not math.isfinite(losses[-1]) or losses[-1] <= fraction * losses[0] or losses[-1] > 3 * losses[0] + 1
+        done = (
+            step == steps
+            or not math.isfinite(losses[-1])
+            or losses[-1] <= fraction * losses[0]
+            or losses[-1] > 3 * losses[0] + 1
+        )
         if done:
             report.progress("overfitting a few rows", steps, steps, "updates")
             break
@@ -117,7 +145,11 @@ class ShortRun:
 def stride(parameters: Sequence[torch.Tensor], learning_rate: float) -> float:
     """How far one AdamW update at this rate moves a trained weight, in units of the weights' own size (median of the
     tensors' RMS; those that start at zero, as half of an adapter does, have none). About 0.001 in a sound recipe."""
-    sizes = [s for s in (float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1) if s > 0]
+    sizes = [
+        s
+        for s in (float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1)
+        if s > 0
+    ]
     return learning_rate / median(sizes) if sizes else 0.0
 
 
@@ -137,7 +169,9 @@ def judge(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
         found.append(f"one update moves the trained weights by {stride:.1f} times their size")
     worst = max(val_loss[1:], key=lambda x: x[1], default=None)
     if worst and worst[1] > 1.1 * val_loss[0][1] + 0.05:
-        found.append(f"the validation loss rose from {val_loss[0][1]:.3f} to {worst[1]:.3f} at update {worst[0]}")
+        found.append(
+            f"the validation loss rose from {val_loss[0][1]:.3f} to {worst[1]:.3f} at update {worst[0]}"
+        )
     quarter = max(1, len(values) // 4)
     first, last = mean(values[:quarter]), mean(values[-quarter:]) if values else 0.0
     if values and last > 1.3 * first + 0.05:
@@ -145,7 +179,9 @@ def judge(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
     if len(values) >= 6:
         jumps = median(abs(b - a) for a, b in pairwise(values))
         if jumps > 0.5 * mean(values) and last > 0.9 * first:
-            found.append(f"the loss oscillates by {jumps:.2f} from update to update around {mean(values):.2f}, without falling")
+            found.append(
+                f"the loss oscillates by {jumps:.2f} from update to update around {mean(values):.2f}, without falling"
+            )
     if values and max(values) > 4 * first + 2:
         found.append(f"the loss jumped to {max(values):.1f} from {first:.2f}")
     return found
@@ -179,13 +215,29 @@ class FirstBlocks(Shards):
         self._where = self._where[:most]
 
 
-def short_run(model: Any, feed: Feed, validation: Shards | None, tokenizer: Any, model_config: ModelConfig, training: TrainingConfig, *, steps: int, precision: str, folder: Path, report: Reporter) -> ShortRun:
+def short_run(
+    model: Any,
+    feed: Feed,
+    validation: Shards | None,
+    tokenizer: Any,
+    model_config: ModelConfig,
+    training: TrainingConfig,
+    *,
+    steps: int,
+    precision: str,
+    folder: Path,
+    report: Reporter,
+) -> ShortRun:
     """The first updates of the plan with the recipe's own optimizer, peak rate and schedule, the latter compressed.
 
     Three evaluations: before, in the middle, after.
     """
     steps = min(steps, len(feed.plan))
-    run = ShortRun(stride=stride([p for p in model.parameters() if p.requires_grad], Schedule.of(training, model_config).peak))
+    run = ShortRun(
+        stride=stride(
+            [p for p in model.parameters() if p.requires_grad], Schedule.of(training, model_config).peak
+        )
+    )
     trainer = SupervisedTrainer(
         model, feed=replace(feed, updates=steps), validation=validation, tokenizer=tokenizer, training=training.model_copy(update={"report_to": [], "compile": False}),
         schedule=Schedule.of(training, model_config), precision=precision, folder=folder, listener=_Record(run, steps, report),
@@ -207,7 +259,15 @@ def overfit_rows(shards: Shards, feed: Feed, count: int) -> list[Block]:
             for start, n in zip(block.starts, block.lengths, strict=True):
                 cut = slice(int(start), int(start + n))
                 if (block.labels[cut][1:] != -100).any():
-                    found.append(Block(len(found), block.input_ids[cut], block.labels[cut], block.position_ids[cut], np.array([n], dtype=np.int32)))
+                    found.append(
+                        Block(
+                            len(found),
+                            block.input_ids[cut],
+                            block.labels[cut],
+                            block.position_ids[cut],
+                            np.array([n], dtype=np.int32),
+                        )
+                    )
                 if len(found) == count:
                     return found
     return found
@@ -257,11 +317,21 @@ def worst_block(model: Any, shards: Shards, feed: Feed, memory: Any) -> WorstBlo
     """Forward and backward over the fullest blocks of the first row groups, as one micro-batch of the layout in use."""
     blocks = [shards.block(i) for i in range(min(len(shards), 256))]
     blocks.sort(key=lambda b: -len(b.input_ids))
-    batch = max(microbatches(blocks[: feed.per_device_batch], layout=feed.layout, per_device_batch=feed.per_device_batch, max_tokens=feed.max_tokens), key=lambda m: m.inputs["input_ids"].numel())
+    batch = max(
+        microbatches(
+            blocks[: feed.per_device_batch],
+            layout=feed.layout,
+            per_device_batch=feed.per_device_batch,
+            max_tokens=feed.max_tokens,
+        ),
+        key=lambda m: m.inputs["input_ids"].numel(),
+    )
     device = next(model.parameters()).device
     model.train()
     began = time.monotonic()
     batch = batch.to(device)
-    model(**batch.inputs, supervised_index=batch.index, supervised_targets=batch.targets, reduction="sum")["nll"].backward()
+    model(**batch.inputs, supervised_index=batch.index, supervised_targets=batch.targets, reduction="sum")[
+        "nll"
+    ].backward()
     model.zero_grad(set_to_none=True)
     return WorstBlock(int(batch.inputs["input_ids"].numel()), memory(), time.monotonic() - began)

@@ -12,7 +12,12 @@ from sft_pipeline.stages.tokenized_rows.config import (
 
 def _config(branch: Branch) -> TokenizedRowsConfig:
     recipe = branch.the_recipe()
-    return TokenizedRowsConfig(tokenizer=recipe.tokenizer, revision=recipe.model.revision, template=recipe.template, tokens=recipe.tokens)
+    return TokenizedRowsConfig(
+        tokenizer=recipe.tokenizer,
+        revision=recipe.model.revision,
+        template=recipe.template,
+        tokens=recipe.tokens,
+    )
 
 
 def _outside(branch: Branch) -> dict[str, str]:
@@ -32,17 +37,43 @@ STAGE = Stage(
     config=_config,
     build="sft_pipeline.stages.tokenized_rows.build:build",
     checks=(
-        CheckSpec("supervised_everywhere", True, "every row has a supervised token, and position 0 never is one"),
-        CheckSpec("mask_certificate", True, "character offsets and token prefix lengths give the same mask for every row"),
-        CheckSpec("decode_round_trip", True, "decoding the supervised span gives exactly what the template emits after the prompt, with the completion in it once"),
-        CheckSpec("prompt_prefix_exact", True, "the prompt that a server would send is a token-exact prefix of every row"),
-        CheckSpec("no_forged_control_tokens", True, "every control token in the output was placed by the template"),
-        CheckSpec("fingerprints_recorded", True, "template, tokenizer and mask fingerprints are in formatting.json"),
+        CheckSpec(
+            "supervised_everywhere", True, "every row has a supervised token, and position 0 never is one"
+        ),
+        CheckSpec(
+            "mask_certificate",
+            True,
+            "character offsets and token prefix lengths give the same mask for every row",
+        ),
+        CheckSpec(
+            "decode_round_trip",
+            True,
+            "decoding the supervised span gives exactly what the template emits after the prompt, with the completion in it once",
+        ),
+        CheckSpec(
+            "prompt_prefix_exact",
+            True,
+            "the prompt that a server would send is a token-exact prefix of every row",
+        ),
+        CheckSpec(
+            "no_forged_control_tokens", True, "every control token in the output was placed by the template"
+        ),
+        CheckSpec(
+            "fingerprints_recorded", True, "template, tokenizer and mask fingerprints are in formatting.json"
+        ),
         CheckSpec("counts_add_up", True, "rows read = rows accepted + rows rejected"),
         CheckSpec("sides_not_empty", True, "no side that had rows has lost them all, and train has some"),
         CheckSpec("reject_rate", False, "at most 5 % of the rows are rejected or truncated"),
-        CheckSpec("tokenizer_skew", False, "AutoTokenizer, which servers use, gives the ids and the prompts of tokenizer.json on a sample of these rows"),
-        CheckSpec("stop_token", False, "turns end with a single token at which a server stops, and the text does not depend on the clock"),
+        CheckSpec(
+            "tokenizer_skew",
+            False,
+            "AutoTokenizer, which servers use, gives the ids and the prompts of tokenizer.json on a sample of these rows",
+        ),
+        CheckSpec(
+            "stop_token",
+            False,
+            "turns end with a single token at which a server stops, and the text does not depend on the clock",
+        ),
     ),
     outside=_outside,
     packages=("tokenizers", "jinja2", "transformers"),

@@ -82,7 +82,17 @@ def build(b: Build) -> Built:
             "rows_rejected": numbers["rejected"],
             "rows_written": sum(on_disk.values()),
             **{side: on_disk[side] for side in SIDES},
-            **{k: numbers[k] for k in ("tokens", "supervised_tokens", "truncated", "split", "neutralised", "turns_not_supervised")},
+            **{
+                k: numbers[k]
+                for k in (
+                    "tokens",
+                    "supervised_tokens",
+                    "truncated",
+                    "split",
+                    "neutralised",
+                    "turns_not_supervised",
+                )
+            },
         },
         checks=checks(seen, encoder, recorded, skew, on_disk, count_rows([b.out / "rejects.parquet"])),
         volatile=("plots/",),
@@ -90,7 +100,14 @@ def build(b: Build) -> Built:
     )
 
 
-def _encode_batch(encoder: RowEncoder, rows: list[dict[str, Any]], side: str, seen: Seen, out: PartWriter, rejects: FileWriter) -> None:
+def _encode_batch(
+    encoder: RowEncoder,
+    rows: list[dict[str, Any]],
+    side: str,
+    seen: Seen,
+    out: PartWriter,
+    rejects: FileWriter,
+) -> None:
     examples: list[Example] = []
     refused: list[Refused] = []
     for row, outcome in zip(rows, encoder.encode(rows), strict=True):
@@ -109,13 +126,28 @@ def _encode_batch(encoder: RowEncoder, rows: list[dict[str, Any]], side: str, se
     for r in refused:
         seen.rejects[r.reason] += 1
         if sum(row["reason"] == r.reason for row in seen.refused) < EXAMPLES_OF_REJECTS // 3:
-            seen.refused.append({"row_id": r.row["row_id"], "file": r.row["file"], "line": r.row["line"], "reason": str(r.reason), "detail": r.detail[:200]})
+            seen.refused.append(
+                {
+                    "row_id": r.row["row_id"],
+                    "file": r.row["file"],
+                    "line": r.row["line"],
+                    "reason": str(r.reason),
+                    "detail": r.detail[:200],
+                }
+            )
 
 
 def _reject_row(refused: Refused) -> dict[str, Any]:
     row = refused.row
     raw = json.dumps({"messages": row["messages"], "tools": row["tools"]}, ensure_ascii=False, sort_keys=True)
-    return {"row_id": row["row_id"], "source": row["source"], "file": row["file"], "line": row["line"], "reasons": [str(refused.reason)], "raw": raw}
+    return {
+        "row_id": row["row_id"],
+        "source": row["source"],
+        "file": row["file"],
+        "line": row["line"],
+        "reasons": [str(refused.reason)],
+        "raw": raw,
+    }
 
 
 def _inspect(batch: pa.RecordBatch, seen: Seen) -> None:
@@ -129,12 +161,16 @@ def _inspect(batch: pa.RecordBatch, seen: Seen) -> None:
     seen.broken["nothing supervised"] += int(np.count_nonzero(counted == 0))
     seen.broken["position 0 supervised"] += int(np.count_nonzero(supervised[starts]))
     seen.broken["label is not the input id"] += int(np.count_nonzero(supervised & (labels != ids)))
-    seen.broken["supervised count is wrong"] += int(np.count_nonzero(np.add.reduceat(supervised, starts, dtype=np.int64) != counted))
+    seen.broken["supervised count is wrong"] += int(
+        np.count_nonzero(np.add.reduceat(supervised, starts, dtype=np.int64) != counted)
+    )
     seen.lengths.append(batch.column("length").to_numpy())
     seen.supervised.append(counted)
 
 
-def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: ChatTemplate, encoder: RowEncoder) -> dict[str, Any]:
+def _formatting(
+    config: TokenizedRowsConfig, tokenizer: Tokenizer, template: ChatTemplate, encoder: RowEncoder
+) -> dict[str, Any]:
     """What was used to format the rows; everything that serves or evaluates the model must use the same."""
     stop_ids = tokenizer.ids(template.stop) if template.stop else []
     stop = stop_ids[0] if len(stop_ids) == 1 else None
@@ -144,7 +180,9 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
         "template_sha256": template.sha256,
         "tokenizer_sha256": tokenizer.sha256,
         "mask_sha256": sha256_json(mask),
-        "template_name": template.name if template.name == "tokenizer" or "/" not in template.name else "file",
+        "template_name": template.name
+        if template.name == "tokenizer" or "/" not in template.name
+        else "file",
         "chat_template": template.text,
         "chat_template_with_tools": template.tool_text if template.tool_text != template.text else None,
         "clock": FROZEN_CLOCK.date().isoformat() if template.uses_clock else None,
@@ -164,7 +202,12 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
 
 def _plot(b: Build, tokenizer: Tokenizer, seen: Seen, config: TokenizedRowsConfig) -> None:
     if seen.lengths:
-        plot_lengths(b.out / "plots" / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), config.tokens.max_length)
+        plot_lengths(
+            b.out / "plots" / "lengths.png",
+            np.concatenate(seen.lengths),
+            np.concatenate(seen.supervised),
+            config.tokens.max_length,
+        )
     previews = [
         Preview(
             title=f"row {e.row_id[:12]}: {len(e.input_ids)} tokens, {int((e.labels != IGNORE).sum())} supervised (green)",

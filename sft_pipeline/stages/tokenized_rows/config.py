@@ -16,7 +16,7 @@ TOKENIZER_FILES = (
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """"owner/name@revision" as ("owner/name", "revision"); a name without @ has no revision."""
+    """ "owner/name@revision" as ("owner/name", "revision"); a name without @ has no revision."""
     base, _, revision = name.partition("@")
     return (base, revision) if revision and not name.startswith((".", "/", "~")) else (name, None)
 
@@ -24,17 +24,32 @@ def split_revision(name: str) -> tuple[str, str | None]:
 class TemplateConfig(Config):
     """The chat template."""
 
-    chat_template: Annotated[str, Field(description="`tokenizer` (the tokenizer's own), chatml, llama3, qwen, mistral, alpaca, plain, or the path of a Jinja file")] = "tokenizer"
-    system: Annotated[str | None, Field(description="a system message put before conversations that have none")] = None
+    chat_template: Annotated[
+        str,
+        Field(
+            description="`tokenizer` (the tokenizer's own), chatml, llama3, qwen, mistral, alpaca, plain, or the path of a Jinja file"
+        ),
+    ] = "tokenizer"
+    system: Annotated[
+        str | None, Field(description="a system message put before conversations that have none")
+    ] = None
 
 
 class TokensConfig(Config):
     """Lengths are in tokens."""
 
     max_length: Annotated[int, Field(ge=8)] = 1024
-    supervise: Annotated[Literal["completion", "assistant", "last_turn", "all"], Field(description="which tokens carry loss")] = "completion"
-    overflow: Annotated[Literal["reject", "truncate_prompt", "split", "truncate_answer"], Field(description="what happens to a row longer than max_length")] = "reject"
-    control_tokens: Annotated[Literal["reject", "neutralise"], Field(description="what happens to a row whose text holds a control token literally")] = "reject"
+    supervise: Annotated[
+        Literal["completion", "assistant", "last_turn", "all"], Field(description="which tokens carry loss")
+    ] = "completion"
+    overflow: Annotated[
+        Literal["reject", "truncate_prompt", "split", "truncate_answer"],
+        Field(description="what happens to a row longer than max_length"),
+    ] = "reject"
+    control_tokens: Annotated[
+        Literal["reject", "neutralise"],
+        Field(description="what happens to a row whose text holds a control token literally"),
+    ] = "reject"
 
 
 class TokenizedRowsConfig(Config):

@@ -122,10 +122,15 @@ class ForgeryGuard:
         except jinja2.TemplateError:
             placed = -1
         if placed != len(self._of_assistant.findall(text)):
-            raise Rejected(Reason.CONTROL_TOKEN_IN_TEXT, "a message and the template together spell a control token")
+            raise Rejected(
+                Reason.CONTROL_TOKEN_IN_TEXT, "a message and the template together spell a control token"
+            )
 
     def _could_join(self, content: str) -> bool:
-        return any(content[-i:] in self._heads or content[:i] in self._tails for i in range(1, min(self._longest, len(content) + 1)))
+        return any(
+            content[-i:] in self._heads or content[:i] in self._tails
+            for i in range(1, min(self._longest, len(content) + 1))
+        )
 
     def _message(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
         pattern = self._of_assistant if message["role"] == "assistant" else self._of_others
@@ -146,7 +151,9 @@ class ForgeryGuard:
         if isinstance(value, dict):
             keys = [self._clean(k, pattern) for k in value]
             values = [self._clean(v, pattern) for v in value.values()]
-            return {k: v for (k, _), (v, _) in zip(keys, values, strict=True)}, sum(n for _, n in keys + values)
+            return {k: v for (k, _), (v, _) in zip(keys, values, strict=True)}, sum(
+                n for _, n in keys + values
+            )
         return value, 0
 
     def _literals(self, given: Conversation) -> Iterator[str]:

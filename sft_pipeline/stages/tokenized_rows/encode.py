@@ -102,7 +102,9 @@ class RowEncoder:
         system: A system message for conversations that have none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, tokens: TokensConfig, system: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, tokens: TokensConfig, system: str | None = None
+    ) -> None:
         self.tokenizer, self.template, self.tokens, self.system = tokenizer, template, tokens, system
         self.guard = ForgeryGuard(tokenizer, template, tokens.control_tokens)
         self.tally = Tally()
@@ -111,7 +113,10 @@ class RowEncoder:
         """One outcome per row, in order: its examples (more than one only where it was split), or its rejection."""
         prepared = [self._try(row, self._prepare, row) for row in rows]
         encoded = self._encode([p for p in prepared if isinstance(p, _Prepared)])
-        outcomes = [p if isinstance(p, Refused) else self._try(p.row, self._finish, p, next(encoded)) for p in prepared]
+        outcomes = [
+            p if isinstance(p, Refused) else self._try(p.row, self._finish, p, next(encoded))
+            for p in prepared
+        ]
         return [self._count(outcome) for outcome in self._check_round_trip(outcomes)]
 
     def _try(self, row: Row, step: Any, *arguments: Any) -> Any:
@@ -137,7 +142,9 @@ class RowEncoder:
         texts = [p.rendered.text for p in prepared]
         ends = [p.rendered.prompt_end for p in prepared]
         prompts = self.tokenizer.encode_batch([t[:e] for t, e in zip(texts, ends, strict=True)])
-        rests = self.tokenizer.continue_batch([t[e:] for t, e in zip(texts, ends, strict=True)], [p.ids[-1] if p.ids else -1 for p in prompts])
+        rests = self.tokenizer.continue_batch(
+            [t[e:] for t, e in zip(texts, ends, strict=True)], [p.ids[-1] if p.ids else -1 for p in prompts]
+        )
         return iter([Encoded(self.tokenizer, p, r) for p, r in zip(prompts, rests, strict=True)])
 
     def _mask(self, prepared: _Prepared, encoded: Encoded) -> _Masked:
@@ -154,14 +161,19 @@ class RowEncoder:
             if by_prefix is None and span in rendered.turns and span != rendered.final:
                 dropped += 1  # a token spans the boundary of an earlier turn: no server would see that prompt
             elif by_prefix is None or by_prefix != by_offsets:
-                raise Rejected(Reason.MASK_DISAGREEMENT, f"characters {span}: tokens {by_offsets} by offsets, {by_prefix} by prefix lengths")
+                raise Rejected(
+                    Reason.MASK_DISAGREEMENT,
+                    f"characters {span}: tokens {by_offsets} by offsets, {by_prefix} by prefix lengths",
+                )
             else:
                 agreed[span] = by_prefix
         loss = tuple(agreed[s] for s in rendered.loss if s in agreed)
         turns = tuple((s, agreed[s]) for s in rendered.turns or (rendered.final,) if s in agreed)
         if not loss:
             raise Rejected(Reason.NOTHING_SUPERVISED)
-        return _Masked(prepared, encoded.ids, loss, turns, len(encoded.prompt.ids), rendered.not_supervised + dropped)
+        return _Masked(
+            prepared, encoded.ids, loss, turns, len(encoded.prompt.ids), rendered.not_supervised + dropped
+        )
 
     # -- length ----------------------------------------------------------------------------------------------
 
@@ -175,7 +187,9 @@ class RowEncoder:
             return masked, [Cut(0, limit)]  # only some of what follows the last supervised token is lost
         policy = self.tokens.overflow
         if masked.prompt_length >= limit and policy != "truncate_prompt":
-            raise Rejected(Reason.NO_ROOM_FOR_COMPLETION, f"prompt of {masked.prompt_length} tokens, max_length {limit}")
+            raise Rejected(
+                Reason.NO_ROOM_FOR_COMPLETION, f"prompt of {masked.prompt_length} tokens, max_length {limit}"
+            )
         if policy == "truncate_answer":
             return masked, [truncate_answer(masked.loss, limit)]
         if policy == "split":
@@ -190,7 +204,10 @@ class RowEncoder:
         while (excess := masked.loss[-1][1] - limit) > 0:
             given = shorten_prompt(masked.prepared.given, self.tokenizer, excess)
             if given is None:
-                raise Rejected(Reason.NO_ROOM_FOR_COMPLETION, f"the completion alone does not fit into max_length {limit}")
+                raise Rejected(
+                    Reason.NO_ROOM_FOR_COMPLETION,
+                    f"the completion alone does not fit into max_length {limit}",
+                )
             prepared = self._render(masked.prepared.row, given)
             masked = self._mask(prepared, next(self._encode([prepared])))
         end = min(len(masked.ids), limit)
@@ -204,11 +221,18 @@ class RowEncoder:
         for index, outcome in enumerate(outcomes):
             if not isinstance(outcome, Refused):
                 masked = outcome[0]
-                jobs += [(index, (masked.ids, span, masked.prepared.rendered.text[slice(*turn)])) for turn, span in masked.turns]
+                jobs += [
+                    (index, (masked.ids, span, masked.prepared.rendered.text[slice(*turn)]))
+                    for turn, span in masked.turns
+                ]
         wrong = decodes_to(self.tokenizer, [job for _, job in jobs])
         bad = {index: detail for (index, _), detail in zip(jobs, wrong, strict=True) if detail is not None}
         return [
-            o if isinstance(o, Refused) else Refused(o[0].prepared.row, Reason.DECODE_MISMATCH, bad[i]) if i in bad else o
+            o
+            if isinstance(o, Refused)
+            else Refused(o[0].prepared.row, Reason.DECODE_MISMATCH, bad[i])
+            if i in bad
+            else o
             for i, o in enumerate(outcomes)
         ]
 
@@ -245,7 +269,9 @@ def _example(masked: _Masked, cut: Cut, part: int) -> Example:
     for start, stop in masked.loss:
         labels[start:stop] = ids[start:stop]
     labels = labels[cut.start : cut.stop].copy()
-    labels[: max(cut.new_from - cut.start, 1)] = IGNORE  # position 0 is never predicted; overlap is learnt once
+    labels[: max(cut.new_from - cut.start, 1)] = (
+        IGNORE  # position 0 is never predicted; overlap is learnt once
+    )
     supervised_lost = masked.loss[-1][1] > cut.stop
     return Example(
         row_id=row["row_id"] if part == 0 else f"{row['row_id']}/{part}",

@@ -76,7 +76,11 @@ def _tokens_before(row: Encoded, piece: Piece, base: int, char: int) -> int | No
     if not matches:
         if char == len(piece.text):
             return base + len(piece.ids)
-        known = tokenizer.ids(piece.text[:char]) if base == 0 else tokenizer.continue_batch([piece.text[:char]], [row.prompt.ids[-1]])[0].ids
+        known = (
+            tokenizer.ids(piece.text[:char])
+            if base == 0
+            else tokenizer.continue_batch([piece.text[:char]], [row.prompt.ids[-1]])[0].ids
+        )
         return base + len(known) if piece.ids[: len(known)] == known else None
     places = [i for i, token in enumerate(piece.ids) if token in tokenizer.control_ids]
     if len(places) < len(matches):
@@ -96,7 +100,10 @@ def control_tokens_match(row: Encoded) -> bool:
 
     The text's own were placed by the template: `ForgeryGuard` has seen to it that no message holds one.
     """
-    return all(_expected(row.tokenizer, p.text) == [i for i in p.ids if i in row.tokenizer.control_ids] for p in (row.prompt, row.rest))
+    return all(
+        _expected(row.tokenizer, p.text) == [i for i in p.ids if i in row.tokenizer.control_ids]
+        for p in (row.prompt, row.rest)
+    )
 
 
 def _expected(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -63,14 +63,18 @@ def shorten_prompt(given: Conversation, tokenizer: Tokenizer, excess: int) -> Co
     asked = [i for i, m in enumerate(given.messages) if m["role"] == "user"]
     if len(asked) > 1:
         keep = [i for i, m in enumerate(given.messages) if i >= asked[1] or m["role"] == "system"]
-        return replace(given, messages=[given.messages[i] for i in keep], weights=[given.weights[i] for i in keep])
+        return replace(
+            given, messages=[given.messages[i] for i in keep], weights=[given.weights[i] for i in keep]
+        )
     if not asked:
         return None
     content = given.messages[asked[0]].get("content", "")
     offsets = tokenizer.encode_batch([content])[0].encoding.offsets
     if excess >= len(offsets):
         return None
-    begin = next((start for start, _ in offsets[excess:] if start > 0), len(content))  # moves on even where tokens share a character
+    begin = next(
+        (start for start, _ in offsets[excess:] if start > 0), len(content)
+    )  # moves on even where tokens share a character
     shorter = content[begin:]
     if not shorter.strip():
         return None

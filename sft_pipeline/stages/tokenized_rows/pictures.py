@@ -50,8 +50,23 @@ def plot_masks(path: Path, previews: Sequence[Preview]) -> None:
     for preview, (boxes, rows) in laid_out:
         ax.text(0, top, preview.title, fontsize=8, weight="bold", va="center", parse_math=False)
         for text, x, y, supervised, special in boxes:
-            style = {"boxstyle": "round,pad=0.12", "facecolor": SUPERVISED if supervised else CONTEXT, "edgecolor": "#a4161a" if special else "none", "linewidth": 0.6}
-            ax.text(x, top + 1 + y, text, fontsize=6.4, family="monospace", va="center", bbox=style, parse_math=False, clip_on=True)
+            style = {
+                "boxstyle": "round,pad=0.12",
+                "facecolor": SUPERVISED if supervised else CONTEXT,
+                "edgecolor": "#a4161a" if special else "none",
+                "linewidth": 0.6,
+            }
+            ax.text(
+                x,
+                top + 1 + y,
+                text,
+                fontsize=6.4,
+                family="monospace",
+                va="center",
+                bbox=style,
+                parse_math=False,
+                clip_on=True,
+            )
         top += rows + 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks are drawn as boxes

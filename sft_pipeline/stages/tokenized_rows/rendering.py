@@ -82,7 +82,9 @@ def _prompt(template: ChatTemplate, given: Conversation, index: int) -> str:
     return template.render(given.messages[:index], given.tools, add_generation_prompt=True)
 
 
-def _turns(template: ChatTemplate, given: Conversation, supervise: str, text: str, final: Span) -> tuple[tuple[Span, ...], int]:
+def _turns(
+    template: ChatTemplate, given: Conversation, supervise: str, text: str, final: Span
+) -> tuple[tuple[Span, ...], int]:
     """The supervised turns, and how many earlier ones do not qualify.
 
     An earlier turn qualifies where the text begins with the prompt that a server would have sent for it, and its
@@ -104,7 +106,9 @@ def _turns(template: ChatTemplate, given: Conversation, supervise: str, text: st
 
 def _supervised_messages(given: Conversation, supervise: str) -> list[int]:
     """Indices of the assistant messages that are to be learnt, in order."""
-    assistants = [i for i, m in enumerate(given.messages) if m["role"] == "assistant" and given.weights[i] != 0]
+    assistants = [
+        i for i, m in enumerate(given.messages) if m["role"] == "assistant" and given.weights[i] != 0
+    ]
     if supervise == "assistant":
         return assistants
     if supervise == "last_turn":
@@ -113,7 +117,9 @@ def _supervised_messages(given: Conversation, supervise: str) -> list[int]:
     return [i for i in assistants if i == given.last]
 
 
-def _final_turn(text: str, start: int, message: dict[str, Any], stop: str | None) -> tuple[Span, tuple[str, str]]:
+def _final_turn(
+    text: str, start: int, message: dict[str, Any], stop: str | None
+) -> tuple[Span, tuple[str, str]]:
     """The final turn's span, and what the template wrote around the completion.
 
     Raises:
@@ -138,7 +144,9 @@ def _final_turn(text: str, start: int, message: dict[str, Any], stop: str | None
     return (start, start + finish), (before, after)
 
 
-def _earlier_turn(text: str, prompt: str, message: dict[str, Any], stop: str | None, limit: int) -> Span | None:
+def _earlier_turn(
+    text: str, prompt: str, message: dict[str, Any], stop: str | None, limit: int
+) -> Span | None:
     if not text.startswith(prompt):
         return None
     start = len(prompt)
@@ -174,7 +182,9 @@ def _squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def _all_but_weightless(template: ChatTemplate, given: Conversation, text: str, final: Span) -> tuple[Span, ...]:
+def _all_but_weightless(
+    template: ChatTemplate, given: Conversation, text: str, final: Span
+) -> tuple[Span, ...]:
     """Everything but the messages of weight 0: an assistant's whole turn, other messages' content."""
     holes: list[Span] = []
     cursor = 0
@@ -183,10 +193,19 @@ def _all_but_weightless(template: ChatTemplate, given: Conversation, text: str, 
         span = (cursor + begin, cursor + end)
         if given.weights[index] == 0:
             if message["role"] == "assistant":
-                turn = final if index == given.last else _earlier_turn(text, _prompt(template, given, index), message, template.stop, final[0])
+                turn = (
+                    final
+                    if index == given.last
+                    else _earlier_turn(
+                        text, _prompt(template, given, index), message, template.stop, final[0]
+                    )
+                )
                 span, begin = (turn, 0) if turn else (span, begin)
             if begin < 0:
-                raise Rejected(Reason.COMPLETION_NOT_RENDERED, f"message {index} has weight 0, and its text is not in the rendered row")
+                raise Rejected(
+                    Reason.COMPLETION_NOT_RENDERED,
+                    f"message {index} has weight 0, and its text is not in the rendered row",
+                )
             holes.append(span)
         cursor = max(cursor, span[1]) if begin >= 0 else cursor
     spans, start = [], 0

@@ -19,7 +19,14 @@ MAX_BROKEN_RATE = 0.01
 """Rows that fail a proof are rejected one by one; more than this share means that tokenizer and template do not fit."""
 
 
-def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Skew, on_disk: dict[str, int], rejected_on_disk: int) -> tuple[Check, ...]:
+def checks(
+    seen: "Seen",
+    encoder: RowEncoder,
+    recorded: dict[str, Any],
+    skew: Skew,
+    on_disk: dict[str, int],
+    rejected_on_disk: int,
+) -> tuple[Check, ...]:
     """One outcome per declared check."""
     n = encoder.tally.numbers
     rejected = seen.rejects
@@ -40,7 +47,10 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
             f"the control tokens of all {n['accepted']} rows kept are those of the template, in order; "
             f"{rejected[Reason.CONTROL_TOKEN_IN_TEXT]} rows were rejected for literal ones, {n['neutralised']} neutralised, "
             f"{rejected[Reason.CONTROL_TOKEN_MISMATCH]} rejected for a mismatch",
-            {"rejected": number(rejected[Reason.CONTROL_TOKEN_IN_TEXT]), "neutralised": number(n["neutralised"])},
+            {
+                "rejected": number(rejected[Reason.CONTROL_TOKEN_IN_TEXT]),
+                "neutralised": number(n["neutralised"]),
+            },
         ),
         Check(
             "fingerprints_recorded",
@@ -50,7 +60,12 @@ def checks(seen: "Seen", encoder: RowEncoder, recorded: dict[str, Any], skew: Sk
         _counts(seen, n, on_disk, rejected_on_disk),
         _sides(seen),
         _rate(seen, encoder),
-        Check("tokenizer_skew", not skew.found, skew.describe(), {"first_difference": table([skew.example])} if skew.example else {}),
+        Check(
+            "tokenizer_skew",
+            not skew.found,
+            skew.describe(),
+            {"first_difference": table([skew.example])} if skew.example else {},
+        ),
         _stop(encoder, recorded),
     )
 
@@ -67,7 +82,11 @@ def _marks(agree: int, disagree: int) -> str:
 
 def _supervised(seen: "Seen", examples: int) -> Check:
     broken = {k: v for k, v in seen.broken.items() if v}
-    description = f"all {examples} examples have a supervised token, none at position 0" if not broken else f"broken: {broken}"
+    description = (
+        f"all {examples} examples have a supervised token, none at position 0"
+        if not broken
+        else f"broken: {broken}"
+    )
     return Check("supervised_everywhere", not broken, description)
 
 
@@ -83,7 +102,11 @@ def _round_trip(seen: "Seen", encoder: RowEncoder) -> Check:
         _few(seen, Reason.DECODE_MISMATCH),
         f"decoding gives back the text of all {n['accepted']} rows kept, the completion in it once; {rejected[Reason.DECODE_MISMATCH]} rows rejected because "
         f"it does not, {rejected[Reason.COMPLETION_NOT_RENDERED]} because the template alters the completion"
-        + (f"; the template writes text of its own into {sum(w['rows'] for w in written)} answers" if written else ""),
+        + (
+            f"; the template writes text of its own into {sum(w['rows'] for w in written)} answers"
+            if written
+            else ""
+        ),
         {"inserted_by_the_template": table(written)} if written else {},
     )
 
@@ -92,9 +115,15 @@ def _prefix(seen: "Seen", encoder: RowEncoder) -> Check:
     """Every row was encoded as prompt + rest; a sample is rendered and encoded again from its messages."""
     wrong = []
     for given, example in seen.sample:
-        prompt = encoder.tokenizer.ids(encoder.template.render(given.messages[:-1], given.tools, add_generation_prompt=True))
-        if example.input_ids[: example.prompt_length].tolist() != prompt or example.prompt_length != len(prompt):
-            wrong.append({"row_id": example.row_id, "prompt_tokens": len(prompt), "recorded": example.prompt_length})
+        prompt = encoder.tokenizer.ids(
+            encoder.template.render(given.messages[:-1], given.tools, add_generation_prompt=True)
+        )
+        if example.input_ids[: example.prompt_length].tolist() != prompt or example.prompt_length != len(
+            prompt
+        ):
+            wrong.append(
+                {"row_id": example.row_id, "prompt_tokens": len(prompt), "recorded": example.prompt_length}
+            )
     rejected = seen.rejects[Reason.PROMPT_NOT_PREFIX]
     return Check(
         "prompt_prefix_exact",
@@ -107,13 +136,20 @@ def _prefix(seen: "Seen", encoder: RowEncoder) -> Check:
 
 def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int) -> Check:
     read = sum(seen.read.values())
-    rows_add_up = read == n["rows"] == n["accepted"] + n["rejected"] and n["rejected"] == rejected_on_disk == sum(seen.rejects.values())
-    good = rows_add_up and n["examples"] == sum(on_disk.values()) and all(on_disk[s] == seen.written[s] for s in on_disk)
+    rows_add_up = read == n["rows"] == n["accepted"] + n["rejected"] and n[
+        "rejected"
+    ] == rejected_on_disk == sum(seen.rejects.values())
+    good = (
+        rows_add_up
+        and n["examples"] == sum(on_disk.values())
+        and all(on_disk[s] == seen.written[s] for s in on_disk)
+    )
     extra = n["examples"] - n["accepted"]
     return Check(
         "counts_add_up",
         good,
-        f"{read} read = {n['accepted']} accepted + {n['rejected']} rejected" + (f"; {extra} further parts of split rows" if extra else ""),
+        f"{read} read = {n['accepted']} accepted + {n['rejected']} rejected"
+        + (f"; {extra} further parts of split rows" if extra else ""),
         {"sides": table([{"side": s, "rows_read": seen.read[s], "examples": on_disk[s]} for s in on_disk])},
     )
 
@@ -123,7 +159,11 @@ def _sides(seen: "Seen") -> Check:
     good = bool(seen.written["train"]) and not lost
     why = f"; most frequent reason: {seen.rejects.most_common(1)[0][0]}" if seen.rejects and not good else ""
     description = ", ".join(f"{s} {seen.written[s]}" for s in ("train", "validation", "test"))
-    return Check("sides_not_empty", good, f"examples: {description}" + (f". Empty: {', '.join(lost) or 'train'}{why}" if not good else ""))
+    return Check(
+        "sides_not_empty",
+        good,
+        f"examples: {description}" + (f". Empty: {', '.join(lost) or 'train'}{why}" if not good else ""),
+    )
 
 
 def _rate(seen: "Seen", encoder: RowEncoder) -> Check:
@@ -133,9 +173,27 @@ def _rate(seen: "Seen", encoder: RowEncoder) -> Check:
     left_out = n["turns_not_supervised"]
     parts = [f"{n['rejected']} rows rejected and {n['truncated']} truncated of {n['rows']} ({share:.1%})"]
     if left_out:
-        parts.append(f"{left_out} assistant turns are context only, because the template or a token boundary changes them once they are history")
-    evidence = {"reasons": table([{"reason": str(r), "rows": c, "meaning": MEANING[Reason(r)]} for r, c in seen.rejects.most_common()])} if seen.rejects else {}
-    return Check("reject_rate", share <= MAX_REJECT_RATE and left_out <= MAX_REJECT_RATE * n["rows"], "; ".join(parts), evidence)
+        parts.append(
+            f"{left_out} assistant turns are context only, because the template or a token boundary changes them once they are history"
+        )
+    evidence = (
+        {
+            "reasons": table(
+                [
+                    {"reason": str(r), "rows": c, "meaning": MEANING[Reason(r)]}
+                    for r, c in seen.rejects.most_common()
+                ]
+            )
+        }
+        if seen.rejects
+        else {}
+    )
+    return Check(
+        "reject_rate",
+        share <= MAX_REJECT_RATE and left_out <= MAX_REJECT_RATE * n["rows"],
+        "; ".join(parts),
+        evidence,
+    )
 
 
 def _stop(encoder: RowEncoder, recorded: dict[str, Any]) -> Check:
@@ -143,9 +201,13 @@ def _stop(encoder: RowEncoder, recorded: dict[str, Any]) -> Check:
     if recorded["stop_text"] is None:
         problems.append("nothing ends an assistant's turn, so the model never learns to stop")
     elif recorded["stop_token_id"] is None:
-        problems.append(f"turns end with the text {recorded['stop_text']!r}, which is several tokens: servers need it as a stop string")
+        problems.append(
+            f"turns end with the text {recorded['stop_text']!r}, which is several tokens: servers need it as a stop string"
+        )
     if recorded["clock"]:
-        problems.append(f"the template reads the clock: rows are rendered as of {recorded['clock']}, a server will say today")
+        problems.append(
+            f"the template reads the clock: rows are rendered as of {recorded['clock']}, a server will say today"
+        )
     stop = f"turns end with {recorded['stop_text']!r} (id {recorded['stop_token_id']})"
     return Check("stop_token", not problems, "; ".join(problems) or stop)
 
@@ -164,11 +226,20 @@ def evidence(seen: "Seen", encoder: RowEncoder, config: TokenizedRowsConfig) -> 
         lengths, supervised = np.concatenate(seen.lengths), np.concatenate(seen.supervised)
         quantiles = (0, 0.5, 0.9, 0.99, 1)
         found["length_quantiles"] = table(
-            [{"quantile": f"{q:.0%}", "tokens": int(np.quantile(lengths, q)), "supervised": int(np.quantile(supervised, q))} for q in quantiles]
+            [
+                {
+                    "quantile": f"{q:.0%}",
+                    "tokens": int(np.quantile(lengths, q)),
+                    "supervised": int(np.quantile(supervised, q)),
+                }
+                for q in quantiles
+            ]
         )
         found["lengths_plot"] = plot("plots/lengths.png")
         found["mask_preview"] = plot("plots/mask_preview.png")
     if seen.refused:
         found["first_rejected_rows"] = table(seen.refused)
-    found["chat_template"] = markdown(f"`{config.template.chat_template}`\n\n```jinja\n{encoder.template.text}\n```")
+    found["chat_template"] = markdown(
+        f"`{config.template.chat_template}`\n\n```jinja\n{encoder.template.text}\n```"
+    )
     return found

@@ -55,7 +55,9 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
 
         served: Any = AutoTokenizer.from_pretrained(str(tokenizer.folder), local_files_only=True)
     except Exception as error:  # whatever the library raises: a server would meet it too
-        return Skew(unavailable=f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}")
+        return Skew(
+            unavailable=f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
+        )
     skew = Skew(rows=len(sample))
     for given in sample:
         text = template.render(given.messages, given.tools)
@@ -68,12 +70,16 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
             prompt = served.apply_chat_template(
                 given.messages[:-1], tools=given.tools, chat_template=source, add_generation_prompt=True, tokenize=False
             )  # fmt: skip
-            skew.other_prompt += prompt != template.render(given.messages[:-1], given.tools, add_generation_prompt=True)
+            skew.other_prompt += prompt != template.render(
+                given.messages[:-1], given.tools, add_generation_prompt=True
+            )
     return skew
 
 
 def _first_difference(tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> dict[str, str]:
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
     window = slice(max(at - 3, 0), at + 5)
     return {
         "tokenizer.json": " | ".join(tokenizer.decode([i]) for i in ours[window]),

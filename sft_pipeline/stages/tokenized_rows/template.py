@@ -72,7 +72,13 @@ class ChatTemplate:
     def _compiled(self) -> dict[str, jinja2.Template]:
         return {text: self.environment.from_string(text) for text in (self.text, self.tool_text)}
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """The text of a conversation.
 
         Raises:
@@ -81,7 +87,9 @@ class ChatTemplate:
         text = self._render(messages, tools, add_generation_prompt)
         return text.replace(_BEGIN, "").replace(_END, "") if self.has_marks else text
 
-    def render_marked(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the spans of it that the template's {% generation %} blocks enclose."""
         text = self._render(messages, tools, False)
         if not self.has_marks:
@@ -97,7 +105,9 @@ class ChatTemplate:
                 length += len(part)
         return "".join(parts), spans
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool
+    ) -> str:
         template = self._compiled[self.tool_text if tools else self.text]
         try:
             return template.render(
@@ -130,7 +140,9 @@ def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
             text = tool_text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             names = ", ".join(NAMED_TEMPLATES)
-            raise InputError(f"template.chat_template {name}: neither `tokenizer`, a named template ({names}), nor a readable Jinja file: {error}") from None
+            raise InputError(
+                f"template.chat_template {name}: neither `tokenizer`, a named template ({names}), nor a readable Jinja file: {error}"
+            ) from None
         where = str(path)
     try:
         template = ChatTemplate(name, text, tool_text, dict(tokenizer.special))
@@ -146,7 +158,9 @@ def _own(tokenizer: Tokenizer) -> tuple[str, str]:
             f"tokenizer {tokenizer.source} has no chat template: set template.chat_template to one of {', '.join(NAMED_TEMPLATES)}, or to a Jinja file"
         )
     if "default" not in found:
-        raise InputError(f"tokenizer {tokenizer.source} has the chat templates {', '.join(found)} and no default: copy the one you mean to a Jinja file")
+        raise InputError(
+            f"tokenizer {tokenizer.source} has the chat templates {', '.join(found)} and no default: copy the one you mean to a Jinja file"
+        )
     return found["default"], found.get("tool_use", found["default"])
 
 
@@ -157,11 +171,16 @@ def _named(name: str, tokenizer: Tokenizer) -> str:
     """
     eos = tokenizer.special.get("eos_token")
     if eos is None or tokenizer.backend.token_to_id(eos) is None:
-        raise InputError(f"tokenizer {tokenizer.source} names no eos_token, which the named template {name} ends turns with")
+        raise InputError(
+            f"tokenizer {tokenizer.source} names no eos_token, which the named template {name} ends turns with"
+        )
     bos = tokenizer.special["bos_token"] if tokenizer.adds_bos else ""
     body = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     values = {"bos": bos, "eos": eos}
-    return "".join(f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items()) + body
+    return (
+        "".join(f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items())
+        + body
+    )
 
 
 def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
@@ -169,7 +188,11 @@ def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
     question, answer = "What is asked", "What is answered"
     for messages in (
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        [{"role": "system", "content": "Rules"}, {"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        [
+            {"role": "system", "content": "Rules"},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ],
     ):
         try:
             rest = template.render(messages).rpartition(answer)[2]
@@ -198,16 +221,26 @@ class _Generation(Extension):
 
 
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = FROZEN_CLOCK.strftime
     return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter escapes HTML, which a prompt must not have."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _refuse(message: str) -> None:

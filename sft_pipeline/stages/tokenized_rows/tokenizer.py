@@ -20,7 +20,9 @@ from sft_pipeline.store.files import sha256_file, sha256_json
 NAMED_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Added tokens that look like this delimit turns even where tokenizer.json does not call them special.
-MARKER = re.compile(r"<\|.*\|>|<｜.*｜>|\[/?[A-Z_]+\]|</?s>|<(?:start|end)_of_turn>|<(?:start|end)_of_\w+>|<\w*(?:bos|eos|eot)\w*>")
+MARKER = re.compile(
+    r"<\|.*\|>|<｜.*｜>|\[/?[A-Z_]+\]|</?s>|<(?:start|end)_of_turn>|<(?:start|end)_of_\w+>|<\w*(?:bos|eos|eot)\w*>"
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Piece]:
         """Each text from its beginning, without the special tokens that a post-processor would add."""
-        return [Piece(t, e.ids, e) for t, e in zip(texts, self.backend.encode_batch(list(texts), add_special_tokens=False), strict=True)]
+        return [
+            Piece(t, e.ids, e)
+            for t, e in zip(
+                texts, self.backend.encode_batch(list(texts), add_special_tokens=False), strict=True
+            )
+        ]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of one text from its beginning."""
@@ -116,7 +123,9 @@ class Tokenizer:
         for piece, context, text in zip(pieces, contexts, texts, strict=True):
             known = self.ids(context) if context else []
             if piece.ids[: len(known)] == known:
-                out.append(Piece(text, piece.ids[len(known) :], piece.encoding, len(known), len(context or "")))
+                out.append(
+                    Piece(text, piece.ids[len(known) :], piece.encoding, len(known), len(context or ""))
+                )
             else:  # the context merged with the text: encode it alone, the round trip will judge
                 out.append(self.encode_batch([text])[0])
         return out
@@ -159,7 +168,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> Tokenizer:
     if not folder.is_dir():
         raise InputError(f"tokenizer {source}: the folder {folder} does not exist")
     if not path.is_file():
-        raise InputError(f"tokenizer {source}: {path} is missing; a fast tokenizer is needed (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)")
+        raise InputError(
+            f"tokenizer {source}: {path} is missing; a fast tokenizer is needed (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for a file it cannot read
@@ -173,7 +184,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> Tokenizer:
         special={k: v for k in NAMED_SPECIAL if (v := _token_text(names.get(k)))},
         templates=_own_templates(folder, settings),
         generation_eos=_eos_ids(_read_json(folder / "generation_config.json")),
-        sha256=sha256_json([[n, sha256_file(folder / n)] for n in TOKENIZER_FILES[:3] if (folder / n).is_file()]),
+        sha256=sha256_json(
+            [[n, sha256_file(folder / n)] for n in TOKENIZER_FILES[:3] if (folder / n).is_file()]
+        ),
     )
 
 
@@ -198,10 +211,16 @@ def make_tokenizer(
     found = backend.get_added_tokens_decoder()
     added = {t.content: i for i, t in found.items()}
     control = {t.content: i for i, t in found.items() if t.special or MARKER.fullmatch(t.content)}
-    for token in special.values():  # a named special token that tokenizer.json does not list as added cannot split text
+    for token in (
+        special.values()
+    ):  # a named special token that tokenizer.json does not list as added cannot split text
         if token in added:
             control[token] = added[token]
-    plain = [t.content for t in found.values() if t.content in control and not (t.rstrip or t.lstrip or t.single_word or t.normalized)]
+    plain = [
+        t.content
+        for t in found.values()
+        if t.content in control and not (t.rstrip or t.lstrip or t.single_word or t.normalized)
+    ]
     return Tokenizer(
         source, folder, backend, special, templates or {}, added, control, sha256, generation_eos, adds_bos,
         {"control": _context(backend, plain[0]) if plain else None, "text": _context(backend, "\n")},
@@ -212,7 +231,10 @@ def _context(backend: tokenizers.Tokenizer, context: str) -> str | None:
     """`context` if a text encodes differently behind it than at the beginning, else None: no context is needed."""
     skip = len(backend.encode(context, add_special_tokens=False).ids)
     for text in ("Hello", " Hello", "1", "é", "-"):
-        if backend.encode(context + text, add_special_tokens=False).ids[skip:] != backend.encode(text, add_special_tokens=False).ids:
+        if (
+            backend.encode(context + text, add_special_tokens=False).ids[skip:]
+            != backend.encode(text, add_special_tokens=False).ids
+        ):
             return context
     return None
 
@@ -254,10 +276,16 @@ def _own_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 def _download(name: str, revision: str | None) -> Path:
     """The tokenizer files of a hub repository at a pinned revision, from the local cache where they are there."""
     if revision is None:
-        raise InputError(f"tokenizer {name}: a hub id needs a pinned revision (model.revision: <commit>, or {name}@<commit>); or there is no such folder")
+        raise InputError(
+            f"tokenizer {name}: a hub id needs a pinned revision (model.revision: <commit>, or {name}@<commit>); or there is no such folder"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
-    except Exception as error:  # network, permission, unknown repository: all mean that the input is not there
-        raise InputError(f"tokenizer {name}@{revision}: cannot fetch it from the hub: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    except (
+        Exception
+    ) as error:  # network, permission, unknown repository: all mean that the input is not there
+        raise InputError(
+            f"tokenizer {name}@{revision}: cannot fetch it from the hub: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None

@@ -13,7 +13,9 @@ def _config(branch: Branch) -> TrainedCheckpointsConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
+    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
+        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+    )
 
 
 STAGE = Stage(
@@ -26,9 +28,19 @@ STAGE = Stage(
     build="sft_pipeline.stages.trained_checkpoints.build:build",
     checks=(
         CheckSpec("finite_loss", True, "No update had a loss or gradient that is NaN or infinite."),
-        CheckSpec("checkpoints_resumable", True, "Every checkpoint has the eleven items of a resume bundle, and their hashes hold."),
-        CheckSpec("budget_as_planned", True, "Updates, examples and supervised tokens consumed are those of the plan."),
-        CheckSpec("diagnosis", False, "The curves show no stalled, diverging or spiking loss and no overfitting."),
+        CheckSpec(
+            "checkpoints_resumable",
+            True,
+            "Every checkpoint has the eleven items of a resume bundle, and their hashes hold.",
+        ),
+        CheckSpec(
+            "budget_as_planned",
+            True,
+            "Updates, examples and supervised tokens consumed are those of the plan.",
+        ),
+        CheckSpec(
+            "diagnosis", False, "The curves show no stalled, diverging or spiking loss and no overfitting."
+        ),
     ),
     outside=_outside,
     packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy"),

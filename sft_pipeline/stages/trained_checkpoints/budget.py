@@ -33,5 +33,7 @@ def planned_budget(feed: Any, updates: int) -> Budget:
         block = feed.shards.block(number)
         examples += times[number] * len(block.lengths)
         tokens += times[number] * len(block.input_ids)
-        supervised += times[number] * int(np.count_nonzero((block.labels != -100) & (block.position_ids != 0)))
+        supervised += times[number] * int(
+            np.count_nonzero((block.labels != -100) & (block.position_ids != 0))
+        )
     return Budget(updates, examples, tokens, supervised)

@@ -40,7 +40,9 @@ def build(b: Build) -> Built:
     from sft_pipeline.stages.trained_checkpoints.watch import write_throughput
 
     write_throughput(outcome.watch.speed, b.out / "throughput.parquet")
-    findings = diagnose(curves.get("loss"), curves.get("val_loss"), lambda step: outcome.feed.row_ids(step - 1))
+    findings = diagnose(
+        curves.get("loss"), curves.get("val_loss"), lambda step: outcome.feed.row_ids(step - 1)
+    )
     consumed = Budget(outcome.done, *(curves.total(n) for n in ("examples", "tokens", "supervised_tokens")))
     checkpoints = [read_summary(p, curves.get("val_loss")) for p in checkpoint_folders(b.out)]
     write_json(b.out / "training.json", summary(config, outcome, consumed, checkpoints, findings))
@@ -74,7 +76,9 @@ def read_data(packed: Artifact, tokenized: Artifact) -> Any:
     try:
         formatting = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt") from error
+        raise InputError(
+            f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt"
+        ) from error
     hashes = {f.path: f.sha256 for f in packed.manifest.files}
     return Data(
         train=packed.parts("train"), validation=packed.parts("validation"), heldout=tokenized.parts("validation"),
@@ -107,7 +111,13 @@ def read_summary(folder: Path, val_loss: list[tuple[int, float]]) -> dict[str, A
     return {"path": folder.name, "step": step, "val_loss": dict(val_loss).get(step)}
 
 
-def summary(config: TrainedCheckpointsConfig, outcome: Any, consumed: Budget, checkpoints: list[dict[str, Any]], findings: list[Finding]) -> dict[str, Any]:
+def summary(
+    config: TrainedCheckpointsConfig,
+    outcome: Any,
+    consumed: Budget,
+    checkpoints: list[dict[str, Any]],
+    findings: list[Finding],
+) -> dict[str, Any]:
     """training.json: every value that ran. Nothing of the clock or the machine's speed."""
     best = outcome.watch.best
     training = config.training
@@ -116,9 +126,17 @@ def summary(config: TrainedCheckpointsConfig, outcome: Any, consumed: Budget, ch
         "model": {"base": config.model.base, "revision": config.model.revision, **outcome.loaded.as_dict()},
         "layout": outcome.layout,
         "loss": outcome.loss_path,
-        "optimizer": {"name": "AdamW", "betas": list(training.adam_betas), "epsilon": training.adam_epsilon, "weight_decay": training.weight_decay, "clip": training.clip},
+        "optimizer": {
+            "name": "AdamW",
+            "betas": list(training.adam_betas),
+            "epsilon": training.adam_epsilon,
+            "weight_decay": training.weight_decay,
+            "clip": training.clip,
+        },
         "schedule": asdict(outcome.schedule),
-        "lora": config.model.lora.model_dump(mode="json") if config.model.parameterization != "full" else None,
+        "lora": config.model.lora.model_dump(mode="json")
+        if config.model.parameterization != "full"
+        else None,
         "seed": training.seed,
         "updates": {"planned": outcome.planned, "done": outcome.done},
         "examples": consumed.examples,
@@ -159,29 +177,67 @@ def _resumable(out: Path) -> Check:
         except NotResumable as why:
             bad.append({"checkpoint": folder.name, "why": str(why)})
     if bad:
-        return Check("checkpoints_resumable", False, f"{len(bad)} of {good + len(bad)} checkpoints cannot be resumed: {bad[0]['why']}", {"checkpoints": table(bad)})
+        return Check(
+            "checkpoints_resumable",
+            False,
+            f"{len(bad)} of {good + len(bad)} checkpoints cannot be resumed: {bad[0]['why']}",
+            {"checkpoints": table(bad)},
+        )
     if not good:
-        return Check("checkpoints_resumable", False, "The run ended before the first checkpoint: set training.save_steps lower")
-    return Check("checkpoints_resumable", True, f"{good} checkpoints, each with the eleven items, hashes verified.")
+        return Check(
+            "checkpoints_resumable",
+            False,
+            "The run ended before the first checkpoint: set training.save_steps lower",
+        )
+    return Check(
+        "checkpoints_resumable", True, f"{good} checkpoints, each with the eleven items, hashes verified."
+    )
 
 
 def _as_planned(consumed: Budget, planned: Budget, outcome: Any) -> Check:
-    rows = [{"what": name, "planned": getattr(planned, name), "consumed": getattr(consumed, name)} for name in ("updates", "examples", "tokens", "supervised")]
+    rows = [
+        {"what": name, "planned": getattr(planned, name), "consumed": getattr(consumed, name)}
+        for name in ("updates", "examples", "tokens", "supervised")
+    ]
     wrong = [r for r in rows if r["planned"] != r["consumed"]]
-    short = outcome.done < outcome.planned and outcome.failure is None and not outcome.stopped.startswith("early stopping")
+    short = (
+        outcome.done < outcome.planned
+        and outcome.failure is None
+        and not outcome.stopped.startswith("early stopping")
+    )
     evidence = {"budget": table(rows)}
     if wrong:
-        return Check("budget_as_planned", False, "; ".join(f"{r['what']}: {r['consumed']:,} consumed, {r['planned']:,} planned" for r in wrong), evidence)
+        return Check(
+            "budget_as_planned",
+            False,
+            "; ".join(f"{r['what']}: {r['consumed']:,} consumed, {r['planned']:,} planned" for r in wrong),
+            evidence,
+        )
     if short:
-        return Check("budget_as_planned", False, f"{outcome.done} of {outcome.planned} updates were made, and nothing says why", evidence)
-    return Check("budget_as_planned", True, f"{consumed.updates:,} updates, {consumed.examples:,} examples, {consumed.supervised:,} supervised tokens, as planned ({outcome.stopped}).", evidence)
+        return Check(
+            "budget_as_planned",
+            False,
+            f"{outcome.done} of {outcome.planned} updates were made, and nothing says why",
+            evidence,
+        )
+    return Check(
+        "budget_as_planned",
+        True,
+        f"{consumed.updates:,} updates, {consumed.examples:,} examples, {consumed.supervised:,} supervised tokens, as planned ({outcome.stopped}).",
+        evidence,
+    )
 
 
 def _diagnosis(findings: list[Finding]) -> Check:
     if not findings:
         return Check("diagnosis", True, "Nothing looks wrong in the curves.")
     rows = [{"kind": f.kind, "update": f.step, "what": f.words} for f in findings]
-    return Check("diagnosis", False, findings[0].words + (f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""), {"findings": table(rows)})
+    return Check(
+        "diagnosis",
+        False,
+        findings[0].words + (f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""),
+        {"findings": table(rows)},
+    )
 
 
 def _evidence(outcome: Any, consumed: Budget, checkpoints: list[dict[str, Any]]) -> dict[str, Evidence]:

@@ -50,7 +50,9 @@ class Bundle:
         return self.items[item]["value"]
 
 
-def write_bundle(parent: Path, step: int, write: Callable[[Path], Mapping[str, Iterable[str]]], values: Mapping[str, Any]) -> Path:
+def write_bundle(
+    parent: Path, step: int, write: Callable[[Path], Mapping[str, Iterable[str]]], values: Mapping[str, Any]
+) -> Path:
     """Commits `parent/checkpoint-<step>`.
 
     Args:
@@ -69,13 +71,21 @@ def write_bundle(parent: Path, step: int, write: Callable[[Path], Mapping[str, I
         with clear_disk_errors(f"saving {target}"), _disk_errors_of_safetensors():
             aside.mkdir()
             files = write(aside)
-            items: dict[str, Any] = {item: {"files": {name: sha256_file(aside / name) for name in sorted(names)}} for item, names in files.items()}
+            items: dict[str, Any] = {
+                item: {"files": {name: sha256_file(aside / name) for name in sorted(names)}}
+                for item, names in files.items()
+            }
             items |= {item: {"value": value} for item, value in values.items()}
             missing = [i for i in ITEMS if i not in items]
             if missing:
                 raise ValueError(f"a checkpoint without {', '.join(missing)} could not be resumed")
             fsync_tree(aside)
-            text = json.dumps({"format": FORMAT, "items": dict(sorted(items.items()))}, indent=2, sort_keys=True, allow_nan=False)
+            text = json.dumps(
+                {"format": FORMAT, "items": dict(sorted(items.items()))},
+                indent=2,
+                sort_keys=True,
+                allow_nan=False,
+            )
             (aside / BUNDLE).write_text(text + "\n", encoding="utf-8")
             fsync_tree(aside)
             remove_tree(target)

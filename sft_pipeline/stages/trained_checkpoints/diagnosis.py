@@ -21,7 +21,9 @@ class Finding:
     row_ids: list[str] = field(default_factory=list)
 
 
-def diagnose(loss: Curve, val_loss: Curve, row_ids: Callable[[int], list[str]] | None = None) -> list[Finding]:
+def diagnose(
+    loss: Curve, val_loss: Curve, row_ids: Callable[[int], list[str]] | None = None
+) -> list[Finding]:
     """Everything that looks wrong; empty when nothing does.
 
     Args:
@@ -38,9 +40,21 @@ def _slope(loss: Curve) -> list[Finding]:
     first, last = mean(v for _, v in loss[:n]), mean(v for _, v in loss[-n:])
     step = loss[-1][0]
     if last > 1.2 * first:
-        return [Finding("diverging", step, f"the loss rose from {first:.3f} to {last:.3f}: the learning rate is too high, or the labels are wrong. Try a third of the learning rate")]
+        return [
+            Finding(
+                "diverging",
+                step,
+                f"the loss rose from {first:.3f} to {last:.3f}: the learning rate is too high, or the labels are wrong. Try a third of the learning rate",
+            )
+        ]
     if last > 0.98 * first and first > 0.05:
-        return [Finding("not_decreasing", step, f"the loss stayed at {last:.3f} (it began at {first:.3f}): the learning rate is too low, nothing is trained, or there is nothing to learn in the labels")]
+        return [
+            Finding(
+                "not_decreasing",
+                step,
+                f"the loss stayed at {last:.3f} (it began at {first:.3f}): the learning rate is too low, nothing is trained, or there is nothing to learn in the labels",
+            )
+        ]
     return []
 
 
@@ -50,7 +64,13 @@ def _too_fast(loss: Curve) -> list[Finding]:
         return []
     for step, value in early:
         if value < TOO_FAST:
-            return [Finding("near_zero_too_fast", step, f"the loss was {value:.4f} after {step} updates: the answers may stand in the prompts, or rows repeat. Look at them with `sft inspect`")]
+            return [
+                Finding(
+                    "near_zero_too_fast",
+                    step,
+                    f"the loss was {value:.4f} after {step} updates: the answers may stand in the prompts, or rows repeat. Look at them with `sft inspect`",
+                )
+            ]
     return []
 
 
@@ -65,7 +85,14 @@ def _spikes(loss: Curve, row_ids: Callable[[int], list[str]] | None, most: int =
         if value > 1.5 * centre and value > centre + SPIKE_FACTOR * spread and value - centre > 0.05:
             rows = row_ids(step) if row_ids else []
             named = f"; its rows begin with {', '.join(rows[:4])}" if rows else ""
-            found.append(Finding("spike", step, f"update {step} had a loss of {value:.3f} after {centre:.3f}{named}", rows[:64]))
+            found.append(
+                Finding(
+                    "spike",
+                    step,
+                    f"update {step} had a loss of {value:.3f} after {centre:.3f}{named}",
+                    rows[:64],
+                )
+            )
             if len(found) == most:
                 break
     return found
@@ -82,5 +109,11 @@ def _overfitting(loss: Curve, val_loss: Curve) -> list[Finding]:
     around = [v for s, v in loss if best_step - 5 <= s <= best_step + 5]
     end = [v for _, v in loss[-10:]]
     if around and end and mean(end) < mean(around):
-        return [Finding("overfitting", last[-1][0], f"the validation loss was lowest at update {best_step} ({best:.4f}) and is {last[-1][1]:.4f} now, while the training loss fell on: fewer epochs, more data or more dropout")]
+        return [
+            Finding(
+                "overfitting",
+                last[-1][0],
+                f"the validation loss was lowest at update {best_step} ({best:.4f}) and is {last[-1][1]:.4f} now, while the training loss fell on: fewer epochs, more data or more dropout",
+            )
+        ]
     return []

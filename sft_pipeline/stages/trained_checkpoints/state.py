@@ -33,12 +33,28 @@ def save_optimizer(optimizer: Any, model: Any, folder: Path, scaler: Any = None)
     optimizer = getattr(optimizer, "optimizer", optimizer)
     groups, tensors = [], {}
     for group, names in zip(optimizer.param_groups, _named(optimizer, model), strict=True):
-        groups.append({"names": names, **{k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, bool, str, list, tuple, type(None)))}})
+        groups.append(
+            {
+                "names": names,
+                **{
+                    k: v
+                    for k, v in group.items()
+                    if k != "params" and isinstance(v, (int, float, bool, str, list, tuple, type(None)))
+                },
+            }
+        )
         for parameter, name in zip(group["params"], names, strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(tensors, str(folder / "optimizer.safetensors"))
-    _write(folder / "optimizer.json", {"class": type(optimizer).__name__, "groups": groups, "scaler": scaler.state_dict() if scaler is not None else None})
+    _write(
+        folder / "optimizer.json",
+        {
+            "class": type(optimizer).__name__,
+            "groups": groups,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        },
+    )
     return ["optimizer.safetensors", "optimizer.json"]
 
 
@@ -59,9 +75,15 @@ def load_optimizer(optimizer: Any, model: Any, folder: Path, scaler: Any = None)
         name, _, moment = key.rpartition("|")
         by_name.setdefault(name, {})[moment] = value
     index = [i for group in state["param_groups"] for i in group["params"]]
-    state["state"] = {i: by_name[n] for i, n in zip(index, [n for group in names for n in group], strict=True) if n in by_name}
+    state["state"] = {
+        i: by_name[n]
+        for i, n in zip(index, [n for group in names for n in group], strict=True)
+        if n in by_name
+    }
     for group, saved in zip(state["param_groups"], data["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items() if k != "names"})
+        group.update(
+            {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items() if k != "names"}
+        )
     optimizer.load_state_dict(state)
     if scaler is not None and data["scaler"]:
         scaler.load_state_dict(data["scaler"])
@@ -78,7 +100,9 @@ def load_scheduler(scheduler: Any, folder: Path) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, bool, str, type(None))) or (isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value))
+    return isinstance(value, (int, float, bool, str, type(None))) or (
+        isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value)
+    )
 
 
 def rng_state() -> dict[str, Any]:
@@ -124,7 +148,10 @@ def load_rng(folder: Path, rank: int, world: int, seed: int, step: int, report: 
     if len(states) == world:
         set_rng_state(states[rank])
         return
-    report.log(f"resumed with {world} processes after {len(states)}: dropout draws anew from here; updates keep their blocks and order", "warning")
+    report.log(
+        f"resumed with {world} processes after {len(states)}: dropout draws anew from here; updates keep their blocks and order",
+        "warning",
+    )
     fresh = (seed * 1_000_003 + step * 1_009 + rank) % (1 << 32)
     random.seed(fresh)
     np.random.seed(fresh)
@@ -143,6 +170,16 @@ def save_trainer_state(trainer_state: Any, folder: Path) -> list[str]:
     """What the loop reads when it starts in the middle; no log history, which has the clock in it."""
     from transformers import TrainerState
 
-    kept = ("global_step", "max_steps", "logging_steps", "eval_steps", "save_steps", "train_batch_size", "num_train_epochs")
-    TrainerState(**{name: getattr(trainer_state, name) for name in kept}).save_to_json(str(folder / "trainer_state.json"))
+    kept = (
+        "global_step",
+        "max_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "train_batch_size",
+        "num_train_epochs",
+    )
+    TrainerState(**{name: getattr(trainer_state, name) for name in kept}).save_to_json(
+        str(folder / "trainer_state.json")
+    )
     return ["trainer_state.json"]

@@ -69,7 +69,9 @@ class Outcome:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(model_config: ModelConfig, training: TrainingConfig, data: Data, work: Path, report: Reporter) -> Outcome:
+def train(
+    model_config: ModelConfig, training: TrainingConfig, data: Data, work: Path, report: Reporter
+) -> Outcome:
     """Trains from the newest whole checkpoint in `work`, or from the beginning.
 
     Raises:
@@ -87,9 +89,19 @@ def train(model_config: ModelConfig, training: TrainingConfig, data: Data, work:
     tokenizer = load_tokenizer(model_config)
     plan, shards = Plan(data.plan), Shards(data.train)
     total = min(len(plan), training.max_steps or len(plan))
-    feed = make_feed(shards, plan, training, layout=layout_for(device, loaded.attention), updates=total, rank=rank, world=world)
+    feed = make_feed(
+        shards,
+        plan,
+        training,
+        layout=layout_for(device, loaded.attention),
+        updates=total,
+        rank=rank,
+        world=world,
+    )
     validation = Shards(data.validation) if data.validation else None
-    report.log(f"{loaded.trainable_parameters:,} of {loaded.total_parameters:,} parameters are trained ({loaded.parameterization}, {loaded.precision}, {loaded.attention}, layout {feed.layout}); {total:,} updates")
+    report.log(
+        f"{loaded.trainable_parameters:,} of {loaded.total_parameters:,} parameters are trained ({loaded.parameterization}, {loaded.precision}, {loaded.attention}, layout {feed.layout}); {total:,} updates"
+    )
     watch = Watch(
         total=total, report=report, curves=Curves.read(bundle.path / "curves.parquet") if bundle else None, early_stopping=training.early_stopping,
         sampler=make_sampler(model, tokenizer, data.heldout, data.formatting, SAMPLES) if rank == 0 and data.heldout else None,
@@ -107,10 +119,31 @@ def train(model_config: ModelConfig, training: TrainingConfig, data: Data, work:
         done = bundle.step if bundle and watch.should_stop() else trainer.run()
     except NotFinite as error:
         failure, done = error, error.step - 1
-        report.log(f"{error}; the update was not applied and the run ends here. The last good checkpoint is kept", "error")
-    stopped = str(failure) if failure else watch.stop_reason() or ("max_steps reached" if total < len(plan) else "plan finished")
+        report.log(
+            f"{error}; the update was not applied and the run ends here. The last good checkpoint is kept",
+            "error",
+        )
+    stopped = (
+        str(failure)
+        if failure
+        else watch.stop_reason() or ("max_steps reached" if total < len(plan) else "plan finished")
+    )
     samples = watch.samples or (list(watch.sampler()) if watch.sampler and not failure else [])
-    return Outcome(loaded, feed.layout, trainer.loss_path, schedule, total, done, stopped, failure, watch, feed, bundle.step if bundle else 0, torch.get_num_threads(), samples)
+    return Outcome(
+        loaded,
+        feed.layout,
+        trainer.loss_path,
+        schedule,
+        total,
+        done,
+        stopped,
+        failure,
+        watch,
+        feed,
+        bundle.step if bundle else 0,
+        torch.get_num_threads(),
+        samples,
+    )
 
 
 def refuse_foreign(bundle: Bundle, data: Data) -> None:
@@ -120,7 +153,9 @@ def refuse_foreign(bundle: Bundle, data: Data) -> None:
     """
     for item, value in data.identity().items():
         if bundle.value(item) != value:
-            raise InputError(f"{bundle.path} cannot be resumed: its {item} is not that of the inputs ({_short(bundle.value(item))} there, {_short(value)} here). Delete the folder to train anew")
+            raise InputError(
+                f"{bundle.path} cannot be resumed: its {item} is not that of the inputs ({_short(bundle.value(item))} there, {_short(value)} here). Delete the folder to train anew"
+            )
 
 
 def _short(value: Any) -> str:
@@ -131,7 +166,9 @@ def _short(value: Any) -> str:
 class _Saver:
     """Writes the eleven items. All ranks take part in gathering; rank 0 writes."""
 
-    def __init__(self, work: Path, model_config: ModelConfig, data: Data, watch: Watch, keep: int | None) -> None:
+    def __init__(
+        self, work: Path, model_config: ModelConfig, data: Data, watch: Watch, keep: int | None
+    ) -> None:
         self.work, self.model_config, self.data, self.watch, self.keep = work, model_config, data, watch, keep
 
     def __call__(self, trainer: SupervisedTrainer) -> None:
@@ -147,10 +184,14 @@ class _Saver:
             retire(self.work, self.keep, best[0] if best else None)
         trainer.accelerator.wait_for_everyone()
 
-    def _files(self, trainer: SupervisedTrainer, folder: Path, states: list[dict[str, Any]]) -> dict[str, list[str]]:
+    def _files(
+        self, trainer: SupervisedTrainer, folder: Path, states: list[dict[str, Any]]
+    ) -> dict[str, list[str]]:
         save_weights(trainer.model, folder, self.model_config)
         files = {"model": [p.name for p in folder.iterdir()]}
-        files["optimizer"] = state.save_optimizer(trainer.optimizer, trainer.model, folder, trainer.accelerator.scaler)
+        files["optimizer"] = state.save_optimizer(
+            trainer.optimizer, trainer.model, folder, trainer.accelerator.scaler
+        )
         files["scheduler"] = state.save_scheduler(trainer.lr_scheduler, folder)
         files["rng"] = state.save_rng(states, folder)
         self.watch.curves.write(folder / "curves.parquet")

@@ -82,7 +82,15 @@ class Watch:
 
     def updated(self, numbers: UpdateNumbers) -> None:
         n = numbers
-        self.curves.add(n.step, loss=n.loss, learning_rate=n.learning_rate, grad_norm=n.grad_norm, examples=n.examples, tokens=n.tokens, supervised_tokens=n.supervised)
+        self.curves.add(
+            n.step,
+            loss=n.loss,
+            learning_rate=n.learning_rate,
+            grad_norm=n.grad_norm,
+            examples=n.examples,
+            tokens=n.tokens,
+            supervised_tokens=n.supervised,
+        )
         self._pace = n.seconds if self._pace is None else 0.9 * self._pace + 0.1 * n.seconds
         seconds = max(n.seconds, 1e-9)
         speed = {
@@ -91,7 +99,17 @@ class Watch:
         }  # fmt: skip
         self._keep_speed(n.step, speed)
         live = {k: v for k, v in speed.items() if k != "seconds"}
-        self.report.metrics({"loss": n.loss, "learning_rate": n.learning_rate, "grad_norm": n.grad_norm, "supervised_tokens": n.supervised, **live, "eta_seconds": (self.total - n.step) * self._pace}, n.step)
+        self.report.metrics(
+            {
+                "loss": n.loss,
+                "learning_rate": n.learning_rate,
+                "grad_norm": n.grad_norm,
+                "supervised_tokens": n.supervised,
+                **live,
+                "eta_seconds": (self.total - n.step) * self._pace,
+            },
+            n.step,
+        )
         self.report.progress("training", n.step, self.total, "updates")
 
     def evaluated(self, step: int, val_loss: float) -> None:

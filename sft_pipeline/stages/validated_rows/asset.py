@@ -7,7 +7,9 @@ from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRows
 def _config(branch: Branch) -> ValidatedRowsConfig:
     dataset = branch.dataset
     shapes = [SourceShape(format=s.format, columns=s.columns) for s in dataset.sources]
-    return ValidatedRowsConfig(contract=dataset.contract, shapes=shapes, time_column=dataset.split.time_column)
+    return ValidatedRowsConfig(
+        contract=dataset.contract, shapes=shapes, time_column=dataset.split.time_column
+    )
 
 
 STAGE = Stage(
@@ -18,7 +20,11 @@ STAGE = Stage(
     config=_config,
     build="sft_pipeline.stages.validated_rows.build:build",
     checks=(
-        CheckSpec("reject_rate", blocking=True, description="The rejected fraction is within contract.max_reject_rate"),
+        CheckSpec(
+            "reject_rate",
+            blocking=True,
+            description="The rejected fraction is within contract.max_reject_rate",
+        ),
         CheckSpec("counts_add_up", blocking=True, description="accepted + quarantined = read"),
         CheckSpec("has_rows", blocking=True, description="At least one row was accepted"),
     ),

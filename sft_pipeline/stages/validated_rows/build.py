@@ -85,14 +85,24 @@ class Validator:
             conversation, group, time = self._row(row_id, source, json.loads(content))
             if conversation.reasons:
                 place = {n: batch.column(n)[i].as_py() for n in ("file", "line")}
-                rejected.append({"row_id": row_id, "source": source, **place, "reasons": [str(r) for r in conversation.reasons], "raw": content})
+                rejected.append(
+                    {
+                        "row_id": row_id,
+                        "source": source,
+                        **place,
+                        "reasons": [str(r) for r in conversation.reasons],
+                        "raw": content,
+                    }
+                )
                 continue
             accepted.append(i)
             found.append(conversation)
             groups.append(group)
             times.append(time)
             warnings.append(self._count(conversation, group))
-        return _rows_batch(batch.take(pa.array(accepted, pa.int32())), groups, found, times, warnings), rejected
+        return _rows_batch(
+            batch.take(pa.array(accepted, pa.int32())), groups, found, times, warnings
+        ), rejected
 
     def _row(self, row_id: str, source: int, row: dict[str, Any]) -> tuple[Conversation, str, str | None]:
         shape = self._config.shapes[source]
@@ -123,7 +133,11 @@ class Validator:
 
     def _is_duplicate(self, conversation: Conversation, group: str) -> bool:
         """Rows that are their own group are compared by their messages alone."""
-        content = [group, conversation.tools, [[m["role"], m["content"], m["weight"], m["tool_calls"]] for m in conversation.messages]]
+        content = [
+            group,
+            conversation.tools,
+            [[m["role"], m["content"], m["weight"], m["tool_calls"]] for m in conversation.messages],
+        ]
         key = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
         if key in self._seen:
             return True
@@ -138,18 +152,26 @@ class Validator:
         self.roles.update(m["role"] for m in conversation.messages)
         self.turns[sum(m["role"] == "assistant" for m in conversation.messages)] += 1
         self.prompt_characters.append(sum(len(m["content"]) for m in conversation.messages[:-1]))
-        self.completion_characters.append(len(conversation.messages[-1]["content"]) + len(conversation.messages[-1]["tool_calls"] or ""))
+        self.completion_characters.append(
+            len(conversation.messages[-1]["content"]) + len(conversation.messages[-1]["tool_calls"] or "")
+        )
         return warnings
 
 
 def _rows_batch(
-    places: pa.RecordBatch, groups: list[str], conversations: list[Conversation], times: list[str | None], warnings: list[list[str]]
+    places: pa.RecordBatch,
+    groups: list[str],
+    conversations: list[Conversation],
+    times: list[str | None],
+    warnings: list[list[str]],
 ) -> pa.RecordBatch:
     offsets = np.zeros(len(conversations) + 1, np.int32)
     np.cumsum([len(c.messages) for c in conversations], out=offsets[1:])
     flat = [m for c in conversations for m in c.messages]
     parts = [pa.array([m[f.name] for m in flat], f.type) for f in MESSAGE]
-    messages = pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(parts, fields=list(MESSAGE)))
+    messages = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.StructArray.from_arrays(parts, fields=list(MESSAGE))
+    )
     return pa.RecordBatch.from_arrays(
         [
             *(places.column(n) for n in ("row_id", "source", "file", "line")),
@@ -189,7 +211,10 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
     named = ", ".join(f"{e['reason']} {e['rows']:,}" for e in reasons[:4])
     evidence: dict[str, Evidence] = {"reject_rate": number(rate), "bound": number(bound)}
     if reasons:
-        evidence |= {"reasons": table(list(reasons)), "first": table(list(tables.first_offenders(quarantine)))}
+        evidence |= {
+            "reasons": table(list(reasons)),
+            "first": table(list(tables.first_offenders(quarantine))),
+        }
     return (
         Check(
             "reject_rate", rate <= bound, f"{rejected:,} of {read:,} rows ({rate:.2%}) were rejected, at most {bound:.2%} may be{': ' + named if named else ''}", evidence
@@ -203,8 +228,15 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
 
 
 def _evidence(out: Path, counts: dict[str, int], validator: Validator) -> dict[str, Evidence]:
-    prompt, completion = (np.array(a, dtype=np.int64) for a in (validator.prompt_characters, validator.completion_characters))
-    charts.histogram(out / "plots" / "characters.png", {"prompt": prompt, "completion": completion}, title="Characters per row", x="characters")
+    prompt, completion = (
+        np.array(a, dtype=np.int64) for a in (validator.prompt_characters, validator.completion_characters)
+    )
+    charts.histogram(
+        out / "plots" / "characters.png",
+        {"prompt": prompt, "completion": completion},
+        title="Characters per row",
+        x="characters",
+    )
     reasons = reason_table(out / "quarantine.parquet")
     lengths = [
         {"part": name, "mean": round(float(a.mean()), 1), "median": int(np.median(a)), "longest": int(a.max())}
@@ -216,8 +248,18 @@ def _evidence(out: Path, counts: dict[str, int], validator: Validator) -> dict[s
         "groups": number(counts["groups"]),
         "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),
         "reasons": table(list(reasons)),
-        "warnings": table([{"warning": w, "rows": n} for w, n in sorted(validator.warnings.items(), key=lambda x: (-x[1], x[0]))]),
-        "roles": table([{"role": r, "messages": n} for r, n in sorted(validator.roles.items(), key=lambda x: (-x[1], x[0]))]),
+        "warnings": table(
+            [
+                {"warning": w, "rows": n}
+                for w, n in sorted(validator.warnings.items(), key=lambda x: (-x[1], x[0]))
+            ]
+        ),
+        "roles": table(
+            [
+                {"role": r, "messages": n}
+                for r, n in sorted(validator.roles.items(), key=lambda x: (-x[1], x[0]))
+            ]
+        ),
         "turns": table([{"replies per row": t, "rows": n} for t, n in sorted(validator.turns.items())[:20]]),
         "lengths": table(lengths),
         "characters": plot("plots/characters.png"),

@@ -11,8 +11,13 @@ from sft_pipeline.stages.raw_rows.config import Format
 class ContractConfig(Config):
     """The row contract. Lengths are in characters."""
 
-    max_reject_rate: Annotated[float, Field(ge=0, le=1, description="the blocking check fails above this rejected fraction")] = 0.10
-    require_group: Annotated[bool | None, Field(description="null: required where `columns` maps a group or the source's rows carry one")] = None
+    max_reject_rate: Annotated[
+        float, Field(ge=0, le=1, description="the blocking check fails above this rejected fraction")
+    ] = 0.10
+    require_group: Annotated[
+        bool | None,
+        Field(description="null: required where `columns` maps a group or the source's rows carry one"),
+    ] = None
     min_prompt_chars: Annotated[int, Field(ge=0)] = 1
     max_prompt_chars: Annotated[int, Field(ge=1)] = 200_000
     min_completion_chars: Annotated[int, Field(ge=1)] = 1

@@ -40,7 +40,9 @@ class Conversation:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def say(self, role: str, content: str | None, weight: float | None = None, tool_calls: str | None = None) -> None:
+    def say(
+        self, role: str, content: str | None, weight: float | None = None, tool_calls: str | None = None
+    ) -> None:
         self.messages.append({"role": role, "content": content, "weight": weight, "tool_calls": tool_calls})
 
 
@@ -70,7 +72,12 @@ def look_up(row: Any, column: str) -> Any:
     for key in column.split("."):
         if isinstance(value, Mapping) and key in value:
             value = value[key]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and key.isdigit() and int(key) < len(value):
+        elif (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and key.isdigit()
+            and int(key) < len(value)
+        ):
             value = value[int(key)]
         else:
             return MISSING
@@ -268,7 +275,10 @@ def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
             if not isinstance(arguments, Mapping):
                 to.refuse(Reason.INVALID_TOOL_CALL)
                 return None
-            entry: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+            entry: dict[str, Any] = {
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
             if isinstance(call.get("id"), str):
                 entry["id"] = call["id"]
             found.append(entry)
@@ -284,4 +294,6 @@ def _tools(fields: Fields, to: Conversation) -> str | None:
     if not isinstance(parsed, list) or not all(isinstance(tool, Mapping) for tool in parsed):
         to.refuse(Reason.INVALID_TOOLS)
         return None
-    return _compact([tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed])
+    return _compact(
+        [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
+    )

@@ -5,7 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())])
+MESSAGE = pa.struct(
+    [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
+)
 ROWS = pa.schema(
     [
         ("row_id", pa.string()),
@@ -28,6 +30,8 @@ def time_of(value: Any) -> str | None:
         return None
     try:
         time = datetime.fromisoformat(value.strip())
-        return (time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)).isoformat(timespec="microseconds")
+        return (time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)).isoformat(
+            timespec="microseconds"
+        )
     except (ValueError, OverflowError):
         return None
