@@ -146,9 +146,9 @@ class SupervisedTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:  # type: ignore[override]
+    ) -> torch.Tensor:
         """Summed NLL of a micro-batch, in fp32."""
         return model(
             **inputs.inputs, supervised_index=inputs.index, supervised_targets=inputs.targets, reduction="sum"
