@@ -53,7 +53,7 @@ class MlflowTracker:
         )
         experiment_id, run_id = _open_run(client, branch, training)
         self._describe(client, run_id, branch, inputs)
-        listener = MlflowReporter(client, run_id, resumes=stage.name == "trained_checkpoints")
+        listener = MlflowReporter(client, run_id, report, resumes=stage.name == "trained_checkpoints")
         url = links.mlflow_run_url(experiment_id, run_id)
 
         def committed(artifact: Artifact) -> None:
@@ -172,12 +172,15 @@ class MlflowReporter(Reporter):
     """Logs metrics in batches.
 
     Args:
+        trouble: Told once, as a warning, when MLflow does not take what it is sent.
         resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it had logged
             is not logged twice. Otherwise a later point takes the place of an earlier one.
     """
 
-    def __init__(self, client: Any, run_id: str, *, resumes: bool) -> None:
+    def __init__(self, client: Any, run_id: str, trouble: Reporter, *, resumes: bool) -> None:
         self._client = client
+        self._trouble = trouble
+        self._warned = False
         self._run_id = run_id
         self._resumes = resumes
         self._waiting: list[Any] = []
@@ -204,17 +207,25 @@ class MlflowReporter(Reporter):
             self.flush()
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        with contextlib.suppress(Exception):
-            self._client.log_text(
-                self._run_id,
-                json.dumps(list(rows), indent=2, ensure_ascii=False),
-                f"samples/update-{step:06d}.json",
-            )
+        text = json.dumps(list(rows), indent=2, ensure_ascii=False)
+        with self._told():
+            self._client.log_text(self._run_id, text, f"samples/update-{step:06d}.json")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a lost point of a curve must not end a training
+            if not self._warned:
+                self._warned = True
+                self._trouble.log(
+                    f"MLflow does not take what it is sent, curves may have gaps: {error}", "warning"
+                )
 
     def flush(self) -> None:
         """Sends what is waiting; keeps it for the next time where MLflow does not answer."""
         self._last_flush = time.monotonic()
-        with contextlib.suppress(Exception):
+        with self._told():
             for start in range(0, len(self._waiting), 1000):
                 self._client.log_batch(self._run_id, metrics=self._waiting[start : start + 1000])
             self._waiting = []

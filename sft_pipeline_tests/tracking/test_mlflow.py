@@ -184,3 +184,32 @@ def test_a_server_that_does_not_answer_is_one_message(home: Path, monkeypatch: p
     with pytest.raises(InputError, match=r"MLflow does not answer at http://127\.0\.0\.1:9") as caught:
         connect()
     assert "secret" not in str(caught.value).split(":", 2)[0]
+
+
+def test_a_metric_that_cannot_be_sent_is_a_warning_and_is_sent_later() -> None:
+    from sft_pipeline.tracking.mlflow import MlflowReporter
+
+    class Away:
+        sent: list = []
+        up = False
+
+        def log_batch(self, run_id: str, metrics: list) -> None:
+            if not self.up:
+                raise ConnectionError("refused")
+            self.sent += metrics
+
+    class Heard(Reporter):
+        lines: list[tuple[str, str]] = []
+
+        def log(self, message: str, level: str = "info") -> None:
+            self.lines.append((level, message))
+
+    client, heard = Away(), Heard()
+    reporter = MlflowReporter(client, "run", heard, resumes=False)
+    reporter.metrics({"loss": 1.0}, 1)
+    reporter.flush()
+    reporter.flush()
+    assert [(level, "refused" in text) for level, text in heard.lines] == [("warning", True)]
+    client.up = True
+    reporter.flush()
+    assert [(m.key, m.step) for m in client.sent] == [("loss", 1)]
