@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path, sft_home
-from sft_pipeline.store.files import sha256_file, sha256_json
+from sft_pipeline.store.files import sha256_file
 
 # A file changed again within the clock's resolution would keep its modification time: too young to be cached.
 YOUNG_SECONDS = 2.0
@@ -59,17 +59,24 @@ def is_hub_id(path_or_id: str) -> bool:
     )
 
 
-def digest_path(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> str:
-    """One digest of a local file, or of the files of a local folder whose names match.
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+"""The files of a model folder that decide what the model computes."""
+
+
+def digest_files(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> dict[str, str]:
+    """The digest of a local file, or of each file of a local folder whose name matches.
 
     A hub id has no local files to hash; its pinned revision, which is part of the configuration, stands for them.
+
+    Returns:
+        {the file's path in the terms of `path_or_id`: sha256}; {"hub:<id>": "hub:<id>"} for a hub id.
 
     Raises:
         InputError: A local path does not exist, or no file of the folder matches.
     """
     path = project_path(path_or_id)
     if path.is_file():
-        return digest_file(path)
+        return {path_or_id: digest_file(path)}
     if path.is_dir():
         names = sorted(
             p.name
@@ -78,35 +85,9 @@ def digest_path(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> str:
         )
         if not names:
             raise InputError(f"{path}: no file named like {', '.join(patterns)} in this folder")
-        return sha256_json([[name, digest_file(path / name)] for name in names])
+        return {f"{path_or_id.rstrip('/')}/{name}": digest_file(path / name) for name in names}
     if is_hub_id(path_or_id):
-        return f"hub:{path_or_id}"
+        return {f"hub:{path_or_id}": f"hub:{path_or_id}"}
     raise InputError(
         f"{path} does not exist (given as {path_or_id!r}; relative paths start at the folder of dagster.yaml)"
     )
-
-
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
-"""The files of a model folder that decide what the model computes."""
-
-
-def digest_files(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> dict[str, str]:
-    """The digest of each file that `digest_path` would take together, so that a changed one can be named.
-
-    Returns:
-        {the file's path in the terms of `path_or_id`: sha256}; {"hub:<id>": "hub:<id>"} for a hub id.
-
-    Raises:
-        InputError: As `digest_path`.
-    """
-    path = project_path(path_or_id)
-    if path.is_dir():
-        names = sorted(
-            p.name
-            for p in path.iterdir()
-            if p.is_file() and any(fnmatch.fnmatch(p.name, x) for x in patterns)
-        )
-        if names:
-            return {f"{path_or_id.rstrip('/')}/{name}": digest_file(path / name) for name in names}
-    digest = digest_path(path_or_id, patterns)
-    return {digest if digest.startswith("hub:") else path_or_id: digest}
