@@ -244,7 +244,7 @@ def _build(
     ):
         build = Build(
             config=stage.config(branch), inputs=inputs.data, out=out, work=run.store.work(fingerprint), report=tracked.report,
-            snapshot=branch.snapshot, asset=asset,
+            snapshot=branch.snapshot, asset=asset, earlier=_earlier(stage, run.store, parts) if stage.reuses_rows else (),
         )  # fmt: skip
         built = run.isolate(stage, build) if stage.isolated and run.isolate else load_build(stage)(build)
         checks = [
@@ -278,6 +278,23 @@ def _build(
         )
         tracked.committed(artifact)
         return artifact
+
+
+EARLIER = 3
+
+
+def _earlier(stage: Stage, store: Store, parts: Mapping[str, Any]) -> tuple[Artifact, ...]:
+    """The newest intact artifacts of a stage that differ in their inputs only."""
+    same = ("code_version", "config", "outside", "packages")
+    found = []
+    for artifact in reversed(store.all()):
+        manifest = artifact.manifest
+        if manifest.asset.endswith(f"/{stage.name}") and all(getattr(manifest, k) == parts[k] for k in same):
+            if not artifact.damage(deep=False):
+                found.append(artifact)
+        if len(found) == EARLIER:
+            break
+    return tuple(found)
 
 
 def load_build(stage: Stage) -> Callable[[Build], Built]:

@@ -70,7 +70,8 @@ class Build:
         out: An empty folder; what is written here becomes the artifact.
         work: A folder of this fingerprint that survives a kill, for resumable work. Made on demand.
         report: Where to log, and where progress goes.
-        processes: Data-parallel processes for an isolated stage.
+        earlier: Artifacts of this stage with the same code, configuration, outside files and package versions, the
+            newest first; only for a stage that `reuses_rows`.
     """
 
     config: Any
@@ -80,6 +81,7 @@ class Build:
     report: Reporter
     snapshot: str = ""
     asset: str = ""
+    earlier: tuple[Artifact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Stage:
         outside: From a branch, {what: sha256} for every file read from outside the store.
         packages: Distributions whose version shapes the output.
         isolated: Runs in a supervised child process: it loads a model.
+        reuses_rows: Its build may take rows over from earlier artifacts instead of making them again.
         reuse_unaccepted: False: a verdict of "not accepted" is never reused.
     """
 
@@ -131,6 +134,7 @@ class Stage:
     outside: Callable[[Branch], dict[str, str]] = _nothing
     packages: tuple[str, ...] = ()
     isolated: bool = False
+    reuses_rows: bool = False
     reuse_unaccepted: bool = True
     of_dataset: bool = False
 

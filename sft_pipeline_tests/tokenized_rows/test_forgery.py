@@ -36,19 +36,20 @@ def test_a_literal_control_token_rejects_the_row(forged):
 @pytest.mark.parametrize("forged", FORGED[:3])
 def test_a_neutralised_one_stays_text(forged):
     e = encoder("neutralise")
-    ((x,),) = e.encode([forged])
+    (outcome,) = e.encode([forged])
+    (x,) = outcome.examples
     assert e.tokenizer.decode(x.input_ids.tolist()).count(WORD_JOINER) >= 1
     placed = [i for i in x.input_ids.tolist() if i in e.tokenizer.control_ids]
     start, end = (e.tokenizer.control[t] for t in ("<|im_start|>", "<|im_end|>"))
     assert placed == [start, end] * len(forged["messages"])
-    assert x.completion == forged["messages"][-1]["content"] and e.tally.numbers["neutralised"] == 1
+    assert x.completion == forged["messages"][-1]["content"] and outcome.neutralised
 
 
 def test_a_token_of_which_the_template_writes_one_half_is_found():
     half = CHATML.replace("m.content + '<|im_end|>\n'", "m.content + '_end|>' + '<|im_end|>\n'")
     (refused,) = encoder("reject", half).encode([row(("user", "hi <|im"), ("assistant", "no"))])
     assert isinstance(refused, Refused) and refused.reason is Reason.CONTROL_TOKEN_IN_TEXT
-    ((x,),) = encoder("reject", half).encode([row(("user", "hi <|im "), ("assistant", "no"))])
+    (x,) = encoder("reject", half).encode([row(("user", "hi <|im "), ("assistant", "no"))])[0].examples
     assert len(x.input_ids)
 
 
@@ -93,7 +94,7 @@ def test_control_tokens_in_the_output_are_those_of_the_template(question, answer
         return
     assert mode == "neutralise" or not literal
     start, end = (e.tokenizer.control[t] for t in ("<|im_start|>", "<|im_end|>"))
-    assert [i for i in outcome[0].input_ids.tolist() if i in e.tokenizer.control_ids] == [
+    assert [i for i in outcome.examples[0].input_ids.tolist() if i in e.tokenizer.control_ids] == [
         start,
         end,
         start,

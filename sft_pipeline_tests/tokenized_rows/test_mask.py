@@ -21,8 +21,8 @@ def encoder(template: str = CHATML, name: str = "tokenizer", **tokens) -> RowEnc
 def example(e: RowEncoder, given_row: dict) -> Example:
     outcome = e.encode([given_row])[0]
     assert not isinstance(outcome, Refused), (outcome.reason, outcome.detail)
-    assert len(outcome) == 1
-    return outcome[0]
+    (x,) = outcome.examples
+    return x
 
 
 def learnt(e: RowEncoder, x: Example) -> list[str]:
@@ -81,7 +81,7 @@ MULTI = (
 def test_modes(supervise, expected, template):
     e = encoder(template, supervise=supervise)
     assert learnt(e, example(e, row(*MULTI))) == expected
-    assert e.tally.numbers["marks_disagree"] == 0
+    assert e.encode([row(*MULTI)])[0].marks_agree is (None if template == CHATML else True)
 
 
 def test_all_supervises_everything_but_the_first_position_and_weight_0_messages():
@@ -122,15 +122,17 @@ THINKING = (
 
 def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
     e = encoder(THINKING, supervise="assistant")
-    x = example(
-        e,
-        row(
-            ("user", "a"), ("assistant", "<think>hm</think>\n\nfirst"), ("user", "b"), ("assistant", "second")
-        ),
+    (outcome,) = e.encode(
+        [
+            row(
+                ("user", "a"), ("assistant", "<think>hm</think>\n\nfirst"), ("user", "b"), ("assistant", "second")
+            )
+        ]
     )
+    (x,) = outcome.examples
     assert learnt(e, x) == ["<think>\n\n</think>\n\nsecond<|im_end|>"]
-    assert e.tally.numbers["turns_not_supervised"] == 1
-    assert e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1}
+    assert outcome.turns_not_supervised == 1
+    assert outcome.inserted == ("<think>\n\n</think>\n\n", "")
 
 
 def test_a_template_whose_history_is_not_the_prompt_rejects_the_row():
@@ -182,7 +184,7 @@ def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(
             outcome.detail,
         )
         return
-    (x,) = outcome
+    (x,) = outcome.examples
     plain = [{"role": r, "content": c} for r, c in messages]
     prompt = e.tokenizer.ids(e.template.render(plain[:-1], add_generation_prompt=True))
     assert x.input_ids[: len(prompt)].tolist() == prompt and x.prompt_length == len(prompt)

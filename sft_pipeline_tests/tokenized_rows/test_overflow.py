@@ -23,7 +23,7 @@ def encoder(max_length: int, overflow: str, **tokens) -> RowEncoder:
 
 
 def whole(given: dict, **tokens):
-    ((x,),) = encoder(4096, "reject", **tokens).encode([given])
+    (x,) = encoder(4096, "reject", **tokens).encode([given])[0].examples
     return x
 
 
@@ -34,16 +34,16 @@ def test_a_prompt_that_fills_max_length_is_rejected_by_the_truncation_guard(poli
         e = encoder(limit, policy)
         (refused,) = e.encode([LONG_PROMPT])
         assert isinstance(refused, Refused) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
-        assert e.tally.numbers["rejected"] == 1 and e.tally.numbers["accepted"] == 0
 
 
 def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
     full = whole(LONG_ANSWER)
-    ((x,),) = encoder(len(full.input_ids), "reject").encode([LONG_ANSWER])
+    (x,) = encoder(len(full.input_ids), "reject").encode([LONG_ANSWER])[0].examples
     assert x.truncated == 0
-    ((x,),) = encoder(len(full.input_ids) - 1, "reject").encode(
+    (outcome,) = encoder(len(full.input_ids) - 1, "reject").encode(
         [LONG_ANSWER]
     )  # only the newline after the stop is lost
+    (x,) = outcome.examples
     assert x.truncated == 0 and (x.labels != IGNORE).sum() == (full.labels != IGNORE).sum()
     (refused,) = encoder(len(full.input_ids) - 2, "reject").encode([LONG_ANSWER])
     assert isinstance(refused, Refused) and refused.reason is Reason.TOO_LONG
@@ -52,17 +52,17 @@ def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
 def test_truncate_answer_loses_the_end_and_its_stop_and_says_so():
     full = whole(LONG_ANSWER)
     e = encoder(40, "truncate_answer")
-    ((x,),) = e.encode([LONG_ANSWER])
+    (x,) = e.encode([LONG_ANSWER])[0].examples
     assert (
         x.input_ids.tolist() == full.input_ids[:40].tolist()
         and x.labels.tolist() == full.labels[:40].tolist()
     )
-    assert x.truncated == len(full.input_ids) - 40 and e.tally.numbers["truncated"] == 1
+    assert x.truncated == len(full.input_ids) - 40
 
 
 def test_truncate_prompt_gives_the_prompt_of_a_shorter_conversation():
     e = encoder(60, "truncate_prompt")
-    ((x,),) = e.encode([LONG_PROMPT])
+    (x,) = e.encode([LONG_PROMPT])[0].examples
     text = e.tokenizer.decode(x.input_ids.tolist())
     question = text.removeprefix("<|im_start|>user\n").split("<|im_end|>")[0]
     assert 0 < len(question) < len(LONG_PROMPT["messages"][0]["content"]) and LONG_PROMPT["messages"][0][
@@ -80,7 +80,7 @@ def test_truncate_prompt_drops_the_oldest_turns_first_and_keeps_the_system_messa
     turns = [m for i in range(12) for m in (("user", f"question {i}"), ("assistant", f"answer {i}"))]
     given = row(("system", "be brief"), *turns)
     e = encoder(90, "truncate_prompt")
-    ((x,),) = e.encode([given])
+    (x,) = e.encode([given])[0].examples
     text = e.tokenizer.decode(x.input_ids.tolist())
     assert (
         "be brief" in text
@@ -99,7 +99,7 @@ def test_truncate_prompt_rejects_an_answer_that_does_not_fit_by_itself():
 def test_split_learns_every_supervised_token_once(limit):
     full = whole(LONG_ANSWER)
     e = encoder(limit, "split")
-    (parts,) = e.encode([LONG_ANSWER])
+    parts = e.encode([LONG_ANSWER])[0].examples
     assert [p.row_id for p in parts] == ["r", *(f"r/{i}" for i in range(1, len(parts)))]
     assert all(
         len(p.input_ids) <= limit and (p.labels != IGNORE).any() and p.labels[0] == IGNORE for p in parts

@@ -82,7 +82,7 @@ def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
             plain.messages[:-1], tools=plain.tools, add_generation_prompt=True, return_dict=False
         )
         assert not isinstance(outcome, Refused), (given["messages"], outcome)
-        (x,) = outcome
+        (x,) = outcome.examples
         assert x.input_ids[: x.prompt_length].tolist() == prompt
         learnt = tokenizer.decode(x.labels[x.labels != IGNORE].tolist())
         assert learnt.endswith(template.stop or "") and (x.labels[: x.prompt_length] == IGNORE).all()
@@ -104,7 +104,7 @@ def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(
     e = RowEncoder(tokenizer, named, TokensConfig(max_length=4096, supervise=supervise))
     for given, outcome in zip(ROWS, e.encode(ROWS), strict=True):
         assert not isinstance(outcome, Refused), (given["messages"], outcome)
-        (x,) = outcome
+        (x,) = outcome.examples
         learnt = x.labels[x.labels != IGNORE]
         assert learnt[-1] == tokenizer.id_of("eos_token") and x.input_ids.max() < tokenizer.vocab_size
         assert (x.input_ids[:1].tolist() == [tokenizer.id_of("bos_token")]) or not tokenizer.adds_bos
@@ -121,13 +121,9 @@ def test_an_empty_thinking_block_is_reported_and_history_without_thinking_is_sup
     e = RowEncoder(
         tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096, supervise="assistant")
     )
-    e.encode([ROWS[1]])
-    assert (
-        e.tally.inserted == {("<think>\n\n</think>\n\n", ""): 1}
-        and e.tally.numbers["turns_not_supervised"] == 0
-    )
-    e.encode([ROWS[5]])
-    assert e.tally.numbers["turns_not_supervised"] == 1
+    plain, thinking = e.encode([ROWS[1], ROWS[5]])
+    assert plain.inserted == ("<think>\n\n</think>\n\n", "") and plain.turns_not_supervised == 0
+    assert thinking.turns_not_supervised == 1
 
 
 def test_a_template_that_always_opens_with_thinking_refuses_a_row_that_thinks(load):
@@ -161,4 +157,4 @@ def test_real_answers_keep_their_ids(load, shared_data):
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]
     rows = [row(("user", r["question"]), ("assistant", r["answer"])) for r in map(json.loads, lines)]
     for given, outcome in zip(rows, e.encode(rows), strict=True):
-        assert outcome[0].input_ids.tolist() == tokenizer.ids(e.template.render(conversation(given).messages))
+        assert outcome.examples[0].input_ids.tolist() == tokenizer.ids(e.template.render(conversation(given).messages))

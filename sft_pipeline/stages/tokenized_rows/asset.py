@@ -76,5 +76,6 @@ STAGE = Stage(
         ),
     ),
     outside=_outside,
+    reuses_rows=True,
     packages=("tokenizers", "jinja2", "transformers"),
 )

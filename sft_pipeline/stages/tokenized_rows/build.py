@@ -1,30 +1,37 @@
 """Builds `tokenized_rows` from `grouped_split`."""
 
-import json
-from collections import Counter
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import REJECTS, FileWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.conversation import Conversation
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
+from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task, reject_rows
+from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, Tally
 from sft_pipeline.stages.tokenized_rows.pictures import Preview, plot_lengths, plot_masks
 from sft_pipeline.stages.tokenized_rows.report import checks, evidence
-from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED, to_batch
-from sft_pipeline.stages.tokenized_rows.skew import find_skew
-from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate, load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Earlier, Given, content_keys
+from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
+from sft_pipeline.stages.tokenized_rows.skew import SkewWatch
+from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 from sft_pipeline.store.files import sha256_json, write_json
 
-BATCH = 1024
-SAMPLE = 1000
+BATCH = 4_096
+COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
+SAMPLE = 300  # of those, rendered and encoded once more, by transformers too
 PREVIEWS = 3
-EXAMPLES_OF_REJECTS = 10
+EXAMPLES_PER_REASON = 3
 
 
 @dataclass
@@ -32,48 +39,58 @@ class Seen:
     """What the checks and the report need to know, gathered while rows pass.
 
     Attributes:
+        tally: Sums over all rows.
         lengths: Tokens per example, one array per batch.
         supervised: Supervised tokens per example, one array per batch.
         read: Rows read per side.
         written: Examples written per side.
-        rejects: Rejected rows per reason.
         refused: The first rejected rows, for people.
         broken: Written examples that break a promise, per promise. Stays empty.
         sample: Accepted conversations with their examples, for comparisons.
+        previews: The first examples.
+        numbers: How rows were encoded: reused, tokenized, by_columns, by_rows, by_reference, compared.
+        why_not: Why the fast way was not used.
     """
 
+    tally: Tally = field(default_factory=Tally)
     lengths: list[np.ndarray] = field(default_factory=list)
     supervised: list[np.ndarray] = field(default_factory=list)
     read: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
-    rejects: Counter[str] = field(default_factory=Counter)
     refused: list[dict[str, Any]] = field(default_factory=list)
     broken: Counter[str] = field(default_factory=Counter)
     sample: list[tuple[Conversation, Example]] = field(default_factory=list)
+    previews: list[dict[str, Any]] = field(default_factory=list)
+    numbers: Counter[str] = field(default_factory=Counter)
+    why_not: str | None = None
+
+
+class Differs(Exception):
+    """The fast way gave another result than the slow one; the rows are named."""
 
 
 def build(b: Build) -> Built:
     """Renders, tokenizes and masks every row of every side; rejects go to rejects.parquet with their reason."""
     config: TokenizedRowsConfig = b.config
-    tokenizer = load_tokenizer(config.tokenizer, config.revision)
-    template = load_template(config.template.chat_template, tokenizer)
-    encoder = RowEncoder(tokenizer, template, config.tokens, config.template.system)
-    seen = Seen()
     split = b.inputs["grouped_split"]
     total = count_rows(p for side in SIDES for p in split.parts(side))
-    with FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
-        for side in SIDES:
-            with PartWriter(b.out / side, TOKENIZED) as out:
-                for batch in read_batches(split.parts(side), batch_rows=BATCH):
-                    _encode_batch(encoder, batch.to_pylist(), side, seen, out, rejects)
-                    b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
-    recorded = _formatting(config, tokenizer, template, encoder)
-    write_json(b.out / "formatting.json", recorded)
-    skew = find_skew(tokenizer, template, [given for given, _ in seen.sample])
-    on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SIDES}
-    _plot(b, tokenizer, seen, config)
-    numbers = encoder.tally.numbers
-    for reason, count in seen.rejects.most_common():
+    with SkewWatch(b.earlier) as skew_watch:
+        encoders = Encoders(config, columns=total > 2 * COMPARED)
+        try:
+            seen = _encode_all(b, encoders, total)
+        except Differs as rows:
+            why = f"the fast encoder differs from the reference, for example on row {rows}"
+            b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
+            encoders = Encoders(config, columns=False)
+            seen = _encode_all(b, encoders, total)
+            seen.why_not = why
+        recorded = _formatting(config, encoders.tokenizer, encoders.template, seen.tally)
+        write_json(b.out / "formatting.json", recorded)
+        on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SIDES}
+        _plot(b, encoders.tokenizer, seen, config)
+        skew = skew_watch.find(config, [given for given, _ in seen.sample])
+    numbers = seen.tally.numbers
+    for reason, count in seen.tally.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
     return Built(
         counts={
@@ -81,73 +98,146 @@ def build(b: Build) -> Built:
             "rows_accepted": numbers["accepted"],
             "rows_rejected": numbers["rejected"],
             "rows_written": sum(on_disk.values()),
+            "rows_tokenized": seen.numbers["tokenized"],
+            "rows_reused": seen.numbers["reused"],
             **{side: on_disk[side] for side in SIDES},
-            **{
-                k: numbers[k]
-                for k in (
-                    "tokens",
-                    "supervised_tokens",
-                    "truncated",
-                    "split",
-                    "neutralised",
-                    "turns_not_supervised",
-                )
-            },
+            **{k: numbers[k] for k in ("tokens", "supervised_tokens", "truncated", "split", "neutralised", "turns_not_supervised")},
+            **{k: seen.numbers[k] for k in ("by_columns", "by_rows", "by_reference", "compared")},
         },
-        checks=checks(seen, encoder, recorded, skew, on_disk, count_rows([b.out / "rejects.parquet"])),
+        checks=checks(seen, encoders, recorded, skew, on_disk, count_rows([b.out / "rejects.parquet"])),
         volatile=("plots/",),
-        evidence=evidence(seen, encoder, config),
-    )
+        evidence=evidence(seen, encoders, config),
+    )  # fmt: skip
 
 
-def _encode_batch(
-    encoder: RowEncoder,
-    rows: list[dict[str, Any]],
-    side: str,
-    seen: Seen,
-    out: PartWriter,
-    rejects: FileWriter,
-) -> None:
-    examples: list[Example] = []
-    refused: list[Refused] = []
-    for row, outcome in zip(rows, encoder.encode(rows), strict=True):
-        if isinstance(outcome, Refused):
-            refused.append(outcome)
-            continue
-        examples += outcome
-        if len(seen.sample) < SAMPLE and not outcome[0].truncated:
-            seen.sample.append((encoder.guard.check(conversation(row, encoder.system)), outcome[0]))
-    batch = to_batch(examples)
-    _inspect(batch, seen)
-    out.write(batch)
-    rejects.append([_reject_row(r) for r in refused])
-    seen.read[side] += len(rows)
-    seen.written[side] += len(examples)
-    for r in refused:
-        seen.rejects[r.reason] += 1
-        if sum(row["reason"] == r.reason for row in seen.refused) < EXAMPLES_OF_REJECTS // 3:
-            seen.refused.append(
-                {
-                    "row_id": r.row["row_id"],
-                    "file": r.row["file"],
-                    "line": r.row["line"],
-                    "reason": str(r.reason),
-                    "detail": r.detail[:200],
-                }
-            )
+# -- rows ---------------------------------------------------------------------------------------------------------
 
 
-def _reject_row(refused: Refused) -> dict[str, Any]:
-    row = refused.row
-    raw = json.dumps({"messages": row["messages"], "tools": row["tools"]}, ensure_ascii=False, sort_keys=True)
-    return {
-        "row_id": row["row_id"],
-        "source": row["source"],
-        "file": row["file"],
-        "line": row["line"],
-        "reasons": [str(refused.reason)],
-        "raw": raw,
-    }
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of one side, and which of its rows an earlier build has (-1: none)."""
+
+    side: str
+    rows: pa.RecordBatch
+    keys: pa.Array
+    found: np.ndarray
+
+
+def _encode_all(b: Build, encoders: Encoders, total: int) -> Seen:
+    """Writes every side, rejects and outcomes.
+
+    Raises:
+        Differs: A compared row came out differently.
+    """
+    seen = Seen()
+    for name in (*SIDES, "rejects.parquet", OUTCOMES_FILE):
+        shutil.rmtree(b.out / name, ignore_errors=True)
+    scratch = b.work / "earlier"
+    try:
+        earlier = Earlier(b.earlier, scratch)
+        writers = {side: PartWriter(b.out / side, TOKENIZED, dictionary=False) for side in SIDES}
+        with (
+            FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
+            FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
+            writers["train"], writers["validation"], writers["test"],
+        ):  # fmt: skip
+            for batch, done in _encoded(_batches(b, earlier), encoders, len(earlier) > 0, _threshold(b)):
+                if done.differing:
+                    raise Differs(done.differing[0])
+                whole = _joined(batch, done, earlier)
+                writers[batch.side].write(whole.examples)
+                outcomes.write(whole.outcomes)
+                refused = reject_rows(batch.rows, whole.outcomes)
+                rejects.write(refused)
+                _note(seen, batch, done, whole, refused)
+                b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    seen.why_not = encoders.why_not
+    return seen
+
+
+def _threshold(b: Build) -> str:
+    """The row ids up to this one are compared: they are hashes, so the smallest of them are a fair sample."""
+    parts = [p for side in SIDES for p in b.inputs["grouped_split"].parts(side)]
+    ids = pa.chunked_array([x.column(0) for x in read_batches(parts, ["row_id"])], pa.string())
+    if len(ids) <= COMPARED:
+        return "\U0010ffff"
+    smallest = pc.select_k_unstable(pa.table({"row_id": ids}), COMPARED, [("row_id", "ascending")])
+    return pc.max(ids.take(smallest)).as_py()
+
+
+def _batches(b: Build, earlier: Earlier) -> Iterator[_Batch]:
+    columns = ["row_id", "source", "file", "line", "group", "messages", "tools"]
+    for side in SIDES:
+        for rows in read_batches(b.inputs["grouped_split"].parts(side), columns, batch_rows=BATCH):
+            keys = content_keys(rows)
+            yield _Batch(side, rows, keys, earlier.find(keys))
+
+
+def _encoded(
+    batches: Iterable[_Batch], encoders: Encoders, incremental: bool, threshold: str
+) -> Iterator[tuple[_Batch, Done]]:
+    """Every batch, with what became of those of its rows that no earlier build has."""
+    waiting: deque[_Batch] = deque()
+
+    def tasks() -> Iterator[Task]:
+        fresh = 0
+        for batch in batches:
+            waiting.append(batch)
+            new = pa.array(batch.found < 0)
+            rows = batch.rows.filter(new)
+            compare = pc.less_equal(rows.column("row_id"), threshold).to_numpy(zero_copy_only=False)
+            if incremental:  # too few may be new for a sample of all rows to be one of them
+                compare = compare | (np.arange(rows.num_rows) < COMPARED - fresh)
+            fresh += rows.num_rows
+            yield Task(rows, batch.keys.filter(new), compare)
+
+    for done in map(encoders.encode, tasks()):
+        yield waiting.popleft(), done
+
+
+def _joined(batch: _Batch, done: Done, earlier: Earlier) -> Given:
+    """Outcomes and examples of all rows of a batch, in order."""
+    known = batch.found >= 0
+    if not known.any():
+        return Given(done.outcomes, done.examples)
+    given = earlier.give(batch.found[known], batch.rows.filter(pa.array(known)))
+    if known.all():
+        return given
+    position = np.concatenate([np.flatnonzero(known), np.flatnonzero(~known)])
+    outcomes = pa.Table.from_batches([given.outcomes, done.outcomes], OUTCOMES)
+    owner = np.repeat(position, outcomes["examples"].to_numpy())
+    examples = pa.Table.from_batches([given.examples, done.examples], TOKENIZED)
+    return Given(_in_order(outcomes, position), _in_order(examples, owner))
+
+
+def _in_order(table: pa.Table, position: np.ndarray) -> pa.RecordBatch:
+    """The rows by position, those of the same position as they are."""
+    sorted_ = table.take(pa.array(np.argsort(position, kind="stable"))).combine_chunks().to_batches()
+    return sorted_[0] if sorted_ else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+# -- what is noted of them ----------------------------------------------------------------------------------------
+
+
+def _note(seen: Seen, batch: _Batch, done: Done, whole: Given, refused: pa.RecordBatch) -> None:
+    known = int(np.count_nonzero(batch.found >= 0))
+    seen.numbers.update(done.numbers, reused=known, tokenized=batch.rows.num_rows - known)
+    seen.tally.add(whole.outcomes, whole.examples)
+    seen.read[batch.side] += batch.rows.num_rows
+    seen.written[batch.side] += whole.examples.num_rows
+    seen.sample += done.sample[: SAMPLE - len(seen.sample)]
+    if len(seen.previews) < PREVIEWS:
+        seen.previews += whole.examples.slice(0, PREVIEWS - len(seen.previews)).to_pylist()
+    _inspect(whole.examples, seen)
+    shown = Counter(row["reason"] for row in seen.refused)
+    details = whole.outcomes.column("detail").filter(pc.is_valid(whole.outcomes.column("reason"))).to_pylist()
+    for row, detail in zip(refused.to_pylist() if refused.num_rows else [], details, strict=False):
+        (reason,) = row["reasons"]
+        shown[reason] += 1
+        if shown[reason] <= EXAMPLES_PER_REASON:
+            seen.refused.append({**{k: row[k] for k in ("row_id", "file", "line")}, "reason": reason, "detail": detail[:200]})  # fmt: skip
 
 
 def _inspect(batch: pa.RecordBatch, seen: Seen) -> None:
@@ -156,6 +246,7 @@ def _inspect(batch: pa.RecordBatch, seen: Seen) -> None:
         return
     ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
     starts = batch.column("labels").offsets.to_numpy()[:-1]
+    starts = starts - starts[0]
     supervised = labels != IGNORE
     counted = batch.column("supervised").to_numpy()
     seen.broken["nothing supervised"] += int(np.count_nonzero(counted == 0))
@@ -169,7 +260,7 @@ def _inspect(batch: pa.RecordBatch, seen: Seen) -> None:
 
 
 def _formatting(
-    config: TokenizedRowsConfig, tokenizer: Tokenizer, template: ChatTemplate, encoder: RowEncoder
+    config: TokenizedRowsConfig, tokenizer: Tokenizer, template: ChatTemplate, tally: Tally
 ) -> dict[str, Any]:
     """What was used to format the rows; everything that serves or evaluates the model must use the same."""
     stop_ids = tokenizer.ids(template.stop) if template.stop else []
@@ -196,26 +287,22 @@ def _formatting(
         "vocab_size": tokenizer.vocab_size,
         "control_tokens": dict(sorted(tokenizer.control.items(), key=lambda item: item[1])),
         "mask": mask,
-        "counts": {k: v for k, v in sorted(encoder.tally.numbers.items())},
+        "counts": dict(sorted(tally.numbers.items())),
     }
 
 
 def _plot(b: Build, tokenizer: Tokenizer, seen: Seen, config: TokenizedRowsConfig) -> None:
+    folder: Path = b.out / "plots"
     if seen.lengths:
-        plot_lengths(
-            b.out / "plots" / "lengths.png",
-            np.concatenate(seen.lengths),
-            np.concatenate(seen.supervised),
-            config.tokens.max_length,
-        )
+        plot_lengths(folder / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), config.tokens.max_length)  # fmt: skip
     previews = [
         Preview(
-            title=f"row {e.row_id[:12]}: {len(e.input_ids)} tokens, {int((e.labels != IGNORE).sum())} supervised (green)",
-            tokens=[tokenizer.decode([i]) for i in e.input_ids.tolist()],
-            supervised=(e.labels != IGNORE).tolist(),
-            special=[i in tokenizer.control_ids for i in e.input_ids.tolist()],
+            title=f"row {e['row_id'][:12]}: {e['length']} tokens, {e['supervised']} supervised (green)",
+            tokens=[tokenizer.decode([i]) for i in e["input_ids"]],
+            supervised=[label != IGNORE for label in e["labels"]],
+            special=[i in tokenizer.control_ids for i in e["input_ids"]],
         )
-        for _, e in seen.sample[:PREVIEWS]
+        for e in seen.previews
     ]
     if previews:
-        plot_masks(b.out / "plots" / "mask_preview.png", previews)
+        plot_masks(folder / "mask_preview.png", previews)

@@ -5,9 +5,8 @@
 A row that fails anywhere is rejected with its reason; nothing is dropped without one.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,17 +64,23 @@ class Refused:
     detail: str
 
 
-@dataclass
-class Tally:
-    """What happened, counted over all rows.
+@dataclass(frozen=True)
+class Accepted:
+    """A row that was encoded.
 
     Attributes:
-        numbers: rows, accepted, parts, tokens, supervised, neutralised, ...
-        inserted: (before, after) the completion, as the template writes it -> rows.
+        examples: More than one only where the row was split.
+        inserted: What the template wrote into the final turn before and after the completion.
+        marks_agree: Whether the template's own generation marks name the same turns; None where it has none.
+        turns_not_supervised: Earlier assistant turns that are context only.
+        neutralised: Whether literal control tokens were made plain text.
     """
 
-    numbers: Counter[str] = field(default_factory=Counter)
-    inserted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: tuple[Example, ...]
+    inserted: tuple[str, str] = ("", "")
+    marks_agree: bool | None = None
+    turns_not_supervised: int = 0
+    neutralised: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,17 +112,16 @@ class RowEncoder:
     ) -> None:
         self.tokenizer, self.template, self.tokens, self.system = tokenizer, template, tokens, system
         self.guard = ForgeryGuard(tokenizer, template, tokens.control_tokens)
-        self.tally = Tally()
 
-    def encode(self, rows: Sequence[Row]) -> list[list[Example] | Refused]:
-        """One outcome per row, in order: its examples (more than one only where it was split), or its rejection."""
+    def encode(self, rows: Sequence[Row]) -> list[Accepted | Refused]:
+        """One outcome per row, in order."""
         prepared = [self._try(row, self._prepare, row) for row in rows]
         encoded = self._encode([p for p in prepared if isinstance(p, _Prepared)])
         outcomes = [
             p if isinstance(p, Refused) else self._try(p.row, self._finish, p, next(encoded))
             for p in prepared
         ]
-        return [self._count(outcome) for outcome in self._check_round_trip(outcomes)]
+        return [o if isinstance(o, Refused) else _accepted(*o) for o in self._check_round_trip(outcomes)]
 
     def _try(self, row: Row, step: Any, *arguments: Any) -> Any:
         try:
@@ -236,30 +240,15 @@ class RowEncoder:
             for i, o in enumerate(outcomes)
         ]
 
-    def _count(self, outcome: Any) -> list[Example] | Refused:
-        numbers = self.tally.numbers
-        numbers["rows"] += 1
-        if isinstance(outcome, Refused):
-            numbers["rejected"] += 1
-            return outcome
-        masked, cuts = outcome
-        examples = [_example(masked, cut, part) for part, cut in enumerate(cuts)]
-        if not all((e.labels != IGNORE).any() for e in examples):  # only position 0 was left to supervise
-            numbers["rejected"] += 1
-            return Refused(masked.prepared.row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
-        numbers["accepted"] += 1
-        numbers["examples"] += len(examples)
-        numbers["split"] += len(examples) > 1
-        numbers["truncated"] += any(e.truncated for e in examples) and len(examples) == 1
-        marks = masked.prepared.rendered.marks_agree
-        numbers["marks_agree" if marks else "marks_disagree"] += marks is not None
-        numbers["turns_not_supervised"] += masked.not_supervised
-        numbers["neutralised"] += masked.prepared.given.neutralised > 0
-        self.tally.inserted[masked.prepared.rendered.inserted] += 1
-        for e in examples:
-            numbers["tokens"] += len(e.input_ids)
-            numbers["supervised_tokens"] += int(np.count_nonzero(e.labels != IGNORE))
-        return examples
+
+def _accepted(masked: _Masked, cuts: Sequence[Cut]) -> Accepted | Refused:
+    prepared = masked.prepared
+    examples = tuple(_example(masked, cut, part) for part, cut in enumerate(cuts))
+    if not all((e.labels != IGNORE).any() for e in examples):  # only position 0 was left to supervise
+        return Refused(prepared.row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
+    return Accepted(
+        examples, prepared.rendered.inserted, prepared.rendered.marks_agree, masked.not_supervised, prepared.given.neutralised > 0
+    )  # fmt: skip
 
 
 def _example(masked: _Masked, cut: Cut, part: int) -> Example:

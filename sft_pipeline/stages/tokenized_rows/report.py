@@ -6,8 +6,9 @@ import numpy as np
 
 from sft_pipeline.stages.stage import Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.encode import RowEncoder
+from sft_pipeline.stages.tokenized_rows.encoding import Encoders
 from sft_pipeline.stages.tokenized_rows.reasons import MEANING, Reason
+from sft_pipeline.stages.tokenized_rows.skew import CHECK as SKEW_CHECK
 from sft_pipeline.stages.tokenized_rows.skew import Skew
 
 if TYPE_CHECKING:
@@ -21,15 +22,15 @@ MAX_BROKEN_RATE = 0.01
 
 def checks(
     seen: "Seen",
-    encoder: RowEncoder,
+    encoders: Encoders,
     recorded: dict[str, Any],
     skew: Skew,
     on_disk: dict[str, int],
     rejected_on_disk: int,
 ) -> tuple[Check, ...]:
     """One outcome per declared check."""
-    n = encoder.tally.numbers
-    rejected = seen.rejects
+    n = seen.tally.numbers
+    rejected = seen.tally.reasons
     return (
         _supervised(seen, n["examples"]),
         Check(
@@ -39,8 +40,8 @@ def checks(
             + _marks(n["marks_agree"], n["marks_disagree"]),
             {"agreed": number(n["accepted"]), "disagreed": number(rejected[Reason.MASK_DISAGREEMENT])},
         ),
-        _round_trip(seen, encoder),
-        _prefix(seen, encoder),
+        _round_trip(seen),
+        _prefix(seen, encoders),
         Check(
             "no_forged_control_tokens",
             _few(seen, Reason.CONTROL_TOKEN_MISMATCH),
@@ -59,19 +60,19 @@ def checks(
         ),
         _counts(seen, n, on_disk, rejected_on_disk),
         _sides(seen),
-        _rate(seen, encoder),
+        _rate(seen),
         Check(
-            "tokenizer_skew",
+            SKEW_CHECK,
             not skew.found,
             skew.describe(),
             {"first_difference": table([skew.example])} if skew.example else {},
         ),
-        _stop(encoder, recorded),
+        _stop(recorded),
     )
 
 
 def _few(seen: "Seen", reason: Reason) -> bool:
-    return seen.rejects[reason] <= MAX_BROKEN_RATE * sum(seen.read.values())
+    return seen.tally.reasons[reason] <= MAX_BROKEN_RATE * sum(seen.read.values())
 
 
 def _marks(agree: int, disagree: int) -> str:
@@ -90,11 +91,11 @@ def _supervised(seen: "Seen", examples: int) -> Check:
     return Check("supervised_everywhere", not broken, description)
 
 
-def _round_trip(seen: "Seen", encoder: RowEncoder) -> Check:
-    n, rejected = encoder.tally.numbers, seen.rejects
+def _round_trip(seen: "Seen") -> Check:
+    n, rejected = seen.tally.numbers, seen.tally.reasons
     written: list[dict[str, Any]] = [
         {"before the completion": before, "after it": after, "rows": rows}
-        for (before, after), rows in encoder.tally.inserted.most_common(10)
+        for (before, after), rows in seen.tally.inserted.most_common(10)
         if before or after
     ]
     return Check(
@@ -111,12 +112,12 @@ def _round_trip(seen: "Seen", encoder: RowEncoder) -> Check:
     )
 
 
-def _prefix(seen: "Seen", encoder: RowEncoder) -> Check:
+def _prefix(seen: "Seen", encoders: Encoders) -> Check:
     """Every row was encoded as prompt + rest; a sample is rendered and encoded again from its messages."""
     wrong = []
     for given, example in seen.sample:
-        prompt = encoder.tokenizer.ids(
-            encoder.template.render(given.messages[:-1], given.tools, add_generation_prompt=True)
+        prompt = encoders.tokenizer.ids(
+            encoders.template.render(given.messages[:-1], given.tools, add_generation_prompt=True)
         )
         if example.input_ids[: example.prompt_length].tolist() != prompt or example.prompt_length != len(
             prompt
@@ -124,7 +125,7 @@ def _prefix(seen: "Seen", encoder: RowEncoder) -> Check:
             wrong.append(
                 {"row_id": example.row_id, "prompt_tokens": len(prompt), "recorded": example.prompt_length}
             )
-    rejected = seen.rejects[Reason.PROMPT_NOT_PREFIX]
+    rejected = seen.tally.reasons[Reason.PROMPT_NOT_PREFIX]
     return Check(
         "prompt_prefix_exact",
         not wrong,
@@ -138,7 +139,7 @@ def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int
     read = sum(seen.read.values())
     rows_add_up = read == n["rows"] == n["accepted"] + n["rejected"] and n[
         "rejected"
-    ] == rejected_on_disk == sum(seen.rejects.values())
+    ] == rejected_on_disk == sum(seen.tally.reasons.values())
     good = (
         rows_add_up
         and n["examples"] == sum(on_disk.values())
@@ -157,7 +158,7 @@ def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int
 def _sides(seen: "Seen") -> Check:
     lost = [s for s, read in seen.read.items() if read and not seen.written[s]]
     good = bool(seen.written["train"]) and not lost
-    why = f"; most frequent reason: {seen.rejects.most_common(1)[0][0]}" if seen.rejects and not good else ""
+    why = f"; most frequent reason: {seen.tally.reasons.most_common(1)[0][0]}" if seen.tally.reasons and not good else ""
     description = ", ".join(f"{s} {seen.written[s]}" for s in ("train", "validation", "test"))
     return Check(
         "sides_not_empty",
@@ -166,8 +167,8 @@ def _sides(seen: "Seen") -> Check:
     )
 
 
-def _rate(seen: "Seen", encoder: RowEncoder) -> Check:
-    n = encoder.tally.numbers
+def _rate(seen: "Seen") -> Check:
+    n = seen.tally.numbers
     touched = n["rejected"] + n["truncated"]
     share = touched / max(n["rows"], 1)
     left_out = n["turns_not_supervised"]
@@ -181,11 +182,11 @@ def _rate(seen: "Seen", encoder: RowEncoder) -> Check:
             "reasons": table(
                 [
                     {"reason": str(r), "rows": c, "meaning": MEANING[Reason(r)]}
-                    for r, c in seen.rejects.most_common()
+                    for r, c in seen.tally.reasons.most_common()
                 ]
             )
         }
-        if seen.rejects
+        if seen.tally.reasons
         else {}
     )
     return Check(
@@ -196,7 +197,7 @@ def _rate(seen: "Seen", encoder: RowEncoder) -> Check:
     )
 
 
-def _stop(encoder: RowEncoder, recorded: dict[str, Any]) -> Check:
+def _stop(recorded: dict[str, Any]) -> Check:
     problems = []
     if recorded["stop_text"] is None:
         problems.append("nothing ends an assistant's turn, so the model never learns to stop")
@@ -212,9 +213,9 @@ def _stop(encoder: RowEncoder, recorded: dict[str, Any]) -> Check:
     return Check("stop_token", not problems, "; ".join(problems) or stop)
 
 
-def evidence(seen: "Seen", encoder: RowEncoder, config: TokenizedRowsConfig) -> dict[str, Evidence]:
+def evidence(seen: "Seen", encoders: Encoders, config: TokenizedRowsConfig) -> dict[str, Evidence]:
     """Numbers, tables and plots for people."""
-    n = encoder.tally.numbers
+    n = seen.tally.numbers
     found: dict[str, Evidence] = {
         "row_count": number(n["examples"]),
         "tokens": number(n["tokens"]),
@@ -237,9 +238,25 @@ def evidence(seen: "Seen", encoder: RowEncoder, config: TokenizedRowsConfig) -> 
         )
         found["lengths_plot"] = plot("plots/lengths.png")
         found["mask_preview"] = plot("plots/mask_preview.png")
+    found["encoding"] = markdown(_encoding(seen))
     if seen.refused:
         found["first_rejected_rows"] = table(seen.refused)
     found["chat_template"] = markdown(
-        f"`{config.template.chat_template}`\n\n```jinja\n{encoder.template.text}\n```"
+        f"`{config.template.chat_template}`\n\n```jinja\n{encoders.template.text}\n```"
     )
     return found
+
+
+def _encoding(seen: "Seen") -> str:
+    """How the rows were encoded, and what the fast way was compared with."""
+    n = seen.numbers
+    lines = [f"{n['tokenized']:,} rows tokenized, {n['reused']:,} reused from earlier builds by their content."]
+    if n["by_columns"]:
+        lines.append(
+            f"{n['by_columns']:,} rows by the fast encoder ({n['by_reference']:,} of their texts, which are not plain ASCII, by the reference tokenizer), "
+            f"{n['by_rows']:,} row by row. {n['compared']:,} rows were encoded both ways: no difference."
+        )
+    else:
+        why = f" ({seen.why_not})" if seen.why_not else ""
+        lines.append(f"All of them row by row by the reference tokenizer{why}.")
+    return "\n\n".join(lines)

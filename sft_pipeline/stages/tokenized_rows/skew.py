@@ -4,13 +4,22 @@ It may not: transformers 5.23 reads SmolLM2's config as a plain GPT-2 tokenizer 
 its tokenizer.json declares, so 8 % of ordinary texts get other ids in serving than in training.
 """
 
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
+from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.store import Artifact
+
+CHECK = "tokenizer_skew"
+_EARLIER = " (found in an earlier build with the same tokenizer, template and versions)"
 
 
 @dataclass
@@ -23,6 +32,7 @@ class Skew:
         other_prompt: Rows whose prompt is rendered otherwise.
         example: Ours and theirs around the first difference in ids.
         unavailable: Why nothing could be compared.
+        earlier: What an earlier build found with the same tokenizer, template and versions: (passed, description).
     """
 
     rows: int = 0
@@ -30,12 +40,17 @@ class Skew:
     other_prompt: int = 0
     example: dict[str, str] = field(default_factory=dict)
     unavailable: str | None = None
+    earlier: tuple[bool, str] | None = None
 
     @property
     def found(self) -> bool:
+        if self.earlier:
+            return not self.earlier[0]
         return bool(self.other_ids or self.other_prompt or self.unavailable)
 
     def describe(self) -> str:
+        if self.earlier:
+            return self.earlier[1].removesuffix(_EARLIER) + _EARLIER
         if self.unavailable:
             return f"AutoTokenizer cannot load this tokenizer, so a server that uses it cannot either: {self.unavailable}"
         if not self.found:
@@ -46,8 +61,51 @@ class Skew:
         )
 
 
+class SkewWatch:
+    """Compares in a process of its own, whose imports (two seconds) go on while rows are tokenized here.
+
+    Args:
+        earlier: Builds with the same tokenizer, template and versions; what the first of them found holds here too.
+    """
+
+    def __init__(self, earlier: Sequence[Artifact]) -> None:
+        verdicts = [c for a in earlier[:1] for c in a.manifest.checks if c["name"] == CHECK]
+        self._earlier = [(bool(c["passed"]), str(c["description"])) for c in verdicts]
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "SkewWatch":
+        if not self._earlier and "transformers" not in sys.modules:
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_import_transformers)
+            self._pool.submit(int)  # starts it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def find(self, config: TokenizedRowsConfig, sample: Sequence[Conversation]) -> Skew:
+        """What the comparison of a sample finds."""
+        if self._earlier:
+            return Skew(earlier=self._earlier[0])
+        if self._pool is None:
+            return _find(config, sample)
+        try:
+            return self._pool.submit(_find, config, sample).result()
+        except BrokenProcessPool as error:
+            return Skew(unavailable=f"the comparing process died: {error}")
+
+
+def _import_transformers() -> None:
+    import transformers  # noqa: F401
+
+
+def _find(config: TokenizedRowsConfig, sample: Sequence[Conversation]) -> Skew:
+    tokenizer = load_tokenizer(config.tokenizer, config.revision)
+    return find_skew(tokenizer, load_template(config.template.chat_template, tokenizer), sample)
+
+
 def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> Skew:
-    """Compares ids of the rendered text, and the prompt's text, row by row. Imports transformers (two seconds)."""
+    """Compares ids of the rendered text, and the prompt's text, row by row. Imports transformers."""
     if not sample:
         return Skew()
     try:

@@ -31,6 +31,8 @@ FROZEN_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 
 # Unicode noncharacters: they stand for nothing in any text, and mark where {% generation %} begins and ends.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
+MARKS = str.maketrans("", "", _BEGIN + _END)
+"""Takes the marks out of a text."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ChatTemplate:
 
     @cached_property
     def environment(self) -> jinja2.Environment:
-        return _environment()
+        return new_environment()
 
     @cached_property
     def _compiled(self) -> dict[str, jinja2.Template]:
@@ -85,7 +87,7 @@ class ChatTemplate:
             jinja2.TemplateError: The template refuses the conversation; its own words are the message.
         """
         text = self._render(messages, tools, add_generation_prompt)
-        return text.replace(_BEGIN, "").replace(_END, "") if self.has_marks else text
+        return text.translate(MARKS) if self.has_marks else text
 
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -217,10 +219,11 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
     def _marked(self, caller: Any) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
+        return _BEGIN + caller() + _END
 
 
-def _environment() -> jinja2.Environment:
+def new_environment() -> jinja2.Environment:
+    """Jinja as transformers sets it up for chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls]
     )

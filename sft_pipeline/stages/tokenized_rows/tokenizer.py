@@ -89,6 +89,11 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         return frozenset(self.control.values())
 
+    @property
+    def needs_context(self) -> bool:
+        """Whether text encodes differently at the beginning than behind other text."""
+        return any(self._contexts.values())
+
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
         """Finds control tokens in text, the longest first, as the tokenizer does."""

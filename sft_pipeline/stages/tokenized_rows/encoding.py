@@ -1,0 +1,164 @@
+"""Both ways of encoding, side by side in one process: whole columns where that works, row by row where it must be.
+
+The fast way is believed only as far as it is compared: rows marked for it are encoded both ways, and whatever differs
+is reported, upon which the build starts over without it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sft_pipeline.stages.tables import REJECTS
+from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder, Encoded
+from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
+from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
+from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of, to_outcomes
+from sft_pipeline.stages.tokenized_rows.pieces import Unsupported
+from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
+from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+from sft_pipeline.stages.tokenized_rows.tracing import Untraceable
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to encode.
+
+    Attributes:
+        rows: A batch of grouped_split.
+        keys: Of their contents.
+        compare: bool (rows,): which of them are encoded both ways.
+    """
+
+    rows: pa.RecordBatch
+    keys: pa.Array
+    compare: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a task's rows; all in their order.
+
+    Attributes:
+        outcomes: One line per row.
+        examples: Of the accepted ones.
+        numbers: by_columns and by_rows (rows), by_reference (texts), compared (rows).
+        differing: Ids of compared rows that came out differently.
+        sample: Compared conversations with their first example.
+    """
+
+    outcomes: pa.RecordBatch
+    examples: pa.RecordBatch
+    numbers: Counter[str] = field(default_factory=Counter)
+    differing: list[str] = field(default_factory=list)
+    sample: list[tuple[Conversation, Example]] = field(default_factory=list)
+
+
+class Encoders:
+    """Encodes tasks.
+
+    Args:
+        columns: Whether the fast way may be used at all.
+    """
+
+    def __init__(self, config: TokenizedRowsConfig, columns: bool) -> None:
+        self._config, self._columns = config, columns
+        self.tokenizer = load_tokenizer(config.tokenizer, config.revision)
+        self.template = load_template(config.template.chat_template, self.tokenizer)
+        self._by_row = RowEncoder(self.tokenizer, self.template, config.tokens, config.template.system)
+        self._by_column: ColumnEncoder | None = None
+        self.why_not: str | None = None
+
+    def _fast(self) -> ColumnEncoder | None:
+        if self._columns and self._by_column is None and self.why_not is None:
+            config = self._config
+            try:
+                self._by_column = ColumnEncoder(
+                    self.tokenizer, self.template, config.tokens, config.template.system
+                )
+            except (Unsupported, Untraceable) as why:
+                self.why_not = str(why)
+        return self._by_column
+
+    def encode(self, task: Task) -> Done:
+        """Encodes the rows of one task."""
+        fast = None if task.compare.all() else self._fast()
+        quick = fast.encode(task.rows) if fast else None
+        by_column = np.zeros(task.rows.num_rows, dtype=bool)
+        if quick is not None:
+            by_column[quick.rows] = True
+        by_row = np.flatnonzero(~by_column | task.compare)
+        given = task.rows.take(pa.array(by_row)).to_pylist()
+        results = self._by_row.encode(given)
+        sample = [
+            (self._by_row.guard.check(conversation(row, self._by_row.system)), result.examples[0])
+            for row, at, result in zip(given, by_row, results, strict=True)
+            if task.compare[at] and isinstance(result, Accepted) and not result.examples[0].truncated
+        ]
+        differing = _differences(quick, task.compare, dict(zip(by_row.tolist(), results, strict=True)))
+        outcomes, examples = _merged(task, quick, by_row, results)
+        numbers = Counter(
+            by_columns=int(np.count_nonzero(by_column & ~task.compare)), by_rows=len(by_row),
+            by_reference=quick.by_reference if quick else 0, compared=int(np.count_nonzero(by_column & task.compare)),
+        )  # fmt: skip
+        return Done(outcomes, examples, numbers, differing, sample)
+
+
+def _differences(
+    quick: Encoded | None, compare: npt.NDArray[np.bool_], exact: dict[int, Accepted | Refused]
+) -> list[str]:
+    """Ids of the rows that were encoded both ways and came out differently."""
+    if quick is None:
+        return []
+    found = []
+    for at in np.flatnonzero(compare[quick.rows]).tolist():
+        result = exact[int(quick.rows[at])]
+        same = (
+            isinstance(result, Accepted)
+            and outcome_of(result) == quick.skeletons[at].outcome
+            and to_batch(result.examples).equals(quick.examples.slice(at, 1))
+        )
+        if not same:
+            found.append(quick.examples.column("row_id")[at].as_py())
+    return found
+
+
+def _merged(
+    task: Task, quick: Encoded | None, by_row: npt.NDArray[np.int64], results: Sequence[Accepted | Refused]
+) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """Outcomes and examples of all rows in their order; rows encoded both ways as the row encoder has them."""
+    outcomes: list[Outcome | None] = [None] * task.rows.num_rows
+    slow = to_batch([e for r in results if isinstance(r, Accepted) for e in r.examples])
+    owner = [i for i, r in zip(by_row.tolist(), results, strict=True) if isinstance(r, Accepted) for _ in r.examples]  # fmt: skip
+    for i, result in zip(by_row.tolist(), results, strict=True):
+        outcomes[i] = outcome_of(result)
+    if quick is None:
+        return to_outcomes(task.keys, outcomes), slow
+    alone = ~task.compare[quick.rows]
+    for i, skeleton, here in zip(quick.rows.tolist(), quick.skeletons, alone.tolist(), strict=True):
+        if here:
+            outcomes[i] = skeleton.outcome
+    fast = quick.examples if alone.all() else quick.examples.filter(pa.array(alone))
+    if not slow.num_rows:
+        return to_outcomes(task.keys, outcomes), fast
+    order = np.argsort(np.concatenate([quick.rows[alone], np.array(owner, np.int64)]), kind="stable")
+    both = pa.Table.from_batches([fast, slow], TOKENIZED).take(pa.array(order)).combine_chunks()
+    return to_outcomes(task.keys, outcomes), both.to_batches()[0]
+
+
+def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatch:
+    """The rejected rows of a batch, as rejects.parquet has them."""
+    rejected = pa.array(outcomes.column("examples").to_numpy() == 0)
+    reasons = outcomes.column("reason").filter(rejected).to_pylist()
+    found: list[dict[str, Any]] = []
+    for row, reason in zip(rows.filter(rejected).to_pylist(), reasons, strict=True):
+        raw = json.dumps({"messages": row["messages"], "tools": row["tools"]}, ensure_ascii=False, sort_keys=True)  # fmt: skip
+        found.append({**{k: row[k] for k in ("row_id", "source", "file", "line")}, "reasons": [reason], "raw": raw})  # fmt: skip
+    return pa.RecordBatch.from_pylist(found, schema=REJECTS)

@@ -1,0 +1,106 @@
+"""What became of each row that was read: one line each in outcomes.parquet, and the sums of them.
+
+With the key of a row's content this is also the index by which a later build finds what it need not do again.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sft_pipeline.stages.tokenized_rows.encode import Accepted, Refused
+
+OUTCOMES = pa.schema(
+    [
+        ("key", pa.binary(16)),  # of the row's content, see reuse.py
+        ("examples", pa.int32()),  # 0: rejected
+        ("reason", pa.string()),  # why it was rejected
+        ("detail", pa.string()),
+        ("inserted_before", pa.string()),  # what the template wrote into the final turn around the completion
+        ("inserted_after", pa.string()),
+        ("marks_agree", pa.bool_()),  # with the template's own generation marks; null where it has none
+        ("turns_not_supervised", pa.int32()),  # earlier assistant turns that are context only
+        ("neutralised", pa.bool_()),  # literal control tokens were made plain text
+    ]
+)
+
+
+class Outcome(NamedTuple):
+    """A line of outcomes.parquet without its key."""
+
+    examples: int
+    reason: str | None = None
+    detail: str | None = None
+    inserted_before: str | None = None
+    inserted_after: str | None = None
+    marks_agree: bool | None = None
+    turns_not_supervised: int = 0
+    neutralised: bool = False
+
+
+def outcome_of(result: Accepted | Refused) -> Outcome:
+    """What became of a row."""
+    if isinstance(result, Refused):
+        return Outcome(0, str(result.reason), result.detail)
+    return Outcome(
+        len(result.examples), None, None, *result.inserted, result.marks_agree, result.turns_not_supervised, result.neutralised
+    )  # fmt: skip
+
+
+def to_outcomes(keys: pa.Array, outcomes: Sequence[Outcome | None]) -> pa.RecordBatch:
+    """One line per row.
+
+    Raises:
+        AssertionError: A row has none.
+    """
+    assert None not in outcomes
+    columns = list(zip(*outcomes, strict=True)) or [()] * len(Outcome._fields)
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, list(OUTCOMES)[1:], strict=True)]
+    return pa.RecordBatch.from_arrays([keys, *arrays], schema=OUTCOMES)
+
+
+@dataclass
+class Tally:
+    """Sums over all rows.
+
+    Attributes:
+        numbers: rows, accepted, rejected, examples, tokens, supervised_tokens, truncated, split, neutralised,
+            turns_not_supervised, marks_agree, marks_disagree.
+        inserted: (before, after) the completion, as the template writes it -> rows.
+        reasons: Rejected rows per reason.
+    """
+
+    numbers: Counter[str] = field(default_factory=Counter)
+    inserted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, outcomes: pa.RecordBatch, examples: pa.RecordBatch) -> None:
+        """Counts a batch of rows, given their examples in the same order."""
+        each = outcomes.column("examples").to_numpy()
+        last = np.cumsum(each) - 1  # of each row's examples
+        cut = examples.column("truncated").to_numpy() > 0
+        single = each == 1
+        marks = outcomes.column("marks_agree")
+        self.numbers.update(
+            rows=len(each),
+            accepted=int(np.count_nonzero(each)),
+            rejected=int(np.count_nonzero(each == 0)),
+            examples=int(each.sum()),
+            split=int(np.count_nonzero(each > 1)),
+            truncated=int(np.count_nonzero(cut[last[single]])),
+            tokens=pc.sum(examples.column("length")).as_py() or 0,
+            supervised_tokens=pc.sum(examples.column("supervised")).as_py() or 0,
+            neutralised=outcomes.column("neutralised").true_count,
+            turns_not_supervised=pc.sum(outcomes.column("turns_not_supervised")).as_py() or 0,
+            marks_agree=marks.true_count,
+            marks_disagree=marks.false_count,
+        )
+        for row in pa.Table.from_batches([outcomes]).group_by(["inserted_before", "inserted_after"]).aggregate([([], "count_all")]).to_pylist():  # fmt: skip
+            if row["inserted_before"] is not None:
+                self.inserted[row["inserted_before"], row["inserted_after"]] += row["count_all"]
+        for entry in pc.value_counts(outcomes.column("reason").drop_null()).to_pylist():
+            self.reasons[entry["values"]] += entry["counts"]
