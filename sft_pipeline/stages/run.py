@@ -289,9 +289,13 @@ def _earlier(stage: Stage, store: Store, parts: Mapping[str, Any]) -> tuple[Arti
     found = []
     for artifact in reversed(store.all()):
         manifest = artifact.manifest
-        if manifest.asset.endswith(f"/{stage.name}") and all(getattr(manifest, k) == parts[k] for k in same):
-            if not artifact.damage(deep=False):
-                found.append(artifact)
+        of_stage = manifest.asset.endswith(f"/{stage.name}")
+        if (
+            of_stage
+            and all(getattr(manifest, k) == parts[k] for k in same)
+            and not artifact.damage(deep=False)
+        ):
+            found.append(artifact)
         if len(found) == EARLIER:
             break
     return tuple(found)

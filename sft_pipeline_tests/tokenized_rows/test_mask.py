@@ -125,7 +125,10 @@ def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
     (outcome,) = e.encode(
         [
             row(
-                ("user", "a"), ("assistant", "<think>hm</think>\n\nfirst"), ("user", "b"), ("assistant", "second")
+                ("user", "a"),
+                ("assistant", "<think>hm</think>\n\nfirst"),
+                ("user", "b"),
+                ("assistant", "second"),
             )
         ]
     )

@@ -157,4 +157,6 @@ def test_real_answers_keep_their_ids(load, shared_data):
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]
     rows = [row(("user", r["question"]), ("assistant", r["answer"])) for r in map(json.loads, lines)]
     for given, outcome in zip(rows, e.encode(rows), strict=True):
-        assert outcome.examples[0].input_ids.tolist() == tokenizer.ids(e.template.render(conversation(given).messages))
+        assert outcome.examples[0].input_ids.tolist() == tokenizer.ids(
+            e.template.render(conversation(given).messages)
+        )

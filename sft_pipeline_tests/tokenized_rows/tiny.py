@@ -107,14 +107,15 @@ SPLIT = pa.schema(
 
 
 class FakeArtifact(Artifact):
-    """A folder that is read like an artifact, with a manifest that holds only a configuration."""
+    """A folder that is read like an artifact, with a manifest that holds only a configuration and no checks."""
 
     @property
     def manifest(self) -> Any:  # type: ignore[override]
         return SimpleNamespace(
             config=json.loads((self.path / "config.json").read_text())
             if (self.path / "config.json").is_file()
-            else {}
+            else {},
+            checks=[],
         )
 
 

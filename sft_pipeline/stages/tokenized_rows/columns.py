@@ -175,7 +175,9 @@ class ColumnEncoder:
     def _encode_group(self, batch: pa.RecordBatch, skeleton: Skeleton, group: _Group) -> Encoded:
         blobs, by_reference = self._ids(skeleton, group)
         rows = np.array(group.rows, dtype=np.int64)
-        ids = np.frombuffer(b"".join(_laid_out(skeleton, blobs, [s.ids for s in skeleton.segments])), np.int32)
+        ids = np.frombuffer(
+            b"".join(_laid_out(skeleton, blobs, [s.ids for s in skeleton.segments])), np.int32
+        )
         text = "".join(_laid_out(skeleton, group.texts, [s.text for s in skeleton.segments])).encode()
         grid = _Grid(
             tokens=_counts(skeleton, [len(b) // 4 for b in blobs], [len(s.ids) // 4 for s in skeleton.segments], len(rows)),
@@ -207,7 +209,10 @@ class ColumnEncoder:
         decoded = self._pieces.text_of(ids)
         if decoded == text:
             return np.ones(len(grid.lengths), dtype=bool)
-        bounds, own = ends[grid.starts].tolist(), np.concatenate([[0], np.cumsum(grid.octets[:, -1])]).tolist()
+        bounds, own = (
+            ends[grid.starts].tolist(),
+            np.concatenate([[0], np.cumsum(grid.octets[:, -1])]).tolist(),
+        )
         return np.array([decoded[a:b] == text[c:d] for a, b, c, d in zip(bounds, bounds[1:], own, own[1:], strict=False)])  # fmt: skip
 
 

@@ -117,17 +117,20 @@ def _differences(
     """Ids of the rows that were encoded both ways and came out differently."""
     if quick is None:
         return []
-    found = []
-    for at in np.flatnonzero(compare[quick.rows]).tolist():
-        result = exact[int(quick.rows[at])]
-        same = (
-            isinstance(result, Accepted)
-            and outcome_of(result) == quick.skeletons[at].outcome
-            and to_batch(result.examples).equals(quick.examples.slice(at, 1))
-        )
-        if not same:
-            found.append(quick.examples.column("row_id")[at].as_py())
-    return found
+    at = np.flatnonzero(compare[quick.rows])
+    results = [exact[row] for row in quick.rows[at].tolist()]
+    one_each = [r for r in results if isinstance(r, Accepted) and len(r.examples) == 1]
+    outcomes = [quick.skeletons[i].outcome for i in at.tolist()]
+    fast = quick.examples.take(pa.array(at))
+    if outcomes == [outcome_of(r) for r in results] and to_batch([r.examples[0] for r in one_each]).equals(fast):  # fmt: skip
+        return []
+    return [
+        row_id
+        for i, (result, row_id) in enumerate(zip(results, fast.column("row_id").to_pylist(), strict=True))
+        if outcome_of(result) != outcomes[i]
+        or not isinstance(result, Accepted)
+        or not to_batch(result.examples).equals(fast.slice(i, 1))
+    ]
 
 
 def _merged(

@@ -70,7 +70,7 @@ class PieceEncoder:
         self._cuts = [re.compile(p, re.ASCII).findall for p in _patterns(_state(backend.pre_tokenizer))]
         symbols = byte_symbols()
         self._get = Pieces(backend.model, symbols).__getitem__
-        self.bytes_of = _bytes_of_ids(tokenizer, {chr(s): b for b, s in symbols.items()})
+        self.bytes_of = _bytes_of_ids(tokenizer, symbols)
         self.byte_lengths = pc.binary_length(self.bytes_of).to_numpy().astype(np.int64)
 
     def encode(self, text: str) -> bytes:
@@ -95,17 +95,25 @@ def byte_symbols() -> dict[int, int]:
     return {b: b for b in printable} | {b: 256 + i for i, b in enumerate(others)}
 
 
-def _bytes_of_ids(tokenizer: Tokenizer, byte_of: dict[str, int]) -> pa.BinaryArray:
-    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
-    values = [b""] * tokenizer.vocab_size
-    for token, i in vocabulary.items():
-        try:
-            values[i] = bytes([byte_of[c] for c in token])
-        except KeyError:
-            raise Unsupported(f"the vocabulary is not byte-level: {token!r}") from None
-    for token, i in tokenizer.added.items():
-        values[i] = token.encode()
-    return pa.array(values, pa.binary())
+def _bytes_of_ids(tokenizer: Tokenizer, symbols: dict[int, int]) -> pa.BinaryArray:
+    tokens = [""] * tokenizer.vocab_size
+    for token, i in tokenizer.vocabulary.items():
+        tokens[i] = token
+    for i in tokenizer.added.values():
+        tokens[i] = ""
+    try:
+        data = "".join(tokens).translate({symbol: byte for byte, symbol in symbols.items()}).encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise Unsupported(f"the vocabulary is not byte-level: it has {error.object[error.start]!r}") from None
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
+    values = pa.Array.from_buffers(
+        pa.binary(), len(tokens), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    )
+    texts = {i: token.encode() for token, i in tokenizer.added.items()}
+    if not texts:
+        return values
+    added = pa.array([texts.get(i) for i in range(len(tokens))], pa.binary())
+    return pc.coalesce(added, values)
 
 
 def _state(component: Any) -> dict[str, Any] | None:
@@ -142,15 +150,15 @@ def _patterns(state: dict[str, Any] | None) -> list[str]:
             found.append("[0-9]|[^0-9]+" if part["individual_digits"] else "[0-9]+|[^0-9]+")
         elif part["type"] == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):  # fmt: skip
             literal = part["pattern"].get("String")
-            pattern = re.escape(literal) if literal is not None else part["pattern"]["Regex"]
-            covering = part["invert"]  # such a pattern names the pieces themselves
-            found.append(_compiled(ascii_pattern(pattern), covering))
+            pattern = ascii_pattern(part["pattern"]["Regex"]) if literal is None else re.escape(literal)
+            # An inverted pattern names the pieces themselves.
+            found.append(_compiled(pattern, covering=part["invert"]))
         else:
             raise Unsupported(f"its pre-tokenizer has {part['type']}")
     return found or ["(?s:.+)"]
 
 
-def _compiled(pattern: str, covering: bool) -> str:
+def _compiled(pattern: str, *, covering: bool) -> str:
     """The pattern, with what lies between its matches as pieces too where it does not match everything itself."""
     try:
         covering = covering or all(re.compile(pattern, re.ASCII).match(chr(c)) for c in range(128))

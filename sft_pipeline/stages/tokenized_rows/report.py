@@ -158,7 +158,11 @@ def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int
 def _sides(seen: "Seen") -> Check:
     lost = [s for s, read in seen.read.items() if read and not seen.written[s]]
     good = bool(seen.written["train"]) and not lost
-    why = f"; most frequent reason: {seen.tally.reasons.most_common(1)[0][0]}" if seen.tally.reasons and not good else ""
+    why = (
+        f"; most frequent reason: {seen.tally.reasons.most_common(1)[0][0]}"
+        if seen.tally.reasons and not good
+        else ""
+    )
     description = ", ".join(f"{s} {seen.written[s]}" for s in ("train", "validation", "test"))
     return Check(
         "sides_not_empty",
@@ -250,7 +254,9 @@ def evidence(seen: "Seen", encoders: Encoders, config: TokenizedRowsConfig) -> d
 def _encoding(seen: "Seen") -> str:
     """How the rows were encoded, and what the fast way was compared with."""
     n = seen.numbers
-    lines = [f"{n['tokenized']:,} rows tokenized, {n['reused']:,} reused from earlier builds by their content."]
+    lines = [
+        f"{n['tokenized']:,} rows tokenized, {n['reused']:,} reused from earlier builds by their content."
+    ]
     if n["by_columns"]:
         lines.append(
             f"{n['by_columns']:,} rows by the fast encoder ({n['by_reference']:,} of their texts, which are not plain ASCII, by the reference tokenizer), "

@@ -7,6 +7,7 @@ code, tokenizer, template and mask are asked (see `Build.earlier`), so an equal 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.tables import read_batches
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES
 from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
 from sft_pipeline.store import Artifact
@@ -45,10 +47,12 @@ def content_keys(batch: pa.RecordBatch) -> pa.Array:
         ],
         axis=1,
     )  # fmt: skip
-    layout, of_tools = memoryview(np.ascontiguousarray(shape)), memoryview(_sizes(batch.column("tools")))
+    layout, of_tools = (
+        memoryview(a.data) for a in (np.ascontiguousarray(shape), _sizes(batch.column("tools")))
+    )
     keys = bytearray()
     spans = bounds.tolist()
-    for row, (a, b) in enumerate(zip(spans, spans[1:], strict=False)):
+    for row, (a, b) in enumerate(pairwise(spans)):
         key = hashlib.blake2b(layout[a:b], digest_size=KEY_BYTES)
         key.update(content[content_at[a] : content_at[b]])
         key.update(calls[calls_at[a] : calls_at[b]])
@@ -101,8 +105,12 @@ class Earlier:
         schema = pa.schema([TOKENIZED.field(n) for n in _CARRIED])
         self._carried = pa.Table.from_batches(carried, schema).combine_chunks()
         self._starts = np.concatenate([[0], np.cumsum(self._carried["length"].to_numpy(), dtype=np.int64)])
-        self._examples = np.concatenate([[0], np.cumsum(self._outcomes["examples"].to_numpy(), dtype=np.int64)])
-        keys = key_numbers(_whole(self._outcomes["key"])) if len(self._outcomes) else np.zeros((0, 2), np.uint64)
+        self._examples = np.concatenate(
+            [[0], np.cumsum(self._outcomes["examples"].to_numpy(), dtype=np.int64)]
+        )
+        keys = (
+            key_numbers(_whole(self._outcomes["key"])) if len(self._outcomes) else np.zeros((0, 2), np.uint64)
+        )
         self._order = np.argsort(keys[:, 0], kind="stable")
         self._keys = keys[self._order]
 
@@ -126,12 +134,14 @@ class Earlier:
         examples = self._examples[found][row] + part
         carried = self._carried.take(pa.array(examples))
         ids, supervised = self._tokens(examples)
-        offsets = np.concatenate([[0], np.cumsum(carried["length"].to_numpy(), dtype=np.int64)]).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum(carried["length"].to_numpy(), dtype=np.int64)]).astype(
+            np.int32
+        )
         columns = {
             "row_id": _named(rows.column("row_id").take(pa.array(row)), part),
             "group": rows.column("group").take(pa.array(row)),
             "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
-            "labels": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.where(supervised, ids, np.int32(-100)))),
+            "labels": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.where(supervised, ids, np.int32(IGNORE)))),
             "completion": _completions(rows).take(pa.array(row)),
             **{name: _whole(carried[name]) for name in _CARRIED},
         }  # fmt: skip
@@ -142,8 +152,8 @@ class Earlier:
     def _tokens(self, examples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Ids and mask of examples, end to end; neighbours are read at once."""
         begins, ends = self._starts[examples], self._starts[examples + 1]
-        first = np.flatnonzero(np.concatenate([[True], begins[1:] != ends[:-1]])) if len(examples) else []
-        last = [*(np.array(first[1:]) - 1), len(examples) - 1]
+        first = np.flatnonzero(np.concatenate([begins[:1] >= 0, begins[1:] != ends[:-1]]))
+        last = [*(first[1:] - 1), len(examples) - 1]
         ids, supervised = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
         for a, b in zip(first, last, strict=False):
             start, count = int(begins[a]), int(ends[b] - begins[a])

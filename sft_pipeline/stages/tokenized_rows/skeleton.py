@@ -109,7 +109,12 @@ class Skeletons:
     ) -> None:
         if template.stop is None or template.stop not in tokenizer.added:
             raise Untraceable("its turns do not end in a single added token")
-        self._template, self._tokenizer, self._pieces, self._supervise = template, tokenizer, pieces, supervise
+        self._template, self._tokenizer, self._pieces, self._supervise = (
+            template,
+            tokenizer,
+            pieces,
+            supervise,
+        )
         self._tracer = Tracer(template)
         self._added = any_of(tokenizer.added)
         self._known: dict[tuple[str, ...], list[Skeleton]] = {}
@@ -236,7 +241,9 @@ class _Layout:
 
     def skeleton(self, roles: tuple[str, ...], questions: tuple[Question, ...]) -> Skeleton:
         r = self._rendered
-        control = [self._tokenizer.control[s.text] for s in self._segments if s.text in self._tokenizer.control]
+        control = [
+            self._tokenizer.control[s.text] for s in self._segments if s.text in self._tokenizer.control
+        ]
         return Skeleton(
             roles, questions, tuple(self._segments), self._place(r.prompt_end), self._places(r.final),
             tuple(map(self._places, r.turns or (r.final,))), tuple(map(self._places, r.loss)), tuple(control),

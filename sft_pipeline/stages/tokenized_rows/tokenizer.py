@@ -81,9 +81,14 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, added ones included."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    @cached_property
     def vocab_size(self) -> int:
         """The smallest vocabulary a model needs for every id of this tokenizer."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary.values()) + 1
 
     @cached_property
     def control_ids(self) -> frozenset[int]:

@@ -204,7 +204,7 @@ def _environment() -> jinja2.Environment:
     for name, function in environment.filters.items():
         environment.filters[name] = _guarded_filter(name, function)
     for name, function in environment.tests.items():
-        environment.tests[name] = _guarded_test(name, function)
+        environment.tests[name] = _guarded_test(name, function)  # type: ignore[arg-type]
     return environment
 
 

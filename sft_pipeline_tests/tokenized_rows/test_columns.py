@@ -1,0 +1,139 @@
+"""Whole columns against row by row: equal examples for every row that comes back, whatever the template does."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder
+from sft_pipeline.stages.tokenized_rows.config import TokensConfig
+from sft_pipeline.stages.tokenized_rows.encode import Accepted, RowEncoder
+from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of
+from sft_pipeline.stages.tokenized_rows.rows import to_batch
+from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+from sft_pipeline.stages.tokenized_rows.tracing import Tracer, Untraceable
+from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SPLIT, row, tiny_tokenizer
+
+_END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+_TURN = "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
+BRANCHING = (
+    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if c.startswith('the') and loop.last %}{% set c = c + ' (the)' %}{% endif %}{% endif %}" + _TURN + "{% endfor %}" + _END
+)  # fmt: skip
+THINKING = (
+    "{% macro shown(text) %}{{ text }}{% endmacro %}{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ shown(m.content) }}{{ '<|im_end|>\n' }}{% endfor %}" + _END
+)  # fmt: skip
+TRIMMING = "{% for m in messages %}{% set c = m.content | trim %}" + _TURN + "{% endfor %}" + _END
+CAPTURING = (
+    "{% for m in messages %}{% set c %}{{ m.content }}{% endset %}"
+    "{% if c %}" + _TURN + "{% endif %}{% endfor %}" + _END
+)
+TEMPLATES = {
+    "chatml": CHATML, "marked": MARKED, "branching": BRANCHING, "thinking": THINKING, "trimming": TRIMMING, "capturing": CAPTURING,
+}  # fmt: skip
+
+TEXT = st.lists(
+    st.sampled_from(["the", " key", "  ", "</think>", "<think>", "\n", "\n\n", "42", "é", "😀", "<|im", "_end|>", "<|im_end|>", "assistant", "user", "\x0b", " "])
+    | st.text(max_size=4), max_size=6,
+).map("".join)  # fmt: skip
+
+
+@st.composite
+def conversations(draw):
+    turns = draw(st.integers(1, 3))
+    messages = [("system", draw(TEXT))] if draw(st.booleans()) else []
+    for _ in range(turns):
+        messages += [("user", draw(TEXT)), ("assistant", draw(TEXT))]
+    weights = draw(st.sampled_from([(), (), (), (None, 0.0)]))
+    return row(*messages, weights=weights, tools=draw(st.sampled_from([None, None, [{"name": "look_up"}]])))
+
+
+def compare(rows, template, tokens, system=None, tokenizer=None):
+    """How many of the rows came back as columns; each must be what the row encoder makes of it."""
+    tokenizer = tokenizer or tiny_tokenizer(template)
+    loaded = load_template(template if tokenizer.folder.name else "tokenizer", tokenizer)
+    fast = ColumnEncoder(tokenizer, loaded, tokens, system)
+    exact = RowEncoder(tokenizer, loaded, tokens, system).encode(rows)
+    batch = pa.RecordBatch.from_pylist(rows, schema=SPLIT)
+    for _ in range(2):  # the second time with what was learnt the first time
+        found = fast.encode(batch)
+        for at, index in enumerate(found.rows.tolist()):
+            result = exact[index]
+            assert isinstance(result, Accepted), (rows[index]["messages"], result.reason, result.detail)
+            assert to_batch(result.examples).equals(found.examples.slice(at, 1)), rows[index]["messages"]
+            assert outcome_of(result) == found.skeletons[at].outcome, rows[index]["messages"]
+    return len(found.rows)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(conversations(), min_size=1, max_size=8),
+    supervise=st.sampled_from(["completion", "assistant", "last_turn", "all"]),
+    max_length=st.sampled_from([24, 512]),
+    system=st.sampled_from([None, "Be brief."]),
+)
+def test_columns_are_what_the_row_encoder_makes(name, rows, supervise, max_length, system):
+    compare(rows, TEMPLATES[name], TokensConfig(max_length=max_length, supervise=supervise), system)
+
+
+PLAIN_ROWS = [
+    row(("system", "Be kind."), ("user", f"who may read report {i}"), ("assistant", f"user {i} may, says rule {i}"))
+    for i in range(20)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ordinary_rows_do_come_back(name):
+    assert compare(PLAIN_ROWS, TEMPLATES[name], TokensConfig()) == len(PLAIN_ROWS)
+
+
+def test_rows_that_answer_a_question_otherwise_get_a_skeleton_of_their_own():
+    rows = [row(("user", "which key"), ("assistant", text)) for text in ("rotate the key", "the key is stale", "rotate it now")]  # fmt: skip
+    assert compare(rows, BRANCHING, TokensConfig()) == 3
+
+
+def test_texts_that_are_not_plain_go_to_the_reference_and_forged_ones_do_not_come_back():
+    rows = [row(("user", "é\x0b"), ("assistant", "naïve 😀")), row(("user", "a <|im_end|>"), ("assistant", "never again"))]  # fmt: skip
+    assert compare(rows, CHATML, TokensConfig()) == 1
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "m.content | upper", "m.content[:5]", "m.content.replace('a', 'b')", "m.content | length", "m.content | tojson", "[m.content] | join(',')",
+        "'%s!' | format(m.content)", "'%s' % m.content", "'{}'.format(m.content)", "m.content in 'some text'", "m.content | list | first", "m.content.split(' ') | last",
+        "(m.content + '!') is in ['a!']", "m.content * 2", "m.content | replace('a', 'b')", "messages | tojson", "messages | map(attribute='content') | join", "m.content < 'm'",
+        "(m | string) | length", "m.content ~ (m.content ~ 'x').endswith('yx')", "m.content is lower", "{'a': 1}[m.content]",
+    ],
+)  # fmt: skip
+def test_templates_that_read_contents_are_not_traced(expression):
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ " + expression + " }}<|im_end|>{% endfor %}")
+    with pytest.raises(Untraceable):
+        Tracer(load_template("tokenizer", tokenizer)).trace(
+            ("user", "assistant"), ("who may read", "the user"), add_generation_prompt=False
+        )
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("supervise", ["completion", "assistant"])
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [("qwen3", "tokenizer"), ("smollm2", "tokenizer"), ("minimind-6400", "tokenizer"), ("olmo2-dolma2", "tokenizer"), ("gpt2", "alpaca"), ("gpt2", "llama3")],
+)  # fmt: skip
+def test_real_rows_under_real_tokenizers(shared_data, name, template, supervise):
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:250]
+    asked = [json.loads(line) for line in lines]
+    rows = [row(("user", r["question"]), ("assistant", r["answer"])) for r in asked]
+    several = [
+        row(("system", "Be brief."), ("user", a["question"]), ("assistant", a["answer"]), ("user", b["question"]), ("assistant", b["answer"]))
+        for a, b in zip(asked[:60], asked[60:120])
+    ]  # fmt: skip
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+    tokens = TokensConfig(max_length=2048, supervise=supervise)
+    found = compare(rows + several, template, tokens, tokenizer=tokenizer)
+    assert found >= (300 if (name, supervise) != ("gpt2", "assistant") else 240)

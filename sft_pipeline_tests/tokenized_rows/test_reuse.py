@@ -1,0 +1,148 @@
+"""Cost follows the change: rows tokenized before are taken over by their content, and nothing else is."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.stage import Build, Built
+from sft_pipeline.stages.tables import read_rows
+from sft_pipeline.stages.tokenized_rows import build as room
+from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
+from sft_pipeline.stages.tokenized_rows.reuse import content_keys
+from sft_pipeline.store.manifest import data_version, list_files
+from sft_pipeline_tests.tokenized_rows.tiny import (
+    CHATML,
+    SPLIT,
+    FakeArtifact,
+    row,
+    save_tokenizer,
+    split_artifact,
+)
+
+LONG = row(("user", "who"), ("assistant", "user " * 90), row_id="a" * 32)
+FORGED = row(("user", "hi<|im_end|>"), ("assistant", "no"), row_id="f" * 32)
+
+
+def numbered(count: int, start: int = 0) -> list[dict]:
+    return [row(("user", f"who may read report {i}"), ("assistant", f"user {i}é" if i % 5 == 0 else f"user {i}"), row_id=f"{i:032x}") for i in range(start, start + count)]  # fmt: skip
+
+
+class Told(Reporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def log(self, message: str, level: str = "info") -> None:
+        self.lines.append(message)
+
+
+def run(tmp_path: Path, name: str, earlier: tuple = (), **sides) -> tuple[Built, FakeArtifact, Told]:
+    folder = tmp_path / "tokenizer"
+    if not folder.exists():
+        save_tokenizer(folder, CHATML)
+    tokens = TokensConfig(max_length=100, overflow="split")
+    config = TokenizedRowsConfig(
+        tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=tokens
+    )
+    out, told = tmp_path / name, Told()
+    out.mkdir()
+    inputs = {"grouped_split": split_artifact(tmp_path / f"split-{name}", **sides)}
+    built = room.build(Build(config=config, inputs=inputs, out=out, work=tmp_path / f"work-{name}", report=told, earlier=earlier))  # fmt: skip
+    (out / "config.json").unlink(missing_ok=True)
+    return built, FakeArtifact(out), told
+
+
+def version(built: Built, artifact: FakeArtifact) -> str:
+    return data_version(list_files(artifact.path, built.volatile))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The fast encoder and comparisons on a few dozen rows."""
+    monkeypatch.setattr(room, "COMPARED", 8)
+    monkeypatch.setattr(room, "BATCH", 16)
+
+
+def test_only_changed_rows_are_tokenized_and_the_bytes_are_those_of_a_cold_build(tmp_path):
+    before = [*numbered(60), LONG, FORGED]
+    _, old, _ = run(tmp_path, "old", train=before, validation=numbered(5, 100), test=numbered(5, 200))
+    after = [dict(r) for r in reversed(before)]  # elsewhere, under other names and groups
+    for i, r in enumerate(after):
+        r |= {"row_id": f"{i + 5000:032x}", "group": f"g{i}", "line": i, "file": "other.jsonl"}
+    edited = row(("user", "who may read report 7"), ("assistant", "nobody"), row_id=after[10]["row_id"])
+    after[10] = edited  # an edited row under an old name
+    sides = {"train": after + numbered(2, 300), "validation": numbered(5, 100), "test": numbered(4, 201)}
+    built, warm, _ = run(tmp_path, "warm", (old,), **sides)
+    cold_built, cold, _ = run(tmp_path, "cold", **sides)
+    assert (built.counts["rows_tokenized"], built.counts["rows_reused"]) == (3, 70)
+    assert cold_built.counts["rows_reused"] == 0
+    assert version(built, warm) == version(cold_built, cold)
+    told = {
+        k: v for k, v in built.counts.items() if not k.startswith(("rows_tok", "rows_reu", "by_", "compared"))
+    }
+    assert (
+        told == {k: cold_built.counts[k] for k in told} and told["split"] == 1 and told["rows_rejected"] == 1
+    )
+    assert [r["row_id"] for r in read_rows([warm.file("rejects.parquet")])] == [after[0]["row_id"]]
+    assert all(c.passed for c in built.checks if c.name not in ("reject_rate",))
+
+
+def test_several_earlier_builds_are_asked(tmp_path):
+    _, one, _ = run(tmp_path, "one", train=numbered(20))
+    _, two, _ = run(tmp_path, "two", train=numbered(20, 20))
+    built, _, _ = run(tmp_path, "three", (two, one), train=numbered(41))
+    assert (built.counts["rows_tokenized"], built.counts["rows_reused"]) == (1, 40)
+
+
+def test_fast_and_slow_give_the_same_bytes_and_say_how_many(tmp_path, monkeypatch):
+    fast_built, fast, _ = run(tmp_path, "fast", train=[*numbered(60), LONG, FORGED])
+    assert fast_built.counts["by_columns"] > 40 and fast_built.counts["compared"] >= 8
+    assert fast_built.counts["by_reference"] > 5
+    monkeypatch.setattr(room, "COMPARED", 1000)
+    slow_built, slow, _ = run(tmp_path, "slow", train=[*numbered(60), LONG, FORGED])
+    assert slow_built.counts["by_columns"] == 0 and slow_built.counts["by_rows"] == 62
+    assert version(fast_built, fast) == version(slow_built, slow)
+
+
+def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatch):
+    from sft_pipeline.stages.tokenized_rows.pieces import PieceEncoder
+
+    exact, sides = PieceEncoder.encode, {"train": [*numbered(60), LONG, FORGED]}
+    good_built, good, _ = run(tmp_path, "good", **sides)
+
+    def merged_otherwise(self: PieceEncoder, text: str) -> bytes:
+        """Bytes one by one: the text is right, the ids are not those of the tokenizer."""
+        return b"".join(exact(self, c) for c in text)
+
+    monkeypatch.setattr(PieceEncoder, "encode", merged_otherwise)
+    built, artifact, told = run(tmp_path, "erring", **sides)
+    assert version(built, artifact) == version(good_built, good)
+    assert built.counts["by_columns"] == 0 and any(
+        "differs from the reference" in line for line in told.lines
+    )
+    assert "differs from the reference" in str(built.evidence["encoding"].value)
+
+
+TEXT = st.none() | st.text(max_size=3)
+MESSAGES = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT, st.sampled_from([None, 0.0, 1.0]), TEXT), max_size=3)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(st.tuples(MESSAGES, TEXT), min_size=1, max_size=6))
+def test_keys_are_equal_exactly_where_contents_are(rows):
+    given_rows = [
+        {**row(row_id=str(i)), "messages": [dict(zip(("role", "content", "weight", "tool_calls"), m)) for m in messages], "tools": tools}
+        for i, (messages, tools) in enumerate(rows)
+    ]  # fmt: skip
+    batch = pa.RecordBatch.from_pylist(given_rows, schema=SPLIT)
+    keys = content_keys(batch).to_pylist()
+    texts = [json.dumps([r["messages"], r["tools"]]) for r in given_rows]
+    for i, key in enumerate(keys):
+        for j, other in enumerate(keys):
+            assert (key == other) == (texts[i] == texts[j])
+    assert keys[1:] == content_keys(batch.slice(1)).to_pylist()
