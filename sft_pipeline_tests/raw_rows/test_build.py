@@ -1,6 +1,8 @@
 """raw_rows as a stage: snapshots, sampling, counts, provenance."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from sft_pipeline.stages.raw_rows.asset import STAGE
 from sft_pipeline.stages.raw_rows.locate import snapshots, source_digests
 from sft_pipeline.stages.raw_rows.sample import sizes
 from sft_pipeline.store.files import sha256_file
+from sft_pipeline_tests.command import ROOT
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
+from sft_pipeline_tests.raw_rows.broken_lines import broken_lines
 
 __all__ = ["project"]
 MANY = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(400)]
@@ -140,22 +144,66 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=6, suppress_health_check=list(HealthCheck), deadline=None)
-@given(lines=st.lists(st.lists(PIECES, max_size=6).map(b"".join), min_size=100, max_size=200))
-def test_counts_add_up_on_fuzzed_lines(project: Path, lines: list[bytes]) -> None:
-    data = b'{"prompt": "p", "completion": "c"}\n' + b"\n".join(lines)
-    (project / "rows.jsonl").write_bytes(data)
-    outcomes = run(
-        dataset(project / "rows.jsonl", contract={"max_reject_rate": 1}, split={"validation": 0, "test": 0}),
-        project / "home",
-    )
-    written = sum(bool(line.strip()) for line in data.split(b"\n"))
+def test_every_one_of_ten_thousand_broken_lines_is_a_row_or_a_reject_with_its_bytes(project: Path) -> None:
+    lines = broken_lines(10_000, seed=7)
+    lines[0] = b"\xef\xbb\xbf" + lines[0]
+    (project / "rows.jsonl").write_bytes(b"\n".join(lines))
+    whole = {"validation": 0, "test": 0, "near_duplicates": None}
+    config = dataset(project / "rows.jsonl", contract={"max_reject_rate": 1}, split=whole)
+    built = {name: o.artifact for name, o in run(config, project / "home").items()}
     raw, validated, split = (
-        outcomes[name].artifact.manifest.counts for name in ("raw_rows", "validated_rows", "grouped_split")
+        built[n].manifest.counts for n in ("raw_rows", "validated_rows", "grouped_split")
     )
-    assert raw["read"] == raw["rows"] + raw["rejects"] == written
-    assert validated["read"] == validated["accepted"] + validated["quarantined"] == written
+    written = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    assert raw["read"] == raw["rows"] + raw["rejects"] == len(written)
+    assert validated["read"] == validated["accepted"] + validated["quarantined"] == len(written)
     assert split["read"] == split["train"] + split["rejects"] == validated["accepted"]
+    decoded = rows(built["raw_rows"], "rows")
+    rejects = rows(built["raw_rows"], "rejects.parquet")
+    assert sorted(r["line"] for r in [*decoded, *rejects]) == list(written)
+    for reject in rejects:
+        data = written[reject["line"]].removeprefix(b"\xef\xbb\xbf")
+        assert reject["raw"] == data.decode("utf-8", "backslashreplace") and len(reject["reasons"]) == 1
+    assert {r["reasons"][0] for r in rejects} == {
+        "invalid_utf8", "invalid_unicode", "invalid_json", "not_an_object", "not_finite", "duplicate_key", "too_deep",
+    }  # fmt: skip
+    contents = {r["line"]: r["content"] for r in decoded}
+    for line, content in contents.items():
+        assert json.loads(content) == json.loads(written[line].removeprefix(b"\xef\xbb\xbf"))
+    accepted, quarantined = (
+        rows(built["validated_rows"], "rows"),
+        rows(built["validated_rows"], "quarantine.parquet"),
+    )
+    assert quarantined[: len(rejects)] == rejects
+    of_rows = quarantined[len(rejects) :]
+    assert sorted(r["line"] for r in [*accepted, *of_rows]) == list(contents)
+    assert all(r["raw"] == contents[r["line"]] and r["reasons"] for r in of_rows)
+
+
+READ_BOTH = """
+import resource, sys
+from pathlib import Path
+from sft_pipeline_tests.dataset_runs import VALIDATED_ROWS, dataset, run
+
+folder = Path(sys.argv[1])
+for name in ("small.jsonl", "large.jsonl"):
+    run(dataset(folder / name, contract={"max_reject_rate": 1}), folder / "home", VALIDATED_ROWS)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(project: Path) -> None:
+    """Peak memory of reading and validating 10,000 broken lines, then of eight times as many."""
+    lines = b"\n".join(broken_lines(10_000, seed=8)) + b"\n"
+    (project / "small.jsonl").write_bytes(lines)
+    with (project / "large.jsonl").open("wb") as stream:
+        for _ in range(8):
+            stream.write(lines)
+    ran = subprocess.run(
+        [sys.executable, "-c", READ_BOTH, str(project)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    small, large = map(int, ran.stdout.split())
+    assert large < small + 250, f"{small} MB, then {large} MB for eight times the rows"
 
 
 @settings(max_examples=100, suppress_health_check=list(HealthCheck), deadline=None)

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.raw_rows import json_document, readers, streams
 from sft_pipeline.stages.raw_rows.config import RawSource
-from sft_pipeline.stages.raw_rows.decode import Bad, Row, decode_object
+from sft_pipeline.stages.raw_rows.decode import Bad, Row, Rows, decode_strictly
 from sft_pipeline.stages.raw_rows.hub import read_hub
+from sft_pipeline.stages.raw_rows.lines import decode_lines, decode_object
 from sft_pipeline.stages.raw_rows.locate import find_files
 from sft_pipeline.stages.raw_rows.readers import read_file
 
@@ -31,9 +36,12 @@ JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 
 
 def read(path: Path | str) -> list[Row | Bad]:
-    return [
-        row for file in find_files([RawSource(path=str(path), static=True)], 0, "") for row in read_file(file)
-    ]
+    files = find_files([RawSource(path=str(path), static=True)], 0, "")
+    return one_by_one(found for file in files for found in read_file(file))
+
+
+def one_by_one(found: Iterable[Rows | Bad]) -> list[Row | Bad]:
+    return [row for some in found for row in ([some] if isinstance(some, Bad) else map(Row, *some))]
 
 
 def contents(path: Path | str) -> list[dict[str, Any]]:
@@ -99,6 +107,9 @@ def test_parquet_times_become_text_and_nan_becomes_null(tmp_path: Path) -> None:
     assert contents(tmp_path / "rows.parquet") == [{"at": "1970-01-01T00:00:00", "score": None, "blob": None}]
     pq.write_table(table.set_column(2, "blob", pa.array([b"\xff"], pa.binary())), tmp_path / "rows.parquet")
     assert [r.reason for r in read(tmp_path / "rows.parquet")] == ["unsupported_value"]
+    number = uuid.UUID(int=7)
+    pq.write_table(pa.table({"id": pa.array([number.bytes], pa.uuid())}), tmp_path / "rows.parquet")
+    assert contents(tmp_path / "rows.parquet") == [{"id": str(number)}]
 
 
 def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
@@ -147,6 +158,10 @@ def test_a_local_hub_folder_is_read_through_datasets(tmp_path: Path) -> None:
         (b'{"a": {"b": 1, "b": 1}}', "duplicate_key"),
         (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "too_deep"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too_deep"),
+        (b'{"a": 1, "\\u0061": 2}', "duplicate_key"),
+        (b'{"a": "\\u0022", "b": "\\u0022", "b": 2}', "duplicate_key"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}', "invalid_json"),
+        (b'{"a": 01}', "invalid_json"),
     ],
 )
 def test_a_line_that_is_no_row_is_kept_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -155,7 +170,7 @@ def test_a_line_that_is_no_row_is_kept_with_its_reason(tmp_path: Path, line: byt
     rejects = [r for r in found if isinstance(r, Bad)]
     assert len(found) == 101
     assert [(r.reason, r.line) for r in rejects] == [(reason, 52)]
-    assert rejects[0].raw == line.decode("utf-8", "backslashreplace")
+    assert rejects[0].raw == line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "backslashreplace")
 
 
 def test_the_row_id_is_the_hash_of_the_canonical_content() -> None:
@@ -164,6 +179,69 @@ def test_the_row_id_is_the_hash_of_the_canonical_content() -> None:
         decode_object(9, '{"a":"é","b":1.5}'.encode()),
     )
     assert one.row_id == other.row_id == hashlib.sha256('{"a":"é","b":1.5}'.encode()).hexdigest()[:32]
+
+
+def test_the_content_does_not_depend_on_the_notation_or_the_format(tmp_path: Path) -> None:
+    value = {"b": [1.5, 1e20, -0.0, 10**15, None, True], "a": "é\u2028\x7f\x01/", "": {}}
+    huge = {**value, "id": 2**64, "x": 1e20}  # orjson cannot hold it
+    for row in (value, huge):
+        texts = [
+            json.dumps(row), json.dumps(row, ensure_ascii=False, sort_keys=True), json.dumps(row, separators=(",", ":")), json.dumps(row).replace("1e+20", "1E20"), json.dumps(row).replace("e+20", "000.0e17"),
+        ]  # fmt: skip
+        found = [decode_object(1, text.encode()) for text in texts]
+        found += [decode_strictly(1, text.encode()) for text in texts]
+        found += read(put(tmp_path, "rows.json", json.dumps([row], indent=1)))
+        assert len({(r.row_id, r.content) for r in found if isinstance(r, Row)}) == 1
+        assert isinstance(found[0], Row) and json.loads(found[0].content) == row
+
+
+JSON_NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.sampled_from(["1e400", "-0", "-0.0", "1E5", "01", "1.", "-", "0.1" + "0" * 30 + "7", "9" * 19, "-" + "9" * 19, "9" * 20, "1e-400", "1" + "0" * 30 + ".0", "NaN", "-Infinity"]),
+).map(str)  # fmt: skip
+JSON_STRINGS = st.text(max_size=6).map(json.dumps) | st.sampled_from(
+    ['"a"', '"b"', '"\\u0061"', '"\\u0022"', '"\\\\u0022"', '"\\""', '"\\ud83d\\ude00"', '"\\ud83d"', '"\ud83d"', '"\x7f"', '"\t"', '"\\/"', '"é"', '"{[{["', '"\\x"', '"\u2028"', '""', '"']
+)  # fmt: skip
+
+
+def _json_texts(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    pairs = st.tuples(JSON_STRINGS, inner).map(": ".join)
+    return st.lists(inner, max_size=4).map(lambda xs: f"[{', '.join(xs)}]") | st.lists(pairs, max_size=4).map(
+        lambda xs: f"{{{', '.join(xs)}}}"
+    )
+
+
+JSON_TEXTS = st.recursive(
+    JSON_NUMBERS | JSON_STRINGS | st.sampled_from(["null", "true", "false", "nul"]),
+    _json_texts,
+    max_leaves=12,
+)
+OBJECTS = st.lists(st.tuples(JSON_STRINGS, JSON_TEXTS).map(":".join), max_size=4).map(
+    lambda xs: f"{{{','.join(xs)}}}"
+)
+MUTATIONS = st.lists(st.tuples(st.integers(0, 200), st.sampled_from([b"", b'"', b"\\", b"{", b"}", b"[", b",", b":", b"\xff", b"\xed\xa0\x80", b"\x00", b"\r", b"\x0c", b" ", b"\xef\xbb\xbf", b"0" * 20, b"e9", b"-"])), max_size=2)  # fmt: skip
+
+
+def _mutated(text: str, mutations: list[tuple[int, bytes]]) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    for place, piece in mutations:
+        data = data[:place] + piece + data[place + (place % 2) :]
+    return data.replace(b"\n", b" ")
+
+
+LINES = st.builds(_mutated, OBJECTS | JSON_TEXTS, st.just([]) | MUTATIONS)
+
+
+@given(lines=st.lists(LINES, max_size=4))
+@example(lines=[b'{"a": 1}\r', b"", b" ", b'\xef\xbb\xbf{"a": 1}', b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}"])
+@example(lines=[b'{"a": ' + b"[" * n + b"]" * n + b"}" for n in (99, 100, 253, 254, 1020, 1030)])
+def test_the_fast_way_gives_what_the_strict_one_gives(lines: list[bytes]) -> None:
+    stripped = [(number, line.strip()) for number, line in enumerate(lines, 7)]
+    expected = [decode_strictly(number, data) for number, data in stripped if data]
+    assert one_by_one(decode_lines(7, b"".join(line + b"\n" for line in lines))) == expected
+    assert [decode_object(number, data) for number, data in stripped if data] == expected
 
 
 def test_a_broken_csv_record_costs_its_first_line_only(tmp_path: Path) -> None:
@@ -264,6 +342,10 @@ def test_a_line_above_the_cap_is_never_in_memory_whole(
     for module in (streams, readers, json_document):
         monkeypatch.setattr(module, "MAX_LINE", 10_000)
     long = b'{"a": "' + b"x" * 50_000 + b'"}'
+    for end in (10_000, 10_001):  # the longest line that is read, and the shortest that is not
+        line = b'{"a": "' + b"x" * (end - 9) + b'"}'
+        found = read(put(tmp_path, "rows.jsonl", b'{"a": 1}\n' + line + b"\n" + line))
+        assert [isinstance(r, Bad) for r in found] == [False] + [end == 10_001] * 2
     found = read(put(tmp_path, "rows.jsonl", b'{"a": 1}\n' + long + b"\n" + b'{"a": 2}\n'))
     assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
         (1, "row"),

@@ -1,5 +1,6 @@
 """validated_rows as a stage: the worked example, groups, duplicates, quarantine, the real datasets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from sft_pipeline.errors import BlockedError
+from sft_pipeline.stages import workers
 from sft_pipeline.stages.raw_rows.config import SourceConfig
 from sft_pipeline.stages.raw_rows.decode import Undecodable
 from sft_pipeline.stages.stage import Evidence
 from sft_pipeline.stages.validated_rows.asset import STAGE
 from sft_pipeline.stages.validated_rows.quarantine import Reason
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
+from sft_pipeline_tests.raw_rows.broken_lines import broken_lines
 
 __all__ = ["project"]
 
@@ -187,6 +190,31 @@ def test_a_misspelt_column_names_the_nearest() -> None:
 def test_every_reason_is_in_one_list_with_an_explanation() -> None:
     assert {str(u) for u in Undecodable} <= {str(r) for r in Reason}
     assert all(r.explanation and r.value == r.name.lower() for r in Reason)
+
+
+def test_the_number_of_workers_changes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [json.dumps(pair(f"question {i % 9_000}")).encode() for i in range(16_000)]
+    (project / "rows.jsonl").write_bytes(b"\n".join(broken_lines(8_000, seed=3) + good))
+    config = dataset(project / "rows.jsonl", contract={"max_reject_rate": 1})
+    monkeypatch.setattr(workers, "INLINE_ITEMS", 1)
+    start, started = workers.subprocess.Popen, []
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        started.append(arguments)
+        return start(*arguments, **more)
+
+    found = []
+    for number in ("1", "3"):
+        monkeypatch.setenv("SFT_WORKERS", number)
+        monkeypatch.setattr(workers.subprocess, "Popen", counted)
+        outcomes = run(config, project / f"home{number}", STAGE)
+        monkeypatch.setattr(workers.subprocess, "Popen", start)
+        found.append(
+            [(o.artifact.manifest.data_version, o.artifact.manifest.counts) for o in outcomes.values()]
+        )
+    assert sum("_serve" in str(arguments) for arguments in started) == 3
+    assert found[0] == found[1]
+    assert found[0][1][1]["accepted"] > 9_000
 
 
 REAL = {

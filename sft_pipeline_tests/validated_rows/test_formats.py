@@ -3,10 +3,13 @@
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sft_pipeline.stages.validated_rows.config import ContractConfig
-from sft_pipeline.stages.validated_rows.contract import judge, warnings_of
+from sft_pipeline.stages.validated_rows.contract import CONTROL_TOKEN, judge, may_warn, warnings_of
 from sft_pipeline.stages.validated_rows.formats import Conversation, normalise
 
 
@@ -127,6 +130,9 @@ U, A = ("user", "Q"), ("assistant", "A")
         ("messages", _messages(U, ("function_call", "not json")), ["invalid_tool_call"]),
         ("messages", _messages(U, ("function_call", '{"name": "f", "arguments": "no"}')), ["invalid_tool_call"]),
         ("messages", {**_messages(U, A), "tools": "{"}, ["invalid_tools"]),
+        ("messages", _messages(U, ("function_call", '{"name": "\\ud800", "arguments": {}}')), ["invalid_tool_call"]),
+        ("messages", {**_messages(U, A), "tools": '[{"name": "\\ud800"}]'}, ["invalid_tools"]),
+        ("messages", {"messages": [{"role": "user", "content": "Q", "weight": 10**400}, {"role": "assistant", "content": "A", "weight": 1e39}]}, ["wrong_type"]),
         ("instruction", {"instruction": "Q", "input": 3, "output": "A"}, ["wrong_type"]),
         ("instruction", {"instruction": "Q", "history": [["a"]], "output": "A"}, ["wrong_type"]),
     ],
@@ -151,3 +157,10 @@ def test_ordinary_text_is_no_warning() -> None:
     assert warnings_of(read("prompt_completion", {"prompt": "bell\x07", "completion": "A"}).messages) == [
         "control_character"
     ]
+
+
+@given(st.lists(st.text() | st.from_regex(CONTROL_TOKEN) | st.text("<|>[/]sINT｜\n\x00\x7f"), min_size=1))
+def test_the_look_at_a_whole_column_misses_no_warning(texts: list[str]) -> None:
+    messages = [{"content": text, "tool_calls": None} for text in texts]
+    column = pa.array([*texts, None], pa.string())
+    assert may_warn(column).tolist() == [bool(warnings_of([m])) for m in messages] + [False]

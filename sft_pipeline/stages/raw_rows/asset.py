@@ -26,6 +26,6 @@ STAGE = Stage(
         CheckSpec("has_rows", blocking=True, description="The snapshot has at least one row"),
     ),
     outside=lambda branch: source_digests(branch.dataset, branch.snapshot),
-    packages=("pyarrow",),
+    packages=("orjson", "pyarrow"),
     of_dataset=True,
 )

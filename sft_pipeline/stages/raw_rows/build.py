@@ -3,7 +3,9 @@
 import shutil
 from array import array
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages import tables
 from sft_pipeline.stages.raw_rows.config import RawRowsConfig
-from sft_pipeline.stages.raw_rows.decode import Bad, Row
+from sft_pipeline.stages.raw_rows.decode import Bad, Rows, gather
 from sft_pipeline.stages.raw_rows.hub import is_hub, read_hub
 from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files
 from sft_pipeline.stages.raw_rows.readers import read_file
@@ -30,7 +32,7 @@ ROWS = pa.schema(
     ]
 )
 FLUSH_ROWS = 4_096
-FLUSH_CHARACTERS = 16 << 20
+FLUSH_BYTES = 16 << 20
 
 
 def build(b: Build) -> Built:
@@ -100,13 +102,13 @@ class _Reading:
 
 def _rows_of(
     config: RawRowsConfig, source: int, files: list[SourceFile], reading: _Reading
-) -> Iterator[tuple[str, Row | Bad]]:
+) -> Iterator[tuple[str, Rows | Bad]]:
     if is_hub(path := config.sources[source].path):
-        for row in read_hub(path):
-            yield path, row
+        for found in gather(read_hub(path)):
+            yield path, found
     for file in files:
-        for row in read_file(file, reading.advance):
-            yield file.name, row
+        for found in read_file(file, reading.advance):
+            yield file.name, found
 
 
 def _read_source(
@@ -121,48 +123,77 @@ def _read_source(
 ) -> np.ndarray:
     """Writes one source's rows and rejects. Returns a rank per row (zeros unless `ranked`)."""
     ranks = array("Q")
-    good: list[Row] = []
-    names: list[str] = []
-    characters = 0
-
-    def flush() -> None:
-        nonlocal characters
-        lines, ids, contents = zip(*good) if good else ((), (), ())
-        columns = [
-            pa.array(ids, pa.string()),
-            pa.array([source] * len(ids), pa.int32()),
-            pa.array(names, pa.string()),
-            pa.array(lines, pa.int64()),
-            pa.array(contents, pa.string()),
-        ]
-        rows.write(pa.RecordBatch.from_arrays(columns, schema=ROWS))
-        good.clear()
-        names.clear()
-        characters = 0
-
-    for name, row in _rows_of(config, source, files, reading):
-        if isinstance(row, Bad):
-            rejects.append(
-                [
-                    {
-                        "row_id": row.row_id,
-                        "source": source,
-                        "file": name,
-                        "line": row.line,
-                        "reasons": [str(row.reason)],
-                        "raw": row.raw,
-                    }
-                ]
-            )
+    good, rejected = _Batch(source), _Rejected(source)
+    for name, found in _rows_of(config, source, files, reading):
+        if isinstance(found, Bad):
+            rejected.add(name, found)
+            if rejected.is_full():
+                rejects.append(rejected.take())
             continue
-        good.append(row)
-        names.append(name)
-        ranks.append(rank(row.row_id) if ranked else 0)
-        characters += len(row.content)
-        if len(good) == FLUSH_ROWS or characters > FLUSH_CHARACTERS:
-            flush()
-    flush()
+        good.add(name, found)
+        ranks.extend(map(rank, found.row_ids) if ranked else repeat(0, len(found.row_ids)))
+        if good.is_full():
+            rows.write(good.take())
+    rows.write(good.take())
+    rejects.append(rejected.take())
     return np.frombuffer(ranks, dtype=np.uint64) if ranks else np.zeros(0, np.uint64)
+
+
+class _Batch:
+    """Rows of one source on their way into a file, as columns."""
+
+    def __init__(self, source: int) -> None:
+        self._source = source
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lines = array("q")
+        self._names: list[str] = []
+        self._ids: list[str] = []
+        self._contents: list[bytes] = []
+        self._bytes = 0
+
+    def add(self, name: str, rows: Rows) -> None:
+        self._lines.extend(rows.lines)
+        self._names += [name] * len(rows.lines)
+        self._ids += rows.row_ids
+        self._contents += rows.contents
+        self._bytes += sum(map(len, rows.contents))
+
+    def is_full(self) -> bool:
+        return len(self._ids) >= FLUSH_ROWS or self._bytes > FLUSH_BYTES
+
+    def take(self) -> pa.RecordBatch:
+        columns = [
+            pa.array(self._ids, pa.string()),
+            pa.array(np.full(len(self._ids), self._source, np.int32)),
+            pa.array(self._names, pa.string()),
+            pa.array(np.array(self._lines, np.int64)),
+            pa.array(self._contents, pa.string()),
+        ]
+        self._clear()
+        return pa.RecordBatch.from_arrays(columns, schema=ROWS)
+
+
+class _Rejected:
+    """Rejects of one source on their way into a file."""
+
+    def __init__(self, source: int) -> None:
+        self._source = source
+        self._rows: list[dict[str, Any]] = []
+        self._characters = 0
+
+    def add(self, name: str, row: Bad) -> None:
+        place = {"row_id": row.row_id, "source": self._source, "file": name, "line": row.line}
+        self._rows.append({**place, "reasons": [str(row.reason)], "raw": row.raw})
+        self._characters += len(row.raw)
+
+    def is_full(self) -> bool:
+        return len(self._rows) >= FLUSH_ROWS or self._characters > FLUSH_BYTES
+
+    def take(self) -> list[dict[str, Any]]:
+        rows, self._rows, self._characters = self._rows, [], 0
+        return rows
 
 
 def _copy_chosen(paths: list[Path], mask: np.ndarray, rows: tables.PartWriter) -> None:

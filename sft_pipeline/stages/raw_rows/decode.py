@@ -1,13 +1,20 @@
-"""From what a file holds to canonical rows: strict JSON objects, or the reason why it is none, with the bytes kept."""
+"""From what a file holds to canonical rows: strict JSON objects, or the reason why it is none, with the bytes kept.
+
+Canonical content is what orjson writes (keys sorted), and what Python's encoder writes where orjson cannot hold the
+value (whole numbers beyond 64 bits): a function of the value alone, whatever file it came from.
+"""
 
 import datetime
 import decimal
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+import orjson
 
 MAX_LINE = 32 << 20  # bytes; above this a line is not read into memory whole
 KEPT_OF_LONG_LINE = 4_096
@@ -49,11 +56,19 @@ class Undecodable(ExplainedEnum):
 
 
 class Row(NamedTuple):
-    """A decoded row: `content` is canonical JSON, `row_id` the first 128 bits of its SHA-256 in hexadecimal."""
+    """A decoded row: `content` is canonical JSON in UTF-8, `row_id` the first 128 bits of its SHA-256 in hexadecimal."""
 
     line: int
     row_id: str
-    content: str
+    content: bytes
+
+
+class Rows(NamedTuple):
+    """Several rows, as columns."""
+
+    lines: Sequence[int]
+    row_ids: Sequence[str]
+    contents: Sequence[bytes]
 
 
 class Bad(NamedTuple):
@@ -65,8 +80,31 @@ class Bad(NamedTuple):
     raw: str
 
 
-def decode_object(line: int, data: bytes) -> Row | Bad:
-    """One JSON object from one line of bytes (without its line end, BOM allowed)."""
+GATHERED_ROWS = 1_024
+GATHERED_BYTES = 4 << 20
+
+
+def gather(found: Iterable[Row | Bad]) -> Iterator[Rows | Bad]:
+    """The same rows and rejects in the same order, with the rows between two rejects as columns."""
+    rows: list[Row] = []
+    size = 0
+    for one in found:
+        if isinstance(one, Row):
+            rows.append(one)
+            size += len(one.content)
+            if len(rows) < GATHERED_ROWS and size < GATHERED_BYTES:
+                continue
+        if rows:
+            yield Rows(*zip(*rows))
+            rows, size = [], 0
+        if isinstance(one, Bad):
+            yield one
+    if rows:
+        yield Rows(*zip(*rows))
+
+
+def decode_strictly(line: int, data: bytes) -> Row | Bad:
+    """One JSON object from one line of bytes (without its line end, BOM allowed). `lines.py` must give the same."""
     if data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]
     try:
@@ -134,7 +172,6 @@ def encode(line: int, value: Any, raw: bytes | str) -> Row | Bad:
         return bad(line, Undecodable.NOT_AN_OBJECT, raw)
     try:
         content = _canonical(value)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     except UnicodeEncodeError:
         escaped = isinstance(raw, str) and any("\udc80" <= c <= "\udcff" for c in raw)
         return bad(line, Undecodable.INVALID_UTF8 if escaped else Undecodable.INVALID_UNICODE, raw)
@@ -144,9 +181,14 @@ def encode(line: int, value: Any, raw: bytes | str) -> Row | Bad:
         return bad(line, Undecodable.NOT_FINITE, raw)
     except TypeError:
         return bad(line, Undecodable.UNSUPPORTED_VALUE, raw)
-    if content.count("{") + content.count("[") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+    if too_deep(value, content):
         return bad(line, Undecodable.TOO_DEEP, raw)
-    return Row(line, digest, content)
+    return Row(line, hashlib.sha256(content).hexdigest()[:32], content)
+
+
+def too_deep(value: Any, content: bytes) -> bool:
+    """Whether a value with this canonical content is nested more than MAX_DEPTH levels deep."""
+    return content.count(b"{") + content.count(b"[") > MAX_DEPTH and depth(value) > MAX_DEPTH
 
 
 def depth(value: Any) -> int:
@@ -163,14 +205,30 @@ def _plain(value: Any) -> Any:
     """Values of Parquet and `datasets` that JSON has another notation for."""
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal):
+    if isinstance(value, decimal.Decimal | uuid.UUID):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_canonical = json.JSONEncoder(
+_encode_in_python = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
 ).encode
+
+
+def _canonical(value: Any) -> bytes:
+    """Canonical JSON.
+
+    Raises:
+        UnicodeEncodeError, RecursionError, TypeError: The value has no JSON form.
+        ValueError: It holds NaN or Infinity.
+    """
+    try:
+        content = orjson.dumps(value, _plain, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+    except TypeError:
+        return _encode_in_python(value).encode()
+    if b"null" in content:  # which is what orjson makes of NaN
+        _encode_in_python(value)
+    return content
 
 
 def without_nan(value: Any) -> Any:

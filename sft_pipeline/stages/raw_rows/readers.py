@@ -10,14 +10,23 @@ from sft_pipeline.stages.raw_rows.decode import (
     MAX_LINE,
     Bad,
     Row,
+    Rows,
     Undecodable,
     bad,
-    decode_object,
     encode,
+    gather,
     without_nan,
 )
 from sft_pipeline.stages.raw_rows.json_document import looks_like_lines, read_document
-from sft_pipeline.stages.raw_rows.streams import CODECS, Advance, SourceFile, open_stream, read_lines
+from sft_pipeline.stages.raw_rows.lines import decode_lines
+from sft_pipeline.stages.raw_rows.streams import (
+    CODECS,
+    Advance,
+    SourceFile,
+    open_stream,
+    read_blocks,
+    read_lines,
+)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SUPPORTED = (*tuple(s + c for s in SUFFIXES[:-1] for c in ("", *CODECS)), ".parquet")
@@ -28,8 +37,8 @@ def is_supported(name: str) -> bool:
     return name.lower().endswith(SUPPORTED)
 
 
-def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[Row | Bad]:
-    """The rows and rejects of one file.
+def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[Rows | Bad]:
+    """The rows and rejects of one file, in its order.
 
     Args:
         advance: Called with the number of bytes read of the file as it lies there (compressed or not).
@@ -41,24 +50,24 @@ def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[R
     for codec in CODECS:
         name = name.removesuffix(codec)
     if name.endswith(".parquet"):
-        return _read_parquet(file, advance)
+        return gather(_read_parquet(file, advance))
     if name.endswith(".csv"):
-        return _read_csv(file, advance, ",")
+        return gather(_read_csv(file, advance, ","))
     if name.endswith(".tsv"):
-        return _read_csv(file, advance, "\t")
+        return gather(_read_csv(file, advance, "\t"))
     if name.endswith(".json") and not looks_like_lines(file):
-        return read_document(file, advance)
+        return gather(read_document(file, advance))
     return _read_json_lines(file, advance)
 
 
-def _read_json_lines(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
+def _read_json_lines(file: SourceFile, advance: Advance) -> Iterator[Rows | Bad]:
     """One object per line; blank lines are no rows."""
     with open_stream(file, advance) as stream:
-        for number, line in read_lines(stream, file):
-            if isinstance(line, Bad):
-                yield line
-            elif data := line.strip():
-                yield decode_object(number, data)
+        for first, block in read_blocks(stream, file):
+            if isinstance(block, Bad):
+                yield block
+            else:
+                yield from decode_lines(first, block)
 
 
 # -- CSV ----------------------------------------------------------------------------------------------------------

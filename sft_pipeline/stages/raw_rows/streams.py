@@ -12,6 +12,7 @@ from sft_pipeline.stages.raw_rows.decode import KEPT_OF_LONG_LINE, MAX_LINE, Bad
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 Advance = Callable[[int], None]
+BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator
     with contextlib.ExitStack() as stack:
         try:
             counted = io.BufferedReader(
-                _Counted(stack.enter_context(file.fs.open(file.path, "rb")), advance), 1 << 20
+                _Counted(stack.enter_context(file.fs.open(file.path, "rb")), advance), BLOCK
             )
         except (OSError, ValueError) as error:
             raise InputError(f"cannot open {file.given}: {error}") from error
@@ -74,7 +75,7 @@ def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator
             if not counted.peek(1):
                 raise InputError(f"{file.given}: truncated {file.codec} file (it is empty): copy it again")
             stream = io.BufferedReader(
-                pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec), 1 << 20
+                pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec), BLOCK
             )
         else:
             stream = counted
@@ -103,18 +104,46 @@ def read_lines(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[in
     with _explain(file, lambda: number):
         while data := stream.readline(MAX_LINE + 1):
             number += 1
-            if len(data) > MAX_LINE and not data.endswith(b"\n"):
-                beginning, length, sha = data[:KEPT_OF_LONG_LINE], len(data), hashlib.sha256(data)
-                while not data.endswith(b"\n") and (data := stream.readline(1 << 20)):
-                    length += len(data)
-                    sha.update(data)
-                yield number, long_line(number, beginning, length, sha.hexdigest())
-            else:
-                yield number, data
+            yield number, _rest_of_long_line(stream, number, data) if _is_cut(data) else data
+
+
+def read_blocks(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes | Bad]]:
+    """(number of the first line, about 1 MB of whole lines), or a reject for a line above MAX_LINE bytes."""
+    number = 1
+    with _explain(file, lambda: number - 1):
+        while block := stream.read(min(BLOCK, MAX_LINE)):
+            reject = None
+            if not block.endswith(b"\n"):
+                start = block.rfind(b"\n") + 1
+                last = block[start:] + stream.readline(MAX_LINE + 1 - (len(block) - start))
+                block = block[:start]
+                if _is_cut(last):
+                    reject = _rest_of_long_line(stream, number + block.count(b"\n"), last)
+                else:
+                    block += last
+            if block:
+                yield number, block
+                number += block.count(b"\n")
+            if reject:
+                yield number, reject
+                number += 1
+
+
+def _is_cut(line: bytes) -> bool:
+    return len(line) > MAX_LINE and not line.endswith(b"\n")
+
+
+def _rest_of_long_line(stream: io.BufferedReader, number: int, data: bytes) -> Bad:
+    """Reads the line that begins with `data` to its end, and keeps little of it."""
+    beginning, length, sha = data[:KEPT_OF_LONG_LINE], len(data), hashlib.sha256(data)
+    while not data.endswith(b"\n") and (data := stream.readline(BLOCK)):
+        length += len(data)
+        sha.update(data)
+    return long_line(number, beginning, length, sha.hexdigest())
 
 
 def read_chunks(stream: io.BufferedReader, file: SourceFile, line: Callable[[], int]) -> Iterator[bytes]:
     """The bytes, about 1 MB at a time. `line` tells where the reader is, for messages."""
     with _explain(file, line):
-        while data := stream.read(1 << 20):
+        while data := stream.read(BLOCK):
             yield data

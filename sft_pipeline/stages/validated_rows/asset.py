@@ -28,6 +28,6 @@ STAGE = Stage(
         CheckSpec("counts_add_up", blocking=True, description="accepted + quarantined = read"),
         CheckSpec("has_rows", blocking=True, description="At least one row was accepted"),
     ),
-    packages=("pyarrow",),
+    packages=("orjson", "pyarrow"),
     of_dataset=True,
 )

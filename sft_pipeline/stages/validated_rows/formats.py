@@ -6,9 +6,7 @@ conversation makes sense is for `contract.py` to say.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sft_pipeline.stages.validated_rows.quarantine import Reason
@@ -24,17 +22,20 @@ ROLES = {
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")
 WEIGHT_KEYS = ("weight", "loss_weight", "loss")
+LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
 
 Message = dict[str, Any]
 
 
-@dataclass
 class Conversation:
     """A row's messages. A message whose content is None has a reason already and is not judged further."""
 
-    messages: list[Message] = field(default_factory=list)
-    tools: str | None = None
-    reasons: list[Reason] = field(default_factory=list)
+    __slots__ = ("messages", "reasons", "tools")
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.tools: str | None = None
+        self.reasons: list[Reason] = []
 
     def refuse(self, reason: Reason) -> None:
         if reason not in self.reasons:
@@ -49,14 +50,17 @@ class Conversation:
 class Fields:
     """A raw row read through a column mapping."""
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    __slots__ = ("_columns", "_row")
+
+    def __init__(self, row: dict[str, Any], columns: Mapping[str, str]) -> None:
         self._row, self._columns = row, columns
 
     def get(self, name: str) -> Any:
         """The value of a field, or MISSING."""
-        return look_up(self._row, self._columns.get(name, name))
+        column = self._columns.get(name, name)
+        return self._row[column] if column in self._row else look_up(self._row, column)
 
-    def inner(self, message: Mapping[str, Any], *names: str) -> Any:
+    def inner(self, message: dict[str, Any], *names: str) -> Any:
         """The value of the first of the names that a message has (mapped ones first), or MISSING."""
         for name in names:
             if (value := message.get(self._columns.get(name, name), MISSING)) is not MISSING:
@@ -64,27 +68,24 @@ class Fields:
         return MISSING
 
 
-def look_up(row: Any, column: str) -> Any:
+def look_up(row: dict[str, Any], column: str) -> Any:
     """A column by its name or, where there is none of that name, by a dotted path; MISSING where there is neither."""
     if column in row:
         return row[column]
-    value = row
+    if "." not in column:
+        return MISSING
+    value: Any = row
     for key in column.split("."):
-        if isinstance(value, Mapping) and key in value:
+        if isinstance(value, dict) and key in value:
             value = value[key]
-        elif (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and key.isdigit()
-            and int(key) < len(value)
-        ):
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
         else:
             return MISSING
     return value
 
 
-def normalise(format_: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
+def normalise(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> Conversation:
     """The conversation in a raw row of the given format."""
     conversation = Conversation()
     fields = Fields(row, columns)
@@ -112,20 +113,17 @@ def _turns_of(fields: Fields, to: Conversation, name: str) -> None:
         to.refuse(Reason.MISSING_FIELD if turns is MISSING or turns is None else Reason.WRONG_TYPE)
         return
     _turns(fields, to, turns)
-    if not any(m["role"] == "system" for m in to.messages):
-        _put_system_first(fields, to, "system")
+    _put_system_first(fields, to, "system")
 
 
 def _prompt_completion(fields: Fields, to: Conversation) -> None:
     """prompt and completion, each text or a list of messages; `system` beside them is put first."""
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        value = fields.get(name)
+    for value, role in ((fields.get("prompt"), "user"), (fields.get("completion"), "assistant")):
         if isinstance(value, list):
             _turns(fields, to, value)
         else:
             to.say(role, _text(value, to))
-    if not any(m["role"] == "system" for m in to.messages):
-        _put_system_first(fields, to, "system")
+    _put_system_first(fields, to, "system")
 
 
 def _instruction(fields: Fields, to: Conversation) -> None:
@@ -191,13 +189,17 @@ def _joined(first: str | None, second: str) -> str | None:
 
 
 def _put_system_first(fields: Fields, to: Conversation, name: str) -> None:
-    if (system := _optional(fields.get(name), to)).strip():
+    """The system message that stands beside the turns, unless one stands among them."""
+    value = fields.get(name)
+    if value is MISSING or any(m["role"] == "system" for m in to.messages):
+        return
+    if (system := _optional(value, to)).strip():
         to.messages.insert(0, {"role": "system", "content": system, "weight": None, "tool_calls": None})
 
 
 def _turns(fields: Fields, to: Conversation, turns: list[Any]) -> None:
     for turn in turns:
-        if not isinstance(turn, Mapping):
+        if not isinstance(turn, dict):
             to.refuse(Reason.WRONG_TYPE)
             to.say("", None)
             continue
@@ -225,8 +227,8 @@ def _content(value: Any, to: Conversation) -> tuple[str | None, list[Any]]:
         return _text(value, to), []
     texts, calls = [], []
     for part in value:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        inner = part.get("text", part.get("value")) if isinstance(part, Mapping) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        inner = part.get("text", part.get("value")) if isinstance(part, dict) else part
         if kind in ("tool_call", "function_call"):
             calls.append(inner)
         elif kind not in (None, "text") or not isinstance(inner, str):
@@ -237,11 +239,11 @@ def _content(value: Any, to: Conversation) -> tuple[str | None, list[Any]]:
     return "".join(texts), calls
 
 
-def _weight(turn: Mapping[str, Any], to: Conversation) -> float | None:
+def _weight(turn: dict[str, Any], to: Conversation) -> float | None:
     """The loss weight of a message; `loss: false` is weight 0."""
     for key in WEIGHT_KEYS:
         if (value := turn.get(key)) is not None:
-            if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+            if isinstance(value, int | float) and 0 <= value <= LARGEST_WEIGHT:
                 return float(value)
             to.refuse(Reason.WRONG_TYPE)
     return None
@@ -257,8 +259,15 @@ def _parsed(value: Any) -> Any:
         return None
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+def _compact(value: Any, otherwise: Reason, to: Conversation) -> str | None:
+    """JSON text. What came out of JSON in JSON may be no text (half a surrogate pair), or too deep to write."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        text.encode()
+    except (UnicodeEncodeError, RecursionError):
+        to.refuse(otherwise)
+        return None
+    return text
 
 
 def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
@@ -267,12 +276,12 @@ def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
     for given in calls:
         parsed = _parsed(given)
         for call in parsed if isinstance(parsed, list) else [parsed]:
-            function = call.get("function", call) if isinstance(call, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 to.refuse(Reason.INVALID_TOOL_CALL)
                 return None
             arguments = _parsed(function.get("arguments", function.get("parameters", {})))
-            if not isinstance(arguments, Mapping):
+            if not isinstance(arguments, dict):
                 to.refuse(Reason.INVALID_TOOL_CALL)
                 return None
             entry: dict[str, Any] = {
@@ -282,7 +291,7 @@ def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
             if isinstance(call.get("id"), str):
                 entry["id"] = call["id"]
             found.append(entry)
-    return _compact(found)
+    return _compact(found, Reason.INVALID_TOOL_CALL, to)
 
 
 def _tools(fields: Fields, to: Conversation) -> str | None:
@@ -291,9 +300,8 @@ def _tools(fields: Fields, to: Conversation) -> str | None:
     if value is MISSING or value is None or value in ("", [], "[]"):
         return None
     parsed = _parsed(value)
-    if not isinstance(parsed, list) or not all(isinstance(tool, Mapping) for tool in parsed):
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         to.refuse(Reason.INVALID_TOOLS)
         return None
-    return _compact(
-        [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
-    )
+    declared = [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
+    return _compact(declared, Reason.INVALID_TOOLS, to)

@@ -1,0 +1,191 @@
+"""The local engine of the data stages: an ordered map over items (usually Arrow record batches) in worker processes.
+
+    for batch, judged in ordered_map(Judge, (config,), batches): ...
+
+`Judge(config)` is made once per process and called with every item. Results come back in the order of the items, and
+what comes back never depends on the number of workers. The first INLINE_ITEMS items are always done in this process,
+so little data starts no process at all; after them at most AHEAD items per worker are in flight, which bounds memory.
+
+`SFT_WORKERS` sets the number of worker processes, a whole number from 1; with 1 all is done in this process. The
+default is the number of CPUs that this process may use, at most 8.
+
+A worker is a fresh interpreter that imports what the function needs and nothing else. It is never forked, because this
+process has threads; and multiprocessing's own spawn would import this process's main module in every worker, which
+under Dagster costs more than the work. The only tie is a socket: when this process ends, however it ends, the socket
+closes and the worker with it. Workers have a process group of their own, so a Ctrl-C reaches this process alone.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from sft_pipeline.errors import InputError, SftError
+
+INLINE_ITEMS = 24  # a worker takes half a second to start, as long as a batch of 4,096 rows ten times over
+AHEAD = 2  # one item is worked on while the next is on its way
+MAX_WORKERS = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def worker_count() -> int:
+    """How many worker processes there may be.
+
+    Raises:
+        InputError: SFT_WORKERS is not a positive whole number.
+    """
+    if given := os.environ.get("SFT_WORKERS", "").strip():
+        if not given.isdecimal() or int(given) < 1:
+            raise InputError(f"SFT_WORKERS={given}: give a whole number from 1, or unset it")
+        return int(given)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, MAX_WORKERS)
+
+
+def ordered_map(
+    prepare: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Iterable[Item]
+) -> Generator[tuple[Item, Result], None, None]:
+    """Yields (item, result) in the order of the items. Close it (`contextlib.closing`) to end the workers early.
+
+    Args:
+        prepare: Called once per process with `arguments`; returns the function for the items. A function or class of
+            an importable module.
+        arguments: Picklable, like items and results. (A slice of an Arrow batch pickles the whole buffers.)
+
+    Raises:
+        InputError: SFT_WORKERS is no number.
+        SftError: A worker died.
+        Exception: Whatever `prepare`, the function or `items` raises, as itself.
+    """
+    return _map(prepare, arguments, iter(items), worker_count())
+
+
+def _map(
+    prepare: Callable[..., Callable[[Item], Result]],
+    arguments: tuple[Any, ...],
+    items: Iterator[Item],
+    workers: int,
+) -> Generator[tuple[Item, Result], None, None]:
+    function = prepare(*arguments)
+    for item in items if workers == 1 else islice(items, INLINE_ITEMS):
+        yield item, function(item)
+    del function  # it may be large, and is not needed beside the workers
+    pool: list[_Worker] = []
+    flying: deque[tuple[Item, _Worker]] = deque()
+    try:
+        for number, item in enumerate(items):
+            if not pool:
+                pool += (_Worker((prepare, arguments)) for _ in range(workers))
+            if len(flying) == AHEAD * workers:
+                done, worker = flying.popleft()
+                yield done, worker.receive()
+            worker = pool[number % workers]
+            worker.send(item)
+            flying.append((item, worker))
+        while flying:
+            done, worker = flying.popleft()
+            yield done, worker.receive()
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+class _Worker:
+    """The parent's end of a worker process."""
+
+    def __init__(self, first: Any) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve({theirs.fileno()})"
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", start],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # stdout is for this process alone: it may be printing JSON
+                process_group=0,
+                # One worker, one core, and no workers of workers.
+                env={
+                    **os.environ,
+                    "SFT_WORKERS": "1",
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                },
+            )
+        self.send(first)
+
+    def send(self, item: Any) -> None:
+        data = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+        try:
+            self._connection.send_bytes(data)
+        except OSError:
+            raise self._death() from None
+
+    def receive(self) -> Any:
+        try:
+            data = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            raise self._death() from None
+        good, answer = pickle.loads(data)
+        if not good:
+            raise answer
+        return answer
+
+    def _death(self) -> SftError:
+        code = self._process.wait()
+        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit status {code}"
+        return SftError(
+            f"a worker process {how}; most often the memory ran out. Run again with SFT_WORKERS=1, or fewer workers"
+        )
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve(fileno: int) -> None:
+    """The life of a worker: what comes first is (prepare, arguments), then items."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(fileno)
+    arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, arrived), daemon=True).start()
+    try:
+        prepare, arguments = pickle.loads(arrived.get())
+        function = prepare(*arguments)
+        while True:
+            answer = (True, function(pickle.loads(arrived.get())))
+            connection.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+    except BaseException as error:
+        connection.send_bytes(pickle.dumps((False, _portable(error))))
+        threading.Event().wait()  # for the parent to read the answer and end this process
+
+
+def _listen(connection: Connection, arrived: "queue.SimpleQueue[bytes]") -> None:
+    """Takes items off the socket, so that the parent never waits for a worker that waits for the parent."""
+    while True:
+        try:
+            arrived.put(connection.recv_bytes())
+        except (EOFError, OSError):  # the parent is done or gone: end at once, whatever is being worked on
+            os._exit(0)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error if it survives the journey, else its text."""
+    error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return SftError(f"{type(error).__name__} in a worker process: {error}")
+    return error

@@ -1,0 +1,209 @@
+"""The worker pool: order, errors, deaths, and that nothing is started for little."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sft_pipeline.errors import InputError, SftError
+from sft_pipeline.stages import workers
+from sft_pipeline.stages.workers import ordered_map, worker_count
+from sft_pipeline_tests.command import ROOT
+
+
+@pytest.fixture(autouse=True)
+def three_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_WORKERS", "3")
+    monkeypatch.setattr(workers, "INLINE_ITEMS", 2)
+
+
+def slower_the_sooner() -> Callable[[int], tuple[int, int]]:
+    def work(item: int) -> tuple[int, int]:
+        time.sleep(0.02 * (item % 3 == 0))
+        return item, os.getpid()
+
+    return work
+
+
+def counting() -> Callable[[int], tuple[int, int]]:
+    calls = iter(range(10**6))
+    return lambda item: (os.getpid(), next(calls))
+
+
+def failing(at: int) -> Callable[[int], int]:
+    def work(item: int) -> int:
+        if item == at:
+            raise InputError(f"row {item} is bad")
+        return item
+
+    return work
+
+
+def failing_to_prepare(parent: int) -> Callable[[int], int]:
+    if os.getpid() != parent:
+        raise InputError("no tokenizer there")
+    return lambda item: item
+
+
+class Unportable(Exception):
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+def raising_the_unportable() -> Callable[[int], int]:
+    def work(item: int) -> int:
+        if item > 5:
+            raise Unportable(1, 2)
+        return item
+
+    return work
+
+
+def killing_itself(parent: int) -> Callable[[int], int]:
+    def work(item: int) -> int:
+        if os.getpid() != parent and item > 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    return work
+
+
+def looking_about() -> Callable[[int], tuple[list[str], bool, str]]:
+    return lambda _: (
+        [name for name in ("torch", "transformers", "dagster", "typer", "mlflow") if name in sys.modules],
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+        os.environ["SFT_WORKERS"],
+    )
+
+
+def echoing() -> Callable[[bytes], bytes]:
+    return lambda data: data
+
+
+def asleep(folder: str) -> Callable[[int], None]:
+    def work(item: int) -> None:
+        if item >= 2:
+            Path(folder, str(os.getpid())).touch()
+            time.sleep(300)
+
+    return work
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_results_come_in_the_order_of_the_items_from_several_processes() -> None:
+    found = list(ordered_map(slower_the_sooner, (), iter(range(40))))
+    assert [item for item, _ in found] == [item for _, (item, _) in found] == list(range(40))
+    pids = [pid for _, (_, pid) in found]
+    assert set(pids[:2]) == {os.getpid()} and len(set(pids[2:])) == 3 and os.getpid() not in pids[2:]
+    assert not children()
+
+
+def test_one_worker_or_few_items_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert [r for _, r in ordered_map(counting, (), range(2))] == [(os.getpid(), 0), (os.getpid(), 1)]
+    monkeypatch.setenv("SFT_WORKERS", "1")
+    assert [r for _, r in ordered_map(counting, (), range(9))] == [(os.getpid(), i) for i in range(9)]
+
+
+def test_each_process_prepares_once_and_items_are_taken_as_they_are_needed() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    with closing(ordered_map(counting, (), items())) as results:
+        found = [next(results)[1] for _ in range(20)]
+        assert len(taken) <= 20 + workers.AHEAD * 3 + 1
+    calls: dict[int, list[int]] = {}
+    for pid, call in found:
+        calls.setdefault(pid, []).append(call)
+    assert len(calls) == 4 and all(c == list(range(len(c))) for c in calls.values())
+    assert not children()
+
+
+def test_errors_come_back_as_themselves_and_end_the_workers() -> None:
+    got = []
+    with pytest.raises(InputError, match="row 7 is bad") as error:
+        for item, _ in ordered_map(failing, (7,), range(100)):
+            got.append(item)
+    assert got == list(range(7)) and "In a worker process:\nTraceback" in error.value.__notes__[0]
+    with pytest.raises(InputError, match="no tokenizer there"):
+        list(ordered_map(failing_to_prepare, (os.getpid(),), range(100)))
+    with pytest.raises(SftError, match="Unportable in a worker process: 1 and 2"):
+        list(ordered_map(raising_the_unportable, (), range(10)))
+
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("the file ends here")
+
+    with pytest.raises(OSError, match="the file ends here"):
+        list(ordered_map(failing, (-1,), items()))
+    assert not children()
+
+
+def test_a_dead_worker_is_a_clear_error() -> None:
+    got = []
+    with pytest.raises(SftError, match=r"killed \(SIGKILL\).*SFT_WORKERS=1"):
+        for item, _ in ordered_map(killing_itself, (os.getpid(),), range(100)):
+            got.append(item)
+    assert got == list(range(len(got))) and 2 <= len(got) <= 7 and not children()
+
+
+def test_workers_import_only_what_they_need_and_leave_ctrl_c_to_the_parent() -> None:
+    found = [r for _, r in ordered_map(looking_about, (), range(5))]
+    assert found[2:] == [([], True, "1")] * 3
+
+
+def test_items_larger_than_any_socket_buffer_do_not_lock_up() -> None:
+    items = [bytes([i]) * (5 << 20) for i in range(16)]
+    assert all(item == result for item, result in ordered_map(echoing, (), items))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> None:
+    program = (
+        "from sft_pipeline.stages import workers; from sft_pipeline_tests.stages.test_workers import asleep\n"
+        f"workers.INLINE_ITEMS = 2\nlist(workers.ordered_map(asleep, ({str(tmp_path)!r},), range(9)))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(pids := [int(p.name) for p in tmp_path.iterdir()]) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(pids) == 3
+        os.kill(parent.pid, number)
+        _, told = parent.communicate(timeout=20)
+        _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=10)
+        assert not alive
+        assert told.count("Traceback") == (number == signal.SIGINT), (
+            told
+        )  # the parent's own, none of a worker
+    finally:
+        parent.kill()
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "many", "1.5"])
+def test_sft_workers_must_be_a_positive_whole_number(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_WORKERS", given)
+    with pytest.raises(InputError, match=f"SFT_WORKERS={given}"):
+        ordered_map(echoing, (), [])
+
+
+def test_the_default_is_the_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SFT_WORKERS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)), raising=False)
+    assert worker_count() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(99)), raising=False)
+    assert worker_count() == workers.MAX_WORKERS
