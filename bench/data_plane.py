@@ -1,166 +1,134 @@
 """Raw rows to packed shards, side by side: this pipeline, TRL's own preparation, and the bare tokenizer as the limit.
 
-    python bench/data_plane.py [--rows 5000] [--tokenizer FOLDER] [--source FILE.jsonl] [--rounds 3]
+    python bench/data_plane.py                              a minute or two: 4,000 rows of two kinds
+    python bench/data_plane.py --full --tokenizer FOLDER    the public sizes (an hour)
+    python bench/data_plane.py --million                    one million rows: memory and speed
+    python bench/data_plane.py --incremental 60000 120000   a new snapshot with 1 % of its rows edited
 
-The three take turns on the same rows, so that a machine whose speed drifts drifts for all of them. Times are wall
-seconds of fresh stores; the median of the rounds is printed, with rows per second and ratios.
+What is compared, and how it is kept fair:
+
+- The same texts, as JSON Lines, each side in the shape it reads at once: text for the pipeline, lists of messages for
+  TRL, so that neither converts. Both render the chat template, mask the prompt, and pack into blocks of 1,024
+  tokens by best-fit-decreasing; what is longer is truncated. The pipeline also keeps provenance, judges rows, splits by
+  group, proves masks, hashes and fsyncs; the peer does not.
+- The near-duplicate search has no counterpart, so the pipeline runs with and without it, as two sides.
+- TRL maps with as many processes as there are cores; its caches start empty. The bare side has all texts in memory and
+  only encodes: no reading, no template, no mask, no output. It is a limit for the tokenizer of that library, not a peer.
+- Each measurement is a fresh process with a fresh store, so nothing is warm but the page cache of the source, for all
+  alike. Seconds are wall time of the work, which begins after the side's imports; what a stage imports only while it
+  works (plots, the comparison with AutoTokenizer) counts, and so does loading the tokenizer (but for the bare side).
+  "With imports" is the time since the process began.
+- Sides take turns, every other round backwards, so that a machine whose speed drifts drifts for all. Seconds and ratios
+  are medians over the rounds, ratios taken within a round; memory is the largest seen over the process tree.
+- With the small vocabulary of the embedded base model, tokenizing costs other than with a real one: name a real
+  tokenizer's folder for figures that mean something elsewhere.
 """
 
 import argparse
 import json
-import os
-import platform
-import random
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from plane import incremental, rows, side_by_side
+from plane.report import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LENGTH = 1024
-os.environ.setdefault("SFT_PROJECT_ROOT", str(ROOT))
-
-
-def synthetic_rows(count: int) -> list[dict[str, str]]:
-    """Question and answer pairs of the size of grade-school maths (about 180 tokens with a large vocabulary)."""
-    words = [
-        "the",
-        "a",
-        "of",
-        "and",
-        "in",
-        "each",
-        "then",
-        "costs",
-        "has",
-        "sold",
-        "apples",
-        "trains",
-        "hours",
-        "minutes",
-        "total",
-        "how",
-        "many",
-        "left",
-        "after",
-        "buys",
-        "gives",
-        "dollars",
-    ]
-    rng = random.Random(0)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(
-            rng.choice(words) if rng.random() < 0.8 else str(rng.randint(1, 999))
-            for _ in range(rng.randint(low, high))
-        )
-
-    return [
-        {"question": text(30, 60) + "?", "answer": text(50, 110) + f"\n#### {rng.randint(1, 9999)}"}
-        for _ in range(count)
-    ]
-
-
-def ours(rows: Path, tokenizer: str) -> None:
-    from sft_pipeline.config.dataset import DatasetConfig
-    from sft_pipeline.config.recipe import RecipeConfig
-    from sft_pipeline.reporting import Reporter
-    from sft_pipeline.stages.graph import STAGES
-    from sft_pipeline.stages.raw_rows.locate import snapshots
-    from sft_pipeline.stages.run import Run, run_until
-    from sft_pipeline.stages.stage import Branch
-    from sft_pipeline.store import Store
-
-    dataset = DatasetConfig(name="bench", sources=[{"path": str(rows), "static": True, "columns": {"prompt": "question", "completion": "answer"}}],
-                            split={"near_duplicates": None})  # fmt: skip
-    recipe = RecipeConfig(
-        name="bench_recipe", dataset="bench", model={"base": tokenizer}, tokens={"max_length": MAX_LENGTH}
-    )
-    with tempfile.TemporaryDirectory() as home:
-        run_until(
-            "packed_shards",
-            STAGES,
-            Branch(dataset, snapshots(dataset)[-1], recipe),
-            Run(Store(Path(home)), Reporter()),
-        )
-
-
-def trl(rows: Path, tokenizer: str) -> None:
-    import datasets
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-    from trl import SFTConfig, SFTTrainer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    data = datasets.Dataset.from_list([
-        {"prompt": [{"role": "user", "content": r["question"]}], "completion": [{"role": "assistant", "content": r["answer"]}]}
-        for r in map(json.loads, rows.open())
-    ])  # fmt: skip
-    config = LlamaConfig(
-        vocab_size=len(loaded),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        intermediate_size=8,
-    )
-    with tempfile.TemporaryDirectory() as out:
-        SFTTrainer(
-            model=AutoModelForCausalLM.from_config(config), train_dataset=data, processing_class=loaded,
-            args=SFTConfig(output_dir=out, packing=True, max_length=MAX_LENGTH, bf16=False, use_cpu=True, report_to=[], dataset_num_proc=os.cpu_count()),
-        )  # fmt: skip
-
-
-def bare(rows: Path, tokenizer: str) -> None:
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-    pairs = [json.loads(line) for line in rows.open()]
-    loaded.encode_batch([p["question"] for p in pairs], add_special_tokens=False)
-    loaded.encode_batch([p["answer"] for p in pairs], add_special_tokens=False)
+EMBEDDED = ROOT / "data" / "base_model"
+QUICK_SETS = ("gsm8k_like", "dolly")
+QUICK_ROWS = 4_000
+SETS = tuple(name for name in rows.DATA_SETS if name != "million")
+ALL_SIDES = (*side_by_side.OURS, *side_by_side.PEERS)
 
 
 def main() -> None:
+    options = _options()
+    tokenizer = str(Path(options.tokenizer).resolve())
+    results: dict[str, Any] = {"machine": machine(), "tokenizer": Path(tokenizer).name}
+    print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()))
+    print(f"tokenizer: {Path(tokenizer).name}" + _warning(tokenizer))
+    if options.incremental:
+        results["incremental"] = [_incremental(count, tokenizer) for count in options.incremental]
+    elif options.million:
+        results["million"] = _million(options.million, tokenizer)
+    else:
+        results["side_by_side"] = {name: _compare(name, options, tokenizer) for name in options.sets}
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--tokenizer", default=str(ROOT / "data" / "base_model"))
-    parser.add_argument("--source", help="JSON lines with question and answer instead of synthetic rows")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SFT_HOME"] = str(Path(folder) / "home")
-        path = Path(folder) / "rows.jsonl"
-        rows = (
-            [json.loads(line) for line in Path(options.source).read_text().splitlines()]
-            if options.source
-            else synthetic_rows(options.rows)
-        )
-        path.write_text(
-            "".join(json.dumps({"question": r["question"], "answer": r["answer"]}) + "\n" for r in rows)
-        )
-        sides: dict[str, Callable[[Path, str], None]] = {
-            "sft_pipeline": ours,
-            "TRL preparation": trl,
-            "bare encode_batch": bare,
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for side in sides.values():  # imports and caches, not counted
-            side(path, options.tokenizer)
-        for _ in range(options.rounds):
-            for name, side in sides.items():
-                start = time.perf_counter()
-                side(path, options.tokenizer)
-                seconds[name].append(time.perf_counter() - start)
-    print(
-        f"{len(rows):,} rows, tokenizer {Path(options.tokenizer).name}, {options.rounds} rounds; {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    parser.add_argument("--tokenizer", metavar="FOLDER", default=EMBEDDED)
+    parser.add_argument("--sets", nargs="+", choices=SETS, help="data sets to compare on")
+    parser.add_argument("--full", action="store_true", help="all data sets, as large as the public ones")
+    parser.add_argument(
+        "--rows", type=int, default=QUICK_ROWS, help="at most this many rows each, unless --full"
     )
-    mine = statistics.median(seconds["sft_pipeline"])
-    print(f"{'':20} {'seconds':>9} {'rows/s':>9}  ratio to sft_pipeline")
-    for name, found in seconds.items():
-        median = statistics.median(found)
-        print(f"{name:20} {median:9.2f} {len(rows) / median:9,.0f}  {median / mine:.2f}")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--gsm8k", metavar="FILE", type=Path, help="real rows for gsm8k: JSON Lines with question and answer"
+    )
+    parser.add_argument(
+        "--million",
+        nargs="?",
+        type=int,
+        const=1_000_000,
+        metavar="ROWS",
+        help="this many rows, TRL on a tenth of them",
+    )
+    parser.add_argument(
+        "--incremental", nargs="*", type=int, metavar="ROWS", help="rows of a snapshot (60000)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write every measurement here")
+    options = parser.parse_args()
+    options.sets = options.sets or (SETS if options.full else QUICK_SETS)
+    if options.incremental == []:
+        options.incremental = [60_000]
+    return options
+
+
+def _compare(name: str, options: argparse.Namespace, tokenizer: str) -> dict[str, Any]:
+    """All sides on one data set."""
+    wanted = rows.DATA_SETS[name].rows if options.full else min(options.rows, rows.DATA_SETS[name].rows)
+    with tempfile.TemporaryDirectory() as folder:
+        real = name == "gsm8k" and options.gsm8k
+        source = rows.question_answer(options.gsm8k) if real else rows.synthetic(name, wanted)
+        count = rows.write(source, Path(folder))
+        _title(f"{name}: {count:,} {'real' if real else 'synthetic'} rows, median of {options.rounds} rounds")
+        found = side_by_side.take_turns(Path(folder), tokenizer, ALL_SIDES, options.rounds)
+    print(side_by_side.show(found, count), flush=True)
+    return side_by_side.to_json(found)
+
+
+def _million(count: int, tokenizer: str) -> dict[str, Any]:
+    """The pipeline alone on many rows, and TRL on a tenth of them."""
+    results = {}
+    for rows_each, names in ((count, tuple(side_by_side.OURS)), (count // 10, ("TRL preparation",))):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.write(rows.synthetic("million", rows_each), Path(folder))
+            _title(f"{rows_each:,} synthetic rows of about 60 words")
+            found = side_by_side.take_turns(Path(folder), tokenizer, names, rounds=1)
+        print(side_by_side.show(found, rows_each), flush=True)
+        results[str(rows_each)] = side_by_side.to_json(found)
+    return results
+
+
+def _incremental(count: int, tokenizer: str) -> dict[str, Any]:
+    _title(f"snapshot B of {count:,} rows, of which {count // incremental.EDITED_EVERY:,} differ from A")
+    found = incremental.run(count, tokenizer)
+    print(incremental.show(found), flush=True)
+    return found.to_json()
+
+
+def _warning(tokenizer: str) -> str:
+    return " (a small vocabulary: not representative, see --tokenizer)" if Path(tokenizer) == EMBEDDED else ""
+
+
+def _title(text: str) -> None:
+    print(f"\n### {text}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Reads what is to be shown from the artifacts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.inspection.view import IGNORE, BlockView, Inspection, RowView, Segment
@@ -13,7 +13,11 @@ from sft_pipeline.stages.tables import read_batches
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
 from sft_pipeline.store import Artifact
 
-SIDES = ("train", "validation", "test")
+PACKED_SIDES = ("train", "validation")
+SIDES = (*PACKED_SIDES, "test")
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what incomplete bytes decode to
+BLOCK_COLUMNS = ["block", "row_ids", "lengths", "labels", "position_ids"]
+LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 
 
 def inspect_rows(
@@ -36,7 +40,8 @@ def inspect_rows(
     Raises:
         InputError: No row has this id, or the tokenizer's files are gone.
     """
-    config = tokenized.manifest.config if tokenizer is None else {}
+    config = tokenized.manifest.config
+    overflow = config["tokens"]["overflow"]
     tokenizer = tokenizer or load_tokenizer(config["tokenizer"], config["revision"])
     found = _find(tokenized, row, n, side)
     if row is not None and not found:
@@ -45,19 +50,25 @@ def inspect_rows(
             f"no tokenized row has an id that begins with {row}"
             + (f": it was rejected here ({where})" if where else "")
         )
-    rows: list[RowView] = []
-    blocks: list[BlockView] = []
-    for place, values in found:
-        block = _block_of(packed, place, values["row_id"]) if packed is not None and place != "test" else None
-        rows.append(_view(tokenizer, place, values, None if block is None else block.block))
-        if block is not None and all(b.block != block.block for b in blocks):
-            blocks.append(block)
-    return Inspection(_title(tokenized), rows, blocks)
+    blocks: dict[tuple[str, str], BlockView] = {}
+    if packed is not None:
+        for place in PACKED_SIDES:
+            ids = {values["row_id"] for at, values in found if at == place}
+            blocks |= {(place, i): block for i, block in _blocks_of(packed, place, ids).items()}
+    rows = [
+        _view(tokenizer, at, values, overflow, blocks.get((at, values["row_id"]))) for at, values in found
+    ]
+    shown = {(b.side, b.block): b for b in (blocks.get((r.side, r.row_id)) for r in rows) if b is not None}
+    return Inspection(_title(tokenized), rows, list(shown.values()))
 
 
 def _title(tokenized: Artifact) -> str:
     recorded = json.loads(tokenized.file("formatting.json").read_text(encoding="utf-8"))
-    return f"template {recorded['template_name']} ({recorded['template_sha256'][:8]}), supervise: {recorded['mask']['supervise']}"
+    mask = recorded["mask"]
+    return (
+        f"template {recorded['template_name']} ({recorded['template_sha256'][:8]}), supervise: {mask['supervise']}, "
+        f"max_length: {mask['max_length']}, overflow: {mask['overflow']}"
+    )
 
 
 def _find(tokenized: Artifact, row: str | None, n: int, side: str) -> list[tuple[str, dict]]:
@@ -85,51 +96,66 @@ def _rejected(tokenized: Artifact, row: str) -> str:
     return ""
 
 
-def _view(tokenizer: Tokenizer, side: str, values: dict, block: int | None) -> RowView:
+def _view(tokenizer: Tokenizer, side: str, values: dict, overflow: str, block: BlockView | None) -> RowView:
     return RowView(
         row_id=values["row_id"],
         group=values["group"],
         side=side,
-        tokens=tokenizer.decode_batch([[i] for i in values["input_ids"]]),
+        tokens=token_texts(tokenizer, values["input_ids"]),
         input_ids=values["input_ids"],
         labels=values["labels"],
         special=[i in tokenizer.control_ids for i in values["input_ids"]],
         prompt_length=values["prompt_length"],
         truncated=values["truncated"],
         completion=values["completion"],
-        block=block,
+        overflow=overflow,
+        block=None if block is None else block.block,
     )
 
 
-def _block_of(packed: Artifact, side: str, row_id: str) -> BlockView | None:
-    """The block that holds a row. Reads only ids until it is found."""
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it, so that the texts together are the text of the row.
+
+    A token alone may decode to something else: some tokenizers drop a leading space there, and a token may be a part
+    of a character only. Such a character's text goes to its last token; the others are empty.
+    """
+    texts: list[str] = []
+    known = begin = (
+        0  # ids[:known] have given their text; ids[begin:known] are the context the next ones need
+    )
+    for end in range(1, len(ids) + 1):
+        before, now = tokenizer.decode(ids[begin:known]), tokenizer.decode(ids[begin:end])
+        whole = not now.endswith(PARTIAL) or end == len(ids) or end - known == LONGEST_CHARACTER
+        texts.append(now[len(before) :] if whole else "")
+        if whole:
+            begin, known = known, end
+    return texts
+
+
+def _blocks_of(packed: Artifact, side: str, row_ids: set[str]) -> dict[str, BlockView]:
+    """Row id -> the block that holds it. Reads only ids where no row is wanted, and stops when all are found."""
+    wanted = pa.array(row_ids, pa.string())
     max_length = int(packed.manifest.config["max_length"])
-    for batch in read_batches(packed.parts(side), ["block", "row_ids", "lengths", "labels"], batch_rows=256):
-        at = _index_of(batch.column("row_ids"), row_id)
-        if at is not None:
-            return _block(batch.slice(at, 1).to_pylist()[0], max_length)
-    return None
-
-
-def _index_of(row_ids: pa.ListArray, row_id: str) -> int | None:
-    place = pc.index(row_ids.flatten(), row_id).as_py()
-    return (
-        None
-        if place < 0
-        else int(
-            np.searchsorted(row_ids.offsets.to_numpy() - row_ids.offsets[0].as_py(), place, side="right")
-        )
-        - 1
-    )
-
-
-def _block(values: dict, max_length: int) -> BlockView:
-    return BlockView(values["block"], list(_segments(values)), max_length)
+    found: dict[str, BlockView] = {}
+    for part in packed.parts(side):
+        with pq.ParquetFile(part) as file:
+            for group in range(file.num_row_groups):
+                if len(found) == len(row_ids):
+                    return found
+                ids = file.read_row_group(group, ["row_ids"]).column("row_ids").combine_chunks()
+                holds = pc.list_parent_indices(ids).filter(pc.is_in(ids.flatten(), wanted)).unique()
+                if len(holds):
+                    for values in file.read_row_group(group, BLOCK_COLUMNS).take(holds).to_pylist():
+                        block = BlockView(values["block"], side, list(_segments(values)), max_length)
+                        found |= {s.row_id: block for s in block.segments if s.row_id in row_ids}
+    return found
 
 
 def _segments(values: dict) -> Iterator[Segment]:
     start = 0
     for row_id, length in zip(values["row_ids"], values["lengths"], strict=True):
-        labels = values["labels"][start : start + length]
-        yield Segment(row_id, length, sum(label != IGNORE for label in labels))
-        start += length
+        stop = start + length
+        supervised = sum(label != IGNORE for label in values["labels"][start:stop])
+        positions = values["position_ids"]
+        yield Segment(row_id, length, supervised, positions[start], positions[stop - 1])
+        start = stop

@@ -1,7 +1,7 @@
-"""What an inspection holds: rows with their tokens, and blocks with their segments."""
+"""What an inspection holds: rows with their tokens, and blocks with their segments; and how text is made visible."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 IGNORE = -100
@@ -12,11 +12,13 @@ class RowView:
     """One example, token by token.
 
     Attributes:
-        tokens: The text of each token; bytes that are no whole character show as the replacement character.
+        tokens: The text of each token; together they are the row's text. Where a character takes several tokens, the
+            last one has it and the others are empty.
         labels: The input id where the token carries loss, else -100.
         special: Whether the token is one of the tokenizer's control tokens.
         prompt_length: Tokens of the prompt that a server would send.
         truncated: Tokens of the row that are not here.
+        overflow: What the recipe does with rows that are too long.
         block: The packed block that holds the example, None where it was not packed.
     """
 
@@ -30,11 +32,37 @@ class RowView:
     prompt_length: int
     truncated: int
     completion: str
+    overflow: str
     block: int | None = None
 
     @property
     def position_ids(self) -> list[int]:
         return list(range(len(self.input_ids)))
+
+    @property
+    def cut_word(self) -> str:
+        """Where tokens are missing, how that came."""
+        return "split" if self.overflow == "split" else "truncated"
+
+    @property
+    def cut_before(self) -> str:
+        """What is missing in front of the first token, in words; empty where nothing is."""
+        part = self.row_id.partition("/")[
+            2
+        ]  # further parts of a row that was split are named "<row id>/1", ...
+        if part:
+            return f"part {int(part) + 1} of a row that was split; the part before overlaps"
+        if self.truncated and self.overflow == "truncate_prompt":
+            return f"the prompt is shorter by {_tokens(self.truncated)}"
+        return ""
+
+    @property
+    def cut_after(self) -> str:
+        """What is missing behind the last token, in words; empty where nothing is."""
+        if not self.truncated or self.overflow == "truncate_prompt":
+            return ""
+        where = "in the next part" if self.overflow == "split" else "of the answer left out"
+        return f"{_tokens(self.truncated)} {where}"
 
     @property
     def supervised(self) -> int:
@@ -49,11 +77,13 @@ class RowView:
 
 @dataclass(frozen=True)
 class Segment:
-    """One example within a block."""
+    """One example within a block, with the position ids of its first and its last token."""
 
     row_id: str
     length: int
     supervised: int
+    first_position: int
+    last_position: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +91,17 @@ class BlockView:
     """One packed block: its examples in order, and the room that is left."""
 
     block: int
+    side: str
     segments: Sequence[Segment]
     max_length: int
 
     @property
     def length(self) -> int:
         return sum(s.length for s in self.segments)
+
+    @property
+    def free(self) -> int:
+        return self.max_length - self.length
 
 
 @dataclass(frozen=True)
@@ -102,13 +137,30 @@ class Inspection:
             "blocks": [
                 {
                     "block": b.block,
+                    "side": b.side,
                     "length": b.length,
                     "max_length": b.max_length,
-                    "segments": [
-                        {"row_id": s.row_id, "length": s.length, "supervised": s.supervised}
-                        for s in b.segments
-                    ],
+                    "segments": [asdict(s) for s in b.segments],
                 }
                 for b in self.blocks
             ],
         }
+
+
+_HIDDEN = (
+    *range(32), *range(0x7F, 0xA0), 0x200B, 0x2028, 0x2029, 0xFEFF,
+    *(0x200E, 0x200F), *range(0x202A, 0x202F), *range(0x2060, 0x206A),  # turn the direction of writing
+)  # fmt: skip
+_TABLE = str.maketrans({chr(c): f"⟨U+{c:04X}⟩" for c in _HIDDEN} | {"\n": "⏎\n", "\t": "⇥"})
+
+
+def visible(text: str) -> str:
+    """Text of a row as people can see it: nothing in it moves a cursor, turns the writing, or is invisible.
+
+    A line break still breaks the line; a token of spaces alone is written as dots.
+    """
+    return (text.replace(" ", "·") if not text.strip(" ") else text).translate(_TABLE)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' if count != 1 else ''}"
