@@ -12,7 +12,7 @@ from sft_pipeline.project import PACKAGE_DIR
 
 # Modules that move artifacts about and cannot change what is in one.
 PLUMBING = (
-    "sft_pipeline.stages.stage", "sft_pipeline.stages.run", "sft_pipeline.stages.code_version", "sft_pipeline.stages.assets",
+    "sft_pipeline.stages.stage", "sft_pipeline.stages.run", "sft_pipeline.stages.code_version", "sft_pipeline.stages.workers",
     "sft_pipeline.store", "sft_pipeline.reporting", "sft_pipeline.errors", "sft_pipeline.project", "sft_pipeline.outside",
     "sft_pipeline.launch", "sft_pipeline.figures", "sft_pipeline.tracking", "sft_pipeline.config", "sft_pipeline.lineage",
 )  # fmt: skip

@@ -3,7 +3,7 @@
     for batch, judged in ordered_map(Judge, (config,), batches): ...
 
 `Judge(config)` is made once per process and called with every item. Results come back in the order of the items, and
-what comes back never depends on the number of workers. The first INLINE_ITEMS items are always done in this process,
+what comes back never depends on the number of workers. The first items (INLINE_ITEMS of them) are done in this process,
 so little data starts no process at all; after them at most AHEAD items per worker are in flight, which bounds memory.
 
 `SFT_WORKERS` sets the number of worker processes, a whole number from 1; with 1 all is done in this process. The
@@ -25,7 +25,6 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -55,7 +54,12 @@ def worker_count() -> int:
 
 
 def ordered_map(
-    prepare: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Iterable[Item]
+    prepare: Callable[..., Callable[[Item], Result]],
+    arguments: tuple[Any, ...],
+    items: Iterable[Item],
+    *,
+    here: Callable[[Item], Result] | None = None,
+    inline: Callable[[int, Item], bool] | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Yields (item, result) in the order of the items. Close it (`contextlib.closing`) to end the workers early.
 
@@ -63,13 +67,20 @@ def ordered_map(
         prepare: Called once per process with `arguments`; returns the function for the items. A function or class of
             an importable module.
         arguments: Picklable, like items and results. (A slice of an Arrow batch pickles the whole buffers.)
+        here: What `prepare` has returned already in this process, if it has.
+        inline: Asked with the number of an item (from 0) and the item whether it is still done in this process; the
+            first one that is not starts the workers, which then do all others. The first INLINE_ITEMS by default.
 
     Raises:
         InputError: SFT_WORKERS is no number.
         SftError: A worker died.
         Exception: Whatever `prepare`, the function or `items` raises, as itself.
     """
-    return _map(prepare, arguments, iter(items), worker_count())
+    return _map(prepare, arguments, iter(items), worker_count(), here, inline or _few)
+
+
+def _few(number: int, _: Any) -> bool:
+    return number < INLINE_ITEMS
 
 
 def _map(
@@ -77,17 +88,20 @@ def _map(
     arguments: tuple[Any, ...],
     items: Iterator[Item],
     workers: int,
+    function: Callable[[Item], Result] | None,
+    inline: Callable[[int, Item], bool],
 ) -> Generator[tuple[Item, Result], None, None]:
-    function = prepare(*arguments)
-    for item in items if workers == 1 else islice(items, INLINE_ITEMS):
-        yield item, function(item)
-    del function  # it may be large, and is not needed beside the workers
-    pool: list[_Worker] = []
-    flying: deque[tuple[Item, _Worker]] = deque()
+    pool: list[Worker] = []
+    flying: deque[tuple[Item, Worker]] = deque()
     try:
         for number, item in enumerate(items):
+            if not pool and (workers == 1 or inline(number, item)):
+                function = function or prepare(*arguments)
+                yield item, function(item)
+                continue
             if not pool:
-                pool += (_Worker((prepare, arguments)) for _ in range(workers))
+                function = None  # it may be large, and is not needed beside the workers
+                pool += (Worker(prepare, arguments) for _ in range(workers))
             if len(flying) == AHEAD * workers:
                 done, worker = flying.popleft()
                 yield done, worker.receive()
@@ -102,10 +116,10 @@ def _map(
             worker.end()
 
 
-class _Worker:
-    """The parent's end of a worker process."""
+class Worker:
+    """The parent's end of a worker process, which begins at once with `prepare(*arguments)`."""
 
-    def __init__(self, first: Any) -> None:
+    def __init__(self, prepare: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
         self._connection, theirs = Pipe()
         with theirs:
             start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve({theirs.fileno()})"
@@ -123,9 +137,10 @@ class _Worker:
                     "TOKENIZERS_PARALLELISM": "false",
                 },
             )
-        self.send(first)
+        self.send((prepare, arguments))
 
     def send(self, item: Any) -> None:
+        """Has an item worked on after those sent before it."""
         data = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
         try:
             self._connection.send_bytes(data)
@@ -133,6 +148,12 @@ class _Worker:
             raise self._death() from None
 
     def receive(self) -> Any:
+        """The result of the first item whose result was not received yet.
+
+        Raises:
+            SftError: The worker died.
+            Exception: What the function raised.
+        """
         try:
             data = self._connection.recv_bytes()
         except (EOFError, OSError):
@@ -150,6 +171,7 @@ class _Worker:
         )
 
     def end(self) -> None:
+        """Ends the process, whatever it is doing."""
         self._connection.close()
         self._process.kill()
         self._process.wait()

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.skew import SkewWatch
 from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.stages.workers import ordered_map
 from sft_pipeline.store.files import sha256_json, write_json
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
+WORTH_WORKERS = 24_000  # rows to encode; a worker first loads the tokenizer
 SAMPLE = 300  # of those, rendered and encoded once more, by transformers too
-PREVIEWS = 3
+PREVIEWS = 2
 EXAMPLES_PER_REASON = 3
 
 
@@ -74,21 +77,22 @@ def build(b: Build) -> Built:
     config: TokenizedRowsConfig = b.config
     split = b.inputs["grouped_split"]
     total = count_rows(p for side in SIDES for p in split.parts(side))
-    with SkewWatch(b.earlier) as skew_watch:
+    with SkewWatch(config, b.earlier) as skew_watch:
         encoders = Encoders(config, columns=total > 2 * COMPARED)
         try:
-            seen = _encode_all(b, encoders, total)
+            seen = _encode_all(b, encoders, total, skew_watch)
         except Differs as rows:
             why = f"the fast encoder differs from the reference, for example on row {rows}"
             b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
             encoders = Encoders(config, columns=False)
-            seen = _encode_all(b, encoders, total)
+            seen = _encode_all(b, encoders, total, skew_watch)
             seen.why_not = why
         recorded = _formatting(config, encoders.tokenizer, encoders.template, seen.tally)
         write_json(b.out / "formatting.json", recorded)
         on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SIDES}
-        _plot(b, encoders.tokenizer, seen, config)
-        skew = skew_watch.find(config, [given for given, _ in seen.sample])
+        if seen.lengths:
+            plot_lengths(b.out / "plots" / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), config.tokens.max_length)  # fmt: skip
+        skew = skew_watch.find()
     numbers = seen.tally.numbers
     for reason, count in seen.tally.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
@@ -123,7 +127,7 @@ class _Batch:
     found: np.ndarray
 
 
-def _encode_all(b: Build, encoders: Encoders, total: int) -> Seen:
+def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch) -> Seen:
     """Writes every side, rejects and outcomes.
 
     Raises:
@@ -132,7 +136,7 @@ def _encode_all(b: Build, encoders: Encoders, total: int) -> Seen:
     seen = Seen()
     for name in (*SIDES, "rejects.parquet", OUTCOMES_FILE):
         shutil.rmtree(b.out / name, ignore_errors=True)
-    scratch = b.work / "earlier"
+    scratch, preview = b.work / "earlier", b.out / "plots" / "mask_preview.png"
     try:
         earlier = Earlier(b.earlier, scratch)
         writers = {side: PartWriter(b.out / side, TOKENIZED, dictionary=False) for side in SIDES}
@@ -141,7 +145,8 @@ def _encode_all(b: Build, encoders: Encoders, total: int) -> Seen:
             FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
             writers["train"], writers["validation"], writers["test"],
         ):  # fmt: skip
-            for batch, done in _encoded(_batches(b, earlier), encoders, len(earlier) > 0, _threshold(b)):
+            compared = _Compared(_threshold(b), incremental=len(earlier) > 0)
+            for batch, done in _encoded(_batches(b, earlier), encoders, compared, total):
                 if done.differing:
                     raise Differs(done.differing[0])
                 whole = _joined(batch, done, earlier)
@@ -150,10 +155,18 @@ def _encode_all(b: Build, encoders: Encoders, total: int) -> Seen:
                 refused = reject_rows(batch.rows, whole.outcomes)
                 rejects.write(refused)
                 _note(seen, batch, done, whole, refused)
+                if len(seen.sample) == SAMPLE:
+                    skew_watch.begin([given for given, _ in seen.sample])
+                if (
+                    not preview.exists() and len(seen.previews) == PREVIEWS
+                ):  # while workers work on other rows
+                    _draw(preview, encoders.tokenizer, seen)
                 b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    seen.why_not = encoders.why_not
+    skew_watch.begin([given for given, _ in seen.sample])
+    if not preview.exists() and seen.previews:
+        _draw(preview, encoders.tokenizer, seen)
     return seen
 
 
@@ -175,26 +188,48 @@ def _batches(b: Build, earlier: Earlier) -> Iterator[_Batch]:
             yield _Batch(side, rows, keys, earlier.find(keys))
 
 
+@dataclass
+class _Compared:
+    """Which of the rows to be encoded are encoded both ways.
+
+    Attributes:
+        threshold: Those whose row id is up to this.
+        incremental: Then, too, the first ones: of few new rows a sample of all rows may hold none.
+        seen: Rows to be encoded so far.
+    """
+
+    threshold: str
+    incremental: bool
+    seen: int = 0
+
+    def of(self, rows: pa.RecordBatch) -> np.ndarray:
+        """A mask of the rows."""
+        mask = pc.less_equal(rows.column("row_id"), self.threshold).to_numpy(zero_copy_only=False)
+        if self.incremental:
+            mask = mask | (np.arange(rows.num_rows) < COMPARED - self.seen)
+        self.seen += rows.num_rows
+        return mask
+
+
 def _encoded(
-    batches: Iterable[_Batch], encoders: Encoders, incremental: bool, threshold: str
+    batches: Iterable[_Batch], encoders: Encoders, compared: _Compared, total: int
 ) -> Iterator[tuple[_Batch, Done]]:
     """Every batch, with what became of those of its rows that no earlier build has."""
     waiting: deque[_Batch] = deque()
 
     def tasks() -> Iterator[Task]:
-        fresh = 0
         for batch in batches:
             waiting.append(batch)
             new = pa.array(batch.found < 0)
             rows = batch.rows.filter(new)
-            compare = pc.less_equal(rows.column("row_id"), threshold).to_numpy(zero_copy_only=False)
-            if incremental:  # too few may be new for a sample of all rows to be one of them
-                compare = compare | (np.arange(rows.num_rows) < COMPARED - fresh)
-            fresh += rows.num_rows
-            yield Task(rows, batch.keys.filter(new), compare)
+            yield Task(rows, batch.keys.filter(new), compared.of(rows))
 
-    for done in map(encoders.encode, tasks()):
-        yield waiting.popleft(), done
+    def inline(_: int, __: Task) -> bool:
+        return (compared.seen if compared.incremental else total) < WORTH_WORKERS
+
+    with closing(ordered_map(Encoders, encoders.arguments, tasks(), here=encoders, inline=inline)) as results:
+        for _, done in results:
+            yield waiting.popleft(), done
 
 
 def _joined(batch: _Batch, done: Done, earlier: Earlier) -> Given:
@@ -227,6 +262,7 @@ def _note(seen: Seen, batch: _Batch, done: Done, whole: Given, refused: pa.Recor
     seen.tally.add(whole.outcomes, whole.examples)
     seen.read[batch.side] += batch.rows.num_rows
     seen.written[batch.side] += whole.examples.num_rows
+    seen.why_not = done.why_not
     seen.sample += done.sample[: SAMPLE - len(seen.sample)]
     if len(seen.previews) < PREVIEWS:
         seen.previews += whole.examples.slice(0, PREVIEWS - len(seen.previews)).to_pylist()
@@ -291,10 +327,8 @@ def _formatting(
     }
 
 
-def _plot(b: Build, tokenizer: Tokenizer, seen: Seen, config: TokenizedRowsConfig) -> None:
-    folder: Path = b.out / "plots"
-    if seen.lengths:
-        plot_lengths(folder / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), config.tokens.max_length)  # fmt: skip
+def _draw(path: Path, tokenizer: Tokenizer, seen: Seen) -> None:
+    """Draws the first examples, token by token."""
     previews = [
         Preview(
             title=f"row {e['row_id'][:12]}: {e['length']} tokens, {e['supervised']} supervised (green)",
@@ -304,5 +338,4 @@ def _plot(b: Build, tokenizer: Tokenizer, seen: Seen, config: TokenizedRowsConfi
         )
         for e in seen.previews
     ]
-    if previews:
-        plot_masks(folder / "mask_preview.png", previews)
+    plot_masks(path, previews)

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.pieces import Unsupported
 from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
-from sft_pipeline.stages.tokenized_rows.template import load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
 from sft_pipeline.stages.tokenized_rows.tracing import Untraceable
 
 
@@ -52,6 +53,7 @@ class Done:
         numbers: by_columns and by_rows (rows), by_reference (texts), compared (rows).
         differing: Ids of compared rows that came out differently.
         sample: Compared conversations with their first example.
+        why_not: Why the fast way cannot be used.
     """
 
     outcomes: pa.RecordBatch
@@ -59,6 +61,7 @@ class Done:
     numbers: Counter[str] = field(default_factory=Counter)
     differing: list[str] = field(default_factory=list)
     sample: list[tuple[Conversation, Example]] = field(default_factory=list)
+    why_not: str | None = None
 
 
 class Encoders:
@@ -66,28 +69,42 @@ class Encoders:
 
     Args:
         columns: Whether the fast way may be used at all.
+
+    Attributes:
+        tokenizer, template: Loaded when they are first needed.
     """
 
     def __init__(self, config: TokenizedRowsConfig, columns: bool) -> None:
+        self.arguments = (config, columns)
         self._config, self._columns = config, columns
-        self.tokenizer = load_tokenizer(config.tokenizer, config.revision)
-        self.template = load_template(config.template.chat_template, self.tokenizer)
-        self._by_row = RowEncoder(self.tokenizer, self.template, config.tokens, config.template.system)
         self._by_column: ColumnEncoder | None = None
-        self.why_not: str | None = None
+        self._why_not: str | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._config.tokenizer, self._config.revision)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return load_template(self._config.template.chat_template, self.tokenizer)
+
+    @cached_property
+    def _by_row(self) -> RowEncoder:
+        config = self._config
+        return RowEncoder(self.tokenizer, self.template, config.tokens, config.template.system)
 
     def _fast(self) -> ColumnEncoder | None:
-        if self._columns and self._by_column is None and self.why_not is None:
+        if self._columns and self._by_column is None and self._why_not is None:
             config = self._config
             try:
                 self._by_column = ColumnEncoder(
                     self.tokenizer, self.template, config.tokens, config.template.system
                 )
             except (Unsupported, Untraceable) as why:
-                self.why_not = str(why)
+                self._why_not = str(why)
         return self._by_column
 
-    def encode(self, task: Task) -> Done:
+    def __call__(self, task: Task) -> Done:
         """Encodes the rows of one task."""
         fast = None if task.compare.all() else self._fast()
         quick = fast.encode(task.rows) if fast else None
@@ -108,7 +125,7 @@ class Encoders:
             by_columns=int(np.count_nonzero(by_column & ~task.compare)), by_rows=len(by_row),
             by_reference=quick.by_reference if quick else 0, compared=int(np.count_nonzero(by_column & task.compare)),
         )  # fmt: skip
-        return Done(outcomes, examples, numbers, differing, sample)
+        return Done(outcomes, examples, numbers, differing, sample, self._why_not)
 
 
 def _differences(

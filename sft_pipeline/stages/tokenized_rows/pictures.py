@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy.typing as npt
 
 SUPERVISED, CONTEXT, SPECIAL = "#b7e4c7", "#eceff1", "#e4b7e0"
-_COLUMNS, _TOKENS = 196, 130  # each token is a box, at about a millisecond
+_COLUMNS, _TOKENS = 196, 110  # each token is a box, at about a millisecond
 
 
 @dataclass(frozen=True)

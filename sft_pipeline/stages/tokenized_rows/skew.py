@@ -4,18 +4,19 @@ It may not: transformers 5.23 reads SmolLM2's config as a plain GPT-2 tokenizer 
 its tokenizer.json declares, so 8 % of ordinary texts get other ids in serving than in training.
 """
 
+import importlib.util
+import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from typing import Any
 
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.stages.workers import Worker
 from sft_pipeline.store import Artifact
 
 CHECK = "tokenizer_skew"
@@ -62,46 +63,57 @@ class Skew:
 
 
 class SkewWatch:
-    """Compares in a process of its own, whose imports (two seconds) go on while rows are tokenized here.
+    """Compares in a process of its own, whose imports go on while rows are tokenized here.
 
     Args:
         earlier: Builds with the same tokenizer, template and versions; what the first of them found holds here too.
     """
 
-    def __init__(self, earlier: Sequence[Artifact]) -> None:
+    def __init__(self, config: TokenizedRowsConfig, earlier: Sequence[Artifact]) -> None:
+        self._config = config
         verdicts = [c for a in earlier[:1] for c in a.manifest.checks if c["name"] == CHECK]
         self._earlier = [(bool(c["passed"]), str(c["description"])) for c in verdicts]
-        self._pool: ProcessPoolExecutor | None = None
+        self._worker: Worker | None = None
+        self._sample: list[Conversation] | None = None
 
     def __enter__(self) -> "SkewWatch":
         if not self._earlier and "transformers" not in sys.modules:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_import_transformers)
-            self._pool.submit(int)  # starts it
+            self._worker = Worker(_without_torch, (self._config,))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._worker:
+            self._worker.end()
 
-    def find(self, config: TokenizedRowsConfig, sample: Sequence[Conversation]) -> Skew:
-        """What the comparison of a sample finds."""
+    def begin(self, sample: Sequence[Conversation]) -> None:
+        """Gives the sample to compare; the first one given counts."""
+        if self._sample is None:
+            self._sample = list(sample)
+            if self._worker:
+                self._worker.send(self._sample)
+
+    def find(self) -> Skew:
+        """What the comparison finds."""
         if self._earlier:
             return Skew(earlier=self._earlier[0])
-        if self._pool is None:
-            return _find(config, sample)
-        try:
-            return self._pool.submit(_find, config, sample).result()
-        except BrokenProcessPool as error:
-            return Skew(unavailable=f"the comparing process died: {error}")
+        if not self._sample:
+            return Skew()
+        return self._worker.receive() if self._worker else _finder(self._config)(self._sample)
 
 
-def _import_transformers() -> None:
+def _without_torch(config: TokenizedRowsConfig) -> Callable[[Sequence[Conversation]], Skew]:
+    """`_finder` in a process where importing torch would take longer than everything else, and is of no use."""
+    found = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "torch" else found(name, package)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import transformers  # noqa: F401
 
+    return _finder(config)
 
-def _find(config: TokenizedRowsConfig, sample: Sequence[Conversation]) -> Skew:
+
+def _finder(config: TokenizedRowsConfig) -> Callable[[Sequence[Conversation]], Skew]:
     tokenizer = load_tokenizer(config.tokenizer, config.revision)
-    return find_skew(tokenizer, load_template(config.template.chat_template, tokenizer), sample)
+    return partial(find_skew, tokenizer, load_template(config.template.chat_template, tokenizer))
 
 
 def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> Skew:
