@@ -1,8 +1,10 @@
 """Packed shards as random-access blocks, and the update plan. Nothing is converted or copied at start."""
 
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 from sft_pipeline.errors import InputError
 
 CACHE_BYTES = 512 << 20
+PLAN_GROUPS = 8  # row groups of the plan that are kept
 
 
 @dataclass(frozen=True)
@@ -34,47 +37,40 @@ class Block:
 
 
 class Shards:
-    """The blocks of one side, read by number from memory-mapped Parquet parts; row groups are cached up to a bound."""
+    """The blocks of one side, read by number from memory-mapped Parquet parts; row groups are cached up to a bound.
 
-    def __init__(self, parts: Sequence[Path], *, cache_bytes: int = CACHE_BYTES) -> None:
+    Blocks lie in the parts in the order of their numbers, so a block is found by bisection: the first one is there as
+    soon in a large dataset as in a small one. That the numbers are right is seen in each row group when it is read.
+    """
+
+    def __init__(
+        self, parts: Sequence[Path], *, cache_bytes: int = CACHE_BYTES, most: int | None = None
+    ) -> None:
         """
+        Args:
+            parts: In order, as `artifact.parts("train")` gives them.
+            cache_bytes: Bound on the row groups kept in memory; the last one always is.
+            most: Only that many blocks, the first ones.
+
         Raises:
-            InputError: A part cannot be read, or block numbers are not 0, 1, 2, ... once each.
+            InputError: The first or last part cannot be read.
         """
-        self._files = []
+        self._paths = list(parts)
+        self._parts: dict[int, _Part] = {}
         self._cache: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()
         self._cached, self._cache_bytes = 0, cache_bytes
-        where: list[np.ndarray] = []  # rows of (block, part, row group, row in it)
-        for part, path in enumerate(parts):
-            try:
-                file = pq.ParquetFile(path, memory_map=True)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(
-                    f"{path}: not a readable Parquet file ({error}). Delete the artifact's folder to have it rebuilt"
-                ) from error
-            self._files.append(file)
-            blocks = file.read(columns=["block"])["block"].to_numpy()
-            start = 0
-            for group in range(file.num_row_groups):
-                n = file.metadata.row_group(group).num_rows
-                own = np.stack(
-                    [blocks[start : start + n], np.full(n, part), np.full(n, group), np.arange(n)], axis=1
-                )
-                where.append(own.astype(np.int32))
-                start += n
-        rows = np.concatenate(where) if where else np.zeros((0, 4), np.int32)
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        if not np.array_equal(rows[:, 0], np.arange(len(rows))):
-            raise InputError(f"{parts[0].parent}: block numbers are not 0 to {len(rows) - 1} once each")
-        self._where = rows[:, 1:]
+        count = self._first(len(self._paths))
+        if count and self._first(0):
+            raise _misnumbered(self._paths[0])
+        self._count = count if most is None else min(count, most)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return self._count
 
     def block(self, number: int) -> Block:
         """
         Raises:
-            InputError: There is no such block.
+            InputError: There is no such block, or its part is damaged.
         """
         batch, row = self._locate(number)
         values = {name: _row(batch, name, row) for name in ("input_ids", "labels", "position_ids", "lengths")}
@@ -92,25 +88,99 @@ class Shards:
         batch, row = self._locate(number)
         return batch.column("row_ids")[row].as_py()
 
+    def _part(self, index: int) -> "_Part":
+        if index not in self._parts:
+            self._parts[index] = _Part(self._paths[index])
+        return self._parts[index]
+
+    def _first(self, index: int) -> int:
+        """The first block number of a part and those after it; of the one after the last, the number of all blocks."""
+        if index < len(self._paths):
+            part = self._part(index)
+            return part.first if part.rows else self._first(index + 1)
+        rows = (self._part(i) for i in reversed(range(len(self._paths))))
+        return next((part.first + part.rows for part in rows if part.rows), 0)
+
     def _locate(self, number: int) -> tuple[pa.RecordBatch, int]:
-        if not 0 <= number < len(self._where):
+        if not 0 <= number < self._count:
             raise InputError(
-                f"block {number} is in the update plan but not among the {len(self._where)} packed blocks"
+                f"block {number} is in the update plan but not among the {self._count} packed blocks"
             )
-        part, group, row = (int(x) for x in self._where[number])
-        key = (part, group)
+        index = bisect_right(range(len(self._paths)), number, key=self._first) - 1
+        if self._first(index) + self._part(index).rows != self._first(index + 1):
+            raise _misnumbered(self._paths[index])
+        part = self._part(index)
+        group = part.group_of(number)
+        key = (index, group)
         if key in self._cache:
             self._cache.move_to_end(key)
         else:
-            table = self._files[part].read_row_group(
-                group, columns=["input_ids", "labels", "position_ids", "lengths", "row_ids"]
-            )
-            batch = table.combine_chunks().to_batches()[0]
-            self._cache[key] = (batch, table.nbytes)
-            self._cached += table.nbytes
+            batch = part.read(group)
+            self._cache[key] = (batch, batch.nbytes)
+            self._cached += batch.nbytes
             while self._cached > self._cache_bytes and len(self._cache) > 1:
                 self._cached -= self._cache.popitem(last=False)[1][1]
-        return self._cache[key][0], row
+        return self._cache[key][0], number - part.starts[group]
+
+
+class _Part:
+    """One Parquet part: consecutive blocks.
+
+    Attributes:
+        first: The number of its first block; 0 where it has none.
+        rows: How many blocks it holds.
+        starts: The number of each row group's first block.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"{path}: not a readable Parquet file ({error}). Delete the artifact's folder to have it rebuilt"
+            ) from error
+        metadata = self._file.metadata
+        self.rows = metadata.num_rows
+        self.first = _bounds(metadata, 0, "block", path)[0] if self.rows else 0
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self.starts = list(accumulate(sizes, initial=self.first))[:-1]
+
+    def group_of(self, number: int) -> int:
+        """The row group that a block is in."""
+        return bisect_right(self.starts, number) - 1
+
+    def read(self, group: int) -> pa.RecordBatch:
+        """One row group, all columns.
+
+        Raises:
+            InputError: Its blocks are not the ones that belong there.
+        """
+        batch = self._file.read_row_group(group).combine_chunks().to_batches()[0]
+        blocks = batch.column("block").to_numpy()
+        if not np.array_equal(blocks, np.arange(len(blocks)) + self.starts[group]):
+            raise _misnumbered(self._path)
+        return batch
+
+
+def _misnumbered(path: Path) -> InputError:
+    return InputError(
+        f"{path}: blocks are not numbered 0, 1, 2, ... over the parts. Delete the artifact's folder to have it rebuilt"
+    )
+
+
+def _bounds(metadata: pq.FileMetaData, group: int, name: str, path: Path) -> tuple[int, int]:
+    """The least and the greatest value of a top-level column in a row group, by the file's footer.
+
+    Raises:
+        InputError: The footer does not say.
+    """
+    column = metadata.row_group(group).column(metadata.schema.names.index(name))
+    if column.statistics is None or not column.statistics.has_min_max:
+        raise InputError(
+            f"{path}: its footer has no statistics of {name}. Delete the artifact's folder to have it rebuilt"
+        )
+    return column.statistics.min, column.statistics.max
 
 
 def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
@@ -121,41 +191,79 @@ def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
 
 
 class Plan:
-    """Which blocks form each update, over all epochs, in order."""
+    """Which blocks form each update, over all epochs, in order.
+
+    Read from the file a row group at a time, so that the first update is there as soon in a long plan as in a short one.
+    """
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
             InputError: The plan cannot be read, is empty, or its updates are not numbered 0, 1, 2, ...
         """
+        self._path = path
         try:
-            table = pq.read_table(path, memory_map=True)
+            self._file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{path}: not a readable update plan ({error})") from error
-        update, position = table["update"].to_numpy(), table["position"].to_numpy()
-        order = np.lexsort((position, update))
-        self._blocks = table["block"].to_numpy()[order]
-        self._counts = {
-            name: table[name].to_numpy()[order]
-            for name in ("examples", "tokens", "supervised")
-            if name in table.column_names
-        }
-        numbers, starts = np.unique(update[order], return_index=True)
-        if not len(numbers) or not np.array_equal(numbers, np.arange(len(numbers))):
-            raise InputError(f"{path}: updates are not numbered from 0 without gaps")
-        self._starts = np.append(starts, len(order))
+        metadata = self._file.metadata
+        groups = range(metadata.num_row_groups if metadata.num_rows else 0)
+        bounds = [_bounds(metadata, group, "update", path) for group in groups]
+        self._firsts, self._lasts = [first for first, _ in bounds], [last for _, last in bounds]
+        steps = [first - last for first, last in zip(self._firsts, [-1, *self._lasts])]
+        if not bounds or steps[0] != 1 or not {0, 1}.issuperset(steps):
+            raise self._unordered()
+        self._read: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         """Updates in the plan."""
-        return len(self._starts) - 1
+        return self._lasts[-1] + 1
+
+    def blocks(self, update: int) -> np.ndarray:
+        """Block numbers of one update, in the plan's order (int32).
+
+        Raises:
+            InputError: The plan is not in the order of training there.
+        """
+        found = []
+        for group in range(bisect_left(self._lasts, update), bisect_right(self._firsts, update)):
+            updates, blocks = self._group(group)
+            start, stop = np.searchsorted(updates, [update, update + 1])
+            found.append(blocks[start:stop])
+        return np.concatenate(found)
 
     def planned(self, name: str, updates: int) -> int | None:
         """What the plan itself says the first `updates` updates hold: `name` is examples, tokens or supervised.
 
         None where the plan does not say.
         """
-        return int(self._counts[name][: self._starts[updates]].sum()) if name in self._counts else None
+        if name not in self._file.schema_arrow.names:
+            return None
+        total = 0
+        for group in range(bisect_left(self._firsts, updates)):
+            table = self._file.read_row_group(group, columns=["update", name])
+            total += int(table[name].to_numpy()[table["update"].to_numpy() < updates].sum())
+        return total
 
-    def blocks(self, update: int) -> np.ndarray:
-        """Block numbers of one update, in the plan's order."""
-        return self._blocks[self._starts[update] : self._starts[update + 1]]
+    def _group(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """(update, block) of each row of a row group, checked to be in order; the last few are kept."""
+        if group not in self._read:
+            names = ["update", "position", "block"]
+            table = self._file.read_row_group(group, columns=names)
+            update, position, block = (table[name].to_numpy() for name in names)
+            same = np.diff(update) == 0
+            expected = np.where(same, position[:-1] + 1, 0)
+            if not (
+                np.array_equal(update[1:], update[:-1] + ~same) and np.array_equal(position[1:], expected)
+            ):
+                raise self._unordered()
+            self._read[group] = (update, block)
+            while len(self._read) > PLAN_GROUPS:
+                self._read.popitem(last=False)
+        return self._read[group]
+
+    def _unordered(self) -> InputError:
+        return InputError(
+            f"{self._path}: updates are not numbered 0, 1, 2, ... with their blocks in order. "
+            "Delete the artifact's folder to have it rebuilt"
+        )

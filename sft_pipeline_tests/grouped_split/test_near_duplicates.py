@@ -1,6 +1,7 @@
 """Near-duplicates: the search finds exactly the pairs that comparing all with all finds, and none straddles."""
 
 import random
+import unicodedata
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.stages.grouped_split import near_duplicates
+from sft_pipeline.stages.grouped_split import near_duplicates, shingles
 from sft_pipeline.stages.grouped_split.leakage import leaked, straddling
 from sft_pipeline.stages.grouped_split.near_duplicates import ShingleSets, neighbours
 from sft_pipeline.stages.grouped_split.shingles import jaccard, shingle_sets, texts_of
@@ -40,6 +41,65 @@ def test_shingles_are_word_trigrams_without_case_and_punctuation() -> None:
     assert jaccard("東京都の天気は", "東京都の天気が") > 0.5
     sizes, hashes = shingle_sets(pa.array(["one two three four", "x", "", "one two three one two three"]))
     assert sizes.tolist() == [2, 1, 1, 3] and len(hashes) == 7
+
+
+LETTERS = "aAbZ09_-.,!? \t\n\x00'\"éÉßñŁ€—“”…ŸÿΩωДжע१ำกข東京カひ한글ſKİ\u0301\U0001f600"
+UNSPACED = ("CJK UNIFIED", "HIRAGANA", "KATAKANA", "THAI")
+
+
+def reference_words(text: str) -> list[str]:
+    """Letter by letter, as the module's docstring says."""
+    words = [""]
+    for letter in text:
+        if unicodedata.name(letter, "").startswith(UNSPACED):
+            words += [letter, ""]
+        elif unicodedata.category(letter)[0] in "LMN":
+            words[-1] += letter.lower() if len(letter.lower()) == 1 else "i"
+        else:
+            words.append("")
+    return [w for w in words if w]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    texts=st.lists(
+        st.one_of(
+            st.text(LETTERS, max_size=30),
+            st.lists(st.sampled_from(["one", "TWO", "a" * 8, "b" * 9, "b" * 17, "c" * 64, "d" * 65, "é" * 40]), max_size=12).map(" ".join),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)  # fmt: skip
+def test_sets_are_the_distinct_trigrams_of_the_words_of_each_text_alone(texts: list[str]) -> None:
+    sizes, hashes = shingle_sets(pa.array(texts, pa.string()))
+    ends = np.cumsum(sizes)
+    named: dict[int, Any] = {}
+    for text, end, size in zip(texts, ends, sizes):
+        words = reference_words(text)
+        gram = min(3, len(words))
+        expected = (
+            {tuple(words[i : i + gram]) for i in range(len(words) - gram + 1)} if words else {text.strip()}
+        )
+        found = hashes[end - size : end].tolist()
+        assert size == len(expected) and found == sorted(set(found))
+        assert found == shingle_sets(pa.array([text], pa.string()))[1].tolist()
+        if len(expected) == 1:  # the same shingle has the same hash wherever it is, and no other has it
+            assert named.setdefault(found[0], expected) == expected or not words
+
+
+def test_sets_depend_neither_on_batches_nor_on_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = corpus(3, 500) + ["“Où est l’été ?” — demanda-t-il", "東京都の天気"] * 3
+    found = []
+    for name, step, threads, text_at_once in (("a", 500, 1, 1 << 20), ("b", 7, 3, 100), ("c", 64, 8, 1)):
+        monkeypatch.setattr(shingles, "TEXT_AT_ONCE", text_at_once)
+        batches = [pa.array(texts[i : i + step]) for i in range(0, len(texts), step)]
+        sets = ShingleSets(batches, tmp_path / name, threads)
+        index = sets.index(0.7)
+        found.append((sets.node.tolist(), sets.size.tolist(), index.short.tolist(), index.rest.tolist()))
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_system_message_is_left_out() -> None:
@@ -106,7 +166,7 @@ def test_no_cluster_keeps_rows_on_two_sides(tmp_path: Path, seed: int, threshold
         .astype(np.int8)
     )
     sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
-    found = straddling(sets, side, threshold)
+    found = straddling(sets, sets.index(threshold), side)
     parent = list(range(len(texts)))
 
     def root(x: int) -> int:
@@ -125,11 +185,11 @@ def test_no_cluster_keeps_rows_on_two_sides(tmp_path: Path, seed: int, threshold
         assert value == pytest.approx(similarity(texts[x], texts[y])) and value >= threshold - 1e-9
     kept = np.setdiff1d(np.arange(len(texts)), found.row)
     rest = ShingleSets([pa.array([texts[i] for i in kept])], tmp_path / "rest")
-    assert sum(leaked(rest, side[kept], threshold).values()) == 0
+    assert sum(leaked(rest, rest.index(threshold), side[kept]).values()) == 0
     expected = {
         SIDES[s]: sum(side[x] == s and any(side[y] < s and similarity(texts[x], texts[y]) >= threshold for y in range(len(texts))) for x in range(len(texts))) for s in (VALIDATION, TEST)
     }  # fmt: skip
-    assert leaked(sets, side, threshold) == expected
+    assert leaked(sets, sets.index(threshold), side) == expected
 
 
 LONG = "please rotate the stale deploy key of the billing service before the audit on friday because the old one was seen in a public log"

@@ -5,13 +5,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages import tables
+from sft_pipeline.stages.grouped_split import near_duplicates
+from sft_pipeline.stages.grouped_split.build import build
 from sft_pipeline.stages.grouped_split.config import SplitConfig
-from sft_pipeline.stages.grouped_split.split import SIDES, TEST, TRAIN, VALIDATION, Sides, fraction_of
+from sft_pipeline.stages.grouped_split.split import SIDES, TEST, TRAIN, VALIDATION, Sides, fractions_of
+from sft_pipeline.stages.grouped_split.summary import SideSummary, on_disk
+from sft_pipeline.stages.stage import Build, Built
+from sft_pipeline.stages.validated_rows.asset import STAGE as VALIDATED_ROWS
+from sft_pipeline.store import Artifact
+from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
 
 __all__ = ["project"]
@@ -19,7 +30,7 @@ __all__ = ["project"]
 
 def case(group: str, turn: int = 0) -> dict[str, Any]:
     return {
-        "prompt": f"case {group}, turn {turn}: who may read {fraction_of('x', f'{group}{turn}')}?",
+        "prompt": f"case {group}, turn {turn}: who may read {fractions_of('x', [f'{group}{turn}'])[0]}?",
         "completion": f"the owner of {group}",
         "group": group,
     }
@@ -63,8 +74,8 @@ def test_worked_example_cases_t102_r550_p771_with_eval_group_r550(project: Path)
 def test_the_side_of_a_group_never_changes_between_versions() -> None:
     config = SplitConfig()
     sides = Sides(config)
-    assert [round(fraction_of("salt-v1", g), 6) for g in ("T102", "R550", "P771")] == GOLDEN_FRACTIONS
-    assert Counter(SIDES[sides.of(str(g))] for g in range(10_000)) == GOLDEN_COUNTS
+    assert fractions_of("salt-v1", ["T102", "R550", "P771"]).round(6).tolist() == GOLDEN_FRACTIONS
+    assert Counter(SIDES[side] for side in sides.of([str(g) for g in range(10_000)])) == GOLDEN_COUNTS
 
 
 GOLDEN_FRACTIONS = [0.821928, 0.596671, 0.981819]
@@ -97,16 +108,14 @@ def test_a_dataset_grown_ten_times_moves_no_group(project: Path) -> None:
 )
 def test_the_side_depends_on_salt_and_group_alone(groups: list[str], more: list[str], salt: str) -> None:
     config = SplitConfig(salt=salt, validation=0.3, test=0.3)
-    alone = {g: Sides(config).of(g) for g in groups}
-    together = Sides(config)
-    for group in more + groups:
-        together.of(group)
-    assert {g: together.of(g) for g in groups} == alone
+    alone = [int(Sides(config).of([g])[0]) for g in groups]
+    assert Sides(config).of(more + groups)[len(more) :].tolist() == alone
 
 
 def test_growing_the_test_fraction_moves_no_group_out_of_test() -> None:
-    small, large = Sides(SplitConfig(test=0.1)), Sides(SplitConfig(test=0.2))
-    assert all(large.of(str(g)) == TEST for g in range(2_000) if small.of(str(g)) == TEST)
+    groups = [str(g) for g in range(2_000)]
+    small, large = (Sides(SplitConfig(test=test)).of(groups) for test in (0.1, 0.2))
+    assert (large[small == TEST] == TEST).all() and (small == TEST).any()
 
 
 def test_groups_at_or_after_the_time_cutoff_are_test(project: Path) -> None:
@@ -131,6 +140,75 @@ def test_groups_at_or_after_the_time_cutoff_are_test(project: Path) -> None:
         "grouped_split"
     ].artifact
     assert sides_of(built) == {"train": {"old", "fixed"}, "validation": set(), "test": {"edge", "new"}}
+
+
+def built_alone(folder: Path, validated: Artifact, **split: Any) -> tuple[Built, Path]:
+    """The stage's build function alone, in a folder of its own."""
+    out = folder / "out"
+    out.mkdir(parents=True)
+    config = SplitConfig.model_validate(split)
+    built = build(
+        Build(
+            config=config,
+            inputs={"validated_rows": validated},
+            out=out,
+            work=folder / "work",
+            report=Reporter(),
+        )
+    )
+    assert not list((folder / "work").glob("*"))
+    return built, out
+
+
+def copies() -> list[dict[str, Any]]:
+    """Forty groups of which every fourth says nearly the same."""
+    said = "please rotate the stale deploy key of the billing service before the audit on friday"
+    return [
+        {"group": f"g{i}", "prompt": f"{said} {i}", "completion": "done"} if i % 4 == 0 else case(f"g{i}")
+        for i in range(40)
+    ]
+
+
+def test_built_twice_with_other_threads_in_another_folder_the_bytes_are_the_same(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(project / "rows.jsonl", copies())
+    validated = run(dataset(path), project / "home", until=VALIDATED_ROWS)["validated_rows"].artifact
+    versions = []
+    for threads in (1, 4):
+        monkeypatch.setattr(near_duplicates, "THREADS", threads)
+        split = {"validation": 0.2, "test": 0.2, "near_duplicates": {"threshold": 0.6}}
+        built, out = built_alone(tmp_path / str(threads), validated, **split)
+        assert built.counts["rejects"] > 0
+        versions.append(data_version(list_files(out, built.volatile)))
+    assert versions[0] == versions[1]
+
+
+def test_the_worst_pairs_are_shown_side_by_side(project: Path, tmp_path: Path) -> None:
+    path = write_jsonl(project / "rows.jsonl", copies())
+    validated = run(dataset(path), project / "home", until=VALIDATED_ROWS)["validated_rows"].artifact
+    built, _ = built_alone(tmp_path, validated, groups={"test": ["g0"]}, near_duplicates={"threshold": 0.6})
+    [leakage] = [c for c in built.checks if c.name == "near_duplicate_leakage"]
+    for pairs in (leakage.evidence["worst_pairs"].value, built.evidence["near_duplicates"].value):
+        assert len(pairs) == min(10, built.counts["near_duplicates"])
+        assert [p["similarity"] for p in pairs] == sorted((p["similarity"] for p in pairs), reverse=True)
+        for pair in pairs:
+            assert pair["text"].startswith("please rotate") and pair["of_text"].startswith("please rotate")
+            assert pair["side"] != pair["of_side"] and pair["group"] != pair["of_group"]
+
+
+def test_files_that_hold_other_rows_than_were_dealt_are_found(project: Path) -> None:
+    path = write_jsonl(project / "rows.jsonl", [case(f"g{i}") for i in range(30)])
+    artifact = run(dataset(path), project / "home")["grouped_split"].artifact
+    handed = SideSummary()
+    for batch in tables.read_batches(artifact.parts("train"), batch_rows=4):
+        handed.add(batch)
+    held = on_disk(artifact.parts("train"))
+    assert held.row_ids == handed.row_ids and held.rows == handed.rows > 1
+    table = pa.concat_tables([pq.read_table(p) for p in artifact.parts("train")])
+    moved = project / "moved.parquet"
+    pq.write_table(table.take([1, 0, *range(2, table.num_rows)]), moved)
+    assert on_disk([moved]).row_ids != handed.row_ids
 
 
 def test_an_empty_side_blocks_unless_its_size_is_zero(project: Path) -> None:

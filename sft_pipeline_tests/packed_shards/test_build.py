@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.learning.shards import Plan, Shards
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.packed_shards import blocks
 from sft_pipeline.stages.packed_shards.asset import STAGE
 from sft_pipeline.stages.packed_shards.blocks import BLOCKS, position_ids
 from sft_pipeline.stages.packed_shards.build import build
@@ -109,6 +112,37 @@ def test_built_twice_it_has_the_same_data_version_and_another_seed_moves_blocks(
         built, out = run(tmp_path, source, name, seed=seed)
         versions.append(data_version(list_files(out, built.volatile)))
     assert versions[0] == versions[1] != versions[2]
+
+
+def test_the_bytes_depend_neither_on_threads_nor_on_how_much_is_kept_in_memory(tmp_path, monkeypatch):
+    source = tokenized(tmp_path / "in", examples(400))
+    versions = []
+    before = pa.cpu_count()
+    for name, threads, resident in (("one", 1, 0), ("two", 4, blocks.RESIDENT_BYTES)):
+        pa.set_cpu_count(threads)
+        monkeypatch.setattr(blocks, "RESIDENT_BYTES", resident)
+        monkeypatch.setattr(blocks, "CHUNK_TOKENS", 1_000)
+        built, out = run(tmp_path, source, name)
+        versions.append(data_version(list_files(out, built.volatile)))
+    pa.set_cpu_count(before)
+    assert versions[0] == versions[1]
+
+
+def test_training_reads_what_was_written_from_small_row_groups_in_several_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "GROUP_TOKENS", 256)
+    monkeypatch.setattr(blocks, "GROUPS_PER_PART", 3)
+    built, out = run(tmp_path, tokenized(tmp_path / "in", examples(300)))
+    parts = sorted((out / "train").glob("*.parquet"))
+    shards, plan = Shards(parts, cache_bytes=1), Plan(out / "plan.parquet")
+    assert len(parts) > 5 and len(shards) == built.counts["blocks"] and len(plan) == built.counts["updates"]
+    for expected in read_rows(parts):
+        block = shards.block(expected["block"])
+        assert block.input_ids.tolist() == expected["input_ids"]
+        assert shards.row_ids(expected["block"]) == expected["row_ids"]
+    planned = pq.read_table(out / "plan.parquet").to_pandas()
+    for update, rows in planned.groupby("update"):
+        assert plan.blocks(update).tolist() == rows["block"].tolist()
+    assert plan.planned("tokens", len(plan)) == 2 * built.counts["tokens"]
 
 
 def test_no_training_rows_is_a_clear_error(tmp_path):

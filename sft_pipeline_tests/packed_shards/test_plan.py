@@ -42,6 +42,36 @@ def test_supervised_tokens_vary_by_at_most_2_percent(strategy, sigma, per_update
     assert len(usual) >= 100 and usual.std() / usual.mean() <= 0.02
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    per_update=st.sampled_from([8, 12, 32]),
+    spare=st.integers(0, 7),
+    kind=st.sampled_from(["log-normal", "bimodal"]),
+    spread=st.floats(0.2, 0.8),
+)
+def test_a_hundred_updates_of_eight_blocks_or_more_vary_by_at_most_2_percent(
+    seed, per_update, spare, kind, spread
+):
+    """Of packed examples. (Lone examples of two very unlike lengths cannot always be dealt out evenly.)"""
+    rng = np.random.default_rng(seed)
+    rows = 110 * per_update * 7
+    if kind == "log-normal":
+        supervised = rng.lognormal(4.5, spread, rows)
+    else:
+        supervised = np.where(rng.random(rows) < spread, rng.normal(40, 6, rows), rng.normal(300, 40, rows))
+    supervised = np.clip(supervised, 1, 900).astype(np.int64)
+    lengths = supervised + rng.integers(10, 120, rows)
+    per_block = pack(lengths, 1024, "bfd").sums(supervised)
+    per_block = np.resize(per_block, len(per_block) // per_update * per_update + spare)
+    plan = plan_updates(per_block, per_update, 1, seed)
+    totals, sizes = plan.sums(per_block), plan.sizes()
+    usual = totals[sizes == per_update]
+    if len(usual) >= 100:
+        assert usual.std() / usual.mean() <= 0.02
+    assert set(sizes.tolist()) <= {per_update, per_update + 1} and (sizes > per_update).sum() == spare
+
+
 def test_epochs_differ_and_nothing_is_sorted_over_time():
     rng = np.random.default_rng(0)
     supervised = rng.integers(50, 500, 800)

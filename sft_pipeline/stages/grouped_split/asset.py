@@ -22,7 +22,9 @@ STAGE = Stage(
         ),
         CheckSpec("sides_not_empty", blocking=True, description="Every side that should have rows has some"),
         CheckSpec(
-            "counts_add_up", blocking=True, description="train + validation + test + rejects = accepted rows"
+            "counts_add_up",
+            blocking=True,
+            description="train + validation + test + rejects = accepted rows, and the files hold exactly the rows dealt to them",
         ),
         CheckSpec(
             "fixed_groups_found",

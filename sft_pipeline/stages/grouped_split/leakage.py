@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sft_pipeline.stages.grouped_split.near_duplicates import ShingleSets, cluster_of, neighbours
+from sft_pipeline.stages.grouped_split.near_duplicates import Index, ShingleSets, cluster_of, neighbours
 from sft_pipeline.stages.grouped_split.split import SIDES, TEST, TRAIN, VALIDATION
 
 
@@ -22,11 +22,15 @@ class Straddling:
     near: np.ndarray
     similarity: np.ndarray
 
+    @classmethod
+    def none(cls) -> "Straddling":
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
-def straddling(sets: ShingleSets, side: np.ndarray, threshold: float) -> Straddling:
+
+def straddling(sets: ShingleSets, index: Index, side: np.ndarray) -> Straddling:
     """Finds train rows whose cluster reaches a validation or test row, and validation rows whose cluster reaches test.
 
-    A cluster is everything that hangs together by pairs at or above the threshold. With these rows gone, none is left
+    A cluster is everything that hangs together by pairs at or above the index's threshold. With these rows gone, none is left
     on two sides.
 
     Args:
@@ -34,7 +38,6 @@ def straddling(sets: ShingleSets, side: np.ndarray, threshold: float) -> Straddl
     """
     first = _first_rows(sets, side)
     is_node = sets.node == np.arange(len(sets))
-    index = sets.index(threshold)
     taken = np.zeros(len(sets), bool)
     rows, near, similarity = [], [], []
     for held_out, lower in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
@@ -55,10 +58,13 @@ def straddling(sets: ShingleSets, side: np.ndarray, threshold: float) -> Straddl
     return Straddling(row[order], np.concatenate(near)[order], np.concatenate(similarity)[order])
 
 
-def leaked(sets: ShingleSets, side: np.ndarray, threshold: float) -> dict[str, int]:
-    """Held-out rows with a near-duplicate on another side: for validation one in train, for test one in train or validation."""
+def leaked(sets: ShingleSets, index: Index, side: np.ndarray) -> dict[str, int]:
+    """Held-out rows with a near-duplicate on another side: for validation one in train, for test one in train or validation.
+
+    Args:
+        side: Index into SIDES per row (int8); -1 for a row that is on none.
+    """
     first = _first_rows(sets, side)
-    index = sets.index(threshold)
     found = {}
     for held_out, lower in ((VALIDATION, (TRAIN,)), (TEST, (TRAIN, VALIDATION))):
         near = np.any([first[s] >= 0 for s in lower], axis=0)

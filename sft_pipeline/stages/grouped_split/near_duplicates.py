@@ -10,8 +10,11 @@ Rows with equal sets are one node.
     rows --shingles--> sets on disk --equal sets joined--> nodes --prefixes--> index --rounds--> neighbours
 """
 
+import os
 import shutil
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +25,11 @@ from sft_pipeline.stages.grouped_split.shingles import distinct, mixed, ranges, 
 
 BITS = 256
 FREQUENCY_SLOTS = 1 << 22
+_SLOT = np.uint32(FREQUENCY_SLOTS - 1)
 PAIRS_AT_ONCE = 1 << 20
 ELEMENTS_AT_ONCE = 1 << 22
 ROWS_AT_ONCE = 1 << 15
+THREADS = min(4, os.cpu_count() or 1)
 
 
 class ShingleSets:
@@ -34,28 +39,34 @@ class ShingleSets:
         node: For each row, the index of the first row with an equal set (int64 [rows]).
     """
 
-    def __init__(self, texts: Iterable[pa.Array], folder: Path) -> None:
+    def __init__(self, texts: Iterable[pa.Array], folder: Path, threads: int | None = None) -> None:
+        """
+        Args:
+            texts: The rows' texts, batch by batch.
+            folder: Scratch space, emptied first; it must outlive the sets.
+            threads: Batches shingled at a time, THREADS by default. The result does not depend on it.
+        """
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._path = folder / "shingles.u32"
         sizes, bitmaps, signatures = (
             [np.zeros(0, np.int64)],
             [np.zeros((0, BITS // 64), np.uint64)],
-            [np.zeros((0, 2), np.uint64)],
+            [np.zeros(0, np.uint64)],
         )
-        self._frequency = np.zeros(FREQUENCY_SLOTS, np.int64)
+        frequency = np.zeros(FREQUENCY_SLOTS, np.uint32)
         with self._path.open("wb") as stream:
-            for batch in texts:
-                size, hashes = shingle_sets(batch)
+            for size, hashes, bitmap, signature in _in_order(texts, threads or THREADS):
                 hashes.tofile(stream)
                 sizes.append(size)
-                bitmaps.append(_bitmaps(size, hashes))
-                signatures.append(_signatures(size, hashes))
-                self._frequency += np.bincount(hashes % FREQUENCY_SLOTS, minlength=FREQUENCY_SLOTS)
+                bitmaps.append(bitmap)
+                signatures.append(signature)
+                np.add.at(frequency, hashes & _SLOT, np.uint32(1))
+        self._rarity = np.minimum(frequency, 0xFFFF).astype(np.uint16)
         self.size = np.concatenate(sizes)
         self._start = np.cumsum(self.size) - self.size
         self._bitmap = np.concatenate(bitmaps)
-        self.node = _first_equal(self.size, np.concatenate(signatures))
+        self.node = _first_equal(self.size, self._bitmap, np.concatenate(signatures))
 
     def __len__(self) -> int:
         return len(self.size)
@@ -71,24 +82,21 @@ class ShingleSets:
         for first in range(0, len(self), ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, len(self))
             size, hashes = self.size[first:last], self._read(first, last)
-            row = np.repeat(np.arange(last - first, dtype=np.uint64), size)
-            rarity = np.minimum(self._frequency[hashes % FREQUENCY_SLOTS], 0xFFFF).astype(np.uint64)
-            ordered = np.sort((row << np.uint64(48)) | (rarity << np.uint64(32)) | hashes)
+            row = np.repeat(np.arange(last - first, dtype=np.uint64) << np.uint64(48), size)
+            rarity = self._rarity[hashes & _SLOT].astype(np.uint64)
+            ordered = row | (rarity << np.uint64(32)) | hashes
+            ordered.sort()
             start = np.cumsum(size) - size
             full, short = (
                 size - np.ceil(share * size - 1e-9).astype(np.int64) + 1
                 for share in (threshold, 2 * threshold / (1 + threshold))
             )
-            stands_alone = self.node[first:last] == np.arange(
-                first, last
-            )  # an equal row stands for the others
+            # An equal row stands for the others.
+            stands_alone = self.node[first:last] == np.arange(first, last)
             for entries, at, length in ((found[0], start, short), (found[1], start + short, full - short)):
                 taken = ordered[ranges(at, np.where(stands_alone, length, 0))]
-                entries.append(
-                    ((taken & np.uint64(0xFFFFFFFF)) << np.uint64(32))
-                    | ((taken >> np.uint64(48)) + np.uint64(first))
-                )
-        return Index(threshold, *(np.sort(np.concatenate(entries)) for entries in found))
+                entries.append((taken << np.uint64(32)) | ((taken >> np.uint64(48)) + np.uint64(first)))
+        return Index(threshold, *(_sorted(entries) for entries in found))
 
     def may_reach(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
         """Whether pairs of rows can be similar enough, by their sizes and bitmaps. Never wrong when it says no."""
@@ -145,12 +153,23 @@ def neighbours(sets: ShingleSets, index: Index, near: np.ndarray, asked: np.ndar
     asked_short, asked_rest = (_of(part, asked) for part in (index.short, index.rest))
     for one, other in ((asked_short, near_short), (asked_short, near_rest), (asked_rest, near_short)):
         shingle, near_node = other >> np.uint64(32), _nodes(other)
-        for first in range(0, len(one), PAIRS_AT_ONCE):
+        for first in range(0, len(one) if len(other) else 0, PAIRS_AT_ONCE):
             here = one[first : first + PAIRS_AT_ONCE]
-            left = np.searchsorted(shingle, here >> np.uint64(32), "left")
-            count = np.searchsorted(shingle, here >> np.uint64(32), "right") - left
+            asked_for = here >> np.uint64(32)
+            left = np.searchsorted(shingle, asked_for)
+            met = shingle[np.minimum(left, len(shingle) - 1)] == asked_for  # few are
+            here, left = here[met], left[met]
+            count = np.searchsorted(shingle, asked_for[met], "right") - left
             _search(sets, index.threshold, _nodes(here), near_node, left, count, open_, found)
     return _sorted_pairs(found, by_node=True)
+
+
+def _sorted(parts: list[np.ndarray]) -> np.ndarray:
+    """The concatenation in ascending order; empties the list, which may be most of the memory in use."""
+    together = np.concatenate(parts)
+    parts.clear()
+    together.sort()
+    return together
 
 
 def _nodes(entries: np.ndarray) -> np.ndarray:
@@ -226,39 +245,51 @@ def cluster_of(sets: ShingleSets, index: Index, start: np.ndarray, among: np.nda
     return _sorted_pairs(found, by_node=False)
 
 
+Sets = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _in_order(batches: Iterable[pa.Array], threads: int) -> Iterator[Sets]:
+    """`_sets` of each batch, in order."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[Sets]] = deque()
+        for batch in batches:
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(_sets, batch))
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _sets(texts: pa.Array) -> Sets:
+    """Of a batch: sizes, hashes, bitmaps and signatures of its sets."""
+    size, hashes = shingle_sets(texts)
+    return size, hashes, _bitmaps(size, hashes), _signatures(size, hashes)
+
+
 def _bitmaps(size: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """Which of BITS residues occur in each set (uint64 [n, BITS / 64])."""
-    bits = np.zeros(len(size) * (BITS // 8), np.uint8)
-    residue = (mixed(hashes.astype(np.uint64)) % np.uint64(BITS)).astype(np.int64)
-    marked = np.zeros((len(size), BITS), bool)
-    marked[np.repeat(np.arange(len(size)), size), residue] = True
-    bits = np.packbits(marked, axis=1)
-    return bits.view(np.uint64)
+    marked = np.zeros(len(size) * BITS, bool)
+    marked[np.repeat(np.arange(len(size)) * BITS, size) + hashes % BITS] = True
+    return np.packbits(marked).view(np.uint64).reshape(-1, BITS // 64)
 
 
 def _signatures(size: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """128 bits per set, equal for equal sets (uint64 [n, 2])."""
+    """64 bits per set, equal for equal sets (uint64 [n])."""
     if not len(size):
-        return np.zeros((0, 2), np.uint64)
-    starts = np.cumsum(size) - size
-    wide = hashes.astype(np.uint64)
-    return np.stack(
-        [
-            np.add.reduceat(mixed(wide * np.uint64(k) + np.uint64(k)), starts)
-            for k in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)
-        ],
-        axis=1,
-    )
+        return np.zeros(0, np.uint64)
+    return np.add.reduceat(mixed(hashes * np.uint64(0x9E3779B97F4A7C15)), np.cumsum(size) - size)
 
 
-def _first_equal(size: np.ndarray, signatures: np.ndarray) -> np.ndarray:
-    """For each row the first row with the same set."""
-    if not len(size):
-        return np.zeros(0, np.int64)
-    keys = (
-        np.column_stack([signatures, size.astype(np.uint64)])
-        .view([("a", np.uint64), ("b", np.uint64), ("n", np.uint64)])
-        .ravel()
+def _first_equal(size: np.ndarray, bitmaps: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+    """For each row the first row with the same set: the same size, bitmap and signature."""
+    order = np.argsort(signatures, kind="stable")
+    new = np.ones(len(order), bool)
+    one, other = order[1:], order[:-1]
+    new[1:] = (
+        (signatures[one] != signatures[other])
+        | (size[one] != size[other])
+        | (bitmaps[one] != bitmaps[other]).any(axis=1)
     )
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return first[inverse]
+    first = np.empty_like(order)
+    first[order] = order[new][np.cumsum(new) - 1]
+    return first

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.validated_rows.rows import time_of
@@ -13,17 +14,19 @@ SIDES = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
 
-def fraction_of(salt: str, group: str) -> float:
-    """A number in [0, 1) that depends on the salt and the group only: the first 64 bits of their SHA-256."""
-    return int.from_bytes(hashlib.sha256(f"{salt}\0{group}".encode()).digest()[:8], "big") / 2**64
+def fractions_of(salt: str, groups: Sequence[str]) -> np.ndarray:
+    """A number in [0, 1] per group that depends on the salt and the group only: the first 64 bits of their SHA-256."""
+    prefix = f"{salt}\0".encode()
+    digests = b"".join([hashlib.sha256(prefix + group.encode()).digest() for group in groups])
+    return np.frombuffer(digests, ">u8")[::4] / 2**64
 
 
-def salted_side(config: SplitConfig, group: str) -> int:
-    """The side that the salt gives a group: test below `test`, validation in the next `validation`, else train."""
-    fraction = fraction_of(config.salt, group)
-    if fraction < config.test:
-        return TEST
-    return VALIDATION if fraction < config.test + config.validation else TRAIN
+def salted_sides(config: SplitConfig, groups: Sequence[str]) -> np.ndarray:
+    """The side that the salt gives each group (int8): test below `test`, validation in the next `validation`, else
+    train."""
+    fractions = fractions_of(config.salt, groups)
+    held_out = np.where(fractions < config.test, TEST, VALIDATION)
+    return np.where(fractions < config.test + config.validation, held_out, TRAIN).astype(np.int8)
 
 
 class Sides:
@@ -40,20 +43,23 @@ class Sides:
         self._cutoff = time_of(config.time_cutoff)
         self.fixed_found: set[str] = set()
 
-    def of(self, group: str) -> int:
-        """The side of one group, as an index into SIDES."""
-        if group in self._fixed:
-            self.fixed_found.add(group)
-            return self._fixed[group]
-        if self._cutoff and self._times.get(group, "") >= self._cutoff:
-            return TEST
-        return salted_side(self._config, group)
+    def of(self, groups: Sequence[str]) -> np.ndarray:
+        """The side of each group (int8), as an index into SIDES."""
+        sides = salted_sides(self._config, groups)
+        if self._cutoff:
+            late = [self._times.get(g, "") >= self._cutoff for g in groups]
+            sides[np.array(late, bool)] = TEST
+        if self._fixed:
+            for i, group in enumerate(groups):
+                if group in self._fixed:
+                    sides[i] = self._fixed[group]
+                    self.fixed_found.add(group)
+        return sides
 
     def of_rows(self, groups: pa.Array) -> np.ndarray:
         """The side of each row (int8), given the rows' groups."""
         encoded = groups.dictionary_encode()
-        sides = np.array([self.of(g) for g in encoded.dictionary.to_pylist()], dtype=np.int8)
-        return sides[encoded.indices.to_numpy(zero_copy_only=False)] if len(groups) else sides
+        return self.of(encoded.dictionary.to_pylist())[encoded.indices.to_numpy(zero_copy_only=False)]
 
     @property
     def fixed_missing(self) -> list[str]:
@@ -73,8 +79,6 @@ def first_times(batches: Iterable[pa.RecordBatch]) -> dict[str, str]:
 
 def overlap(groups_by_side: Sequence[pa.Array]) -> list[str]:
     """Groups that are on more than one side, given each side's distinct groups."""
-    import pyarrow.compute as pc
-
     found: list[str] = []
     for i, one in enumerate(groups_by_side):
         for other in groups_by_side[i + 1 :]:

@@ -1,6 +1,8 @@
-"""What is on each side, read back from the written files: rows, groups, lengths, sources, labels."""
+"""What is on each side: gathered while its rows are written, and read back from its files to compare."""
 
+import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,33 +12,61 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages import tables
-from sft_pipeline.stages.grouped_split.shingles import texts_of
+from sft_pipeline.stages.grouped_split.shingles import is_system
 
 MAX_LABELS = 100
+_MERGE_GROUPS = 64  # batches after which their distinct groups are joined
 
 
 @dataclass
 class SideSummary:
-    """One side.
+    """One side, as its rows were handed to the writer.
 
     Attributes:
-        groups: Its distinct groups.
-        characters: Per row, of everything said (the system message left out).
+        characters: Per batch the characters of each row: everything said, the system message left out (int64).
         labels: How often each completion occurs; None where there are more than MAX_LABELS of them (no labels, then).
     """
 
     rows: int = 0
-    groups: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
-    characters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    sources: Counter[int] = field(default_factory=Counter)
     turns: int = 0
+    sources: Counter[int] = field(default_factory=Counter)
     labels: Counter[str] | None = field(default_factory=Counter)
+    characters: list[np.ndarray] = field(default_factory=lambda: [np.zeros(0, np.int64)])
+    _ids: "RowIds" = field(default_factory=lambda: RowIds())
 
-    def to_json(self) -> dict[str, Any]:
-        lengths = self.characters
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Counts rows in (columns row_id, source and messages)."""
+        if not batch.num_rows:
+            return
+        messages = batch.column("messages")
+        flat = messages.flatten()
+        ends = messages.offsets.to_numpy() - messages.offsets[0].as_py()
+        self.rows += batch.num_rows
+        self.turns += pc.sum(pc.equal(flat.field("role"), "assistant")).as_py() or 0
+        self.sources.update(_counts(batch.column("source")))
+        if self.labels is not None:
+            self.labels.update(_counts(flat.field("content").take(pa.array(ends[1:] - 1)), MAX_LABELS + 1))
+            if len(self.labels) > MAX_LABELS:
+                self.labels = None
+        said = np.concatenate([[0], np.cumsum(_characters(flat))])
+        self.characters.append(said[ends[1:]] - said[ends[:-1]])
+        self._ids.add(batch.column("row_id"))
+
+    @property
+    def row_ids(self) -> str:
+        """A digest over the row ids in order."""
+        return self._ids.digest
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Characters per row (int64 [rows])."""
+        return np.concatenate(self.characters)
+
+    def to_json(self, groups: int) -> dict[str, Any]:
+        lengths = self.lengths
         return {
             "rows": self.rows,
-            "groups": len(self.groups),
+            "groups": groups,
             "turns": self.turns,
             "characters": {
                 "mean": round(float(lengths.mean()), 1), "median": int(np.median(lengths)), "p95": int(np.percentile(lengths, 95)), "max": int(lengths.max()),
@@ -45,25 +75,55 @@ class SideSummary:
         }  # fmt: skip
 
 
-def summarize(paths: list[Path]) -> SideSummary:
-    """Reads one side's files, a batch at a time."""
-    side = SideSummary()
-    groups, characters = [side.groups], [side.characters]
-    for batch in tables.read_batches(paths, ["source", "group", "messages"]):
-        messages = batch.column("messages")
-        side.rows += batch.num_rows
+@dataclass(frozen=True)
+class OnDisk:
+    """One side, as its files hold it.
+
+    Attributes:
+        groups: Its distinct groups.
+        row_ids: A digest over the row ids in order.
+    """
+
+    rows: int
+    groups: pa.Array
+    row_ids: str
+
+
+def on_disk(paths: Iterable[Path]) -> OnDisk:
+    """Reads one side's files back, a batch at a time."""
+    groups, ids, rows = [pa.array([], pa.string())], RowIds(), 0
+    for batch in tables.read_batches(paths, ["row_id", "group"], tables.ROW_GROUP):
+        rows += batch.num_rows
+        ids.add(batch.column("row_id"))
         groups.append(pc.unique(batch.column("group")))
-        characters.append(pc.utf8_length(texts_of(messages)).to_numpy(zero_copy_only=False).astype(np.int64))
-        side.sources.update(batch.column("source").to_pylist())
-        side.turns += int(pc.sum(pc.equal(messages.flatten().field("role"), "assistant")).as_py() or 0)
-        if side.labels is not None and batch.num_rows:
-            ends = messages.offsets.to_numpy(zero_copy_only=False)[1:] - 1
-            counts = pc.value_counts(messages.values.field("content").take(pa.array(ends))).to_pylist()
-            side.labels.update({c["values"]: c["counts"] for c in counts[: MAX_LABELS + 1]})
-            if len(side.labels) > MAX_LABELS:
-                side.labels = None
-        if len(groups) > 64:
+        if len(groups) > _MERGE_GROUPS:
             groups = [pc.unique(pa.concat_arrays(groups))]
-    side.groups = pc.unique(pa.concat_arrays(groups))
-    side.characters = np.concatenate(characters)
-    return side
+    return OnDisk(rows, pc.unique(pa.concat_arrays(groups)), ids.digest)
+
+
+class RowIds:
+    """A digest over row ids in order, however they are cut into batches."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, row_ids: pa.StringArray) -> None:
+        self._hash.update("".join(f"{i}\n" for i in row_ids.to_pylist()).encode())
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _counts(values: pa.Array, limit: int | None = None) -> dict[Any, int]:
+    """How often each of the first `limit` distinct values occurs."""
+    return {c["values"]: c["counts"] for c in pc.value_counts(values)[:limit].to_pylist()}
+
+
+def _characters(messages: pa.StructArray) -> np.ndarray:
+    """Characters of each message (int64); the system's count as none."""
+    content, calls = (
+        pc.fill_null(pc.utf8_length(messages.field(name)), 0).to_numpy(zero_copy_only=False)
+        for name in ("content", "tool_calls")
+    )
+    return np.where(is_system(messages).to_numpy(zero_copy_only=False), 0, content.astype(np.int64) + calls)

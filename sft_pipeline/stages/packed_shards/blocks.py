@@ -7,9 +7,11 @@
     row_ids        a b
 
 A dataset's tokens are never held as Python objects: they lie in one flat scratch file that is read through the page
-cache, and blocks are gathered from it with array indices.
+cache, and blocks are gathered from it with array indices. Training reads blocks in random order, a row group at a
+time; so row groups are small, and so are parts, whose footers it reads before anything else.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,12 @@ from sft_pipeline.stages.packed_shards.packing import Packing
 from sft_pipeline.stages.tables import PartWriter, read_batches
 
 IGNORE = -100
-ROW_GROUP = 256
-CHUNK_TOKENS = 1 << 22  # gathered at a time
+GROUP_TOKENS = 1 << 15  # in a row group, about
+GROUP_BLOCKS = 4_096  # in a row group, at most
+GROUPS_PER_PART = 128
+CHUNK_TOKENS = 1 << 20  # gathered at a time
+RESIDENT_BYTES = 1 << 30  # a larger scratch file is let go of after each chunk
+_SUPERVISED = np.int32(-(1 << 31))  # the sign bit of a stored token id
 
 BLOCKS = pa.schema(
     [
@@ -42,29 +48,30 @@ class FlatRows:
     """All examples of one side, end to end.
 
     Attributes:
-        ids: int32 (tokens,), memory-mapped.
-        supervised: bool (tokens,), memory-mapped: whether the position carries loss.
+        tokens: int32 (tokens,), memory-mapped: input ids, with the sign bit set where the position carries loss.
         starts: int64 (examples + 1,).
+        supervised: int64 (examples,): supervised tokens.
         row_ids: One per example.
         wrong_labels: Positions whose label is neither -100 nor the input id, or that are supervised at an example's start.
+        mapped: What `tokens` looks into; None where there are none.
     """
 
-    ids: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.bool_]
+    tokens: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
+    supervised: npt.NDArray[np.int64]
     row_ids: pa.StringArray
     wrong_labels: int
+    mapped: mmap.mmap | None
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens per example."""
         return np.diff(self.starts)
 
-    @property
-    def supervised_counts(self) -> npt.NDArray[np.int64]:
-        """Supervised tokens per example."""
-        if len(self.starts) == 1:
-            return np.empty(0, dtype=np.int64)
-        return np.add.reduceat(self.supervised, self.starts[:-1], dtype=np.int64)
+    def let_go(self) -> None:
+        """Takes the pages of a large file out of this process's memory; they are mapped again when read."""
+        if self.mapped is not None and len(self.mapped) > RESIDENT_BYTES:
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
@@ -72,36 +79,39 @@ def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
 
     Args:
         parts: Parquet files with row_id, input_ids and labels.
-        scratch: A folder for two files, which must outlive the result.
+        scratch: A folder for a file, which must outlive the result.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    lengths, row_ids, wrong = [np.zeros(1, dtype=np.int64)], [], 0
-    with (
-        (scratch / "ids.bin").open("wb") as ids_file,
-        (scratch / "supervised.bin").open("wb") as supervised_file,
-    ):
+    lengths, supervised = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    row_ids, wrong = [], 0
+    with (scratch / "tokens.bin").open("wb") as file:
         for batch in read_batches(parts, ["row_id", "input_ids", "labels"]):
             ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
-            offsets = batch.column("input_ids").offsets.to_numpy()
-            supervised = labels != IGNORE
-            wrong += int(np.count_nonzero(supervised & (labels != ids))) + int(
-                np.count_nonzero(supervised[offsets[:-1] - offsets[0]])
-            )
-            ids.tofile(ids_file)
-            supervised.tofile(supervised_file)
-            lengths.append(np.diff(offsets).astype(np.int64))
+            offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
+            offsets -= offsets[0]
+            counts = labels != IGNORE
+            wrong += int(np.count_nonzero(counts & (labels != ids)))
+            wrong += int(np.count_nonzero(counts[offsets[:-1]]))
+            np.where(counts, ids | _SUPERVISED, ids).tofile(file)
+            lengths.append(np.diff(offsets))
+            supervised.append(np.add.reduceat(counts, offsets[:-1], dtype=np.int64))
             row_ids.append(batch.column("row_id"))
+    mapped = _map(scratch / "tokens.bin")
     return FlatRows(
-        ids=_map(scratch / "ids.bin", np.int32),
-        supervised=_map(scratch / "supervised.bin", np.bool_),
+        tokens=np.frombuffer(mapped or b"", np.int32),
         starts=np.cumsum(np.concatenate(lengths)),
+        supervised=np.concatenate(supervised),
         row_ids=pa.chunked_array(row_ids, pa.string()).combine_chunks(),
         wrong_labels=wrong,
+        mapped=mapped,
     )
 
 
-def _map(path: Path, dtype: type) -> npt.NDArray:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+def _map(path: Path) -> mmap.mmap | None:
+    if not path.stat().st_size:
+        return None
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,13 @@ class Written:
 
 
 def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
-    """Writes the blocks of one side as Parquet parts, a few million tokens at a time."""
+    """Writes the blocks of one side as Parquet parts, about a million tokens at a time."""
     examples = tokens = supervised = bad = 0
-    with PartWriter(folder, BLOCKS, row_group=ROW_GROUP) as out:
+    mean = len(rows.tokens) // max(packing.blocks, 1)
+    group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
+    with PartWriter(
+        folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, dictionary=False
+    ) as out:
         for batch in gather(rows, packing):
             out.write(batch)
             positions = batch.column("position_ids").flatten().to_numpy()
@@ -141,23 +155,24 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
 
 def gather(rows: FlatRows, packing: Packing) -> Iterator[pa.RecordBatch]:
     """The blocks as Arrow batches of the schema `BLOCKS`, in order."""
-    per_block = packing.sums(rows.lengths)
-    first = 0
+    ends = np.cumsum(packing.sums(rows.lengths))
+    first = done = 0
     while first < packing.blocks:
-        room = np.cumsum(per_block[first : first + ROW_GROUP * 64])
-        stop = first + max(int(np.searchsorted(room, CHUNK_TOKENS, side="right")), 1)
+        stop = max(int(np.searchsorted(ends, done + CHUNK_TOKENS, side="right")), first + 1)
         yield _batch(rows, packing, first, stop)
-        first = stop
+        rows.let_go()
+        first, done = stop, int(ends[stop - 1])
 
 
 def _batch(rows: FlatRows, packing: Packing, first: int, stop: int) -> pa.RecordBatch:
     members = packing.order[packing.starts[first] : packing.starts[stop]]
     per_block = np.diff(packing.starts[first : stop + 1])
-    lengths = rows.lengths[members]
+    begin = rows.starts[members]
+    lengths = rows.starts[members + 1] - begin
     position = position_ids(lengths)
-    source = np.repeat(rows.starts[members], lengths) + position
-    ids = rows.ids[source]
-    labels = np.where(rows.supervised[source], ids, np.int32(IGNORE))
+    stored = rows.tokens[np.repeat(begin, lengths) + position]
+    ids = stored & ~_SUPERVISED
+    labels = np.where(stored < 0, ids, np.int32(IGNORE))
     segments = _offsets(per_block)
     tokens = _offsets(np.add.reduceat(lengths, segments[:-1]))
     return pa.RecordBatch.from_arrays(
@@ -165,7 +180,7 @@ def _batch(rows: FlatRows, packing: Packing, first: int, stop: int) -> pa.Record
             pa.array(np.arange(first, stop, dtype=np.int32)),
             pa.ListArray.from_arrays(pa.array(tokens), pa.array(ids)),
             pa.ListArray.from_arrays(pa.array(tokens), pa.array(labels)),
-            pa.ListArray.from_arrays(pa.array(tokens), pa.array(position.astype(np.int32))),
+            pa.ListArray.from_arrays(pa.array(tokens), pa.array(position)),
             pa.ListArray.from_arrays(pa.array(segments), pa.array(lengths.astype(np.int32))),
             pa.ListArray.from_arrays(pa.array(segments), rows.row_ids.take(pa.array(members))),
         ],
@@ -173,10 +188,11 @@ def _batch(rows: FlatRows, packing: Packing, first: int, stop: int) -> pa.Record
     )
 
 
-def position_ids(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+def position_ids(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
     """0 1 2 ... for each example, end to end: lengths 3 3 -> 0 1 2 0 1 2."""
-    starts = np.cumsum(lengths) - lengths
-    return np.arange(int(np.sum(lengths)), dtype=np.int64) - np.repeat(starts, lengths)
+    starts = np.cumsum(lengths, dtype=np.int32) - lengths
+    total = int(np.sum(lengths))
+    return np.arange(total, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
 
 
 def _offsets(sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:

@@ -51,11 +51,9 @@ def build(b: Build) -> Built:
             raise InputError(
                 f"{b.asset}: the train side of tokenized_rows has no rows, so there is nothing to pack"
             )
-        supervised = train.packing.sums(train.rows.supervised_counts)
+        supervised = train.packing.sums(train.rows.supervised)
         plan = plan_updates(supervised, config.blocks_per_update, config.epochs, config.seed)
-        budget = budget_of(
-            train.packing, plan, train.rows.lengths, train.rows.supervised_counts, config.max_length
-        )
+        budget = budget_of(train.packing, plan, train.rows.lengths, train.rows.supervised, config.max_length)
         _write_plan(b.out / "plan.parquet", plan, train)
         write_json(
             b.out / "budget.json",
@@ -105,7 +103,7 @@ def _pack_side(b: Build, config: PackedShardsConfig, side: str, scratch: Path) -
 def _write_plan(path: Path, plan: UpdatePlan, train: Side) -> None:
     per_block = {
         "tokens": train.packing.sums(train.rows.lengths),
-        "supervised": train.packing.sums(train.rows.supervised_counts),
+        "supervised": train.packing.sums(train.rows.supervised),
         "examples": np.diff(train.packing.starts),
     }
     columns = {"update": plan.update, "position": plan.position, "block": plan.block, "epoch": plan.epoch}
@@ -122,8 +120,7 @@ def _checks(
     numbers = ", ".join(f"{name}: {s.expected} rows in {s.on_disk} blocks" for name, s in sides.items())
     bad = sum(s.written.bad_boundaries for s in sides.values())
     wrong = sum(
-        s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised_counts.sum()))
-        for s in sides.values()
+        s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised.sum())) for s in sides.values()
     )
     covered = _covers(plan, train.packing.blocks, config.epochs)
     full = (

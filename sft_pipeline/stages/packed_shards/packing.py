@@ -1,9 +1,10 @@
-"""Whole examples packed into blocks: best-fit-decreasing, planned on the histogram of lengths.
+"""Whole examples packed into blocks: best-fit-decreasing, planned on the histogram of lengths, or better.
 
 Best-fit-decreasing puts each example, the longest first, into the fullest block that still has room for it, or into
 a new one. Examples of equal length are interchangeable, and so are blocks of equal remaining room; so the plan is made
 for (length, how many) and (room, how many), in time that depends on the number of different lengths and not on the
-number of examples. The number of blocks is exactly that of the example-by-example algorithm.
+number of examples. The number of blocks is exactly that of the example-by-example algorithm. Where that is not close
+to the lower bound, `exact_fill` looks for a plan with fewer.
 
     lengths 5 5 3 3 2, block 8   ->   [5 3] [5 3] [2]
 """
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from sft_pipeline.stages.packed_shards.exact_fill import Pattern, exact_fill
 
 Ints = npt.NDArray[np.integer]
 
@@ -50,7 +53,7 @@ def pack(lengths: Ints, max_length: int, strategy: str, seed: int = 0) -> Packin
     Args:
         lengths: Tokens per example (examples,), each from 1 to `max_length`.
         max_length: Tokens that a block can hold.
-        strategy: "bfd", or "none": one example per block, in the order given.
+        strategy: "bfd": never more blocks than best-fit-decreasing; or "none": one example per block, in the order given.
         seed: Which of several examples of equal length goes where. Another seed changes no block's fill.
 
     Raises:
@@ -65,12 +68,10 @@ def pack(lengths: Ints, max_length: int, strategy: str, seed: int = 0) -> Packin
         return Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     if strategy != "bfd":
         raise ValueError(f"unknown packing strategy {strategy!r}")
-    patterns = plan_patterns(np.bincount(lengths, minlength=max_length + 1), max_length)
-    return _deal(lengths, patterns, seed)
-
-
-Pattern = tuple[tuple[int, int], ...]
-"""What a block holds: ((length, how many), ...), longest first."""
+    histogram = np.bincount(lengths, minlength=max_length + 1)
+    patterns = plan_patterns(histogram, max_length)
+    better = exact_fill(histogram, max_length, most=sum(count for _, count in patterns))
+    return _deal(lengths, better or patterns, seed)
 
 
 def plan_patterns(histogram: Ints, max_length: int) -> list[tuple[Pattern, int]]:

@@ -211,8 +211,7 @@ class FirstBlocks(Shards):
     """The first few blocks of a side: enough for a trial's evaluations."""
 
     def __init__(self, parts: Sequence[Path], most: int) -> None:
-        super().__init__(parts)
-        self._where = self._where[:most]
+        super().__init__(parts, most=most)
 
 
 def short_run(

@@ -1,0 +1,73 @@
+"""Ten snapshots, each with all the rows of the one before and more: no group moves, and no near-duplicates straddle."""
+
+import random
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from sft_pipeline.stages.grouped_split.split import SIDES
+from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
+
+__all__ = ["project"]
+
+THRESHOLD = 0.7
+
+
+def grown(seed: int = 0) -> list[list[dict[str, Any]]]:
+    """Snapshots of 12, 24, ... 120 rows: new groups, new turns of old groups, near-copies across groups."""
+    rng = random.Random(seed)
+    words = [f"word{i}" for i in range(400)]
+    data: list[dict[str, Any]] = []
+    snapshots = []
+    for snapshot in range(10):
+        for i in range(12):
+            prompt, completion = " ".join(rng.sample(words, 30)), rng.choice(words)
+            if data and rng.random() < 0.3:
+                copied = rng.choice(data)
+                said, completion = copied["prompt"].split(), copied["completion"]
+                said[rng.randrange(len(said))] = rng.choice(words)
+                prompt = " ".join(said)
+            old = bool(data) and rng.random() < 0.3
+            group = rng.choice(data)["tenant"] if old else f"tenant {snapshot}.{i}"
+            data.append({"prompt": prompt, "completion": completion, "tenant": group})
+        rng.shuffle(data)
+        snapshots.append([dict(row) for row in data])
+    return snapshots
+
+
+def grams(row: dict[str, Any]) -> set[tuple[str, ...]]:
+    words = " ".join(m["content"] for m in row["messages"]).split()
+    return set(zip(words, words[1:], words[2:]))
+
+
+def test_no_group_moves_and_no_near_duplicates_straddle_while_a_dataset_grows_tenfold(project: Path) -> None:
+    split = {
+        "validation": 0.2,
+        "test": 0.25,
+        "groups": {"test": ["tenant 3.3"], "train": ["tenant 0.0"]},
+        "near_duplicates": {"threshold": THRESHOLD},
+    }
+    home: dict[str, str] = {}
+    dropped = 0
+    for number, data in enumerate(grown()):
+        source = {
+            "path": str(write_jsonl(project / f"snapshot-{number}.jsonl", data)),
+            "columns": {"group": "tenant"},
+        }
+        outcome = run(dataset(source, split=split), project / "home")["grouped_split"]
+        built = outcome.artifact
+        sides = {side: rows(built, side) for side in SIDES}
+        rejects = rows(built, "rejects.parquet")
+        assert sum(map(len, sides.values())) + len(rejects) == len(data)
+        for side, found in sides.items():
+            for group in {row["group"] for row in found}:
+                assert home.setdefault(group, side) == side
+        assert home.get("tenant 3.3", "test") == "test" and home.get("tenant 0.0", "train") == "train"
+        said = {side: [grams(row) for row in found] for side, found in sides.items()}
+        for one, other in combinations(SIDES, 2):
+            assert all(len(x & y) < THRESHOLD * len(x | y) for x, y in product(said[one], said[other]))
+        assert (
+            check(outcome, "group_overlap")["passed"] and check(outcome, "near_duplicate_leakage")["passed"]
+        )
+        dropped += len(rejects)
+    assert dropped > 10 and set(home.values()) == set(SIDES)
