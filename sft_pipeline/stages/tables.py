@@ -5,7 +5,9 @@ twice has the same bytes. Memory holds one row group when writing and one batch 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -173,6 +175,37 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._part.__exit__(kind, error, trace)
+
+
+class Behind:
+    """Calls functions one after the other in a thread, for writing and the like, which leave the interpreter free.
+
+    At most `AHEAD` calls wait, so that memory stays bounded. Leaving the context waits for all of them; what one
+    raises comes out of a later `submit`, or of the context.
+    """
+
+    AHEAD = 2
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[Any]] = deque()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Calls a function when those before it are done."""
+        self._waiting.append(self._pool.submit(function, *arguments))
+        while len(self._waiting) > self.AHEAD:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for call in self._waiting:
+                call.result()
 
 
 def read_batches(

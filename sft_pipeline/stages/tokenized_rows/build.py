@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import REJECTS, FileWriter, PartWriter, count_rows, read_batches
+from sft_pipeline.stages.tables import REJECTS, Behind, FileWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
@@ -26,12 +26,13 @@ from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.skew import SkewWatch
 from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
-from sft_pipeline.stages.workers import ordered_map
+from sft_pipeline.stages.workers import ordered_map, worker_count
 from sft_pipeline.store.files import sha256_json, write_json
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
 WORTH_WORKERS = 24_000  # rows to encode; a worker first loads the tokenizer
+MANY_CPUS = 3  # with fewer, this process and its threads keep them busy
 SAMPLE = 300  # of those, rendered and encoded once more, by transformers too
 PREVIEWS = 2
 EXAMPLES_PER_REASON = 3
@@ -77,7 +78,7 @@ def build(b: Build) -> Built:
     config: TokenizedRowsConfig = b.config
     split = b.inputs["grouped_split"]
     total = count_rows(p for side in SIDES for p in split.parts(side))
-    with SkewWatch(config, b.earlier) as skew_watch:
+    with SkewWatch(b.earlier) as skew_watch:
         encoders = Encoders(config, columns=total > 2 * COMPARED)
         try:
             seen = _encode_all(b, encoders, total, skew_watch)
@@ -143,20 +144,22 @@ def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch)
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
             FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
-            writers["train"], writers["validation"], writers["test"],
+            writers["train"], writers["validation"], writers["test"], Behind() as behind,
         ):  # fmt: skip
             compared = _Compared(_threshold(b), incremental=len(earlier) > 0)
             for batch, done in _encoded(_batches(b, earlier), encoders, compared, total):
                 if done.differing:
                     raise Differs(done.differing[0])
                 whole = _joined(batch, done, earlier)
-                writers[batch.side].write(whole.examples)
+                behind.submit(writers[batch.side].write, whole.examples)
                 outcomes.write(whole.outcomes)
                 refused = reject_rows(batch.rows, whole.outcomes)
                 rejects.write(refused)
                 _note(seen, batch, done, whole, refused)
                 if len(seen.sample) == SAMPLE:
-                    skew_watch.begin([given for given, _ in seen.sample])
+                    skew_watch.begin(
+                        encoders.tokenizer, encoders.template, [given for given, _ in seen.sample]
+                    )
                 if (
                     not preview.exists() and len(seen.previews) == PREVIEWS
                 ):  # while workers work on other rows
@@ -164,7 +167,7 @@ def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch)
                 b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    skew_watch.begin([given for given, _ in seen.sample])
+    skew_watch.begin(encoders.tokenizer, encoders.template, [given for given, _ in seen.sample])
     if not preview.exists() and seen.previews:
         _draw(preview, encoders.tokenizer, seen)
     return seen
@@ -225,7 +228,9 @@ def _encoded(
             yield Task(rows, batch.keys.filter(new), compared.of(rows))
 
     def inline(_: int, __: Task) -> bool:
-        return (compared.seen if compared.incremental else total) < WORTH_WORKERS
+        return (
+            worker_count() < MANY_CPUS or (compared.seen if compared.incremental else total) < WORTH_WORKERS
+        )
 
     with closing(ordered_map(Encoders, encoders.arguments, tasks(), here=encoders, inline=inline)) as results:
         for _, done in results:

@@ -8,6 +8,7 @@ those that come back; `RowEncoder` does them one by one, and says what is wrong 
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,6 +79,7 @@ class ColumnEncoder:
         self._is_control = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_control[list(tokenizer.control_ids)] = True
         self._remembered: dict[str, bytes] = {}
+        self._aside = ThreadPoolExecutor(1)
 
     def encode(self, batch: pa.RecordBatch) -> Encoded:
         """Those rows of a batch of grouped_split that can be encoded this way."""
@@ -145,16 +147,18 @@ class ColumnEncoder:
 
     def _ids(self, skeleton: Skeleton, group: _Group) -> tuple[list[bytes], int]:
         """The ids of every text, and how many of them the reference had to encode."""
-        columns = sum(bool(s.parts) for s in skeleton.segments)
-        shared = {i for i, s in enumerate(s for s in skeleton.segments if s.parts) if self._is_shared(skeleton, s.parts)}  # fmt: skip
-        encode = self._pieces.encode
         others = [i for i, plain in enumerate(group.plain) if not plain]
-        found = [encode(text) if plain and i % columns not in shared else b"" for i, (text, plain) in enumerate(zip(group.texts, group.plain, strict=True))]  # fmt: skip
-        if shared:
-            for i, (text, plain) in enumerate(zip(group.texts, group.plain, strict=True)):
-                if plain and i % columns in shared:
-                    found[i] = self._remember(text)
-        for i, encoding in zip(others, self._backend.encode_batch([group.texts[i] for i in others], add_special_tokens=False), strict=True):  # fmt: skip
+        # Meanwhile: the reference does not hold the interpreter's lock.
+        reference = self._aside.submit(
+            self._backend.encode_batch, [group.texts[i] for i in others], add_special_tokens=False
+        )
+        found = [b""] * len(group.texts)
+        columns = [s.parts for s in skeleton.segments if s.parts]
+        for c, parts in enumerate(columns):
+            encode = self._remember if self._is_shared(skeleton, parts) else self._pieces.encode
+            own = slice(c, None, len(columns))
+            found[own] = [encode(text) if plain else b"" for text, plain in zip(group.texts[own], group.plain[own], strict=True)]  # fmt: skip
+        for i, encoding in zip(others, reference.result(), strict=True):
             found[i] = np.array(encoding.ids, dtype=np.int32).tobytes()
         return found, len(others)
 

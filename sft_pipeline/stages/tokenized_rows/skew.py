@@ -9,13 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 from sft_pipeline.stages.workers import Worker
 from sft_pipeline.store import Artifact
 
@@ -62,6 +60,35 @@ class Skew:
         )
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a server should make of one row.
+
+    Attributes:
+        text: The rendered row.
+        ids: Its ids by tokenizer.json.
+        asked: What the prompt is rendered from: messages, tools, template. None where that depends on the clock.
+        prompt: The rendered prompt.
+    """
+
+    text: str
+    ids: list[int]
+    asked: tuple[list[dict[str, Any]], list[Any] | None, str] | None
+    prompt: str
+
+
+def probes_of(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> list[Probe]:
+    """One probe per conversation."""
+    found = []
+    for given in sample:
+        text, before = template.render(given.messages, given.tools), given.messages[:-1]
+        source = template.tool_text if given.tools else template.text
+        prompt = template.render(before, given.tools, add_generation_prompt=True)
+        asked = None if template.uses_clock else (before, given.tools, source)
+        found.append(Probe(text, tokenizer.ids(text), asked, prompt))
+    return found
+
+
 class SkewWatch:
     """Compares in a process of its own, whose imports go on while rows are tokenized here.
 
@@ -69,81 +96,91 @@ class SkewWatch:
         earlier: Builds with the same tokenizer, template and versions; what the first of them found holds here too.
     """
 
-    def __init__(self, config: TokenizedRowsConfig, earlier: Sequence[Artifact]) -> None:
-        self._config = config
+    def __init__(self, earlier: Sequence[Artifact]) -> None:
         verdicts = [c for a in earlier[:1] for c in a.manifest.checks if c["name"] == CHECK]
         self._earlier = [(bool(c["passed"]), str(c["description"])) for c in verdicts]
         self._worker: Worker | None = None
-        self._sample: list[Conversation] | None = None
+        self._probes: list[Probe] | None = None
+        self._tokenizer: Tokenizer | None = None
 
     def __enter__(self) -> "SkewWatch":
         if not self._earlier and "transformers" not in sys.modules:
-            self._worker = Worker(_without_torch, (self._config,))
+            self._worker = Worker(_without_torch, ())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._worker:
             self._worker.end()
 
-    def begin(self, sample: Sequence[Conversation]) -> None:
+    def begin(self, tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> None:
         """Gives the sample to compare; the first one given counts."""
-        if self._sample is None:
-            self._sample = list(sample)
+        if self._probes is None and not self._earlier:
+            self._tokenizer, self._probes = tokenizer, probes_of(tokenizer, template, sample)
             if self._worker:
-                self._worker.send(self._sample)
+                self._worker.send((str(tokenizer.folder), self._probes))
 
     def find(self) -> Skew:
         """What the comparison finds."""
         if self._earlier:
             return Skew(earlier=self._earlier[0])
-        if not self._sample:
+        if not self._probes or self._tokenizer is None:
             return Skew()
-        return self._worker.receive() if self._worker else _finder(self._config)(self._sample)
-
-
-def _without_torch(config: TokenizedRowsConfig) -> Callable[[Sequence[Conversation]], Skew]:
-    """`_finder` in a process where importing torch would take longer than everything else, and is of no use."""
-    found = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, package=None: None if name == "torch" else found(name, package)
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    import transformers  # noqa: F401
-
-    return _finder(config)
-
-
-def _finder(config: TokenizedRowsConfig) -> Callable[[Sequence[Conversation]], Skew]:
-    tokenizer = load_tokenizer(config.tokenizer, config.revision)
-    return partial(find_skew, tokenizer, load_template(config.template.chat_template, tokenizer))
+        task = (str(self._tokenizer.folder), self._probes)
+        return _judged(self._worker.receive() if self._worker else _served(task), self._tokenizer, self._probes)  # fmt: skip
 
 
 def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> Skew:
     """Compares ids of the rendered text, and the prompt's text, row by row. Imports transformers."""
-    if not sample:
-        return Skew()
+    probes = probes_of(tokenizer, template, sample)
+    return _judged(_served((str(tokenizer.folder), probes)), tokenizer, probes)
+
+
+Served = str | list[tuple[list[int] | None, bool]]
+"""Why there is no AutoTokenizer; else per probe its ids where they are others, and whether its prompt is another."""
+
+
+def _without_torch() -> Callable[[tuple[str, list[Probe]]], Served]:
+    """`_served` in a process where importing torch would take longer than everything else, and is of no use."""
+    found = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "torch" else found(name, package)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    from transformers import AutoTokenizer  # noqa: F401
+
+    return _served
+
+
+def _served(task: tuple[str, list[Probe]]) -> Served:
+    """What AutoTokenizer makes of the probes, given its folder."""
+    folder, probes = task
     try:
         from transformers import AutoTokenizer
 
-        served: Any = AutoTokenizer.from_pretrained(str(tokenizer.folder), local_files_only=True)
+        served: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the library raises: a server would meet it too
-        return Skew(
-            unavailable=f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
-        )
-    skew = Skew(rows=len(sample))
-    for given in sample:
-        text = template.render(given.messages, given.tools)
-        ours, theirs = tokenizer.ids(text), served(text, add_special_tokens=False)["input_ids"]
-        if ours != theirs:
-            skew.other_ids += 1
-            skew.example = skew.example or _first_difference(tokenizer, ours, theirs)
-        if not template.uses_clock:
-            source = template.tool_text if given.tools else template.text
+        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"
+    found: list[tuple[list[int] | None, bool]] = []
+    for probe in probes:
+        ids, other = served(probe.text, add_special_tokens=False)["input_ids"], False
+        if probe.asked:
+            messages, tools, source = probe.asked
             prompt = served.apply_chat_template(
-                given.messages[:-1], tools=given.tools, chat_template=source, add_generation_prompt=True, tokenize=False
-            )  # fmt: skip
-            skew.other_prompt += prompt != template.render(
-                given.messages[:-1], given.tools, add_generation_prompt=True
+                messages, tools=tools, chat_template=source, add_generation_prompt=True, tokenize=False
             )
-    return skew
+            other = prompt != probe.prompt
+        found.append((None if ids == probe.ids else ids, other))
+    return found
+
+
+def _judged(served: Served, tokenizer: Tokenizer, probes: Sequence[Probe]) -> Skew:
+    if isinstance(served, str):
+        return Skew(unavailable=served)
+    differing = [(p.ids, theirs) for p, (theirs, _) in zip(probes, served, strict=True) if theirs is not None]
+    return Skew(
+        rows=len(probes),
+        other_ids=len(differing),
+        other_prompt=sum(other for _, other in served),
+        example=_first_difference(tokenizer, *differing[0]) if differing else {},
+    )
 
 
 def _first_difference(tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> dict[str, str]:
