@@ -130,18 +130,14 @@ class ColumnEncoder:
         skeleton = self._skeletons.find(roles, contents)
         if skeleton is None:
             return
-        texts, all_plain = [], []
-        for segment in skeleton.segments:
-            if segment.parts:
-                text = "".join([p if isinstance(p, str) else contents[p] for p in segment.parts])
-                if self._first(text) and self._added(text):
-                    return  # the text, alone or with the template's, holds an added token
-                texts.append(text)
-                all_plain.append(all(plain[p] if isinstance(p, int) else p.isascii() for p in segment.parts))
+        texts = [segment.filled(contents) for segment in skeleton.own]
+        for text in texts:
+            if self._first(text) and self._added(text):
+                return  # the text, alone or with the template's, holds an added token
         _, group = groups.setdefault(id(skeleton), (skeleton, _Group()))
         group.rows.append(row)
         group.texts += texts
-        group.plain += all_plain
+        group.plain += [s.is_plain and all([plain[m] for m in s.messages]) for s in skeleton.own]
 
     # -- ids -------------------------------------------------------------------------------------------------
 
@@ -153,20 +149,17 @@ class ColumnEncoder:
             self._backend.encode_batch, [group.texts[i] for i in others], add_special_tokens=False
         )
         found = [b""] * len(group.texts)
-        columns = [s.parts for s in skeleton.segments if s.parts]
-        for c, parts in enumerate(columns):
-            encode = self._remember if self._is_shared(skeleton, parts) else self._pieces.encode
-            own = slice(c, None, len(columns))
+        for c, segment in enumerate(skeleton.own):
+            shared = any(skeleton.roles[m] == "system" for m in segment.messages)
+            encode = self._remember if shared else self._pieces.encode
+            own = slice(c, None, len(skeleton.own))
             found[own] = [encode(text) if plain else b"" for text, plain in zip(group.texts[own], group.plain[own], strict=True)]  # fmt: skip
         for i, encoding in zip(others, reference.result(), strict=True):
             found[i] = np.array(encoding.ids, dtype=np.int32).tobytes()
         return found, len(others)
 
-    def _is_shared(self, skeleton: Skeleton, parts: Sequence[str | int]) -> bool:
-        """Whether many rows are likely to have the same text there."""
-        return any(isinstance(p, int) and skeleton.roles[p] == "system" for p in parts)
-
     def _remember(self, text: str) -> bytes:
+        """The ids of a text that many rows are likely to share."""
         ids = self._remembered.get(text)
         if ids is None:
             ids = self._pieces.encode(text)

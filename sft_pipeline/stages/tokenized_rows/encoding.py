@@ -153,24 +153,25 @@ def _differences(
 def _merged(
     task: Task, quick: Encoded | None, by_row: npt.NDArray[np.int64], results: Sequence[Accepted | Refused]
 ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """Outcomes and examples of all rows in their order; rows encoded both ways as the row encoder has them."""
+    """Outcomes and examples of all rows in their order. Of rows encoded both ways, those of whole columns: they are equal."""
     outcomes: list[Outcome | None] = [None] * task.rows.num_rows
-    slow = to_batch([e for r in results if isinstance(r, Accepted) for e in r.examples])
-    owner = [i for i, r in zip(by_row.tolist(), results, strict=True) if isinstance(r, Accepted) for _ in r.examples]  # fmt: skip
-    for i, result in zip(by_row.tolist(), results, strict=True):
-        outcomes[i] = outcome_of(result)
-    if quick is None:
-        return to_outcomes(task.keys, outcomes), slow
-    alone = ~task.compare[quick.rows]
-    for i, skeleton, here in zip(quick.rows.tolist(), quick.skeletons, alone.tolist(), strict=True):
-        if here:
-            outcomes[i] = skeleton.outcome
-    fast = quick.examples if alone.all() else quick.examples.filter(pa.array(alone))
-    if not slow.num_rows:
-        return to_outcomes(task.keys, outcomes), fast
-    order = np.argsort(np.concatenate([quick.rows[alone], np.array(owner, np.int64)]), kind="stable")
-    both = pa.Table.from_batches([fast, slow], TOKENIZED).take(pa.array(order)).combine_chunks()
-    return to_outcomes(task.keys, outcomes), both.to_batches()[0]
+    if quick is not None:
+        for row, skeleton in zip(quick.rows.tolist(), quick.skeletons, strict=True):
+            outcomes[row] = skeleton.outcome
+    slow: list[Example] = []
+    owners: list[int] = []
+    for row, result in zip(by_row.tolist(), results, strict=True):
+        if outcomes[row] is None:
+            outcomes[row] = outcome_of(result)
+            found = result.examples if isinstance(result, Accepted) else ()
+            slow += found
+            owners += [row] * len(found)
+    written = to_outcomes(task.keys, outcomes)
+    if quick is None or not slow:
+        return written, to_batch(slow) if quick is None else quick.examples
+    order = np.argsort(np.concatenate([quick.rows, np.array(owners, np.int64)]), kind="stable")
+    both = pa.Table.from_batches([quick.examples, to_batch(slow)], TOKENIZED).take(pa.array(order))
+    return written, both.combine_chunks().to_batches()[0]
 
 
 def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatch:

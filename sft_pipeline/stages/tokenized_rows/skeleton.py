@@ -11,6 +11,7 @@ tokens.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jinja2
 
@@ -40,6 +41,23 @@ class Segment:
     parts: tuple[Part, ...] = ()
     ids: bytes = b""
     text: str = ""
+
+    @cached_property
+    def messages(self) -> tuple[int, ...]:
+        """Whose contents are in the text."""
+        return tuple(p for p in self.parts if isinstance(p, int))
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether its literals are."""
+        literals = "".join(p for p in self.parts if isinstance(p, str))
+        return literals.isascii() and not re.search(ODD_CONTROL, literals)
+
+    def filled(self, contents: Sequence[str]) -> str:
+        """The text of a row."""
+        if self.parts == self.messages[:1]:
+            return contents[self.messages[0]]
+        return "".join([p if isinstance(p, str) else contents[p] for p in self.parts])
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,11 @@ class Skeleton:
     loss: tuple[tuple[Place, Place], ...]
     control: tuple[int, ...]
     outcome: Outcome
+
+    @cached_property
+    def own(self) -> tuple[Segment, ...]:
+        """The segments that differ from row to row."""
+        return tuple(s for s in self.segments if s.parts)
 
     def fits(self, contents: Sequence[str]) -> bool:
         """Whether a row with these contents is rendered like this."""

@@ -22,6 +22,10 @@ class Untraceable(BaseException):
     """The template does with a content what cannot be traced. Not an Exception: templates must not swallow it."""
 
 
+_QUESTIONS = ("startswith", "endswith", "__contains__", "__eq__", "__ne__", "strip", "lstrip", "rstrip")
+_ASK: dict[str, Callable[..., Any]] = {name: getattr(str, name) for name in _QUESTIONS}
+
+
 @dataclass(frozen=True)
 class Question:
     """What a template asked about a message's content, and the answer.
@@ -40,7 +44,7 @@ class Question:
 
     def holds(self, content: str) -> bool:
         """Whether another content gives the same answer."""
-        found = getattr(content, self.ask)(*self.arguments)
+        found = _ASK[self.ask](content, *self.arguments)
         return found == content if self.answer is None else found is self.answer
 
 
@@ -169,7 +173,6 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-_QUESTIONS = ("startswith", "endswith", "__contains__", "__eq__", "__ne__", "strip", "lstrip", "rstrip")
 _REFUSED = ("__hash__", "__iter__", "__getitem__", "__len__", "__mod__", "__rmod__", "__mul__", "__rmul__", "__format__", "__lt__", "__le__", "__gt__", "__ge__")  # fmt: skip
 for _name in _QUESTIONS:
     setattr(Placed, _name, _question(_name))
