@@ -139,7 +139,8 @@ def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch)
         shutil.rmtree(b.out / name, ignore_errors=True)
     scratch, preview = b.work / "earlier", b.out / "plots" / "mask_preview.png"
     try:
-        earlier = Earlier(b.earlier, scratch)
+        known_keys = [content_keys(rows) for _, rows in _read(b, ["messages", "tools"])] if b.earlier else []
+        earlier = Earlier(b.earlier, known_keys, scratch)
         writers = {side: PartWriter(b.out / side, TOKENIZED, dictionary=False) for side in SIDES}
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
@@ -147,7 +148,7 @@ def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch)
             writers["train"], writers["validation"], writers["test"], Behind() as behind,
         ):  # fmt: skip
             compared = _Compared(_threshold(b), incremental=len(earlier) > 0)
-            for batch, done in _encoded(_batches(b, earlier), encoders, compared, total):
+            for batch, done in _encoded(_batches(b, earlier, known_keys), encoders, compared, total):
                 if done.differing:
                     raise Differs(done.differing[0])
                 whole = _joined(batch, done, earlier)
@@ -183,12 +184,18 @@ def _threshold(b: Build) -> str:
     return pc.max(ids.take(smallest)).as_py()
 
 
-def _batches(b: Build, earlier: Earlier) -> Iterator[_Batch]:
-    columns = ["row_id", "source", "file", "line", "group", "messages", "tools"]
+def _read(b: Build, columns: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """The rows of every side, a batch at a time."""
     for side in SIDES:
         for rows in read_batches(b.inputs["grouped_split"].parts(side), columns, batch_rows=BATCH):
-            keys = content_keys(rows)
-            yield _Batch(side, rows, keys, earlier.find(keys))
+            yield side, rows
+
+
+def _batches(b: Build, earlier: Earlier, known_keys: list[pa.Array]) -> Iterator[_Batch]:
+    columns = ["row_id", "source", "file", "line", "group", "messages", "tools"]
+    for i, (side, rows) in enumerate(_read(b, columns)):
+        keys = known_keys[i] if known_keys else content_keys(rows)
+        yield _Batch(side, rows, keys, earlier.find(keys))
 
 
 @dataclass

@@ -5,7 +5,7 @@ code, tokenizer, template and mask are asked (see `Build.earlier`), so an equal 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ KEY_BYTES = 16
 OUTCOMES_FILE = "outcomes.parquet"
 _ROLES = pa.array(["system", "user", "assistant", "tool"])
 _CARRIED = ("length", "supervised", "prompt_length", "truncated")
+_CARRIED_SCHEMA = pa.schema([TOKENIZED.field(n) for n in _CARRIED])
 
 
 def content_keys(batch: pa.RecordBatch) -> pa.Array:
@@ -82,28 +83,34 @@ def key_numbers(keys: pa.Array) -> npt.NDArray[np.uint64]:
 
 
 class Earlier:
-    """What earlier builds made of rows. Tokens lie in scratch files and are read where they are needed.
+    """What earlier builds made of the rows that are wanted now.
+
+    Their tokens lie in scratch files and are read where they are needed.
 
     Args:
         artifacts: tokenized_rows of the same code, tokenizer, template and mask; the first that has a row gives it.
+        wanted: Keys of the rows of this build.
         scratch: A folder for two files of the size of the tokens, for as long as this is used.
     """
 
-    def __init__(self, artifacts: Sequence[Artifact], scratch: Path) -> None:
+    def __init__(self, artifacts: Sequence[Artifact], wanted: Sequence[pa.Array], scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         self._ids = (scratch / "ids.bin").open("w+b")
         self._supervised = (scratch / "supervised.bin").open("w+b")
-        outcomes, carried = [], []
+        missing = np.concatenate([np.zeros(0, np.uint64), *(key_numbers(k)[:, 0] for k in wanted)])
+        outcomes = [pa.RecordBatch.from_pylist([], schema=OUTCOMES)]
+        carried = [pa.RecordBatch.from_pylist([], schema=_CARRIED_SCHEMA)]
         for artifact in artifacts:
-            outcomes += list(read_batches([artifact.file(OUTCOMES_FILE)]))
-            for batch in read_batches([p for side in SIDES for p in artifact.parts(side)], ["labels", "input_ids", *_CARRIED]):  # fmt: skip
-                ids, labels = (batch.column(n).flatten().to_numpy() for n in ("input_ids", "labels"))
-                ids.tofile(self._ids)
-                (labels == ids).tofile(self._supervised)
-                carried.append(batch.select(_CARRIED))
+            if not len(missing):
+                break
+            theirs = _batch(pa.Table.from_batches(read_batches([artifact.file(OUTCOMES_FILE)]), OUTCOMES))
+            first = key_numbers(theirs.column("key"))[:, 0]
+            has = np.isin(first, missing)
+            missing = missing[~np.isin(missing, first)]
+            outcomes.append(theirs.filter(pa.array(has)))
+            carried += self._spool(artifact, np.repeat(has, theirs.column("examples").to_numpy()))
         self._outcomes = pa.Table.from_batches(outcomes, OUTCOMES).combine_chunks()
-        schema = pa.schema([TOKENIZED.field(n) for n in _CARRIED])
-        self._carried = pa.Table.from_batches(carried, schema).combine_chunks()
+        self._carried = pa.Table.from_batches(carried, _CARRIED_SCHEMA).combine_chunks()
         self._starts = np.concatenate([[0], np.cumsum(self._carried["length"].to_numpy(), dtype=np.int64)])
         self._examples = np.concatenate(
             [[0], np.cumsum(self._outcomes["examples"].to_numpy(), dtype=np.int64)]
@@ -113,6 +120,21 @@ class Earlier:
         )
         self._order = np.argsort(keys[:, 0], kind="stable")
         self._keys = keys[self._order]
+
+    def _spool(self, artifact: Artifact, take: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+        """Writes the tokens of the examples in `take` to scratch, and gives their other columns."""
+        if not take.any():
+            return
+        done = 0
+        parts = [p for side in SIDES for p in artifact.parts(side)]
+        for whole in read_batches(parts, ["labels", "input_ids", *_CARRIED]):
+            here = take[done : done + whole.num_rows]
+            done += whole.num_rows
+            batch = whole if here.all() else whole.filter(pa.array(here))
+            ids, labels = (batch.column(n).flatten().to_numpy() for n in ("input_ids", "labels"))
+            ids.tofile(self._ids)
+            (labels == ids).tofile(self._supervised)
+            yield batch.select(_CARRIED)
 
     def __len__(self) -> int:
         return len(self._outcomes)
