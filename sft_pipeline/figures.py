@@ -6,12 +6,12 @@ from typing import Any
 DPI = 110
 
 
-def blank(width: float, height: float) -> Any:
-    """An empty figure; inches."""
+def blank(width: float, height: float, *, laid_out: bool = True) -> Any:
+    """An empty figure; inches. Laying out its parts costs as much as drawing it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained" if laid_out else None)
     FigureCanvasAgg(figure)
     return figure
 

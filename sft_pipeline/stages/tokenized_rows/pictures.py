@@ -38,16 +38,15 @@ def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_
 
 def plot_masks(path: Path, previews: Sequence[Preview]) -> None:
     """Rows token by token: green is supervised, grey context, a magenta frame a control token."""
-    from sft_pipeline.figures import axes, save
+    from sft_pipeline.figures import blank, save
 
     laid_out = [(p, _lay_out(p)) for p in previews]
     lines = sum(rows + 2 for _, (_, rows) in laid_out) + 1
-    fig, ax = axes(12, 0.19 * lines + 0.3)
+    fig = blank(12, 0.19 * lines + 0.3, laid_out=False)
+    ax = fig.add_axes((0.01, 0.01, 0.98, 0.98))
     ax.set_xlim(0, _COLUMNS + 2)
     ax.set_ylim(lines, 0)
     ax.axis("off")
-    fig.set_layout_engine("none")  # nothing to lay out, and it costs as much as drawing
-    fig.subplots_adjust(0.01, 0.01, 0.99, 0.99)
     top = 1.0
     for preview, (boxes, rows) in laid_out:
         ax.text(0, top, preview.title, fontsize=8, weight="bold", va="center", parse_math=False)
