@@ -1,10 +1,10 @@
 """Builds `tokenized_rows` from `grouped_split`."""
 
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import REJECTS, Behind, FileWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task, reject_rows
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, Tally
 from sft_pipeline.stages.tokenized_rows.pictures import Preview, plot_lengths, plot_masks
 from sft_pipeline.stages.tokenized_rows.report import checks, evidence
 from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Earlier, Given, content_keys
 from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
+from sft_pipeline.stages.tokenized_rows.seen import PREVIEWS, SAMPLE, Seen
 from sft_pipeline.stages.tokenized_rows.skew import SkewWatch
 from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
@@ -33,40 +33,6 @@ BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
 WORTH_WORKERS = 24_000  # rows to encode; a worker first loads the tokenizer
 MANY_CPUS = 3  # with fewer, this process and its threads keep them busy
-SAMPLE = 300  # of those, rendered and encoded once more, by transformers too
-PREVIEWS = 2
-EXAMPLES_PER_REASON = 3
-
-
-@dataclass
-class Seen:
-    """What the checks and the report need to know, gathered while rows pass.
-
-    Attributes:
-        tally: Sums over all rows.
-        lengths: Tokens per example, one array per batch.
-        supervised: Supervised tokens per example, one array per batch.
-        read: Rows read per side.
-        written: Examples written per side.
-        refused: The first rejected rows, for people.
-        broken: Written examples that break a promise, per promise. Stays empty.
-        sample: Accepted conversations with their examples, for comparisons.
-        previews: The first examples.
-        numbers: How rows were encoded: reused, tokenized, by_columns, by_rows, by_reference, compared.
-        why_not: Why the fast way was not used.
-    """
-
-    tally: Tally = field(default_factory=Tally)
-    lengths: list[np.ndarray] = field(default_factory=list)
-    supervised: list[np.ndarray] = field(default_factory=list)
-    read: Counter[str] = field(default_factory=Counter)
-    written: Counter[str] = field(default_factory=Counter)
-    refused: list[dict[str, Any]] = field(default_factory=list)
-    broken: Counter[str] = field(default_factory=Counter)
-    sample: list[tuple[Conversation, Example]] = field(default_factory=list)
-    previews: list[dict[str, Any]] = field(default_factory=list)
-    numbers: Counter[str] = field(default_factory=Counter)
-    why_not: str | None = None
 
 
 class Differs(Exception):
@@ -135,8 +101,8 @@ def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch)
         Differs: A compared row came out differently.
     """
     seen = Seen()
-    for name in (*SIDES, "rejects.parquet", OUTCOMES_FILE):
-        shutil.rmtree(b.out / name, ignore_errors=True)
+    for side in SIDES:
+        shutil.rmtree(b.out / side, ignore_errors=True)
     scratch, preview = b.work / "earlier", b.out / "plots" / "mask_preview.png"
     try:
         known_keys = [content_keys(rows) for _, rows in _read(b, ["messages", "tools"])] if b.earlier else []
@@ -156,14 +122,13 @@ def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch)
                 outcomes.write(whole.outcomes)
                 refused = reject_rows(batch.rows, whole.outcomes)
                 rejects.write(refused)
-                _note(seen, batch, done, whole, refused)
+                seen.note(batch.side, batch.rows.num_rows, done, whole, refused)
                 if len(seen.sample) == SAMPLE:
                     skew_watch.begin(
                         encoders.tokenizer, encoders.template, [given for given, _ in seen.sample]
                     )
-                if (
-                    not preview.exists() and len(seen.previews) == PREVIEWS
-                ):  # while workers work on other rows
+                # While workers work on other rows.
+                if not preview.exists() and len(seen.previews) == PREVIEWS:
                     _draw(preview, encoders.tokenizer, seen)
                 b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
     finally:
@@ -265,46 +230,7 @@ def _in_order(table: pa.Table, position: np.ndarray) -> pa.RecordBatch:
     return sorted_[0] if sorted_ else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
-# -- what is noted of them ----------------------------------------------------------------------------------------
-
-
-def _note(seen: Seen, batch: _Batch, done: Done, whole: Given, refused: pa.RecordBatch) -> None:
-    known = int(np.count_nonzero(batch.found >= 0))
-    seen.numbers.update(done.numbers, reused=known, tokenized=batch.rows.num_rows - known)
-    seen.tally.add(whole.outcomes, whole.examples)
-    seen.read[batch.side] += batch.rows.num_rows
-    seen.written[batch.side] += whole.examples.num_rows
-    seen.why_not = done.why_not
-    seen.sample += done.sample[: SAMPLE - len(seen.sample)]
-    if len(seen.previews) < PREVIEWS:
-        seen.previews += whole.examples.slice(0, PREVIEWS - len(seen.previews)).to_pylist()
-    _inspect(whole.examples, seen)
-    shown = Counter(row["reason"] for row in seen.refused)
-    details = whole.outcomes.column("detail").filter(pc.is_valid(whole.outcomes.column("reason"))).to_pylist()
-    for row, detail in zip(refused.to_pylist() if refused.num_rows else [], details, strict=False):
-        (reason,) = row["reasons"]
-        shown[reason] += 1
-        if shown[reason] <= EXAMPLES_PER_REASON:
-            seen.refused.append({**{k: row[k] for k in ("row_id", "file", "line")}, "reason": reason, "detail": detail[:200]})  # fmt: skip
-
-
-def _inspect(batch: pa.RecordBatch, seen: Seen) -> None:
-    """Looks at what is about to be written, as arrays: it must hold what the checks promise."""
-    if not batch.num_rows:
-        return
-    ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
-    starts = batch.column("labels").offsets.to_numpy()[:-1]
-    starts = starts - starts[0]
-    supervised = labels != IGNORE
-    counted = batch.column("supervised").to_numpy()
-    seen.broken["nothing supervised"] += int(np.count_nonzero(counted == 0))
-    seen.broken["position 0 supervised"] += int(np.count_nonzero(supervised[starts]))
-    seen.broken["label is not the input id"] += int(np.count_nonzero(supervised & (labels != ids)))
-    seen.broken["supervised count is wrong"] += int(
-        np.count_nonzero(np.add.reduceat(supervised, starts, dtype=np.int64) != counted)
-    )
-    seen.lengths.append(batch.column("length").to_numpy())
-    seen.supervised.append(counted)
+# -- what is recorded and shown -----------------------------------------------------------------------------------
 
 
 def _formatting(

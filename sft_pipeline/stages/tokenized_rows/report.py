@@ -1,6 +1,6 @@
 """The checks of `tokenized_rows` and what people see of it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -8,11 +8,9 @@ from sft_pipeline.stages.stage import Check, Evidence, markdown, number, plot, t
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encoding import Encoders
 from sft_pipeline.stages.tokenized_rows.reasons import MEANING, Reason
+from sft_pipeline.stages.tokenized_rows.seen import Seen
 from sft_pipeline.stages.tokenized_rows.skew import CHECK as SKEW_CHECK
 from sft_pipeline.stages.tokenized_rows.skew import Skew
-
-if TYPE_CHECKING:
-    from sft_pipeline.stages.tokenized_rows.build import Seen
 
 MAX_REJECT_RATE = 0.05
 
@@ -21,7 +19,7 @@ MAX_BROKEN_RATE = 0.01
 
 
 def checks(
-    seen: "Seen",
+    seen: Seen,
     encoders: Encoders,
     recorded: dict[str, Any],
     skew: Skew,
@@ -71,7 +69,7 @@ def checks(
     )
 
 
-def _few(seen: "Seen", reason: Reason) -> bool:
+def _few(seen: Seen, reason: Reason) -> bool:
     return seen.tally.reasons[reason] <= MAX_BROKEN_RATE * sum(seen.read.values())
 
 
@@ -81,7 +79,7 @@ def _marks(agree: int, disagree: int) -> str:
     return f"; the template's own generation marks name the same turns in {agree} of {agree + disagree} rows"
 
 
-def _supervised(seen: "Seen", examples: int) -> Check:
+def _supervised(seen: Seen, examples: int) -> Check:
     broken = {k: v for k, v in seen.broken.items() if v}
     description = (
         f"all {examples} examples have a supervised token, none at position 0"
@@ -91,7 +89,7 @@ def _supervised(seen: "Seen", examples: int) -> Check:
     return Check("supervised_everywhere", not broken, description)
 
 
-def _round_trip(seen: "Seen") -> Check:
+def _round_trip(seen: Seen) -> Check:
     n, rejected = seen.tally.numbers, seen.tally.reasons
     written: list[dict[str, Any]] = [
         {"before the completion": before, "after it": after, "rows": rows}
@@ -112,7 +110,7 @@ def _round_trip(seen: "Seen") -> Check:
     )
 
 
-def _prefix(seen: "Seen", encoders: Encoders) -> Check:
+def _prefix(seen: Seen, encoders: Encoders) -> Check:
     """Every row was encoded as prompt + rest; a sample is rendered and encoded again from its messages."""
     wrong = []
     for given, example in seen.sample:
@@ -135,7 +133,7 @@ def _prefix(seen: "Seen", encoders: Encoders) -> Check:
     )
 
 
-def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int) -> Check:
+def _counts(seen: Seen, n: Any, on_disk: dict[str, int], rejected_on_disk: int) -> Check:
     read = sum(seen.read.values())
     rows_add_up = read == n["rows"] == n["accepted"] + n["rejected"] and n[
         "rejected"
@@ -155,7 +153,7 @@ def _counts(seen: "Seen", n: Any, on_disk: dict[str, int], rejected_on_disk: int
     )
 
 
-def _sides(seen: "Seen") -> Check:
+def _sides(seen: Seen) -> Check:
     lost = [s for s, read in seen.read.items() if read and not seen.written[s]]
     good = bool(seen.written["train"]) and not lost
     why = (
@@ -171,7 +169,7 @@ def _sides(seen: "Seen") -> Check:
     )
 
 
-def _rate(seen: "Seen") -> Check:
+def _rate(seen: Seen) -> Check:
     n = seen.tally.numbers
     touched = n["rejected"] + n["truncated"]
     share = touched / max(n["rows"], 1)
@@ -217,7 +215,7 @@ def _stop(recorded: dict[str, Any]) -> Check:
     return Check("stop_token", not problems, "; ".join(problems) or stop)
 
 
-def evidence(seen: "Seen", encoders: Encoders, config: TokenizedRowsConfig) -> dict[str, Evidence]:
+def evidence(seen: Seen, encoders: Encoders, config: TokenizedRowsConfig) -> dict[str, Evidence]:
     """Numbers, tables and plots for people."""
     n = seen.tally.numbers
     found: dict[str, Evidence] = {
@@ -251,7 +249,7 @@ def evidence(seen: "Seen", encoders: Encoders, config: TokenizedRowsConfig) -> d
     return found
 
 
-def _encoding(seen: "Seen") -> str:
+def _encoding(seen: Seen) -> str:
     """How the rows were encoded, and what the fast way was compared with."""
     n = seen.numbers
     lines = [
