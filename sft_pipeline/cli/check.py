@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
+from sft_pipeline.cli.console import sparkline
 from sft_pipeline.cli.prepare import prepared
+from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
+from sft_pipeline.learning.advice import Place, advise
 from sft_pipeline.learning.base import base_folder
+from sft_pipeline.learning.cpu_time import training_seconds
 from sft_pipeline.learning.memory import MemoryEstimate, estimate
+from sft_pipeline.learning.schedule import Schedule, sampled, warm_up
 from sft_pipeline.stages.packed_shards.budget import Budget, plan_budget
 from sft_pipeline.stages.run import environment
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact
-
-# Share of a matrix product's peak that a training step reaches, and floating-point operations per parameter and token
-# forward and backward (Kaplan et al. 2020). Good for an order of magnitude; the sanity check measures.
-UTILISATION = 0.3
-FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
 
 def check_recipe(
@@ -45,13 +44,9 @@ def check_recipe(
         formatting = json.loads(artifacts["tokenized_rows"].file("formatting.json").read_text())
         counts = {name: dict(a.manifest.counts) for name, a in artifacts.items()}
     tokens = config.training.per_device_batch * config.tokens.max_length
-    memory = estimate(
-        config.model,
-        config.training,
-        tokens=tokens,
-        supervised=int(tokens * budget.supervised_tokens / max(budget.tokens, 1)),
-        gpu=gpu,
-    )
+    supervised = int(tokens * budget.supervised_tokens / max(budget.tokens, 1))
+    memory = estimate(config.model, config.training, tokens=tokens, supervised=supervised, gpu=gpu)
+    updates = min(budget.updates, config.training.max_steps or budget.updates)
     problems = _misfits(branch, formatting)
     return {
         "valid": not problems,
@@ -68,10 +63,16 @@ def check_recipe(
             "processes": config.training.processes,
         },
         "memory": memory.as_dict(),
-        "advice": _advice(memory, gpu),
-        "seconds": None
-        if gpu
-        else _cpu_seconds(memory, budget, config.training.epochs, config.training.max_steps),
+        "advice": advise(
+            memory,
+            config.model,
+            config.training,
+            Place(_device_bytes(gpu), gpu),
+            tokens=tokens,
+            supervised=supervised,
+        ),
+        "schedule": _schedule(config, updates),
+        "seconds": None if gpu else _cpu_seconds(memory, budget, config.training.epochs, updates),
     }
 
 
@@ -104,19 +105,6 @@ def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
     return found
 
 
-def _advice(memory: MemoryEstimate, gpu: bool) -> str:
-    available = _device_bytes(gpu)
-    share = memory.total / available
-    place = "GPU memory" if gpu else "memory"
-    text = f"about {memory.total / 2**30:.2f} GiB of {available / 2**30:.1f} GiB {place} ({share:.0%})"
-    if share > 0.9:
-        return (
-            text
-            + ": one device is not enough. Try parameterization qlora, gradient_checkpointing, a smaller per_device_batch, or a larger device"
-        )
-    return text
-
-
 def _device_bytes(gpu: bool) -> int:
     if gpu:
         import subprocess
@@ -135,40 +123,40 @@ def _device_bytes(gpu: bool) -> int:
     return psutil.virtual_memory().total
 
 
-def _cpu_seconds(memory: MemoryEstimate, budget: Budget, epochs: int, max_steps: int | None) -> float:
-    """A rough forecast from this machine's own matrix products."""
-    a = np.ones((768, 768), dtype=np.float32)
-    a @ a
-    start, rounds = time.perf_counter(), 10
-    for _ in range(rounds):
-        a @ a
-    per_second = rounds * 2 * 768**3 / (time.perf_counter() - start)
-    tokens = budget.tokens * epochs
-    if max_steps:
-        tokens = min(tokens, int(budget.tokens_per_update.mean * max_steps))
-    return round(tokens * memory.parameters * FLOPS_PER_PARAMETER_AND_TOKEN / (per_second * UTILISATION), 1)
+def _cpu_seconds(memory: MemoryEstimate, budget: Budget, epochs: int, updates: int) -> float:
+    tokens = min(budget.tokens * epochs, int(budget.tokens_per_update.mean * updates))
+    return round(training_seconds(memory.parameters, tokens), 1)
+
+
+def _schedule(config: RecipeConfig, updates: int) -> dict[str, Any]:
+    """The learning rate to come, as (update, rate) pairs."""
+    schedule = Schedule.of(config.training, config.model)
+    return {
+        "kind": schedule.kind,
+        "peak": schedule.peak,
+        "minimum": schedule.minimum,
+        "warmup_updates": warm_up(updates, schedule),
+        "updates": updates,
+        "curve": [list(point) for point in sampled(updates, schedule)],
+    }
 
 
 def show_check(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
-    budget = result["budget"]
+    budget, schedule = result["budget"], result["schedule"]
+    stops = f" of {budget['updates']:,} planned" if schedule["updates"] < budget["updates"] else ""
     table = Table(title=f"{result['recipe']} on {result['dataset']} {result['snapshot']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     rows = {
-        "updates": f"{budget['updates']:,}",
+        "updates": f"{schedule['updates']:,}{stops}",
         "blocks per update": f"{budget['blocks_per_update']:,} = {budget['per_device_batch']} per device x {budget['gradient_accumulation']} accumulated x {budget['processes']} processes",
         "training examples": f"{budget['examples']:,} in {budget['blocks']:,} blocks",
         "tokens an epoch": f"{budget['tokens']:,}, of them {budget['supervised_tokens']:,} supervised",
-    }
-    for name in ("examples", "tokens", "supervised_tokens"):
-        s = budget[f"{name}_per_update"]
-        rows[f"{name.replace('_', ' ')} per update"] = (
-            f"{s['mean']:,.1f} (from {s['min']:,} to {s['max']:,}, cv {s['cv']:.2%})"
-        )
-    rows |= {
         "packing efficiency": f"{budget['packing_efficiency']:.1%}",
         "padding would waste": f"{budget['padding_waste']:.1%}",
+        "learning rate": f"{sparkline([rate for _, rate in schedule['curve']])}",
+        "": f"{schedule['kind']}: up to {schedule['peak']:g} in {schedule['warmup_updates']:,} updates, {schedule['curve'][-1][1]:g} at the last",
         "parameters": f"{result['memory']['parameters']:,}, of them {result['memory']['trainable']:,} trained",
         "memory": result["advice"],
         "time": "measured by the sanity check"
@@ -178,7 +166,21 @@ def show_check(result: dict[str, Any], console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    console.print(_per_update(budget))
     for problem in result["problems"]:
         console.print(f"✘ {problem}", style="red", markup=False, soft_wrap=True)
     if result["valid"]:
         console.print("valid: everything fits", style="green")
+
+
+def _per_update(budget: dict[str, Any]) -> Table:
+    table = Table(title="what an update holds")
+    table.add_column("")
+    for column in ("mean", "min", "max", "cv"):
+        table.add_column(column, justify="right")
+    for name in ("examples", "tokens", "supervised_tokens"):
+        s = budget[f"{name}_per_update"]
+        table.add_row(
+            name.replace("_", " "), f"{s['mean']:,.1f}", f"{s['min']:,}", f"{s['max']:,}", f"{s['cv']:.2%}"
+        )
+    return table

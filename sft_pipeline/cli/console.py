@@ -20,6 +20,14 @@ from sft_pipeline.reporting import Reporter
 
 MARKS = {"built": "[green]✔[/]", "cached": "[cyan]=[/]", "not accepted": "[red]✘[/]", "failed": "[red]✘[/]"}
 
+LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A curve of values that are not negative, one character each, the highest the full height."""
+    top = max(values, default=0.0) or 1.0
+    return "".join(LEVELS[round(value / top * (len(LEVELS) - 1))] for value in values)
+
 
 class ConsoleReporter(Reporter):
     """A reporter for `sft run`; use as a context manager."""

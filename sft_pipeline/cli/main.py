@@ -67,6 +67,39 @@ def check(recipe: Recipe, snapshot: Snapshot = None, overrides: Set = None, as_j
 
 
 @app.command()
+def sweep(
+    recipe: Recipe,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="A.B=V1,V2,...",
+            help="values to try of a key of the recipe; several of these make a grid, a single value holds for all points",
+        ),
+    ] = None,
+    snapshot: Snapshot = None,
+    updates: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="budget: the supervised tokens of so many updates of the recipe; a tenth by default"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try values on short trainings with equal supervised-token budgets, ranked by the recipe's own rule."""
+    from sft_pipeline.cli.sweep import show_sweep, sweep_recipe
+
+    result = sweep_recipe(recipe, options=overrides or [], snapshot=snapshot, updates=updates, console=err)
+    if as_json:
+        if result.error:
+            err.print(f"sft: {result.error}", markup=False)
+        print_json(result.to_json())
+    else:
+        show_sweep(result, _out())
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
 def inspect(
     recipe: Recipe,
     row: Annotated[str | None, typer.Option(metavar="ID", help="one row, by row id")] = None,
@@ -110,6 +143,25 @@ def lineage(
     if as_json:
         print_json(result)
     raise typer.Exit(1 if verify and not result["verified"] else 0)
+
+
+@app.command()
+def replay(
+    training: Annotated[
+        str,
+        typer.Argument(metavar="TRAINING", help="folder of a training, or the beginning of its fingerprint"),
+    ],
+    update: Annotated[int, typer.Option(min=1, help="which update, counted from 1")],
+    as_json: Json = False,
+) -> None:
+    """Make one update of a training again, and show the loss of each of its rows, the worst first."""
+    from sft_pipeline.cli.replay import replay_update, show_replay
+
+    result = replay_update(training, update=update, console=err)
+    if as_json:
+        print_json(result)
+    else:
+        show_replay(result, _out())
 
 
 @app.command()

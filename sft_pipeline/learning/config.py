@@ -1,6 +1,6 @@
 """The model and training sections of a recipe, read by every stage that touches the model."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -106,3 +106,10 @@ class TrainingConfig(Config):
     def planned_blocks(self) -> int:
         """Blocks per update: as given, or per_device_batch x gradient_accumulation x processes."""
         return self.blocks_per_update or self.per_device_batch * self.gradient_accumulation * self.processes
+
+    def identity(self) -> dict[str, Any]:
+        """Without how an update is divided over processes and micro-batches: only how many blocks it holds."""
+        division = ("processes", "per_device_batch", "gradient_accumulation")
+        return {k: v for k, v in super().identity().items() if k not in division} | {
+            "blocks_per_update": self.planned_blocks
+        }

@@ -5,6 +5,10 @@
 Of a prompt of 1,000 tokens with an answer of 50, this projects 50 rows onto the vocabulary. Within a chunk the
 gradient of the loss is computed in the forward pass (as fused cross-entropy kernels do), so that no chunk's logits
 outlive it: memory is one chunk, and nothing is recomputed.
+
+Computed in fp32, loss and gradients are those of a float64 model on padded, unpacked rows to within 1e-5 (relative L2
+per tensor; measured: 4e-7 to 3e-6). In bf16 the rounding of the model's own operations dominates: gradients are within
+6 % per tensor of those in fp32 (measured on tiny models: 0.8 % full, 2.3 % LoRA, 4 % LoRA under a softcap).
 """
 
 import functools

@@ -149,8 +149,15 @@ def load_for_training(
 
     Args:
         checkpoint: Continue from the weights of this folder instead of the base's (resume).
+
+    Raises:
+        InputError: Unknown base, or a precision or attention that this machine or model lacks.
     """
     device = device or training_device()
+    if config.attention == "flex_attention" and device.type == "cpu":
+        raise InputError(
+            "model.attention flex_attention has no gradients on a CPU. Set sdpa, or auto, which takes the best there is"
+        )
     precision = resolve_precision(training.precision, device)
     adapters = config.parameterization != "full"
     dtype = DTYPES[precision] if adapters else torch.float32
@@ -236,15 +243,6 @@ def save_weights(model: Any, folder: Path, config: ModelConfig) -> None:
         data = json.loads(plain.read_text(encoding="utf-8"))
         data.pop("_name_or_path", None)
         plain.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def memory_mb() -> float:
-    """Peak GPU memory of this process, or its resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import psutil
-
-    return psutil.Process(os.getpid()).memory_info().rss / 2**20
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -30,11 +30,15 @@ class Listener(Protocol):
 
 
 class NotFinite(Exception):
-    """The loss or the gradient is NaN or infinite; the update was not applied."""
+    """The loss or the gradient is NaN or infinite.
 
-    def __init__(self, step: int, what: str, value: float) -> None:
+    Attributes:
+        applied: Whether the update was made before that was seen, as only a validation loss can show it.
+    """
+
+    def __init__(self, step: int, what: str, value: float, *, applied: bool = False) -> None:
         super().__init__(f"{what} of update {step} is {value}")
-        self.step, self.what, self.value = step, what, value
+        self.step, self.what, self.value, self.applied = step, what, value, applied
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def rate(update: int, total: int, schedule: Schedule) -> float:
     cosine and linear fall to the minimum at `total` (cosine from 2e-4 to 0 over 1,000 updates is 1e-4 at update 500);
     constant stays; wsd stays, and falls linearly in its last `decay` share (Hu et al. 2024).
     """
-    warm = round(schedule.warmup * total)
+    warm = warm_up(total, schedule)
     if update < warm:
         return schedule.peak * (update + 1) / (warm + 1)
     span = schedule.peak - schedule.minimum
@@ -53,3 +53,18 @@ def rate(update: int, total: int, schedule: Schedule) -> float:
 def curve(total: int, schedule: Schedule) -> list[float]:
     """The rate of every update, for a plot before the run."""
     return [rate(update, total, schedule) for update in range(total)]
+
+
+def warm_up(total: int, schedule: Schedule) -> int:
+    """Updates of the warm-up: the first one after it has the peak rate."""
+    return round(schedule.warmup * total)
+
+
+def sampled(total: int, schedule: Schedule, most: int = 50) -> list[tuple[int, float]]:
+    """(update counted from 1, rate) of at most `most` updates: the first, the last, the peak, and evenly between."""
+    if total <= most:
+        at = list(range(total))
+    else:
+        even = {round(i * (total - 1) / (most - 2)) for i in range(most - 1)}
+        at = sorted(even | {min(warm_up(total, schedule), total - 1)})
+    return [(update + 1, rate(update, total, schedule)) for update in at]

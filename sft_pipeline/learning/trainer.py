@@ -111,6 +111,7 @@ class SupervisedTrainer(SFTTrainer):
         self._norm = self._rate = 0.0
         self._now: tuple[float, int, int, int] = (0.0, 0, 0, 0)
         cpu = next(model.parameters()).device.type == "cpu"
+        trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(
             model=model,
             args=arguments(
@@ -122,14 +123,11 @@ class SupervisedTrainer(SFTTrainer):
             processing_class=tokenizer,
             optimizers=(None, None),
         )
-        for parameter in model.parameters():
-            # TRL rounds the adapters of a 4-bit model to bf16: undone, see load_for_training.
-            if (
-                parameter.requires_grad
-                and parameter.dtype != torch.float32
-                and torch.is_floating_point(parameter)
-            ):
-                parameter.data = parameter.data.float()
+        for parameter, values in trained:
+            # TRL rounds the adapters of a 4-bit model to bf16. Their values are put back, not only their dtype: a
+            # resumed run would otherwise start from rounded weights.
+            if parameter.dtype != values.dtype:
+                parameter.data = values
         self.loss_path = install_supervised_forward(model)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Conductor(self))
@@ -227,6 +225,8 @@ class SupervisedTrainer(SFTTrainer):
         with keep_rng():
             val_loss = self.validation_loss()
             step = self.state.global_step
+            if step and not math.isfinite(val_loss):  # before a checkpoint of these weights is written
+                raise NotFinite(step, "the validation loss", val_loss, applied=True)
             self.listener.evaluated(step, val_loss)
         metrics = {"eval_loss": val_loss}
         if self.args.report_to:
@@ -263,7 +263,7 @@ class SupervisedTrainer(SFTTrainer):
         """Trains to the end of the plan, or until the listener stops it. Returns the last update's number.
 
         Raises:
-            NotFinite: The loss or gradient is not finite; the update was not applied.
+            NotFinite: The loss or gradient is not finite, and the update was not applied; or the validation loss is not.
         """
         self.train(resume_from_checkpoint=str(self.resume[0]) if self.resume else None)
         return self.state.global_step

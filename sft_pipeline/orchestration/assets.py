@@ -49,7 +49,7 @@ def stage_asset(
     branch = Branch(dataset, "", recipe)
     key = stage.asset(branch).split("/")
     owner = (recipe.owner if recipe else None) or dataset.owner or DEFAULT_OWNER
-    config_digest = sha256_json(stage.config(branch).model_dump(mode="json", by_alias=True))
+    config_digest = sha256_json(stage.config(branch).identity())
 
     @dg.asset(
         key=key,

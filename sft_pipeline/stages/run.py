@@ -213,17 +213,18 @@ def _must_be_about(
 def fingerprint_of(
     stage: Stage, branch: Branch, inputs: Mapping[str, Artifact]
 ) -> tuple[str, dict[str, Any]]:
-    """The fingerprint of what the stage would build, and the parts it is made of."""
+    """The fingerprint of what the stage would build, and the parts it is made of; `config` there is the whole one."""
+    config = stage.config(branch)
     parts: dict[str, Any] = {
         "asset": stage.asset(branch),
         "partition": branch.snapshot,
-        "code_version": code_version(stage.name),
-        "config": stage.config(branch).model_dump(mode="json", by_alias=True),
+        "code_version": code_version(stage.room or stage.name),
+        "config": config.model_dump(mode="json", by_alias=True),
         "inputs": {name: artifact.manifest.data_version for name, artifact in inputs.items()},
         "outside": stage.outside(branch),
         "packages": {name: _version(name) for name in stage.packages},
     }
-    return sha256_json(parts), parts
+    return sha256_json(parts | {"config": config.identity()}), parts
 
 
 def _reusable(stage: Stage, run: Run, fingerprint: str) -> Artifact | None:

@@ -113,7 +113,7 @@ class Stage:
         name: The asset's short name, which is also the room's.
         inputs: Names of the stages whose artifacts are read. Their data versions go into the fingerprint.
         acceptance: Names of stages that must have accepted this very input and configuration; nothing is read of them.
-        config: From a branch, only what this stage reads. Goes into the fingerprint.
+        config: From a branch, only what this stage reads. Its `identity()` goes into the fingerprint.
         build: "module:function" of the plain build function (imported when it runs, so that declaring is light).
         checks: The checks that `build` reports.
         outside: From a branch, {what: sha256} for every file read from outside the store.
@@ -121,6 +121,7 @@ class Stage:
         isolated: Runs in a supervised child process: it loads a model.
         reuses_rows: Its build may take rows over from earlier artifacts instead of making them again.
         reuse_unaccepted: False: a verdict of "not accepted" is never reused.
+        room: The folder whose source it is made of; where empty, the one of its name.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Stage:
     reuses_rows: bool = False
     reuse_unaccepted: bool = True
     of_dataset: bool = False
+    room: str = ""
 
     def asset(self, branch: Branch) -> str:
         """The asset key, for example `access_policy_lora/packed_shards`."""

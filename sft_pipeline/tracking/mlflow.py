@@ -60,6 +60,7 @@ class MlflowTracker:
             listener.flush()
             log_artifact(client, run_id, artifact)
             if stage.name == "trained_checkpoints":
+                fill_curves(client, run_id, artifact)
                 log_lineage(client, run_id, artifact)
             elif stage.name == "evaluation":
                 log_evaluation(client, run_id, artifact)
@@ -141,16 +142,20 @@ def _without_password(uri: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
+def experiment_of(client: Any, recipe: str) -> str:
+    """The id of a recipe's experiment, which is made where there is none."""
+    experiment = client.get_experiment_by_name(recipe)
+    if experiment is not None:
+        return experiment.experiment_id
+    # The default artifact root depends on the working directory; a server has its own.
+    local = client.tracking_uri.startswith("sqlite:") if hasattr(client, "tracking_uri") else True
+    location = (sft_home() / "mlflow_artifacts" / recipe).as_uri() if local else None
+    return client.create_experiment(recipe, artifact_location=location)
+
+
 def _open_run(client: Any, branch: Branch, training_fingerprint: str) -> tuple[str, str]:
     recipe = branch.the_recipe().name
-    experiment = client.get_experiment_by_name(recipe)
-    if experiment is None:
-        # The default artifact root depends on the working directory; a server has its own.
-        local = client.tracking_uri.startswith("sqlite:") if hasattr(client, "tracking_uri") else True
-        location = (sft_home() / "mlflow_artifacts" / recipe).as_uri() if local else None
-        experiment_id = client.create_experiment(recipe, artifact_location=location)
-    else:
-        experiment_id = experiment.experiment_id
+    experiment_id = experiment_of(client, recipe)
     found = client.search_runs(
         [experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{training_fingerprint}'", max_results=1
     )
@@ -229,6 +234,30 @@ class MlflowReporter(Reporter):
             for start in range(0, len(self._waiting), 1000):
                 self._client.log_batch(self._run_id, metrics=self._waiting[start : start + 1000])
             self._waiting = []
+
+
+def fill_curves(client: Any, run_id: str, artifact: Artifact) -> None:
+    """Logs the points of the artifact's curves that MLflow lacks.
+
+    A killed orchestrator takes with it what it had not sent yet, while the checkpoint after those updates may be whole,
+    so that they are never made again. Such points get the time of the one before them.
+    """
+    import pyarrow.parquet as pq
+    from mlflow.entities import Metric
+
+    known = client.get_run(run_id).data.metrics
+    missing = []
+    for path in (artifact.path / "history.parquet", artifact.path / "throughput.parquet"):
+        rows = pq.read_table(path).to_pylist() if path.is_file() else []
+        for key in sorted({row["name"] for row in rows} & set(known)):
+            logged = {m.step: m.timestamp for m in client.get_metric_history(run_id, key)}
+            now = min(logged.values())
+            for row in sorted((r for r in rows if r["name"] == key), key=lambda r: r["step"]):
+                now = logged.get(row["step"], now)
+                if row["step"] not in logged:
+                    missing.append(Metric(key, row["value"], now, row["step"]))
+    for start in range(0, len(missing), 1000):
+        client.log_batch(run_id, metrics=missing[start : start + 1000])
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:

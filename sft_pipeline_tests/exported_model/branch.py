@@ -20,14 +20,15 @@ LORA = ModelConfig.model_validate(
 
 
 def inputs_for(
-    project: w.World, split: Artifact, model: ModelConfig, name: str, **template: Any
+    project: w.World, split: Artifact, model: ModelConfig, name: str, *, passes: int = 0, **template: Any
 ) -> dict[str, Artifact]:
-    """Everything before the export: {stage name: artifact}."""
+    """Everything before the export: {stage name: artifact}. The model has trained for so many passes over the rows;
+    without any, its adapter is random."""
     world = w.World(project.root / name, project.store)
     world.root.mkdir()
     (world.root / "base").symlink_to(project.root / "base")
     rows = w.tokenized(world, split, owner=name, **template)
-    trained = w.checkpoints(world, rows, model, {7: 0}, learn=False)
+    trained = w.checkpoints(world, rows, model, {7: passes}, learn=passes > 0)
     settings = EvaluationStageConfig.model_validate(
         {
             "model": model.model_dump(),

@@ -1,100 +1,120 @@
 """The loss and its gradients against a float64, padded, unpacked reference."""
 
 import copy
-import math
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from sft_pipeline.learning import loss as loss_module
-from sft_pipeline.learning.feed import microbatches, supervised_targets
+from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+from sft_pipeline.learning.feed import supervised_targets
 from sft_pipeline.learning.loss import install_supervised_forward, output_transform
-from sft_pipeline.learning.shards import Block
+from sft_pipeline.learning.model import load_for_training
 from sft_pipeline_tests.learning import tiny
+from sft_pipeline_tests.learning.reference import (
+    away_from_zero,
+    cohere,
+    errors,
+    gemma,
+    granite,
+    ours,
+    reference,
+    with_lora,
+)
+
+# Relative L2 of a gradient tensor taken as with training.precision bf16, against fp32. Measured on the models below,
+# worst tensor of each: full 0.8 %, qwen 1.5 %, softcapped 1.4 %, LoRA 2.3 %, rsLoRA 2.8 %, LoRA on the softcapped one 4.0 %.
+BF16_TOLERANCE = 0.06
 
 
-def blocks_of(rows, max_length=64):
-    names = ("input_ids", "labels", "position_ids", "lengths")
-    return [
-        Block(b["block"], *(np.array(b[n], dtype=np.int32) for n in names))
-        for b in tiny.pack(rows, max_length)
-    ]
+def checkpointed(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
 
 
-def reference(model, rows):
-    """Mean NLL over supervised tokens and its gradients, in float64, one padded batch with a mask, full logits."""
-    model = copy.deepcopy(model).double().eval()
-    width = max(r["length"] for r in rows)
-    ids = torch.tensor([r["input_ids"] + [0] * (width - r["length"]) for r in rows])
-    labels = torch.tensor([r["labels"] + [-100] * (width - r["length"]) for r in rows])
-    mask = torch.tensor([[1] * r["length"] + [0] * (width - r["length"]) for r in rows])
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    nll = F.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]),
-        labels[:, 1:].reshape(-1),
-        ignore_index=-100,
-        reduction="sum",
-    )
-    mean = nll / (labels[:, 1:] != -100).sum()
-    mean.backward()
-    return mean.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+def four_bit(base):
+    """As training loads it: NF4 with double quantization, computing in fp32."""
+    pytest.importorskip("bitsandbytes")
+    config = ModelConfig(base=str(base), parameterization="qlora", lora={"r": 4, "dropout": 0.0})
+    return away_from_zero(load_for_training(config, TrainingConfig())[0])
 
 
-def ours(model, rows, *, layout, accumulation, max_length=64):
-    """The same through the feed and the supervised forward, in fp32."""
-    model = copy.deepcopy(model).eval()
-    install_supervised_forward(model)
-    blocks = blocks_of(rows, max_length)
-    per = max(1, math.ceil(len(blocks) / accumulation))
-    batches = microbatches(blocks, layout=layout, per_device_batch=per, max_tokens=per * max_length)
-    supervised = sum(len(m.targets) for m in batches)
-    total = 0.0
-    for m in batches:
-        nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")[
-            "nll"
-        ]
-        (nll / supervised).backward()
-        total += nll.item()
-    return total / supervised, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.base_folder(tmp_path_factory.mktemp("base"), model=tiny.llama(seed=5, tie=False, hidden=64))
 
 
-def with_lora(model):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    wrapped = get_peft_model(
-        model,
-        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0),
-    )
-    for name, p in wrapped.named_parameters():
-        if "lora_B" in name:  # zero at the start, which would leave the gradients of A zero too
-            torch.nn.init.normal_(p, std=0.1)
-    return wrapped
+MODELS = {
+    "full": tiny.llama,
+    "full untied": lambda: tiny.llama(tie=False),
+    "full checkpointed": lambda: checkpointed(tiny.llama()),
+    "qwen": tiny.qwen,
+    "softcapped": gemma,
+    "scaled by cohere": cohere,
+    "scaled by granite": granite,
+    "lora": lambda: with_lora(tiny.llama()),
+    "lora checkpointed": lambda: checkpointed(with_lora(tiny.llama())),
+    "lora softcapped": lambda: with_lora(gemma()),
+    "rslora": lambda: with_lora(tiny.llama(), use_rslora=True),
+    "dora": lambda: with_lora(tiny.llama(), use_dora=True),
+    "qlora": None,
+}
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("layout", ["packed", "rows"])
-@pytest.mark.parametrize("kind", ["full", "full_untied", "lora", "qwen"])
-def test_loss_and_gradients_equal_a_float64_padded_unpacked_reference(kind, layout, accumulation):
-    model = {
-        "full": tiny.llama,
-        "full_untied": lambda: tiny.llama(tie=False),
-        "lora": lambda: with_lora(tiny.llama()),
-        "qwen": tiny.qwen,
-    }[kind]()
-    if kind != "lora":
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradients_equal_a_float64_padded_unpacked_reference(kind, layout, accumulation, base):
+    model = four_bit(base) if kind == "qlora" else MODELS[kind]()
+    adapters = any("lora_" in name for name, _ in model.named_parameters())
+    if not adapters:
         model.requires_grad_(True)
     rows = tiny.examples(24, seed=3)
     expected, expected_grads = reference(model, rows)
     found, grads = ours(model, rows, layout=layout, accumulation=accumulation)
     assert found == pytest.approx(expected, rel=1e-6)
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        error = (grad.double() - expected_grads[name]).norm() / expected_grads[name].norm().clamp(min=1e-30)
-        assert error < 1e-5, f"{name}: {error:.2e}"
+    assert all(("lora_" in name) == adapters for name in grads)
+    assert max(errors(grads, expected_grads).values()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["full", "qwen", "softcapped", "lora", "rslora", "lora softcapped"])
+def test_bf16_gradients_are_near_those_of_fp32(kind):
+    """The tolerance is BF16_TOLERANCE, and stated there."""
+    model = MODELS[kind]()
+    adapters = any("lora_" in name for name, _ in model.named_parameters())
+    if not adapters:
+        model.requires_grad_(True)
+    rows = tiny.examples(24, seed=3)
+    expected, expected_grads = ours(model, rows, layout="packed", accumulation=1)
+    for p in model.parameters():  # frozen weights are held in bf16, trained ones in fp32
+        if not p.requires_grad:
+            p.data = p.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, grads = ours(model, rows, layout="packed", accumulation=1)
+    assert found == pytest.approx(expected, rel=1e-2)
+    worst = max(errors(grads, expected_grads).values())
+    assert 1e-4 < worst < BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_trainer_takes_those_gradients_with_one_process_and_with_two(base, tmp_path, processes):
+    """The whole path of an update: feed, trainer, DDP, accumulation over micro-batches; the gradients before clipping."""
+    kinds = ["full", "lora", "qlora"]
+    script = ["-m", "sft_pipeline_tests.learning.one_update", str(base), str(tmp_path), json.dumps(kinds)]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    ran = subprocess.run([sys.executable, *ranks, *script], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for kind in kinds:
+        expected = load_file(tmp_path / f"{kind}.expected.safetensors")
+        found = load_file(tmp_path / f"{kind}.found.safetensors")
+        assert max(errors(found, expected).values()) < 1e-5, kind
 
 
 def test_chunks_and_gradient_checkpointing_change_nothing(monkeypatch):
@@ -140,23 +160,6 @@ def test_architectures_that_transform_their_logits_are_read_from_their_config():
     assert output_transform(config(final_logit_softcapping=30.0)) == (1.0, 30.0)
     assert output_transform(config(logits_scaling=8.0)) == (0.125, None)
     assert output_transform(config(logit_scale=0.5)) == (0.5, None)
-
-
-def test_a_softcapped_model_is_taken_apart_rightly():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.7, attn_implementation="eager")
-    ).eval()  # fmt: skip
-    rows = tiny.examples(8, seed=5)
-    expected, expected_grads = reference(model, rows)
-    found, grads = ours(model, rows, layout="packed", accumulation=1)
-    assert found == pytest.approx(expected, rel=1e-6)
-    for name, grad in grads.items():
-        assert (grad.double() - expected_grads[name]).norm() / expected_grads[name].norm().clamp(
-            min=1e-30
-        ) < 1e-5, name
 
 
 def test_a_model_that_cannot_be_taken_apart_falls_back_loudly_and_rightly(caplog):

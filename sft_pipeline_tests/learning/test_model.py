@@ -67,6 +67,10 @@ def test_what_is_asked_for_is_what_runs(base):
     assert trained and all("lora_" in n for n in trained)
     with pytest.raises(InputError, match="flash_attention_2"):
         load_base(ModelConfig(base=str(base), attention="flash_attention_2"), dtype=torch.float32, device=CPU)
+    with pytest.raises(InputError, match="flex_attention has no gradients on a CPU"):
+        load_for_training(
+            ModelConfig(base=str(base), attention="flex_attention"), TrainingConfig(), device=CPU
+        )
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         resolve_precision("fp16", CPU)
 

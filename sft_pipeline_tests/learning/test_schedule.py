@@ -3,7 +3,7 @@
 import pytest
 
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
-from sft_pipeline.learning.schedule import Schedule, curve, rate
+from sft_pipeline.learning.schedule import Schedule, curve, rate, sampled
 
 
 def test_cosine_from_2e_4_to_0_over_1000_steps_is_half_the_peak_at_step_500():
@@ -38,3 +38,15 @@ def test_the_default_peak_follows_the_parameterization():
 
 def test_a_run_shorter_than_its_warm_up_still_has_a_rate():
     assert all(r > 0 for r in curve(1, Schedule("cosine", peak=1e-3, warmup=0.05)))
+
+
+@pytest.mark.parametrize("total", [1, 7, 50, 51, 484, 100_000])
+def test_a_sampled_curve_has_its_ends_and_its_peak(total):
+    schedule = Schedule("cosine", peak=1e-3, warmup=0.05)
+    points = sampled(total, schedule)
+    assert len(points) <= 50 and points == sorted(set(points))
+    assert points[0] == (1, rate(0, total, schedule)) and points[-1] == (
+        total,
+        rate(total - 1, total, schedule),
+    )
+    assert max(r for _, r in points) == max(curve(total, schedule))

@@ -152,10 +152,23 @@ def commit(folder: Path, asset: str) -> Artifact:
 
 
 def packed_shards(
-    folder: Path, *, rows: int = 48, max_length: int = 64, per_update: int = 4, epochs: int = 2, seed: int = 0
+    folder: Path,
+    *,
+    rows: int = 48,
+    max_length: int = 64,
+    per_update: int = 4,
+    epochs: int = 2,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    poisoned: int | None = None,
 ) -> Artifact:
-    """A packed_shards artifact of two parts."""
-    blocks = pack(examples(rows, seed), max_length)
+    """A packed_shards artifact of two parts. The first row of the block `poisoned` is nonsense, all of it supervised."""
+    blocks = pack(examples(rows, seed, vocabulary=vocabulary), max_length)
+    if poisoned is not None:
+        draw, n = random.Random(seed), blocks[poisoned]["lengths"][0]
+        nonsense = [draw.randrange(3, VOCABULARY) for _ in range(n)]
+        for name in ("input_ids", "labels"):
+            blocks[poisoned][name][:n] = nonsense
     half = len(blocks) // 2
     write_parquet(folder / "train" / "part-00000.parquet", blocks[:half], PACKED)
     write_parquet(folder / "train" / "part-00001.parquet", blocks[half:], PACKED)

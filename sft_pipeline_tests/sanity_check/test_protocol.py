@@ -11,7 +11,8 @@ from sft_pipeline.stages.sanity_check import build as build_module
 from sft_pipeline.stages.sanity_check.asset import STAGE
 from sft_pipeline.stages.sanity_check.build import build
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
-from sft_pipeline.stages.sanity_check.protocol import ShortRun, forecast, judge
+from sft_pipeline.stages.sanity_check.forecast import WorstBlock, forecast
+from sft_pipeline.stages.sanity_check.protocol import ShortRun, judge
 from sft_pipeline.stages.stage import Build
 from sft_pipeline.store import Artifact
 from sft_pipeline_tests.learning import tiny
@@ -71,6 +72,7 @@ def test_a_sound_recipe_passes_with_its_evidence(root, tmp_path):
     assert record["overfit"]["losses"][-1] <= 0.5 * record["overfit"]["losses"][0]
     assert [s for s, _ in record["short_run"]["val_loss"]] == [0, 4, 8] and len(record["samples"]) == 3
     assert (tmp_path / "out" / "plots" / "short_run.png").is_file() and "forecast" in built.evidence
+    assert (tmp_path / "out" / built.evidence["learning_rate_curve"].value).is_file()
     assert checks["boundaries"].evidence["differences"].value
 
 
@@ -146,7 +148,8 @@ def test_a_model_that_cannot_learn_is_stopped(root, tmp_path):
 
 
 def test_skipping_is_accepted_and_recorded(root, tmp_path):
-    checks, _ = check(root, tmp_path / "out", sanity={"skip": True})
+    checks, built = check(root, tmp_path / "out", sanity={"skip": True})
+    assert (tmp_path / "out" / built.evidence["learning_rate_curve"].value).is_file()
     assert failed(checks) == [] and all("sanity.skip" in c.description for c in checks.values())
     assert json.loads((tmp_path / "out" / "sanity.json").read_text())["skipped"]
 
@@ -185,6 +188,20 @@ def test_the_judge_stops_divergence_oscillation_and_nan_and_lets_noise_pass():
 
 
 def test_the_forecast_scales_the_updates_and_says_how_sure_it_is():
-    found = forecast(ShortRun(seconds=[9.0, 1.0, 1.2, 0.8, 1.0]), 1000, 500.0)
-    assert found.seconds == pytest.approx(1000) and 50 < found.error < 200 and "17 min" in found.words
-    assert forecast(ShortRun(), 10, 1.0) is None
+    worst = WorstBlock((0,), 64, 8, memory_mb=1e6, seconds=0.1)
+    found = forecast([9.0, 1.0, 1.2, 0.8, 1.0], 1000, worst, trained_parameters=2**20)
+    assert found.seconds == pytest.approx(1000) and 150 < found.error < 300 and "17 min" in found.words
+    assert found.memory_mb == 1e6 + 8 and found.memory_error_mb == pytest.approx(0.05 * found.memory_mb)
+    assert forecast([], 10, worst, 1) is None
+
+
+def test_the_memory_trial_takes_the_fullest_blocks_of_the_whole_plan(root, tmp_path):
+    blocks = tiny.pack(tiny.examples(48), 64)
+    expected = sorted(
+        blocks, key=lambda b: (-len(b["input_ids"]), -sum(t != -100 for t in b["labels"]), b["block"])
+    )
+    check(root, tmp_path / "out", training={"per_device_batch": 2})
+    worst = json.loads((tmp_path / "out" / "forecast.json").read_text())["worst_micro_batch"]
+    assert worst["blocks"] == [b["block"] for b in expected[:2]]
+    assert 0 < worst["supervised"] <= sum(t != -100 for b in expected[:2] for t in b["labels"])
+    assert worst["memory_mb"] > 50 and worst["seconds"] > 0

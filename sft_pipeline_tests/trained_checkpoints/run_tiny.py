@@ -1,6 +1,8 @@
 """Builds trained_checkpoints on tiny data, as a process that can be killed or started under torchrun.
 
 python -m sft_pipeline_tests.trained_checkpoints.run_tiny ROOT NAME CONFIG_JSON [kill-after-update N | kill-in-save N]
+
+What each rank trained on is written to ROOT/NAME.trained/rank<R>.jsonl, by update.
 """
 
 import json
@@ -72,6 +74,29 @@ def run(root: Path, name: str, report: Reporter | None = None, **config: Any) ->
     )
 
 
+def record_what_is_trained(folder: Path) -> None:
+    """Writes the token ids of every example whose gradient was taken, as they reached the model, without padding."""
+    from sft_pipeline.learning.trainer import SupervisedTrainer
+
+    folder.mkdir(exist_ok=True)
+    path = folder / f"rank{os.environ.get('RANK', '0')}.jsonl"
+    step = SupervisedTrainer.training_step
+
+    def recording(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        loss = step(self, model, inputs, *more)
+        rows = [
+            [t for t in row if t]
+            for m in inputs.microbatches
+            if m.examples
+            for row in m.inputs["input_ids"].tolist()
+        ]
+        with path.open("a") as stream:
+            stream.write(json.dumps({"update": inputs.update, "rows": rows}) + "\n")
+        return loss
+
+    SupervisedTrainer.training_step = recording  # type: ignore[method-assign]
+
+
 def main() -> None:
     root, name, config = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     how, number = (sys.argv[4], int(sys.argv[5])) if len(sys.argv) > 4 else (None, 0)
@@ -88,6 +113,7 @@ def main() -> None:
             flush(folder)
 
         bundle.fsync_tree = die
+    record_what_is_trained(root / f"{name}.trained")
     built = run(root, name, Recorder(number if how == "kill-after-update" else None), **config)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"counts": dict(built.counts), "checks": {c.name: c.passed for c in built.checks}}))

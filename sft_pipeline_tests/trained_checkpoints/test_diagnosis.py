@@ -8,7 +8,7 @@ import pytest
 from sft_pipeline.learning.config import EarlyStopping
 from sft_pipeline.learning.progress import Intervals
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.trained_checkpoints.diagnosis import diagnose
+from sft_pipeline.stages.trained_checkpoints.diagnosis import Members, diagnose
 from sft_pipeline.stages.trained_checkpoints.watch import Watch
 
 
@@ -43,10 +43,13 @@ def test_the_slope_is_read(f, kind):
     assert kind in kinds(curve(f), [])
 
 
-def test_a_spike_names_its_update_and_rows():
+def test_a_spike_names_its_update_blocks_and_rows_and_the_command_that_shows_them():
     loss = curve(lambda i: 3.0 if i == 60 else 0.5 + 2 * math.exp(-i / 20))
-    [spike] = [f for f in diagnose(loss, [], lambda step: [f"row-{step}"]) if f.kind == "spike"]
-    assert spike.step == 61 and spike.row_ids == ["row-61"] and "row-61" in spike.words
+    members = lambda step: Members([7, 8], [f"row-{step}"], f"sft replay abc --update {step}")  # noqa: E731
+    [spike] = [f for f in diagnose(loss, [], members) if f.kind == "spike"]
+    assert (spike.step, spike.blocks, spike.row_ids) == (61, [7, 8], ["row-61"])
+    for named in ("update 61", "blocks 7, 8", "row-61", "`sft replay abc --update 61`"):
+        assert named in spike.words
 
 
 def test_overfitting_needs_validation_to_rise_while_training_falls():

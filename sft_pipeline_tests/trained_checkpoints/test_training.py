@@ -98,6 +98,12 @@ def test_what_is_written_down(root, whole):
         "diagnosis": True,
     }
     training = json.loads((root / "lora" / "training.json").read_text())
+    history = pq.read_table(root / "lora" / "history.parquet").to_pylist()
+    for name in ("examples", "tokens", "supervised_tokens"):
+        values = [r["value"] for r in history if r["name"] == name]
+        recorded = training["per_update"][name]
+        assert (recorded["min"], recorded["max"]) == (min(values), max(values))
+        assert recorded["mean"] == pytest.approx(sum(values) / len(values), abs=0.01) and recorded["cv"] >= 0
     plan = pq.read_table(root / "packed" / "plan.parquet")
     updates = max(plan["update"].to_pylist()) + 1
     assert (
@@ -216,6 +222,16 @@ def test_nan_stops_the_run_keeps_the_last_good_checkpoint_and_fails_the_check(ro
     )
 
 
+def test_an_update_that_only_the_evaluation_shows_to_be_bad_is_never_a_checkpoint(root):
+    """Its own loss was finite, and no later update meets the weights that it left."""
+    built = run(root, "spoiled", learning_rate=1e30, max_steps=1)
+    checks = {c.name: c for c in built.checks}
+    assert "the validation loss of update 1 is nan" in checks["finite_loss"].description
+    assert "the weights are spoiled" in checks["finite_loss"].description
+    assert checks["budget_as_planned"].passed and built.counts["updates"] == 1
+    assert not list((root / "spoiled").glob("checkpoint-*"))
+
+
 def test_early_stopping_and_max_steps(root):
     built = run(root, "early", early_stopping={"patience": 1, "min_delta": 10.0})
     training = json.loads((root / "early" / "training.json").read_text())
@@ -286,6 +302,17 @@ def test_qlora_trains_and_its_checkpoint_scores_as_in_training(root):
     )
 
 
+def test_a_killed_qlora_run_is_resumed_bit_identically(root):
+    pytest.importorskip("bitsandbytes")
+    config = {"parameterization": "qlora", "max_steps": 4}
+    built = run(root, "qlora-whole", **config)
+    died = command(root, "qlora-killed", config, "kill-after-update", 3)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
+    assert version(root, "qlora-killed", run(root, "qlora-killed", **config)) == version(
+        root, "qlora-whole", built
+    )
+
+
 def test_two_processes_train_the_same_updates_with_the_same_loss_curve(root):
     config = {"lora": {"dropout": 0.0}, "processes": 2, "per_device_batch": 2}
     run(root, "one-process", **config)
@@ -300,6 +327,83 @@ def test_two_processes_train_the_same_updates_with_the_same_loss_curve(root):
     assert [r[:2] for r in one] == [r[:2] for r in two]
     for (_, name, a), (_, _, b) in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=1e-4), name
+
+
+def trained_rows(folder, processes):
+    """{update: ids of the examples trained on, over all ranks}, as one launch left it; each update once per rank."""
+    found = {}
+    for rank in range(processes):
+        entries = [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]
+        assert len({e["update"] for e in entries}) == len(entries), "an update was made twice"
+        for entry in entries:
+            found.setdefault(entry["update"], []).extend(map(tuple, entry["rows"]))
+    return {update: sorted(rows) for update, rows in found.items()}
+
+
+def planned_rows(root):
+    """The same from the plan and the shards."""
+    blocks = tiny.pack(tiny.examples(48), 64)
+    found = {}
+    for entry in pq.read_table(root / "packed" / "plan.parquet").to_pylist():
+        ids, at = blocks[entry["block"]]["input_ids"], 0
+        for length in blocks[entry["block"]]["lengths"]:
+            found.setdefault(entry["update"], []).append(tuple(ids[at : at + length]))
+            at += length
+    return {update: sorted(rows) for update, rows in found.items()}
+
+
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
+def test_killed_and_resumed_with_another_number_of_processes_the_updates_stay_as_planned(root, before, after):
+    config = {"lora": {"dropout": 0.0}, "blocks_per_update": 4}
+    name = f"from-{before}-to-{after}"
+    run(root, f"{name}-whole", **config)
+    of = {n: config | {"processes": n, "per_device_batch": 4 // n} for n in (before, after)}
+    died = command(root, name, of[before], "kill-after-update", 4, processes=before)
+    assert died.returncode != 0 and not list((root / name).iterdir())
+    first = trained_rows(root / f"{name}.trained", before)
+    (root / f"{name}.trained").rename(root / f"{name}.trained-before")
+    ran = command(root, name, of[after], processes=after)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert all(json.loads(ran.stdout.strip().splitlines()[-1])["checks"].values())
+    training = json.loads((root / name / "training.json").read_text())
+    start = training["divisions"][-1]["from_update"]
+    assert training["divisions"] == [
+        {"from_update": 1, "processes": before, "per_device_batch": 4 // before},
+        {"from_update": start, "processes": after, "per_device_batch": 4 // after},
+    ]
+    assert start in (3, 5)  # killed after update 4: its checkpoint was written, or the one before it stands
+    then, planned = trained_rows(root / f"{name}.trained", after), planned_rows(root)
+    kept = {update: rows for update, rows in first.items() if update < start - 1}
+    assert kept | then == planned and not kept.keys() & then.keys()
+    curves = [
+        [(r["step"], r["name"], r["value"]) for r in pq.read_table(root / n / "history.parquet").to_pylist()]
+        for n in (f"{name}-whole", name)
+    ]
+    for (step, curve, a), (other_step, other, b) in zip(*curves, strict=True):
+        assert (step, curve) == (other_step, other) and b == pytest.approx(a, abs=1e-4), (step, curve)
+
+
+def test_a_resume_with_another_micro_batch_or_recipe(root, whole, tmp_path):
+    import shutil
+
+    config = {"lora": {"dropout": 0.0}, "blocks_per_update": 4}
+    run(root, "micro", **config, max_steps=4)
+    shutil.rmtree(root / "micro-work" / "checkpoint-4")
+    for name in ("again", "other"):
+        shutil.copytree(root / "micro-work", root / f"micro-{name}-work")
+    report = Recorder()
+    run(root, "micro-again", report, **config, max_steps=4, per_device_batch=1, gradient_accumulation=4)
+    assert any(
+        level == "warning"
+        and "update 3 and those after it are made by 1 process with micro-batches of 1" in line
+        for level, line in report.lines
+    )
+    a, b = (
+        load_file(root / n / "checkpoint-4" / "adapter_model.safetensors") for n in ("micro", "micro-again")
+    )
+    assert all((a[k] - b[k]).norm() <= 1e-4 * a[k].norm() for k in a)
+    with pytest.raises(InputError, match=r"another training.learning_rate \(0.005 there, 0.001 here\)"):
+        run(root, "micro-other", **config, max_steps=4, learning_rate=1e-3)
 
 
 def test_tensorboard_files_are_kept_where_asked_for(root, monkeypatch):

@@ -108,3 +108,29 @@ def test_a_kill_leaves_nothing_and_the_next_run_resumes(
     training = json.loads(Path(result["artifacts"]["trained_checkpoints"], "training.json").read_text())
     assert training["updates"]["done"] == training["updates"]["planned"] > 20
     assert not family(str(home / "work"))
+
+
+def test_a_killed_run_of_two_processes_is_resumed_by_one(branch: Callable[..., Path], tmp_path: Path) -> None:
+    two = {**SLOW["training"], "processes": 2, "per_device_batch": 1}
+    home = tmp_path / "home"
+    config = branch(recipe=SLOW | {"training": two, "model": {"base": "data/base_model", "lora": {"dropout": 0}}})
+    run = start(home, config)
+    until(lambda: a_checkpoint(home) or run.poll() is not None, 240, "no checkpoint was written")
+    assert run.poll() is None, run.stderr.read()[-3000:]
+    run.kill()
+    until(
+        lambda: not [p for p in family(str(home / "work")) if p.status() != psutil.STATUS_ZOMBIE],
+        20,
+        "a trainer is left behind",
+    )
+    one = ("--set", "training.processes=1", "--set", "training.blocks_per_update=2")
+    ran = sft("run", "small_lora", "--until", "trained_checkpoints", *one, "--json", home=home, config=config)
+    assert ran.code == 0, ran.stderr[-3000:]
+    assert "are made by 1 process" in ran.stderr
+    assert len({p.parent for p in home.glob("work/*/checkpoint-*")}) <= 1, "it trained in another folder"
+    folder = Path(ran.json["artifacts"]["trained_checkpoints"])
+    training = json.loads((folder / "training.json").read_text())
+    assert [d["processes"] for d in training["divisions"]] == [2, 1]
+    assert training["updates"]["done"] == training["updates"]["planned"]
+    assert json.loads((folder / "manifest.json").read_text())["config"]["training"]["processes"] == 1
+    assert all(c["passed"] for c in ran.json["checks"] if c["name"] == "budget_as_planned")

@@ -47,7 +47,7 @@ def build(b: Build) -> Built:
     checkpoints = checkpoints_of(b.inputs["trained_checkpoints"])
     graders = make_graders(config.graders)
     validation, test = (side_of(tokenized, name, config, bool(graders)) for name in ("validation", "test"))
-    ungradable = {s.name: _check_side(s, graders, b.report) for s in (validation, test)}
+    ungradable = {s.name: check_side(s, graders, b.report) for s in (validation, test)}
     speech = speech_of(tokenized)
     models = Models(stage_config.model, checkpoints, b.report)
     samples = SamplesWriter(b.out / "samples.parquet", [g.name for g in graders])
@@ -65,7 +65,7 @@ def build(b: Build) -> Built:
     groups = {s.name: _groups(s.parts) for s in (validation, test)}
     write_json(
         b.out / "evaluation.json",
-        _rounded(
+        rounded(
             _summary(
                 config, judged, selection, base, tuned, comparisons, (validation, test), groups, ungradable
             )
@@ -126,7 +126,8 @@ def side_of(tokenized: Artifact, name: str, config: EvaluationConfig, generated:
     return Side(name, parts, chosen_positions(parts, config.max_rows) if generated else [])
 
 
-def _check_side(side: Side, graders: Sequence[Grader], report: Reporter) -> dict[str, int]:
+def check_side(side: Side, graders: Sequence[Grader], report: Reporter) -> dict[str, int]:
+    """For each grader, how many expected completions it cannot grade against; told as a warning."""
     if not side.positions:
         return {}
     counts = check_expected(
@@ -298,12 +299,12 @@ def _summary(
     }
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats to six decimals: what lies behind them depends on how many threads summed."""
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_rounded(v) for v in value]
+        return [rounded(v) for v in value]
     return round(value, 6) if isinstance(value, float) else value
 
 

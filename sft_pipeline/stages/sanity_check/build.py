@@ -2,16 +2,21 @@
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.learning import plots
 from sft_pipeline.stages.sanity_check.asset import STAGE
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.sanity_check.labels import DataFindings, changed_formatting, check_blocks
-from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
+from sft_pipeline.stages.stage import Build, Built, Check, CheckSpec, Evidence, markdown, number, plot, table
 from sft_pipeline.store.files import write_json
+
+if TYPE_CHECKING:
+    from sft_pipeline.learning.feed import Layout
+    from sft_pipeline.learning.shards import Shards
 
 
 @dataclass
@@ -31,18 +36,49 @@ def build(b: Build) -> Built:
     config: SanityCheckConfig = b.config
     verdict = Verdict()
     if config.sanity.skip:
+        _learning_rate(b, config, verdict)
+    return judged(b, verdict, STAGE.checks, _trials)
+
+
+def judged(
+    b: Build,
+    verdict: Verdict,
+    specs: Sequence[CheckSpec],
+    trials: Callable[[Build, SanityCheckConfig, Verdict], None],
+) -> Built:
+    """The verdict: labels and vocabulary, then the trials where those are right; every declared check has an outcome."""
+    config: SanityCheckConfig = b.config
+    data = DataFindings()
+    if config.sanity.skip:
         b.report.log("the sanity check is skipped by sanity.skip", "warning")
-        for spec in STAGE.checks:
+        for spec in specs:
             verdict.say(spec.name, True, "Not run: sanity.skip is set in the recipe.")
         verdict.record["skipped"] = True
-        return _finish(b, verdict, DataFindings())
-    data = _data(b, config, verdict)
-    if all(c.passed for c in verdict.checks.values()):
-        _trials(b, config, verdict)
-    for spec in STAGE.checks:
+    else:
+        data = _data(b, config, verdict)
+        if all(c.passed for c in verdict.checks.values()):
+            trials(b, config, verdict)
+    for spec in specs:
         if spec.name not in verdict.checks:
             verdict.say(spec.name, False, "Not run, since an earlier check failed.")
-    return _finish(b, verdict, data)
+    return _finish(b, verdict, data, specs)
+
+
+def _learning_rate(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
+    """The rate of every update that the training will make, before it makes the first."""
+    from sft_pipeline.learning.schedule import Schedule, curve
+    from sft_pipeline.learning.shards import Plan
+
+    planned = len(Plan(b.inputs["packed_shards"].file("plan.parquet")))
+    total = min(planned, config.training.max_steps or planned)
+    schedule = Schedule.of(config.training, config.model)
+    plots.plot_curve(
+        b.out / "plots" / "learning_rate.png",
+        list(enumerate(curve(total, schedule), 1)),
+        f"Learning rate to come: {schedule.kind}, {total:,} updates",
+        "",
+    )
+    verdict.evidence["learning_rate_curve"] = plot("plots/learning_rate.png")
 
 
 def _data(b: Build, config: SanityCheckConfig, verdict: Verdict) -> DataFindings:
@@ -110,29 +146,24 @@ def _formatting(tokenized: Any) -> dict[str, Any]:
 
 
 def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
-    """Probe, overfitting, short run and samples, in that order, on one throw-away copy."""
+    """The schedule to come; probe, overfitting, short run and samples, in that order, on one throw-away copy."""
     import torch
 
-    from sft_pipeline.learning.feed import layout_for
-    from sft_pipeline.learning.model import load_for_training, memory_mb, training_device
-    from sft_pipeline.learning.setup import be_deterministic, load_tokenizer, make_feed
-    from sft_pipeline.learning.shards import Plan, Shards
+    from sft_pipeline.learning.setup import load_tokenizer, make_feed
+    from sft_pipeline.learning.shards import Plan
     from sft_pipeline.stages.sanity_check import protocol
+    from sft_pipeline.stages.sanity_check.forecast import forecast, worst_block
 
+    _learning_rate(b, config, verdict)
     packed, sanity, training = b.inputs["packed_shards"], config.sanity, config.training
-    be_deterministic(training.seed)
-    b.report.log(f"loading {config.model.base}")
-    model, loaded = load_for_training(config.model, training, device=training_device())
-    shards, plan = Shards(packed.parts("train")), Plan(packed.file("plan.parquet"))
-    layout = layout_for(training_device(), loaded.attention)
-    feed = make_feed(shards, plan, training, layout=layout, updates=len(plan))
-    verdict.record["model"] = loaded.as_dict()
-    _probe(b, model, shards, layout, verdict)
+    model, precision, shards, layout = probed_copy(b, config, verdict)
     if not verdict.checks["boundaries"].passed:
         return
+    plan = Plan(packed.file("plan.parquet"))
+    feed = make_feed(shards, plan, training, layout=layout, updates=len(plan))
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().to("cpu", copy=True) for p in trained]
-    worst = protocol.worst_block(model, shards, feed, memory_mb)
+    worst = worst_block(model, shards, feed, verdict.record["data"]["fullest"])
     rows = protocol.overfit_rows(shards, feed, sanity.overfit_rows)
     result = protocol.overfit(
         model, rows, steps=sanity.overfit_steps, fraction=sanity.overfit_loss, adapters=config.model.parameterization != "full",
@@ -158,21 +189,38 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
     )
     run = protocol.short_run(
         model, feed, held_out if held_out is not None and len(held_out) else None, tokenizer, config.model, training,
-        steps=sanity.short_run_steps, precision=loaded.precision, folder=b.work / "trainer", report=b.report,
+        steps=sanity.short_run_steps, precision=precision, folder=b.work / "trainer", report=b.report,
     )  # fmt: skip
     _judge_run(b, config, verdict, run)
     _samples(b, config, verdict, model, tokenizer)
-    memory = max(worst.memory_mb, memory_mb())
     total = min(len(plan), training.max_steps or len(plan))
-    expected = protocol.forecast(run, total, memory)
+    expected = forecast(run.seconds, total, worst, sum(p.numel() for p in trained))
     if expected:
         b.report.log(f"forecast: {expected.words}")
         verdict.evidence |= {
             "forecast": markdown(expected.words),
             "forecast_seconds": number(round(expected.seconds, 1)),
-            "memory_mb": number(round(memory, 1)),
+            "memory_mb": number(round(expected.memory_mb, 1)),
         }
         write_json(b.out / "forecast.json", {**asdict(expected), "worst_micro_batch": asdict(worst)})
+
+
+def probed_copy(b: Build, config: SanityCheckConfig, verdict: Verdict) -> tuple[Any, str, "Shards", "Layout"]:
+    """(a throw-away copy of the model, its precision, the training blocks, their layout on this device), and in the
+    verdict whether the model keeps examples apart."""
+    from sft_pipeline.learning.feed import layout_for
+    from sft_pipeline.learning.model import load_for_training, training_device
+    from sft_pipeline.learning.setup import be_deterministic
+    from sft_pipeline.learning.shards import Shards
+
+    be_deterministic(config.training.seed)
+    b.report.log(f"loading {config.model.base}")
+    model, loaded = load_for_training(config.model, config.training, device=training_device())
+    shards = Shards(b.inputs["packed_shards"].parts("train"))
+    layout = layout_for(training_device(), loaded.attention)
+    verdict.record["model"] = loaded.as_dict()
+    _probe(b, model, shards, layout, verdict)
+    return model, loaded.precision, shards, layout
 
 
 def _probe(b: Build, model: Any, shards: Any, layout: str, verdict: Verdict) -> None:
@@ -251,9 +299,9 @@ def _samples(b: Build, config: SanityCheckConfig, verdict: Verdict, model: Any, 
     verdict.record["samples"] = said
 
 
-def _finish(b: Build, verdict: Verdict, data: DataFindings) -> Built:
-    checks = tuple(verdict.checks[spec.name] for spec in STAGE.checks)
-    blocking = {spec.name for spec in STAGE.checks if spec.blocking}
+def _finish(b: Build, verdict: Verdict, data: DataFindings, specs: Sequence[CheckSpec]) -> Built:
+    checks = tuple(verdict.checks[spec.name] for spec in specs)
+    blocking = {spec.name for spec in specs if spec.blocking}
     verdict.record["checks"] = {c.name: {"passed": c.passed, "words": c.description} for c in checks}
     verdict.record["passed"] = all(c.passed for c in checks if c.name in blocking)
     write_json(b.out / "sanity.json", _plain(verdict.record))

@@ -1,6 +1,6 @@
 """What sanity_check reads of a recipe."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -31,3 +31,9 @@ class SanityCheckConfig(Config):
     tokenizer_revision: str | None
     template: dict
     tokens: dict
+
+    def identity(self) -> dict[str, Any]:
+        """With the micro-batch, whose memory is tried out here; without the processes, of which the check has one."""
+        return super().identity() | {
+            "training": self.training.identity() | {"per_device_batch": self.training.per_device_batch}
+        }

@@ -1,5 +1,6 @@
 """The data against the model: labels, vocabulary, positions, and how the rows were made. No weights are needed."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,16 @@ import pyarrow.parquet as pq
 
 from sft_pipeline.reporting import Reporter
 
-MOST = 20
+MOST, FULLEST = 20, 64
 COLUMNS = ["block", "input_ids", "labels", "lengths", "row_ids"]
 
 
 @dataclass
 class DataFindings:
-    """Counts over every block of every side, and the first offending rows."""
+    """Counts over every block of every side, and the first offending rows.
+
+    `fullest`: training blocks, the longest first, of equally long ones the most supervised.
+    """
 
     tokens: int = 0
     supervised: int = 0
@@ -25,6 +29,7 @@ class DataFindings:
     longest: int = 0
     highest_id: int = -1
     without_supervision: int = 0
+    fullest: list[int] = field(default_factory=list)
     offenders: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -36,6 +41,7 @@ def check_blocks(parts: Mapping[str, Sequence[Path]], vocabulary: int, report: R
         vocabulary: Rows of the model's embedding.
     """
     found = DataFindings()
+    sizes: list[tuple[int, int, int]] = []
     total = sum(pq.ParquetFile(p).metadata.num_rows for paths in parts.values() for p in paths)
     done = 0
     for side, paths in parts.items():
@@ -45,9 +51,30 @@ def check_blocks(parts: Mapping[str, Sequence[Path]], vocabulary: int, report: R
                 table = file.read_row_group(group, columns=COLUMNS).combine_chunks()
                 if table.num_rows:
                     _check(table, side, vocabulary, found)
+                if side == "train":
+                    sizes = _largest(sizes + _sizes(table))
                 done += table.num_rows
                 report.progress("checking blocks", done, total, "blocks")
+    found.fullest = [-block for _, _, block in sizes]
     return found
+
+
+def _sizes(table: Any) -> list[tuple[int, int, int]]:
+    """(tokens, supervised, minus the number) of the fullest blocks of a row group."""
+    if not table.num_rows:
+        return []
+    labels = table["labels"].chunk(0)
+    lengths = labels.value_lengths().to_numpy()
+    ends = np.cumsum(lengths)
+    supervised = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != -100)])
+    counts = supervised[ends] - supervised[ends - lengths]
+    numbers = table["block"].to_numpy()
+    chosen = np.lexsort((-numbers, counts, lengths))[-FULLEST:]
+    return [(int(lengths[i]), int(counts[i]), -int(numbers[i])) for i in chosen]
+
+
+def _largest(sizes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    return heapq.nlargest(FULLEST, sizes)
 
 
 def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:

@@ -1,12 +1,11 @@
 """The trials on a throw-away copy of the model: overfit a few rows, run for a while, say something."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -270,67 +269,3 @@ def overfit_rows(shards: Shards, feed: Feed, count: int) -> list[Block]:
                 if len(found) == count:
                     return found
     return found
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Of the whole training, from the short run; seconds with one standard deviation of the updates' own spread."""
-
-    updates: int
-    seconds: float
-    error: float
-    memory_mb: float
-
-    @property
-    def words(self) -> str:
-        return f"{self.updates:,} updates in about {_clock(self.seconds)} (give or take {_clock(self.error)}), {self.memory_mb:,.0f} MB; evaluations and checkpoints not counted"
-
-
-def forecast(run: ShortRun, updates: int, memory_mb: float) -> Forecast | None:
-    """The first update, which warms things up, does not count."""
-    seconds = run.seconds[1:] or run.seconds
-    if not seconds:
-        return None
-    spread = pstdev(seconds) if len(seconds) > 1 else seconds[0]
-    # The sum's own noise, and that of the mean it is scaled from.
-    error = spread * math.sqrt(updates) + updates * spread / math.sqrt(len(seconds))
-    return Forecast(updates, mean(seconds) * updates, error, memory_mb)
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-@dataclass(frozen=True)
-class WorstBlock:
-    """One update's work on the fullest micro-batch: the memory it takes."""
-
-    tokens: int
-    memory_mb: float
-    seconds: float
-
-
-def worst_block(model: Any, shards: Shards, feed: Feed, memory: Any) -> WorstBlock:
-    """Forward and backward over the fullest blocks of the first row groups, as one micro-batch of the layout in use."""
-    blocks = [shards.block(i) for i in range(min(len(shards), 256))]
-    blocks.sort(key=lambda b: -len(b.input_ids))
-    batch = max(
-        microbatches(
-            blocks[: feed.per_device_batch],
-            layout=feed.layout,
-            per_device_batch=feed.per_device_batch,
-            max_tokens=feed.max_tokens,
-        ),
-        key=lambda m: m.inputs["input_ids"].numel(),
-    )
-    device = next(model.parameters()).device
-    model.train()
-    began = time.monotonic()
-    batch = batch.to(device)
-    model(**batch.inputs, supervised_index=batch.index, supervised_targets=batch.targets, reduction="sum")[
-        "nll"
-    ].backward()
-    model.zero_grad(set_to_none=True)
-    return WorstBlock(int(batch.inputs["input_ids"].numel()), memory(), time.monotonic() - began)

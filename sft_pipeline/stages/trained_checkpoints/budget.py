@@ -1,6 +1,8 @@
-"""What the plan says a run consumes."""
+"""What the plan says a run consumes, and what it consumed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
@@ -37,3 +39,16 @@ def planned_budget(feed: Any, updates: int) -> Budget:
             np.count_nonzero((block.labels != -100) & (block.position_ids != 0))
         )
     return Budget(updates, examples, tokens, supervised)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """A count per update, summarised as in the budget before the run. `cv`: standard deviation over mean."""
+    if not values:
+        return {"mean": 0.0, "min": 0, "max": 0, "cv": 0.0}
+    mean = fmean(values)
+    return {
+        "mean": round(mean, 2),
+        "min": int(min(values)),
+        "max": int(max(values)),
+        "cv": round(pstdev(values) / mean, 5) if mean else 0.0,
+    }

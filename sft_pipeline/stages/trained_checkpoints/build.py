@@ -1,9 +1,11 @@
 """Builds trained_checkpoints: reads the inputs, trains, and writes down what happened."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from typing import Any
 from sft_pipeline.errors import InputError
 from sft_pipeline.learning import plots
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
-from sft_pipeline.stages.trained_checkpoints.budget import Budget, planned_budget
+from sft_pipeline.stages.trained_checkpoints.budget import Budget, planned_budget, spread
 from sft_pipeline.stages.trained_checkpoints.bundle import NotResumable, checkpoint_folders, read_bundle
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
-from sft_pipeline.stages.trained_checkpoints.diagnosis import Finding, diagnose
+from sft_pipeline.stages.trained_checkpoints.diagnosis import Finding, Members, diagnose
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
 
@@ -40,9 +42,8 @@ def build(b: Build) -> Built:
     from sft_pipeline.stages.trained_checkpoints.watch import write_throughput
 
     write_throughput(outcome.watch.speed, b.out / "throughput.parquet")
-    findings = diagnose(
-        curves.get("loss"), curves.get("val_loss"), lambda step: outcome.feed.row_ids(step - 1)
-    )
+    members = functools.partial(_members, outcome.feed, b.work.name)
+    findings = diagnose(curves.get("loss"), curves.get("val_loss"), members)
     consumed = Budget(outcome.done, *(curves.total(n) for n in ("examples", "tokens", "supervised_tokens")))
     checkpoints = [read_summary(p, curves.get("val_loss")) for p in checkpoint_folders(b.out)]
     write_json(b.out / "training.json", summary(config, outcome, consumed, checkpoints, findings))
@@ -54,7 +55,7 @@ def build(b: Build) -> Built:
             "trainable_parameters": outcome.loaded.trainable_parameters,
         },
         checks=(
-            _finite(outcome, findings),
+            _finite(outcome, members),
             _resumable(b.out),
             _as_planned(consumed, planned_budget(outcome.feed, outcome.done), outcome),
             _diagnosis(findings),
@@ -125,6 +126,8 @@ def summary(
         "format": 1,
         "model": {"base": config.model.base, "revision": config.model.revision, **outcome.loaded.as_dict()},
         "layout": outcome.layout,
+        "blocks_per_update": training.planned_blocks,
+        "divisions": [asdict(d) for d in outcome.divisions],
         "loss": outcome.loss_path,
         "optimizer": {
             "name": "AdamW",
@@ -142,10 +145,19 @@ def summary(
         "examples": consumed.examples,
         "tokens": consumed.tokens,
         "supervised_tokens": consumed.supervised,
+        "per_update": per_update(outcome.watch.curves),
         "stopped": outcome.stopped,
         "best": {"step": best[0], "val_loss": best[1]} if best else None,
         "checkpoints": checkpoints,
         "diagnosis": [asdict(f) for f in findings],
+    }
+
+
+def per_update(curves: Any) -> dict[str, dict[str, float]]:
+    """What the updates held, as they were made: the table that `sft check` shows before the run."""
+    return {
+        name: spread([value for _, value in curves.get(name)])
+        for name in ("examples", "tokens", "supervised_tokens")
     }
 
 
@@ -156,15 +168,21 @@ def _plots(out: Path, curves: Any) -> None:
     plots.plot_curve(folder / "grad_norm.png", curves.get("grad_norm"), "Gradient norm before clipping", "")
 
 
-def _finite(outcome: Any, findings: list[Finding]) -> Check:
+def _members(feed: Any, fingerprint: str, step: int) -> Members:
+    blocks = [int(b) for b in feed.plan.blocks(step - 1)]
+    return Members(blocks, feed.row_ids(step - 1), f"sft replay {fingerprint[:12]} --update {step}")
+
+
+def _finite(outcome: Any, members: Callable[[int], Members]) -> Check:
     if outcome.failure is None:
         return Check("finite_loss", True, f"All {outcome.done} updates had a finite loss and gradient.")
     step = outcome.failure.step
-    rows = outcome.feed.row_ids(step - 1)
+    of = members(step)
+    applied = "the weights are spoiled" if outcome.failure.applied else "it was not applied"
     return Check(
         "finite_loss", False,
-        f"{outcome.failure}: it was not applied, and the run stopped. Lower training.learning_rate or training.clip, or look at the rows of this update",
-        {"update": number(step), "rows": table([{"row_id": r} for r in rows[:20]])},
+        f"{outcome.failure}: {applied}, and the run stopped. Lower training.learning_rate or training.clip, or mend the rows of this update: {of.words}",
+        {"update": number(step), "rows": table([{"row_id": r} for r in of.row_ids[:20]])},
     )  # fmt: skip
 
 
@@ -231,7 +249,7 @@ def _as_planned(consumed: Budget, planned: Budget, outcome: Any) -> Check:
 def _diagnosis(findings: list[Finding]) -> Check:
     if not findings:
         return Check("diagnosis", True, "Nothing looks wrong in the curves.")
-    rows = [{"kind": f.kind, "update": f.step, "what": f.words} for f in findings]
+    rows = [{"kind": f.kind, "update": f.step, "what": f.words, "replay": f.replay} for f in findings]
     return Check(
         "diagnosis",
         False,
@@ -248,6 +266,9 @@ def _evidence(outcome: Any, consumed: Budget, checkpoints: list[dict[str, Any]])
         "loss_curve": plot("plots/loss.png"),
         "learning_rate_curve": plot("plots/learning_rate.png"),
         "grad_norm_curve": plot("plots/grad_norm.png"),
+        "budget": table(
+            [{"per update": name.replace("_", " "), **found} for name, found in per_update(curves).items()]
+        ),
         "updates": number(consumed.updates),
         "supervised_tokens": number(consumed.supervised),
         "trainable_parameters": number(outcome.loaded.trainable_parameters),
@@ -256,6 +277,7 @@ def _evidence(outcome: Any, consumed: Budget, checkpoints: list[dict[str, Any]])
             f"{outcome.loaded.architecture}, {outcome.loaded.parameterization}, {outcome.loaded.precision} on {outcome.loaded.device}, attention {outcome.loaded.attention}, "
             f"layout {outcome.layout}, loss {outcome.loss_path}, {outcome.threads} threads; ended: {outcome.stopped}"
             + (f"; resumed after update {outcome.resumed_at}" if outcome.resumed_at else "")
+            + "".join(f"; from update {d.from_update} on {d.words}" for d in outcome.divisions)
         ),
     }
     if checkpoints:
@@ -267,6 +289,9 @@ def _evidence(outcome: Any, consumed: Budget, checkpoints: list[dict[str, Any]])
     if seconds:
         found["supervised_tokens_per_second"] = number(round(consumed.supervised / seconds, 1))
         found["tokens_per_second"] = number(round(consumed.tokens / seconds, 1))
+    mfu = [s["mfu"] for s in speed if "mfu" in s]
+    if mfu:
+        found["mfu"] = number(round(sum(mfu) / len(mfu), 4))
     if outcome.samples:
         found["samples"] = table([{k: str(v)[:600] for k, v in row.items()} for row in outcome.samples])
     return found

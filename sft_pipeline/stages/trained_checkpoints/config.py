@@ -1,5 +1,7 @@
 """What trained_checkpoints reads of a recipe."""
 
+from typing import Any
+
 from sft_pipeline.config.base import Config
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 
@@ -9,3 +11,6 @@ class TrainedCheckpointsConfig(Config):
 
     model: ModelConfig
     training: TrainingConfig
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"training": self.training.identity()}

@@ -1,6 +1,6 @@
 """What the curves say, in words. Pure functions over (step, value) lists."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 
@@ -18,18 +18,36 @@ class Finding:
     kind: str
     step: int
     words: str
+    blocks: list[int] = field(default_factory=list)
     row_ids: list[str] = field(default_factory=list)
+    replay: str = ""
 
 
-def diagnose(
-    loss: Curve, val_loss: Curve, row_ids: Callable[[int], list[str]] | None = None
-) -> list[Finding]:
+@dataclass(frozen=True)
+class Members:
+    """What an update is made of, and the command that shows it row by row."""
+
+    blocks: list[int]
+    row_ids: list[str]
+    replay: str
+
+    @property
+    def words(self) -> str:
+        return f"blocks {_first(self.blocks)}, rows {_first(self.row_ids)}. Look at it with `{self.replay}`"
+
+
+def _first(values: Sequence[object], most: int = 4) -> str:
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + more
+
+
+def diagnose(loss: Curve, val_loss: Curve, members: Callable[[int], Members] | None = None) -> list[Finding]:
     """Everything that looks wrong; empty when nothing does.
 
     Args:
-        row_ids: Rows of the update that made a step, to name those of a spike.
+        members: Of the update that made a step, to name what caused a spike.
     """
-    return [*_slope(loss), *_too_fast(loss), *_spikes(loss, row_ids), *_overfitting(loss, val_loss)]
+    return [*_slope(loss), *_too_fast(loss), *_spikes(loss, members), *_overfitting(loss, val_loss)]
 
 
 def _slope(loss: Curve) -> list[Finding]:
@@ -74,7 +92,7 @@ def _too_fast(loss: Curve) -> list[Finding]:
     return []
 
 
-def _spikes(loss: Curve, row_ids: Callable[[int], list[str]] | None, most: int = 5) -> list[Finding]:
+def _spikes(loss: Curve, members: Callable[[int], Members] | None, most: int = 5) -> list[Finding]:
     """An update whose loss is far above those before it: eight median deviations, and half again their median."""
     found = []
     for i in range(SPIKE_WINDOW, len(loss)):
@@ -83,14 +101,16 @@ def _spikes(loss: Curve, row_ids: Callable[[int], list[str]] | None, most: int =
         spread = median(abs(v - centre) for v in before)
         step, value = loss[i]
         if value > 1.5 * centre and value > centre + SPIKE_FACTOR * spread and value - centre > 0.05:
-            rows = row_ids(step) if row_ids else []
-            named = f"; its rows begin with {', '.join(rows[:4])}" if rows else ""
+            of = members(step) if members else Members([], [], "")
+            named = f": {of.words}" if members else ""
             found.append(
                 Finding(
                     "spike",
                     step,
                     f"update {step} had a loss of {value:.3f} after {centre:.3f}{named}",
-                    rows[:64],
+                    of.blocks[:64],
+                    of.row_ids[:64],
+                    of.replay,
                 )
             )
             if len(found) == most:

@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from sft_pipeline.reporting import Reporter
-
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -142,16 +140,12 @@ def save_rng(states: list[dict[str, Any]], folder: Path) -> list[str]:
     return ["rng.json"]
 
 
-def load_rng(folder: Path, rank: int, world: int, seed: int, step: int, report: Reporter) -> None:
+def load_rng(folder: Path, rank: int, world: int, seed: int, step: int) -> None:
     """Puts this rank's random state back. A run resumed with another number of ranks draws anew from (seed, step, rank)."""
     states = _read(folder / "rng.json")
     if len(states) == world:
         set_rng_state(states[rank])
         return
-    report.log(
-        f"resumed with {world} processes after {len(states)}: dropout draws anew from here; updates keep their blocks and order",
-        "warning",
-    )
     fresh = (seed * 1_000_003 + step * 1_009 + rank) % (1 << 32)
     random.seed(fresh)
     np.random.seed(fresh)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sft_pipeline.errors import InputError
 from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.learning.feed import Feed, layout_for
+from sft_pipeline.learning.flops import meter
 from sft_pipeline.learning.model import LoadReport, load_for_training, save_weights, training_device
 from sft_pipeline.learning.progress import NotFinite
 from sft_pipeline.learning.schedule import Schedule
@@ -19,7 +19,15 @@ from sft_pipeline.learning.shards import Plan, Shards
 from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints import state
-from sft_pipeline.stages.trained_checkpoints.bundle import Bundle, latest_whole, retire, write_bundle
+from sft_pipeline.stages.trained_checkpoints.bundle import latest_whole, retire, write_bundle
+from sft_pipeline.stages.trained_checkpoints.resume import (
+    Division,
+    Restore,
+    as_item,
+    divisions,
+    recipe_items,
+    refuse_foreign,
+)
 from sft_pipeline.stages.trained_checkpoints.watch import Curves, Watch
 
 
@@ -65,6 +73,7 @@ class Outcome:
     watch: Watch
     feed: Feed
     resumed_at: int
+    divisions: list[Division]
     threads: int
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -81,9 +90,11 @@ def train(
     be_deterministic(training.seed)
     device = training_device()
     bundle = latest_whole(work, report if rank == 0 else Reporter())
+    recipe = recipe_items(model_config, training)
     if bundle is not None:
-        refuse_foreign(bundle, data)
+        refuse_foreign(bundle, data.identity(), recipe)
         report.log(f"resuming after update {bundle.step}")
+    divided = divisions(bundle, world, training.per_device_batch, report)
     report.log(f"loading {model_config.base}")
     model, loaded = load_for_training(model_config, training, bundle.path if bundle else None, device=device)
     tokenizer = load_tokenizer(model_config)
@@ -105,22 +116,24 @@ def train(
     watch = Watch(
         total=total, report=report, curves=Curves.read(bundle.path / "curves.parquet") if bundle else None, early_stopping=training.early_stopping,
         sampler=make_sampler(model, tokenizer, data.heldout, data.formatting, SAMPLES) if rank == 0 and data.heldout else None,
+        mfu=meter(model, torch.cuda.get_device_name(device) if device.type == "cuda" else "", loaded.precision, world),
         speed_log=work / "throughput.jsonl" if rank == 0 else None, resumed_at=bundle.step if bundle else 0,
     )  # fmt: skip
     schedule = Schedule.of(training, model_config)
     trainer = SupervisedTrainer(
         model, feed=feed, validation=validation if validation is not None and len(validation) else None, tokenizer=tokenizer, training=training,
         schedule=schedule, precision=loaded.precision, folder=work / "trainer", listener=watch,
-        saver=_Saver(work, model_config, data, watch, training.keep_checkpoints), resume=(bundle.path, _Restore(bundle, rank, world, training.seed, report)) if bundle else None,
+        saver=_Saver(work, model_config, {**data.identity(), "recipe": recipe, "divisions": as_item(divided)}, watch, training.keep_checkpoints),
+        resume=(bundle.path, Restore(bundle, rank, world, training.seed)) if bundle else None,
     )  # fmt: skip
     failure = None
     try:
         # A run that was killed after it had stopped early must not go on.
         done = bundle.step if bundle and watch.should_stop() else trainer.run()
     except NotFinite as error:
-        failure, done = error, error.step - 1
+        failure, done = error, error.step if error.applied else error.step - 1
         report.log(
-            f"{error}; the update was not applied and the run ends here. The last good checkpoint is kept",
+            f"{error}; {'' if error.applied else 'the update was not applied and '}the run ends here. The last good checkpoint is kept",
             "error",
         )
     stopped = (
@@ -141,35 +154,26 @@ def train(
         watch,
         feed,
         bundle.step if bundle else 0,
+        divided,
         torch.get_num_threads(),
         samples,
     )
 
 
-def refuse_foreign(bundle: Bundle, data: Data) -> None:
-    """
-    Raises:
-        InputError: The checkpoint was made with other data, another template or another tokenizer.
-    """
-    for item, value in data.identity().items():
-        if bundle.value(item) != value:
-            raise InputError(
-                f"{bundle.path} cannot be resumed: its {item} is not that of the inputs ({_short(bundle.value(item))} there, {_short(value)} here). Delete the folder to train anew"
-            )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
 class _Saver:
-    """Writes the eleven items. All ranks take part in gathering; rank 0 writes."""
+    """Writes the eleven items, and with them `of_run`: what is the same in every checkpoint of this run. All ranks
+    take part in gathering; rank 0 writes."""
 
     def __init__(
-        self, work: Path, model_config: ModelConfig, data: Data, watch: Watch, keep: int | None
+        self, work: Path, model_config: ModelConfig, of_run: dict[str, Any], watch: Watch, keep: int | None
     ) -> None:
-        self.work, self.model_config, self.data, self.watch, self.keep = work, model_config, data, watch, keep
+        self.work, self.model_config, self.of_run, self.watch, self.keep = (
+            work,
+            model_config,
+            of_run,
+            watch,
+            keep,
+        )
 
     def __call__(self, trainer: SupervisedTrainer) -> None:
         states = state.all_rng_states()
@@ -177,7 +181,7 @@ class _Saver:
         if trainer.is_world_process_zero():
             best = self.watch.best
             values = {
-                "global_step": step, "sampler_position": {"update": step, "of": trainer.feed.updates}, **self.data.identity(),
+                "global_step": step, "sampler_position": {"update": step, "of": trainer.feed.updates}, **self.of_run,
                 "best_metric": {"name": "val_loss", "value": best[1], "step": best[0]} if best else {"name": "val_loss", "value": None, "step": None},
             }  # fmt: skip
             write_bundle(self.work, step, lambda folder: self._files(trainer, folder, states), values)
@@ -198,18 +202,3 @@ class _Saver:
         files["curves"] = ["curves.parquet"]
         files["trainer_state"] = state.save_trainer_state(trainer.state, folder)
         return files
-
-
-class _Restore:
-    """Puts optimizer, schedule and random state back, when the loop asks for them."""
-
-    def __init__(self, bundle: Bundle, rank: int, world: int, seed: int, report: Reporter) -> None:
-        self.bundle, self.rank, self.world, self.seed, self.report = bundle, rank, world, seed, report
-        self.step = bundle.step
-
-    def optimizer(self, trainer: SupervisedTrainer) -> None:
-        state.load_optimizer(trainer.optimizer, trainer.model, self.bundle.path, trainer.accelerator.scaler)
-        state.load_scheduler(trainer.lr_scheduler, self.bundle.path)
-
-    def rng(self, trainer: SupervisedTrainer) -> None:
-        state.load_rng(self.bundle.path, self.rank, self.world, self.seed, self.bundle.step, self.report)

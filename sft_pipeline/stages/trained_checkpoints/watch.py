@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_pipeline.learning.config import EarlyStopping
-from sft_pipeline.learning.model import memory_mb
 from sft_pipeline.learning.progress import UpdateNumbers
+from sft_pipeline.learning.used_memory import memory_mb
 from sft_pipeline.reporting import Reporter
 
 CURVE_SCHEMA = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
@@ -54,6 +54,7 @@ class Watch:
     Args:
         total: Planned updates.
         sampler: Makes sample generations: dicts of prompt, reply, expected. None on other ranks.
+        mfu: Model FLOPs utilization of an update (`learning.flops`), or None where it is not known.
         speed_log: Where throughput is kept beside the checkpoints, so that a resumed run has the whole curve.
     """
 
@@ -65,6 +66,7 @@ class Watch:
         curves: Curves | None = None,
         early_stopping: EarlyStopping | None = None,
         sampler: Callable[[], Sequence[dict[str, Any]]] | None = None,
+        mfu: Callable[[UpdateNumbers], float] | None = None,
         speed_log: Path | None = None,
         resumed_at: int = 0,
     ) -> None:
@@ -73,6 +75,7 @@ class Watch:
         self.samples: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self._pace: float | None = None
+        self._mfu = mfu
         self._speed_log = speed_log
         self.speed = _read_speed(speed_log, before=resumed_at) if speed_log else []
         if speed_log:
@@ -95,7 +98,7 @@ class Watch:
         seconds = max(n.seconds, 1e-9)
         speed = {
             "tokens_per_second": n.tokens / seconds, "supervised_tokens_per_second": n.supervised / seconds,
-            "memory_mb": memory_mb(), "seconds": n.seconds,
+            "memory_mb": memory_mb(), "seconds": n.seconds, **({"mfu": self._mfu(n)} if self._mfu else {}),
         }  # fmt: skip
         self._keep_speed(n.step, speed)
         live = {k: v for k, v in speed.items() if k != "seconds"}

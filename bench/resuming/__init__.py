@@ -1,0 +1,1 @@
+"""The parts of the kill benchmark: the branch that is trained, one attempt, the strikes, and the verdict."""

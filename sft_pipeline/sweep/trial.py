@@ -1,0 +1,174 @@
+"""One point of a sweep: probe, training, judgement, and what became of it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.run import Isolate, Run, run_stage
+from sft_pipeline.store import Artifact
+from sft_pipeline.sweep.budget import off_budget
+from sft_pipeline.sweep.plan import Point, SweepPlan
+from sft_pipeline.sweep.ranking import BAD_INPUT, BLOCKED, DIVERGED, FAILED, JUDGED, PENDING, End, Place
+from sft_pipeline.sweep.stages import TRIAL_STAGES
+from sft_pipeline.tracking.sweep import SweepTracker
+
+
+@dataclass
+class Result:
+    """What is known of one point.
+
+    Attributes:
+        loss: (supervised tokens so far, training loss) of each update; val_loss likewise at each evaluation.
+        seconds: Of training.
+    """
+
+    point: Point
+    end: End = field(default_factory=lambda: End(PENDING, {}))
+    supervised: int = 0
+    tokens: int = 0
+    updates: int = 0
+    seconds: float | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    cached: bool = False
+    mlflow_run_id: str | None = None
+    artifacts: dict[str, str] = field(default_factory=dict)
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    val_loss: list[tuple[int, float]] = field(default_factory=list)
+
+    def to_json(self, plan: SweepPlan, place: Place) -> dict[str, Any]:
+        off = off_budget(self.supervised, plan.budget) if self.supervised else None
+        return {
+            "point": self.point.number,
+            "values": self.point.values,
+            "status": self.end.status,
+            "rank": place.rank,
+            "gates_passed": place.gates_passed,
+            "verdict": place.verdict,
+            "metrics": dict(self.end.scores),
+            "updates": self.updates,
+            "planned_updates": self.point.updates,
+            "supervised_tokens": self.supervised,
+            "planned_supervised_tokens": self.point.supervised,
+            "off_budget": None if off is None else round(off, 5),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
+            "validation_rows": self.rows,
+            "cached": self.cached,
+            "mlflow_run_id": self.mlflow_run_id,
+            "artifacts": self.artifacts,
+        }
+
+
+def try_point(
+    point: Point, plan: SweepPlan, tracker: SweepTracker, report: Reporter, isolate: Isolate | None
+) -> Result:
+    """One point; what goes wrong with it is its result."""
+    result = Result(point)
+    try:
+        if point.blocked:
+            raise BlockedError(point.blocked)
+        _trial(result, plan, tracker, report, isolate)
+    except Interrupted:
+        raise
+    except SftError as error:
+        status = (
+            BLOCKED
+            if isinstance(error, BlockedError)
+            else BAD_INPUT
+            if isinstance(error, InputError)
+            else FAILED
+        )
+        result.end = End(status, {}, str(error))
+    if result.end.status != JUDGED:
+        report.log(f"{result.end.status}: {result.end.reason}", "warning")
+    tracker.ended(result.mlflow_run_id, result.end.status, result.end.scores, result.supervised)
+    return result
+
+
+def _trial(
+    result: Result, plan: SweepPlan, tracker: SweepTracker, report: Reporter, isolate: Isolate | None
+) -> None:
+    """Probe, training, judgement; fills the result in.
+
+    Raises:
+        SftError: As the stages raise them; what was found before is in the result.
+    """
+    point = result.point
+    run = Run(
+        plan.store,
+        report,
+        run_id=f"{plan.run_id}-{point.number}",
+        earlier_run_ids=(point.data_run,),
+        current=False,
+        tracker=tracker.of(point.label),
+        isolate=isolate,
+    )
+    probe = run_stage(TRIAL_STAGES["trial_probe"], TRIAL_STAGES, point.branch, run)
+    if not probe.artifact.manifest.accepted:
+        raise BlockedError(_failed_check(probe.artifact))
+    trained = run_stage(TRIAL_STAGES["trial_training"], TRIAL_STAGES, point.branch, run)
+    _read_training(result, trained.artifact)
+    result.mlflow_run_id = tracker.child(point.label, point.branch, trained.artifact.manifest.fingerprint)
+    tracker.copy_curves(result.mlflow_run_id, trained.artifact)
+    if not trained.artifact.manifest.accepted:
+        finite = next(c for c in trained.artifact.manifest.checks if c["name"] == "finite_loss")
+        if finite["passed"]:
+            raise BlockedError(_failed_check(trained.artifact))
+        result.end = End(DIVERGED, {}, _training(trained.artifact)["stopped"])
+        return
+    judged = run_stage(TRIAL_STAGES["trial_judgement"], TRIAL_STAGES, point.branch, run)
+    result.artifacts["trial_judgement"] = str(judged.artifact.path)
+    result.cached = trained.cached and judged.cached
+    found = json.loads(judged.artifact.file("judgement.json").read_text())
+    result.rows = {"rows": found["rows"], "generated": found["generated"]}
+    result.end = End(JUDGED, found["scores"], _diagnosis(trained.artifact))
+
+
+def _read_training(result: Result, trained: Artifact) -> None:
+    counts = trained.manifest.counts
+    result.supervised, result.tokens = counts["supervised_tokens"], counts["tokens"]
+    result.updates = counts["updates"]
+    result.artifacts["trial_training"] = str(trained.path)
+    result.seconds = (
+        round(sum(v for _, v in _curve(trained.file("throughput.parquet"), "seconds")), 2) or None
+    )
+    history = trained.file("history.parquet")
+    spent, total = {0: 0}, 0
+    for step, tokens in _curve(history, "supervised_tokens"):
+        total += int(tokens)
+        spent[step] = total
+    result.loss = [(spent[step], value) for step, value in _curve(history, "loss")]
+    result.val_loss = [(spent[step], value) for step, value in _curve(history, "val_loss")]
+
+
+def _curve(path: Path, name: str) -> list[tuple[int, float]]:
+    rows = pq.read_table(path, filters=[("name", "=", name)]).to_pylist()
+    return [(row["step"], row["value"]) for row in rows]
+
+
+def _failed_check(artifact: Artifact) -> str:
+    failed = next(c for c in artifact.manifest.checks if c["blocking"] and not c["passed"])
+    return f"{failed['name']}: {failed['description']}"
+
+
+def _training(trained: Artifact) -> dict[str, Any]:
+    return json.loads(trained.file("training.json").read_text())
+
+
+def _diagnosis(trained: Artifact) -> str:
+    """That the loss rose, where it did: such a point can be judged, and its scores will show it."""
+    findings = _training(trained)["diagnosis"]
+    return next((f["words"] for f in findings if f["kind"] == "diverging"), "")
+
+
+def said(result: Result) -> str:
+    if result.end.status != JUDGED:
+        return result.end.status
+    scores = ", ".join(f"{k} {v:.4g}" for k, v in result.end.scores.items() if v is not None)
+    return scores + (" (was there already)" if result.cached else "")

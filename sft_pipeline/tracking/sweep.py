@@ -1,0 +1,179 @@
+"""A sweep in MLflow: one parent run, and below it one run for each point, opened by what it is, so that a sweep that
+was stopped goes on in the same runs."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sft_pipeline.reporting import Reporter, Tee
+from sft_pipeline.stages.run import Tracked, Tracker
+from sft_pipeline.stages.stage import Branch, Stage
+from sft_pipeline.store import Artifact
+from sft_pipeline.tracking.mlflow import MlflowReporter, connect, experiment_of, flatten, log_artifact
+
+SWEEP_TAG = "sft.sweep"
+TRIAL_TAG = "sft.trial_fingerprint"
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI nests by it
+STATUS = {"done": "FINISHED", "interrupted": "KILLED"}
+POINT_STATUS = {"judged": "FINISHED"}
+DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")
+
+
+class SweepTracker:
+    """The parent run of a sweep, open while in its context.
+
+    Raises:
+        InputError: MLflow does not answer.
+    """
+
+    def __init__(self, name: str, branch: Branch) -> None:
+        self._client = connect()
+        recipe = branch.the_recipe().name
+        self._experiment = experiment_of(self._client, recipe)
+        self._name = name
+        self._tags = {
+            "sft.recipe": recipe,
+            "sft.dataset": branch.dataset.name,
+            "sft.snapshot": branch.snapshot,
+            SWEEP_TAG: name,
+        }
+        self._ended = False
+        self.run_id = self._open(f"sweep {name}", {"sft.sweep_role": "parent"})
+
+    def __enter__(self) -> "SweepTracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._ended:
+            self._client.set_terminated(
+                self.run_id, "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
+            )
+
+    def _open(self, title: str, identity: Mapping[str, str]) -> str:
+        """The run of this sweep with these tags, found again or made."""
+        wanted = {SWEEP_TAG: self._name, **identity}
+        found = self._client.search_runs(
+            [self._experiment],
+            filter_string=" and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items()),
+            max_results=1,
+        )
+        if found:
+            self._client.update_run(found[0].info.run_id, status="RUNNING")
+            return found[0].info.run_id
+        run = self._client.create_run(self._experiment, run_name=title, tags={**self._tags, **wanted})
+        return run.info.run_id
+
+    def describe(self, sweep: Mapping[str, Any]) -> None:
+        """What varies, the budget and the rule, as parameters."""
+        varied: dict[str, list[str]] = {}
+        for point in sweep["points"]:
+            for key, value in point["values"].items():
+                if str(value) not in varied.setdefault(key, []):
+                    varied[key].append(str(value))
+        self._log_params(
+            self.run_id,
+            {f"varied.{key}": ", ".join(values) for key, values in varied.items()}
+            | {
+                "points": str(len(sweep["points"])),
+                "budget.supervised_tokens": str(sweep["budget"]["supervised_tokens"]),
+                "gates": ", ".join(sweep["gates"]),
+                "rank_by": ", ".join(sweep["rank_by"]),
+            },
+        )
+
+    # -- one point -----------------------------------------------------------------------------------------------
+
+    def of(self, label: str) -> Tracker:
+        """The engine's tracker for one point: its training and its judgement report to one child run."""
+
+        @contextlib.contextmanager
+        def track(
+            stage: Stage, branch: Branch, fingerprint: str, inputs: Mapping[str, Artifact], report: Reporter
+        ) -> Iterator[Tracked]:
+            if stage.name not in ("trial_training", "trial_judgement"):
+                yield Tracked(None, report)
+                return
+            trains = stage.name == "trial_training"
+            run_id = self.child(
+                label, branch, fingerprint if trains else inputs["trial_training"].manifest.fingerprint
+            )
+            listener = MlflowReporter(self._client, run_id, report, resumes=trains)
+            try:
+                yield Tracked(
+                    run_id,
+                    Tee(report, listener),
+                    committed=lambda artifact: log_artifact(self._client, run_id, artifact),
+                )
+            except BaseException as error:
+                self._client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+                raise
+            finally:
+                listener.flush()
+
+        return track
+
+    def child(self, label: str, branch: Branch, training: str) -> str:
+        """The run of the point whose training has this fingerprint."""
+        run_id = self._open(label, {TRIAL_TAG: training, PARENT_TAG: self.run_id})
+        shown = branch.the_recipe().model_dump(mode="json", include=set(DESCRIBED))
+        self._log_params(run_id, flatten(shown))
+        return run_id
+
+    def copy_curves(self, run_id: str, trained: Artifact) -> None:
+        """The curves of a training that another sweep had made, so that every point's run has its own."""
+        from mlflow.entities import Metric
+
+        if self._client.get_metric_history(run_id, "loss"):
+            return
+        rows = pq.read_table(trained.file("history.parquet")).to_pylist()
+        now = int(time.time() * 1000)
+        points = [Metric(r["name"], r["value"], now, r["step"]) for r in rows]
+        for start in range(0, len(points), 1000):
+            self._client.log_batch(run_id, metrics=points[start : start + 1000])
+        if trained.manifest.mlflow_run_id not in (None, run_id):
+            self._client.set_tag(run_id, "sft.trained_in", trained.manifest.mlflow_run_id)
+
+    def ended(
+        self, run_id: str | None, status: str, scores: Mapping[str, float | None], supervised: int
+    ) -> None:
+        """A point's result. None where it never came to a run of its own."""
+        if run_id is None:
+            return
+        for name, value in scores.items():
+            if value is not None:
+                self._client.log_metric(run_id, f"validation/{name}", value)
+        self._client.log_metric(run_id, "supervised_tokens_trained", supervised)
+        self._client.set_tag(run_id, "sft.point", status)
+        self._client.set_terminated(run_id, POINT_STATUS.get(status, "FAILED"))
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    def finish(
+        self, status: str, folder: Path, ranks: Mapping[str, int], best: Mapping[str, float | None]
+    ) -> None:
+        """The ranks, the best point's scores, and the sweep's files."""
+        for run_id, rank in ranks.items():
+            self._client.log_metric(run_id, "rank", rank)
+        for name, value in best.items():
+            if value is not None:
+                self._client.log_metric(self.run_id, f"best/{name}", value)
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".png") and not path.name.startswith("."):
+                self._client.log_artifact(self.run_id, str(path))
+        self._client.set_terminated(self.run_id, STATUS.get(status, "FAILED"))
+        self._ended = True
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(run_id).data.params  # a parameter never changes within a run
+        new = [Param(k, v[:6000]) for k, v in params.items() if k not in known]
+        if new:
+            self._client.log_batch(run_id, params=new)
