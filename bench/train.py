@@ -6,9 +6,9 @@
 
 What is compared, and how it is kept fair:
 
-- One model, made by the same function from the same seed, fp32 on a CPU and bf16 on a GPU, LoRA (r 16 on all linear layers) or all weights; one
-  optimizer, learning rate and clipping. That the trainings are the same is seen in the losses of the updates, whose
-  largest difference is printed.
+- One model, made by the same function from the same seed, fp32 on a CPU and bf16 on a GPU; LoRA (r 16 on all linear
+  layers) or all weights; one optimizer, learning rate and clipping. That the trainings are the same is seen in the
+  losses of the updates, whose largest difference is printed.
 - One set of rows, 30 % supervised, in blocks that are full, so that packing wastes nothing. An update holds the same
   examples on every side; TRL accumulates the micro-batches of 2,048 tokens (4,096 on a GPU) that make it.
 - This pipeline reads packed shards and lays them out as its device likes it. TRL has its rows in memory, prepared, in

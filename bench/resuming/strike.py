@@ -140,7 +140,8 @@ def attack(home: Path, kind: str, rows: Path, log: Path, strike: Strike, pace: P
         raise Missed(f"the attempt ended before its kill:\n{log.read_text()[-2000:]}")
     (victim or run).kill()
     struck = Struck(strike, time.monotonic() - began, max(before, reached(home)), saving)
-    if not saving and (found := partial(home, since)):
+    # Where it was another one that was killed, the trainer had a moment more, in which it may have finished its save.
+    if not saving and strike.victim == "trainer" and (found := partial(home, since)):
         struck = Struck(strike, struck.seconds, struck.reached, _name(found))
     process.join()
     _gone(home)

@@ -55,13 +55,16 @@ class _SummedNll(torch.autograd.Function):
             for start in range(0, hidden.shape[0], rows):
                 h, y = hidden[start : start + rows].to(dtype), targets[start : start + rows]
                 logits = _transform(F.linear(h, w, b), scale, cap)
-                log_norm = torch.logsumexp(logits, dim=-1)
                 picked = logits.gather(1, y[:, None])[:, 0]
-                total += (log_norm - picked).sum()
+                slope = (1 - (logits / cap) ** 2) if cap else None
+                highest = logits.amax(-1)
+                # exp(logits - highest) in place serves the norm and, divided by it, the gradient: one exponential.
+                grad = logits.sub_(highest[:, None]).exp_()
+                norm = grad.sum(-1)
+                total += (highest + norm.log() - picked).sum()
                 if not (want_hidden or want_weight or want_bias):
                     continue
-                slope = (1 - (logits / cap) ** 2) if cap else None
-                grad = logits.sub_(log_norm[:, None]).exp_()
+                grad /= norm[:, None]
                 grad.scatter_add_(1, y[:, None], grad.new_full((len(y), 1), -1.0))
                 if slope is not None:
                     grad *= slope
@@ -70,7 +73,9 @@ class _SummedNll(torch.autograd.Function):
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[start : start + rows] = grad @ w
-                if grad_weight is not None:
+                if grad_weight is not None and grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad.t(), h)  # no second matrix of the weight's size: half the time
+                elif grad_weight is not None:
                     grad_weight += grad.t() @ h
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)

@@ -29,7 +29,7 @@ def said(base, available, parameterization="full", gpu=True, **training):
 
 
 def test_what_fits_is_said_and_nothing_advised(base):
-    memory, words = said(base, lambda m: 2 * m.total)
+    _, words = said(base, lambda m: 2 * m.total)
     assert words.endswith("GPU memory (50%)")
 
 
@@ -43,7 +43,9 @@ def test_what_would_fit_is_named_with_the_same_update(base):
 def test_what_fits_nowhere_is_to_be_sharded(base):
     least = {"parameterization": "qlora", "gradient_checkpointing": True, "per_device_batch": 1}
     _, words = said(base, lambda m: (m.activations + m.logits) / 0.9 + m.weights / 2, **least)
-    assert "whatever is set" in words and re.search(r"shard the weights .* over \d+ or more such devices", words)
+    assert "whatever is set" in words and re.search(
+        r"shard the weights .* over \d+ or more such devices", words
+    )
     _, words = said(base, lambda m: m.activations / 2, **least)
     assert "activations alone" in words
 

@@ -173,6 +173,25 @@ def test_prefetching_passes_errors_on_and_ends_with_its_consumer():
     endless.close()
 
 
+def test_on_a_gpu_every_tensor_is_pinned_ahead_and_copied_without_waiting(packed, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(id(t)) or t)
+    plan, shards = Plan(packed.file("plan.parquet")), Shards(packed.parts("train"))
+    [update] = Feed(shards, plan, "flat", 2, 128, 1).iterate(0)
+    used = [
+        t
+        for m in update.microbatches
+        for t in (*m.inputs.values(), m.index, m.targets)
+        if isinstance(t, torch.Tensor)
+    ]
+    assert used and {id(t) for t in used} <= set(pinned)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, non_blocking: asked.append(non_blocking) or t)
+    update.microbatches[0].to(torch.device("cpu"))
+    assert asked and all(asked)
+
+
 def test_a_damaged_shard_or_plan_is_an_input_error(packed):
     packed.parts("train")[0].write_bytes(b"not parquet")
     with pytest.raises(InputError, match="not a readable Parquet file"):

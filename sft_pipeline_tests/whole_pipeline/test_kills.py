@@ -113,7 +113,9 @@ def test_a_kill_leaves_nothing_and_the_next_run_resumes(
 def test_a_killed_run_of_two_processes_is_resumed_by_one(branch: Callable[..., Path], tmp_path: Path) -> None:
     two = {**SLOW["training"], "processes": 2, "per_device_batch": 1}
     home = tmp_path / "home"
-    config = branch(recipe=SLOW | {"training": two, "model": {"base": "data/base_model", "lora": {"dropout": 0}}})
+    config = branch(
+        recipe=SLOW | {"training": two, "model": {"base": "data/base_model", "lora": {"dropout": 0}}}
+    )
     run = start(home, config)
     until(lambda: a_checkpoint(home) or run.poll() is not None, 240, "no checkpoint was written")
     assert run.poll() is None, run.stderr.read()[-3000:]

@@ -16,7 +16,24 @@ from sft_pipeline.stages.stage import Branch
 from sft_pipeline.stages.tokenized_rows import build as tokenizing
 from sft_pipeline.store import Store
 
-WORDS = "who may read the report of team access request grant deny owner key rotate today never".split()
+WORDS = [
+    "who",
+    "may",
+    "read",
+    "the",
+    "report",
+    "of",
+    "team",
+    "access",
+    "request",
+    "grant",
+    "deny",
+    "owner",
+    "key",
+    "rotate",
+    "today",
+    "never",
+]
 DATA_STAGES = ["raw_rows", "validated_rows", "grouped_split", "tokenized_rows", "packed_shards"]
 
 

@@ -148,7 +148,8 @@ class _Examiner(SupervisedTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         with keep_rng(), self.accelerator.autocast():
             self.row_losses = score_nll(
-                model, [(ids, labels) for _, _, ids, labels in _examples(self.feed, self.examined)]
+                model,
+                [(i.tolist(), labels.tolist()) for _, _, i, labels in _examples(self.feed, self.examined)],
             )
         with suppress(NotFinite):
             super().training_step(model, inputs, num_items_in_batch)
