@@ -174,6 +174,8 @@ def test_items_larger_than_any_socket_buffer_do_not_lock_up() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> None:
     program = (
+        # Whoever runs the tests may be ignoring signals, which children inherit.
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from sft_pipeline.stages import workers; from sft_pipeline_tests.stages.test_workers import asleep\n"
         f"workers.INLINE_ITEMS = 2\nlist(workers.ordered_map(asleep, ({str(tmp_path)!r},), range(9)))"
     )
