@@ -38,6 +38,7 @@ class _SummedNll(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, cap, dtype):
         want_hidden, want_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         want_bias = bias is not None and ctx.needs_input_grad[2]
+        wanted = want_hidden or want_weight or want_bias
         total = torch.zeros((), dtype=_accumulator(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = (
@@ -56,13 +57,13 @@ class _SummedNll(torch.autograd.Function):
                 h, y = hidden[start : start + rows].to(dtype), targets[start : start + rows]
                 logits = _transform(F.linear(h, w, b), scale, cap)
                 picked = logits.gather(1, y[:, None])[:, 0]
-                slope = (1 - (logits / cap) ** 2) if cap else None
+                slope = (1 - (logits / cap) ** 2) if cap and wanted else None
                 highest = logits.amax(-1)
                 # exp(logits - highest) in place serves the norm and, divided by it, the gradient: one exponential.
                 grad = logits.sub_(highest[:, None]).exp_()
                 norm = grad.sum(-1)
                 total += (highest + norm.log() - picked).sum()
-                if not (want_hidden or want_weight or want_bias):
+                if not wanted:
                     continue
                 grad /= norm[:, None]
                 grad.scatter_add_(1, y[:, None], grad.new_full((len(y), 1), -1.0))

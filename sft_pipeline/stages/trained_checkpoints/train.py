@@ -141,6 +141,8 @@ def train(
         if failure
         else watch.stop_reason() or ("max_steps reached" if total < len(plan) else "plan finished")
     )
+    if rank == 0:  # a run that was killed between its last checkpoint and this has one too many
+        retire(work, training.keep_checkpoints, watch.best[0] if watch.best else None)
     samples = watch.samples or (list(watch.sampler()) if watch.sampler and not failure else [])
     return Outcome(
         loaded,
