@@ -125,6 +125,26 @@ def test_a_retry_goes_on_in_the_same_run_with_one_curve(client, home: Path) -> N
     assert names == {"manifests/raw_rows", "manifests/trained_checkpoints"}
 
 
+def test_points_that_a_killed_orchestrator_took_along_are_filled_in_from_the_artifact(
+    client, tmp_path
+) -> None:
+    from mlflow.entities import Metric
+
+    from sft_pipeline.tracking.mlflow import fill_curves
+
+    experiment = client.create_experiment("gaps", artifact_location=str(tmp_path / "files"))
+    run_id = client.create_run(experiment).info.run_id
+    client.log_batch(run_id, metrics=[Metric("loss", 4.0 - step, 100 + step, step) for step in (1, 4)])
+    rows = [{"name": "loss", "step": s, "value": 4.0 - s} for s in (1, 2, 3, 4)] + [{"name": "other", "step": 1, "value": 0.0}]  # fmt: skip
+    (tmp_path / "trained").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "trained" / "history.parquet")
+    for _ in range(2):  # a second time adds nothing
+        fill_curves(client, run_id, Artifact(tmp_path / "trained"))
+        curve = client.get_metric_history(run_id, "loss")
+        assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [(s, 4.0 - s) for s in (1, 2, 3, 4)]  # fmt: skip
+    assert [m.timestamp for m in sorted(curve, key=lambda m: m.step)] == [101, 101, 101, 104]
+
+
 def test_another_training_is_another_run(client) -> None:
     with track("trained_checkpoints", "2" * 64, {}) as first:
         pass

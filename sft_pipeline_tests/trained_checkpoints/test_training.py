@@ -1,6 +1,7 @@
 """Whole trainings on a tiny model: determinism, resuming, stopping, and what is written down."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,19 @@ def test_an_update_that_only_the_evaluation_shows_to_be_bad_is_never_a_checkpoin
     assert "the weights are spoiled" in checks["finite_loss"].description
     assert checks["budget_as_planned"].passed and built.counts["updates"] == 1
     assert not list((root / "spoiled").glob("checkpoint-*"))
+
+
+def test_killed_before_an_old_checkpoint_was_retired_the_result_keeps_no_more_than_asked(root):
+    kept = {"keep_checkpoints": 1, "early_stopping": None, "max_steps": 6}
+    run(root, "retired", **kept)
+    left = sorted(p.name for p in (root / "retired").glob("checkpoint-*"))
+    work = root / "retired-again-work"
+    (root / "retired-work").rename(work)
+    # As if the kill came between the last save and the retirement: an older, whole checkpoint is still there.
+    run(root, "older", max_steps=2)
+    shutil.copytree(root / "older" / "checkpoint-2", work / "checkpoint-2")
+    run(root, "retired-again", **kept)
+    assert sorted(p.name for p in (root / "retired-again").glob("checkpoint-*")) == left
 
 
 def test_early_stopping_and_max_steps(root):
