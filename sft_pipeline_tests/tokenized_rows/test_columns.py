@@ -65,7 +65,7 @@ def compare(rows, template, tokens, system=None, tokenizer=None):
             result = exact[index]
             assert isinstance(result, Accepted), (rows[index]["messages"], result.reason, result.detail)
             assert to_batch(result.examples).equals(found.examples.slice(at, 1)), rows[index]["messages"]
-            assert outcome_of(result) == found.skeletons[at].outcome, rows[index]["messages"]
+            assert outcome_of(result) == found.kinds[found.kind[at]].outcome, rows[index]["messages"]
     return len(found.rows)
 
 

@@ -1,21 +1,19 @@
-"""Many rows at once: the same examples as `RowEncoder` makes, by skeletons, pieces and array arithmetic.
+"""Many rows at once: the same examples as `RowEncoder` makes, by skeletons, chunks and array arithmetic.
 
-    contents -> skeleton -> text segments -> ids -> (whole columns from here) mask, twice -> decode -> Arrow
+    contents -> skeletons -> texts of their segments -> chunks -> ids -> mask, twice -> Arrow
 
 Rows that this cannot do (tool calls, weights, overlong rows, templates that cannot be traced, ...) are simply not among
 those that come back; `RowEncoder` does them one by one, and says what is wrong with those that have to be rejected.
 """
 
-import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder, Ints, text_bytes
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.pieces import ODD_CONTROL, PieceEncoder
@@ -24,9 +22,8 @@ from sft_pipeline.stages.tokenized_rows.skeleton import Place, Skeleton, Skeleto
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, any_of
 
-Ints = npt.NDArray[np.int64]
-
 REMEMBERED = 4096  # system messages, which many rows share
+TEXT_AT_ONCE = 64 << 20  # bytes of text that are encoded together, unless one row has more
 
 
 @dataclass(frozen=True)
@@ -34,34 +31,42 @@ class Encoded:
     """Rows of a batch, encoded.
 
     Attributes:
-        rows: Their indices in the batch.
+        rows: Their indices in the batch, ascending.
         examples: One for each, in the schema TOKENIZED.
-        skeletons: The skeleton of each.
+        kinds: The skeletons there are.
+        kind: Which of them each row has.
         by_reference: Texts that the reference tokenizer had to encode, because they are not plain.
     """
 
     rows: Ints
     examples: pa.RecordBatch
-    skeletons: list[Skeleton]
+    kinds: list[Skeleton]
+    kind: Ints
     by_reference: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Group:
-    """Rows of one skeleton, while they are gathered.
+    """Rows of a batch that share a skeleton.
 
     Attributes:
-        texts: Of the text segments, row after row.
-        plain: Whether each of them is plain.
+        rows: Their indices in the batch.
+        texts: By text segment: the text of each row.
+        plain: By text segment: whether it is plain.
     """
 
-    rows: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    plain: list[bool] = field(default_factory=list)
+    skeleton: Skeleton
+    rows: Ints
+    texts: list[pa.StringArray]
+    plain: list[npt.NDArray[np.bool_]]
+
+    def filter(self, wanted: npt.NDArray[np.bool_]) -> "_Group":
+        mask = pa.array(wanted)
+        return _Group(self.skeleton, self.rows[wanted], [t.filter(mask) for t in self.texts], [p[wanted] for p in self.plain])  # fmt: skip
 
 
 class ColumnEncoder:
-    """Encodes whole batches under one tokenizer, template and mask.
+    """Encodes whole batches under one tokenizer, template and mask. May be used by several threads.
 
     Raises:
         Unsupported: The tokenizer is not one that `PieceEncoder` knows.
@@ -73,31 +78,32 @@ class ColumnEncoder:
     ) -> None:
         self._backend, self._tokens, self._system = tokenizer.backend, tokens, system
         self._pieces = PieceEncoder(tokenizer)
+        self._chunks = ChunkEncoder(self._pieces)
         self._skeletons = Skeletons(template, tokenizer, self._pieces, tokens.supervise)
         self._added = any_of(tokenizer.added).search
-        self._first = re.compile("[" + "".join(re.escape(c) for c in sorted({t[0] for t in tokenizer.added})) + "]").search  # fmt: skip
+        # The first two characters of an added token are rarely in a text, and are found without a look at each text.
+        self._hint = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in hint) for hint in sorted({t[:2] for t in tokenizer.added}))  # fmt: skip
         self._is_control = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_control[list(tokenizer.control_ids)] = True
         self._remembered: dict[str, bytes] = {}
-        self._aside = ThreadPoolExecutor(1)
 
     def encode(self, batch: pa.RecordBatch) -> Encoded:
         """Those rows of a batch of grouped_split that can be encoded this way."""
-        groups = self._gather(batch)
-        parts = [self._encode_group(batch, skeleton, group) for skeleton, group in groups]
+        groups = [part for group in self._gather(batch) for part in _manageable(group)]
+        parts = [self._encode_group(batch, group) for group in groups]
         rows = np.concatenate([np.zeros(0, np.int64), *(p.rows for p in parts)])
         examples = pa.Table.from_batches([p.examples for p in parts], TOKENIZED)
-        order = np.argsort(rows, kind="stable")
+        kind = np.repeat(np.arange(len(parts)), [len(p.rows) for p in parts])
         if len(parts) > 1:
-            examples = examples.take(pa.array(order))
-        skeletons = [s for p in parts for s in p.skeletons]
+            order = np.argsort(rows, kind="stable")
+            examples, rows, kind = examples.take(pa.array(order)), rows[order], kind[order]
         return Encoded(
-            rows[order], _one_batch(examples), [skeletons[i] for i in order], sum(p.by_reference for p in parts)
+            rows, _one_batch(examples), [g.skeleton for g in groups], kind, sum(p.by_reference for p in parts)
         )  # fmt: skip
 
     # -- text ------------------------------------------------------------------------------------------------
 
-    def _gather(self, batch: pa.RecordBatch) -> list[tuple[Skeleton, _Group]]:
+    def _gather(self, batch: pa.RecordBatch) -> list[_Group]:
         """The rows by skeleton, with their texts."""
         messages = batch.column("messages")
         flat = messages.flatten()
@@ -111,52 +117,61 @@ class ColumnEncoder:
         unfit_before = np.concatenate([[0], np.cumsum(unfit.to_numpy(zero_copy_only=False))])
         fit = (unfit_before[bounds[1:]] == unfit_before[bounds[:-1]]) & (bounds[1:] > bounds[:-1])
         fit &= batch.column("tools").is_null().to_numpy(zero_copy_only=False)
-        roles, contents, plain = flat.field("role").to_pylist(), content.to_pylist(), _is_plain(content)
-        groups: dict[int, tuple[Skeleton, _Group]] = {}
-        spans = bounds.tolist()
+        roles = flat.field("role").dictionary_encode()
+        codes, spans = roles.indices.to_numpy().astype(np.uint8).tobytes(), bounds.tolist()
+        alike: dict[bytes, list[int]] = {}
         for row in np.flatnonzero(fit).tolist():
-            here = slice(spans[row], spans[row + 1])
-            self._put(groups, row, tuple(roles[here]), contents[here], plain[here])
-        return list(groups.values())
+            alike.setdefault(codes[spans[row] : spans[row + 1]], []).append(row)
+        names = roles.dictionary.to_pylist()
+        return [
+            group
+            for code, rows in alike.items()
+            if names[code[-1]] == "assistant"
+            for group in self._by_skeleton(tuple(names[c] for c in code), np.array(rows), bounds, content)
+        ]
 
-    def _put(
-        self, groups: dict[int, tuple[Skeleton, _Group]], row: int, roles: tuple[str, ...], contents: list[str], plain: list[bool],
-    ) -> None:  # fmt: skip
+    def _by_skeleton(
+        self, roles: tuple[str, ...], rows: Ints, bounds: Ints, content: pa.StringArray
+    ) -> list[_Group]:
+        """Rows with the same roles."""
+        contents = [content.take(pa.array(bounds[rows] + m)) for m in range(len(roles))]
         if self._system is not None and "system" not in roles:
-            roles, contents = ("system", *roles), [self._system, *contents]
-            plain = [*_is_plain(pa.array([self._system])), *plain]
-        if roles[-1] != "assistant":
-            return
-        skeleton = self._skeletons.find(roles, contents)
-        if skeleton is None:
-            return
-        texts = [segment.filled(contents) for segment in skeleton.own]
-        for text in texts:
-            if self._first(text) and self._added(text):
-                return  # the text, alone or with the template's, holds an added token
-        _, group = groups.setdefault(id(skeleton), (skeleton, _Group()))
-        group.rows.append(row)
-        group.texts += texts
-        group.plain += [s.is_plain and all([plain[m] for m in s.messages]) for s in skeleton.own]
+            roles, contents = ("system", *roles), [pa.repeat(self._system, len(rows)), *contents]
+        plain = [_is_plain(texts) for texts in contents]
+        groups = []
+        for skeleton, at in self._skeletons.of(roles, contents):
+            index = pa.array(at)
+            texts = [segment.filled([c.take(index) for c in contents]) for segment in skeleton.own]
+            forged = np.zeros(len(at), dtype=bool)
+            for column in texts:
+                forged |= self._has_added(column)
+            whole = [np.all([plain[m][at] for m in s.messages], axis=0) & s.is_plain for s in skeleton.own]
+            group = _Group(skeleton, rows[at], texts, whole)
+            groups.append(group.filter(~forged) if forged.any() else group)
+        return [group for group in groups if len(group.rows)]
+
+    def _has_added(self, texts: pa.StringArray) -> npt.NDArray[np.bool_]:
+        """Whether a text, of the contents alone or with the template's own, holds an added token."""
+        found = np.zeros(len(texts), dtype=bool)
+        if self._hint:
+            hinted = np.flatnonzero(pc.match_substring_regex(texts, self._hint).to_numpy(zero_copy_only=False))
+            found[hinted] = [self._added(t) is not None for t in texts.take(pa.array(hinted)).to_pylist()]
+        return found
 
     # -- ids -------------------------------------------------------------------------------------------------
 
-    def _ids(self, skeleton: Skeleton, group: _Group) -> tuple[list[bytes], int]:
-        """The ids of every text, and how many of them the reference had to encode."""
-        others = [i for i, plain in enumerate(group.plain) if not plain]
-        # Meanwhile: the reference does not hold the interpreter's lock.
-        reference = self._aside.submit(
-            self._backend.encode_batch, [group.texts[i] for i in others], add_special_tokens=False
-        )
-        found = [b""] * len(group.texts)
-        for c, segment in enumerate(skeleton.own):
-            shared = any(skeleton.roles[m] == "system" for m in segment.messages)
-            encode = self._remember if shared else self._pieces.encode
-            own = slice(c, None, len(skeleton.own))
-            found[own] = [encode(text) if plain else b"" for text, plain in zip(group.texts[own], group.plain[own], strict=True)]  # fmt: skip
-        for i, encoding in zip(others, reference.result(), strict=True):
-            found[i] = np.array(encoding.ids, dtype=np.int32).tobytes()
-        return found, len(others)
+    def _known(self, group: _Group) -> tuple[dict[str, bytes], int]:
+        """Ids of the texts that are not cut into chunks, and how many of them the reference had to encode."""
+        known = {s.text: s.ids for s in group.skeleton.segments if not s.parts}
+        others = {}
+        for segment, texts, plain in zip(group.skeleton.own, group.texts, group.plain, strict=True):
+            if not plain.all():
+                others.update(dict.fromkeys(texts.filter(pa.array(~plain)).to_pylist()))
+            if group.skeleton.is_shared(segment):
+                known |= {t: self._remember(t) for t in texts.filter(pa.array(plain)).unique().to_pylist()}
+        encodings = self._backend.encode_batch(list(others), add_special_tokens=False)
+        known |= {t: np.array(e.ids, np.int32).tobytes() for t, e in zip(others, encodings, strict=True)}
+        return known, len(others)
 
     def _remember(self, text: str) -> bytes:
         """The ids of a text that many rows are likely to share."""
@@ -169,23 +184,26 @@ class ColumnEncoder:
 
     # -- whole columns ---------------------------------------------------------------------------------------
 
-    def _encode_group(self, batch: pa.RecordBatch, skeleton: Skeleton, group: _Group) -> Encoded:
-        blobs, by_reference = self._ids(skeleton, group)
-        rows = np.array(group.rows, dtype=np.int64)
-        ids = np.frombuffer(
-            b"".join(_laid_out(skeleton, blobs, [s.ids for s in skeleton.segments])), np.int32
-        )
-        text = "".join(_laid_out(skeleton, group.texts, [s.text for s in skeleton.segments])).encode()
-        grid = _Grid(
-            tokens=_counts(skeleton, [len(b) // 4 for b in blobs], [len(s.ids) // 4 for s in skeleton.segments], len(rows)),
-            octets=_counts(skeleton, _octets(group), [len(s.text.encode()) for s in skeleton.segments], len(rows)),
-        )  # fmt: skip
+    def _encode_group(self, batch: pa.RecordBatch, group: _Group) -> "_Part":
+        """Those rows of the group that turn out well."""
+        skeleton, count = group.skeleton, len(group.rows)
+        known, by_reference = self._known(group)
+        texts = _laid_out(group)
+        done = self._chunks.encode(texts, _not_cut(group), known)
+        faithful = done.faithful.reshape(count, -1).all(axis=1)
+        if not faithful.all():  # the bytes of all rows are counted together below
+            kept = group.filter(faithful)
+            part = self._encode_group(batch, kept) if len(kept.rows) else _Part(kept.rows, _NONE, 0)
+            return replace(part, by_reference=by_reference)
+        width, ids = len(skeleton.segments), done.ids
+        grid = _Grid(_running(done.ends, width), _running(text_bytes(texts)[1], width))
         widths = self._pieces.byte_lengths[ids]
-        ends = np.cumsum(widths)
-        good = self._decodes(ids, text, grid, np.concatenate([[0], ends]))
+        begins = np.cumsum(widths)
+        begins -= widths
+        good = np.ones(count, dtype=bool)
         loss = np.zeros(len(ids) + 1, dtype=np.int8)
         for begin, end in {*skeleton.loss, *skeleton.turns, skeleton.final}:
-            at = [grid.locate(place, ids, ends - widths, good) for place in (begin, end)]
+            at = [grid.locate(place, ids, begins, good) for place in (begin, end)]
             if (begin, end) in skeleton.loss:
                 loss[at[0]] += 1
                 loss[at[1]] -= 1
@@ -196,21 +214,23 @@ class ColumnEncoder:
         good &= _sums(self._is_control[ids], grid.starts) == len(skeleton.control)
         good &= grid.lengths <= self._tokens.max_length
         good &= grid.tokens[:, skeleton.prompt.segment] > 0
+        rows = group.rows
         examples = _examples(batch.take(pa.array(rows)), grid, ids, supervised, counted, skeleton.prompt)
         if not good.all():
             examples, rows = examples.filter(pa.array(good)), rows[good]
-        return Encoded(rows, examples, [skeleton] * len(rows), by_reference)
+        return _Part(rows, examples, by_reference)
 
-    def _decodes(self, ids: npt.NDArray[np.int32], text: bytes, grid: "_Grid", ends: Ints) -> npt.NDArray[np.bool_]:  # fmt: skip
-        """For each row whether its ids stand for exactly the bytes of its text."""
-        decoded = self._pieces.text_of(ids)
-        if decoded == text:
-            return np.ones(len(grid.lengths), dtype=bool)
-        bounds, own = (
-            ends[grid.starts].tolist(),
-            np.concatenate([[0], np.cumsum(grid.octets[:, -1])]).tolist(),
-        )
-        return np.array([decoded[a:b] == text[c:d] for a, b, c, d in zip(bounds, bounds[1:], own, own[1:], strict=False)])  # fmt: skip
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one skeleton, encoded; as in `Encoded`."""
+
+    rows: Ints
+    examples: pa.RecordBatch
+    by_reference: int
+
+
+_NONE = pa.RecordBatch.from_pylist([], schema=TOKENIZED)
 
 
 @dataclass(frozen=True)
@@ -257,33 +277,50 @@ class _Grid:
         return np.minimum(by_tokens, len(ids))
 
 
-def _laid_out(skeleton: Skeleton, own: Sequence, constant: Sequence) -> list:
-    """What rows have in their segments, row after row, with the constants in their places."""
-    columns = [i for i, s in enumerate(skeleton.segments) if s.parts]
-    width, rows = len(skeleton.segments), len(own) // len(columns)
-    out = list(constant) * rows
-    for at, column in enumerate(columns):
-        out[column::width] = own[at :: len(columns)]
-    return out
+def _manageable(group: _Group) -> list[_Group]:
+    """The group in parts whose text fits into the memory and into 32-bit offsets."""
+    count = len(group.rows)
+    if count < 2 or sum(pc.sum(pc.binary_length(t)).as_py() for t in group.texts) <= TEXT_AT_ONCE:
+        return [group]
+    first = np.arange(count) < count // 2
+    return [part for half in (first, ~first) for part in _manageable(group.filter(half))]
 
 
-def _counts(skeleton: Skeleton, own: Sequence[int], constant: Sequence[int], rows: int) -> Ints:
-    """int64 (rows, segments + 1): running totals of a size per segment."""
-    sizes = np.array(_laid_out(skeleton, own, constant), dtype=np.int64).reshape(rows, -1)
-    return np.concatenate([np.zeros((rows, 1), np.int64), np.cumsum(sizes, axis=1)], axis=1)
+def _laid_out(group: _Group) -> pa.StringArray:
+    """What the rows have in their segments, row after row, with the constants in their places."""
+    segments, count = group.skeleton.segments, len(group.rows)
+    constants = [s.text for s in segments if not s.parts]
+    begins = iter(range(0, count * len(group.texts), count or 1))
+    begins_constant = iter(range(count * len(group.texts), count * len(group.texts) + len(constants)))
+    index = np.stack(
+        [next(begins) + np.arange(count) if s.parts else np.full(count, next(begins_constant)) for s in segments],
+        axis=1,
+    )  # fmt: skip
+    cells = pa.concat_arrays([*group.texts, pa.array(constants, pa.string())])
+    return cells.take(pa.array(index.reshape(-1)))
 
 
-def _octets(group: _Group) -> list[int]:
-    return [len(t) if plain else len(t.encode()) for t, plain in zip(group.texts, group.plain, strict=True)]
+def _not_cut(group: _Group) -> npt.NDArray[np.bool_]:
+    """Of those texts, which are looked up as they are: constants, what is not plain, what many rows share."""
+    plain = iter(group.plain)
+    everywhere = np.ones(len(group.rows), dtype=bool)
+    columns = [~next(plain) | group.skeleton.is_shared(s) if s.parts else everywhere for s in group.skeleton.segments]  # fmt: skip
+    return np.stack(columns, axis=1).reshape(-1)
+
+
+def _running(ends: Ints, width: int) -> Ints:
+    """int64 (rows, width + 1): totals from the beginning of each row, given those from the beginning of all."""
+    rows = np.arange(0, len(ends) - 1, width)[:, None]
+    return ends[rows + np.arange(width + 1)] - ends[rows]
 
 
 def _sums(flags: npt.NDArray[np.bool_], starts: Ints) -> Ints:
     return np.add.reduceat(flags, starts[:-1], dtype=np.int64)
 
 
-def _is_plain(texts: pa.Array) -> list[bool]:
-    odd = pc.match_substring_regex(pc.fill_null(texts, ""), ODD_CONTROL)
-    return pc.and_not(pc.string_is_ascii(pc.fill_null(texts, "")), odd).to_pylist()
+def _is_plain(texts: pa.StringArray) -> npt.NDArray[np.bool_]:
+    odd = pc.match_substring_regex(texts, ODD_CONTROL)
+    return pc.and_not(pc.string_is_ascii(texts), odd).to_numpy(zero_copy_only=False)
 
 
 def _examples(

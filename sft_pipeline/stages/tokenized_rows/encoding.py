@@ -137,7 +137,7 @@ def _differences(
     at = np.flatnonzero(compare[quick.rows])
     results = [exact[row] for row in quick.rows[at].tolist()]
     one_each = [r for r in results if isinstance(r, Accepted) and len(r.examples) == 1]
-    outcomes = [quick.skeletons[i].outcome for i in at.tolist()]
+    outcomes = [quick.kinds[k].outcome for k in quick.kind[at].tolist()]
     fast = quick.examples.take(pa.array(at))
     if outcomes == [outcome_of(r) for r in results] and to_batch([r.examples[0] for r in one_each]).equals(fast):  # fmt: skip
         return []
@@ -156,8 +156,8 @@ def _merged(
     """Outcomes and examples of all rows in their order. Of rows encoded both ways, those of whole columns: they are equal."""
     outcomes: list[Outcome | None] = [None] * task.rows.num_rows
     if quick is not None:
-        for row, skeleton in zip(quick.rows.tolist(), quick.skeletons, strict=True):
-            outcomes[row] = skeleton.outcome
+        for row, kind in zip(quick.rows.tolist(), quick.kind.tolist(), strict=True):
+            outcomes[row] = quick.kinds[kind].outcome
     slow: list[Example] = []
     owners: list[int] = []
     for row, result in zip(by_row.tolist(), results, strict=True):

@@ -51,6 +51,7 @@ class PieceEncoder:
     """Encodes plain text that holds no added token.
 
     Attributes:
+        patterns: What cuts the text, one after the other, for Python's `re` with re.ASCII.
         bytes_of: pa.BinaryArray, id -> the bytes that it stands for. Ids that stand for none are empty.
         byte_lengths: int64, their lengths.
 
@@ -67,7 +68,8 @@ class PieceEncoder:
             raise Unsupported(f"added tokens that take in what is around them, for example {flagged[0]!r}")
         if tokenizer.needs_context:
             raise Unsupported("text encodes differently at the beginning")
-        self._cuts = [re.compile(p, re.ASCII).findall for p in _patterns(_state(backend.pre_tokenizer))]
+        self.patterns = _patterns(_state(backend.pre_tokenizer))
+        self._cuts = [re.compile(p, re.ASCII).findall for p in self.patterns]
         symbols = byte_symbols()
         self._get = Pieces(backend.model, symbols).__getitem__
         self.bytes_of = _bytes_of_ids(tokenizer, symbols)

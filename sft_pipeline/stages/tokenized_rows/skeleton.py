@@ -9,11 +9,16 @@ tokens.
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome
@@ -23,6 +28,8 @@ from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, any_of
 from sft_pipeline.stages.tokenized_rows.tracing import Part, Question, Tracer, Untraceable
+
+Ints = npt.NDArray[np.int64]
 
 ATTEMPTS = 20  # at one sequence of roles; then its rows are rendered one by one
 VARIANTS = 16  # of one sequence of roles: other answers to the template's questions, another text
@@ -53,11 +60,11 @@ class Segment:
         literals = "".join(p for p in self.parts if isinstance(p, str))
         return literals.isascii() and not re.search(ODD_CONTROL, literals)
 
-    def filled(self, contents: Sequence[str]) -> str:
-        """The text of a row."""
+    def filled(self, contents: Sequence[pa.StringArray]) -> pa.StringArray:
+        """The text of each row, given the contents message by message."""
         if self.parts == self.messages[:1]:
             return contents[self.messages[0]]
-        return "".join([p if isinstance(p, str) else contents[p] for p in self.parts])
+        return pc.binary_join_element_wise(*(p if isinstance(p, str) else contents[p] for p in self.parts), "")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,10 @@ class Skeleton:
         """The segments that differ from row to row."""
         return tuple(s for s in self.segments if s.parts)
 
+    def is_shared(self, segment: Segment) -> bool:
+        """Whether many rows are likely to have the same text in a segment: a system message."""
+        return any(self.roles[m] == "system" for m in segment.messages)
+
     def fits(self, contents: Sequence[str]) -> bool:
         """Whether a row with these contents is rendered like this."""
         for q in self.questions:
@@ -117,8 +128,26 @@ class Skeleton:
         )
 
 
+    def fits_all(self, contents: Sequence[pa.StringArray]) -> npt.NDArray[np.bool_]:
+        """`fits` for many rows, given their contents message by message, none of them empty."""
+        fits = np.ones(len(contents[-1]), dtype=bool)
+        for q in self.questions:
+            fits &= q.holds_for(contents[q.message])
+        before, after = self.outcome.inserted_before or "", self.outcome.inserted_after or ""
+        if before or after:
+            # Only these completions can be found in what the template writes around them: they are in it, or go on
+            # where it ends.
+            lengths = pc.binary_length(contents[-1])
+            open_ = pc.less_equal(lengths, max(len(before.encode()), len(after.encode())))
+            for i in range(len(before)):
+                open_ = pc.or_(open_, pc.starts_with(contents[-1], before[i:]))
+            for row in np.flatnonzero(open_.to_numpy(zero_copy_only=False) & fits).tolist():
+                fits[row] = self.fits([column[row].as_py() for column in contents])
+        return fits
+
+
 class Skeletons:
-    """Finds or makes the skeleton of a row.
+    """Finds or makes the skeletons of rows. May be used by several threads.
 
     Args:
         supervise: "completion", "assistant", "last_turn" or "all".
@@ -140,26 +169,50 @@ class Skeletons:
         )
         self._tracer = Tracer(template)
         self._added = any_of(tokenizer.added)
+        self._lock = threading.Lock()
         self._known: dict[tuple[str, ...], list[Skeleton]] = {}
         self._failed: dict[tuple[str, ...], int] = {}
 
-    def find(self, roles: tuple[str, ...], contents: Sequence[str]) -> Skeleton | None:
-        """The skeleton of a row, or None: then it is rendered by itself."""
-        known = self._known.setdefault(roles, [])
-        for skeleton in known:
-            if skeleton.fits(contents):
-                return skeleton
-        if len(known) >= VARIANTS or self._failed.get(roles, 0) >= ATTEMPTS:
-            return None
+    def of(self, roles: tuple[str, ...], contents: Sequence[pa.StringArray]) -> list[tuple[Skeleton, Ints]]:
+        """The skeletons of rows with the same roles, and which rows each has; the others are rendered by themselves.
+
+        Args:
+            contents: Message by message, none of them empty.
+        """
+        found: list[tuple[Skeleton, Ints]] = []
+        left = np.arange(len(contents[-1]))
+
+        def take(skeleton: Skeleton) -> None:
+            nonlocal left
+            fits = skeleton.fits_all([column.take(pa.array(left)) for column in contents])
+            found.append((skeleton, left[fits]))
+            left = left[~fits]
+
+        tried = 0
+        while len(left):
+            with self._lock:
+                known = self._known.setdefault(roles, [])
+                if tried == len(known):
+                    if len(known) == VARIANTS or self._failed.get(roles, 0) == ATTEMPTS:
+                        break
+                    self._try(roles, [column[int(left[0])].as_py() for column in contents])
+            if tried == len(known):  # the row is one of its own
+                left = left[1:]
+            else:
+                take(known[tried])
+                tried += 1
+        return [(skeleton, rows) for skeleton, rows in found if len(rows)]
+
+    def _try(self, roles: tuple[str, ...], contents: list[str]) -> None:
+        """Makes the skeleton of a row that none of the known ones fits."""
         try:
             made = self._make(roles, contents)
         except (Untraceable, Rejected, jinja2.TemplateError):
             made = None
-        if made is None or not made.fits(contents):
+        if made is not None and made.fits(contents):
+            self._known[roles].append(made)
+        else:
             self._failed[roles] = self._failed.get(roles, 0) + 1
-            return None
-        known.append(made)
-        return made
 
     def _make(self, roles: tuple[str, ...], contents: Sequence[str]) -> Skeleton | None:
         messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]

@@ -12,6 +12,10 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 
@@ -46,6 +50,40 @@ class Question:
         """Whether another content gives the same answer."""
         found = _ASK[self.ask](content, *self.arguments)
         return found == content if self.answer is None else found is self.answer
+
+    def holds_for(self, contents: pa.StringArray) -> npt.NDArray[np.bool_]:
+        """Whether each of many contents, none of them empty, gives the same answer."""
+        asked = self.arguments[0] if len(self.arguments) == 1 else None
+        if self.ask in _ASK_ALL and isinstance(asked, str):
+            found = _ASK_ALL[self.ask](contents, asked).to_numpy(zero_copy_only=False)
+            return found == self.answer
+        if self.answer is None and (asked is None or (isinstance(asked, str) and asked.isascii())):
+            holds = np.ones(len(contents), dtype=bool)
+            open_ = _edges_in(contents, _WHITE if asked is None else asked)
+        else:
+            holds = np.zeros(len(contents), dtype=bool)
+            open_ = np.arange(len(contents))
+        holds[open_] = [self.holds(c) for c in contents.take(pa.array(open_)).to_pylist()]
+        return holds
+
+
+_ASK_ALL: dict[str, Callable[[pa.StringArray, str], pa.BooleanArray]] = {
+    "startswith": lambda contents, text: pc.starts_with(contents, text),
+    "endswith": lambda contents, text: pc.ends_with(contents, text),
+    "__contains__": lambda contents, text: pc.match_substring(contents, text),
+    "__eq__": lambda contents, text: pc.equal(contents, text),
+    "__ne__": lambda contents, text: pc.not_equal(contents, text),
+}
+_WHITE = "".join(chr(c) for c in range(128) if chr(c).isspace())
+
+
+def _edges_in(contents: pa.StringArray, characters: str) -> npt.NDArray[np.int64]:
+    """The contents of which trimming these (ASCII) characters, or white space beyond ASCII, may take something away."""
+    trimmed = np.array([chr(c) in characters for c in range(128)] + [True] * 128)
+    _, offsets, data = contents.buffers()
+    at = np.frombuffer(offsets, np.int32)[contents.offset : contents.offset + len(contents) + 1]
+    octets = np.frombuffer(data, np.uint8)
+    return np.flatnonzero(trimmed[octets[at[:-1]]] | trimmed[octets[at[1:] - 1]])
 
 
 Part = str | int
