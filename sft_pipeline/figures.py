@@ -17,11 +17,20 @@ def blank(width: float, height: float, *, laid_out: bool = True) -> Any:
 
 
 def axes(width: float, height: float) -> tuple[Any, Any]:
-    """A figure with one pair of axes; inches."""
-    figure = blank(width, height)
-    found = figure.add_subplot()
+    """A figure with one pair of axes; inches. Around them is room for a title, and for labels of seven characters."""
+    figure = blank(width, height, laid_out=False)
+    found = figure.add_axes((0.85 / width, 0.6 / height, 1 - 1.05 / width, 1 - 0.95 / height))
     found.spines[["top", "right"]].set_visible(False)
     return figure, found
+
+
+def decades(axis: Any, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis at powers of ten, written out. The usual small ticks cost most of the drawing."""
+    from math import ceil, floor, log10
+
+    ticks = [10.0**e for e in range(ceil(log10(low)), floor(log10(high)) + 1)]
+    axis.set_ticks(ticks, [f"{t:,.0f}" if t >= 1 else f"{t:g}" for t in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def save(figure: Any, path: Path) -> None:

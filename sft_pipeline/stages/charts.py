@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sft_pipeline.figures import axes as new_axes
-from sft_pipeline.figures import save
+from sft_pipeline.figures import decades, save
 
 SIZE = (6.4, 3.2)  # inches
 COLOURS = ("#3b6ea8", "#d98b2b", "#4d9a6a", "#a05195", "#777777")
@@ -36,6 +36,7 @@ def histogram(path: Path, series: Mapping[str, np.ndarray], *, title: str, x: st
             )
         if log:
             axes.set_xscale("log")
+            decades(axes.xaxis, 1, top + 1)
         axes.legend(frameon=False, fontsize=8)
     axes.set(title=title, xlabel=x, ylabel="share of rows" if len(series) > 1 else "rows")
     save(figure, path)

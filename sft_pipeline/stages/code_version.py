@@ -13,6 +13,7 @@ from sft_pipeline.project import PACKAGE_DIR
 # Modules that move artifacts about and cannot change what is in one.
 PLUMBING = (
     "sft_pipeline.stages.stage", "sft_pipeline.stages.run", "sft_pipeline.stages.code_version", "sft_pipeline.stages.workers",
+    "sft_pipeline.stages.painter",
     "sft_pipeline.store", "sft_pipeline.reporting", "sft_pipeline.errors", "sft_pipeline.project", "sft_pipeline.outside",
     "sft_pipeline.launch", "sft_pipeline.figures", "sft_pipeline.tracking", "sft_pipeline.config", "sft_pipeline.lineage",
 )  # fmt: skip
@@ -39,14 +40,15 @@ def code_version(stage_name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _imports(source: bytes) -> list[str]:
-    found = []
+@lru_cache(maxsize=None)
+def _imports(source: bytes) -> tuple[str, ...]:
+    found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in found if name.startswith("sft_pipeline.")]
+    return tuple(name for name in found if name.startswith("sft_pipeline."))
 
 
 def _module_name(path: Path) -> str:

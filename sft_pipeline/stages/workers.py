@@ -25,6 +25,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -77,6 +78,29 @@ def ordered_map(
         Exception: Whatever `prepare`, the function or `items` raises, as itself.
     """
     return _map(prepare, arguments, iter(items), worker_count(), here, inline or _few)
+
+
+def threaded_map(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Generator[Result, None, None]:
+    """Yields the function's results in the order of the items, for functions that leave the interpreter free.
+
+    At most AHEAD items per thread are taken in advance. With one thread, all is done in this one.
+    """
+    if threads == 1:
+        yield from map(function, items)
+        return
+    flying: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                if len(flying) == AHEAD * threads:
+                    yield flying.popleft().result()
+                flying.append(pool.submit(function, item))
+            while flying:
+                yield flying.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _few(number: int, _: Any) -> bool:
@@ -162,6 +186,10 @@ class Worker:
         if not good:
             raise answer
         return answer
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def _death(self) -> SftError:
         code = self._process.wait()

@@ -16,6 +16,7 @@ from sft_pipeline.stages.grouped_split.shingles import texts_of
 from sft_pipeline.stages.grouped_split.split import SIDES, Sides, first_times, overlap
 from sft_pipeline.stages.grouped_split.summary import on_disk
 from sft_pipeline.stages.grouped_split.write import write_sides
+from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built
 
 
@@ -60,13 +61,10 @@ def build(b: Build) -> Built:
         leaks=leaks,
         worst_pairs=worst,
     )
-    write_summary(b.out / "split.json", config, outcome)
-    return Built(
-        counts=outcome.counts,
-        checks=checks(config, outcome),
-        volatile=("plots/",),
-        evidence=evidence(b.out, outcome),
-    )
+    with Painter() as painter:
+        shown = evidence(b.out, outcome, painter)
+        write_summary(b.out / "split.json", config, outcome)
+    return Built(outcome.counts, checks(config, outcome), volatile=("plots/",), evidence=shown)
 
 
 def _deal(sides: Sides, parts: list[Path]) -> np.ndarray:

@@ -9,6 +9,7 @@ from sft_pipeline.stages import charts
 from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import OnDisk, SideSummary
+from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Check, Evidence, number, plot, table
 from sft_pipeline.stages.validated_rows.rows import ROWS
 from sft_pipeline.store.files import write_json
@@ -162,10 +163,11 @@ def _leakage_check(config: SplitConfig, outcome: Outcome) -> Check:
     )
 
 
-def evidence(out: Path, outcome: Outcome) -> dict[str, Evidence]:
+def evidence(out: Path, outcome: Outcome, painter: Painter) -> dict[str, Evidence]:
     """Tables and plots; the plots are written under out/plots/."""
     handed, counts = outcome.handed, outcome.counts
-    charts.bars(
+    painter.draw(
+        charts.bars,
         out / "plots" / "sides.png",
         SIDES,
         {
@@ -175,7 +177,8 @@ def evidence(out: Path, outcome: Outcome) -> dict[str, Evidence]:
         title="Rows and groups per side",
         y="number",
     )
-    charts.histogram(
+    painter.draw(
+        charts.histogram,
         out / "plots" / "lengths.png",
         {n: s.lengths for n, s in handed.items() if s.rows},
         title="Characters per row",

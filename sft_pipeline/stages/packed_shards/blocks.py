@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.packed_shards.packing import Packing
-from sft_pipeline.stages.tables import PartWriter, read_batches
+from sft_pipeline.stages.tables import Behind, PartWriter, read_batches
 
 IGNORE = -100
 GROUP_TOKENS = 1 << 15  # in a row group, about
@@ -136,11 +136,14 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
     examples = tokens = supervised = bad = 0
     mean = len(rows.tokens) // max(packing.blocks, 1)
     group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
-    with PartWriter(
-        folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, dictionary=False
-    ) as out:
+    with (
+        PartWriter(
+            folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, dictionary=False
+        ) as out,
+        Behind() as behind,
+    ):
         for batch in gather(rows, packing):
-            out.write(batch)
+            behind.submit(out.write, batch)
             positions = batch.column("position_ids").flatten().to_numpy()
             lengths = batch.column("lengths").flatten().to_numpy()
             ends = np.cumsum(lengths) - 1
@@ -150,7 +153,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
             bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(
                 int(np.count_nonzero(positions == 0)) - len(lengths)
             )
-        return Written(out.rows, examples, tokens, supervised, bad)
+    return Written(out.rows, examples, tokens, supervised, bad)
 
 
 def gather(rows: FlatRows, packing: Packing) -> Iterator[pa.RecordBatch]:

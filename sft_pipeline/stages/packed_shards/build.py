@@ -15,6 +15,7 @@ from sft_pipeline.stages.packed_shards.config import PackedShardsConfig
 from sft_pipeline.stages.packed_shards.packing import Packing, pack
 from sft_pipeline.stages.packed_shards.pictures import plot_fill, plot_updates
 from sft_pipeline.stages.packed_shards.plan import UpdatePlan, plan_updates
+from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, plot, table
 from sft_pipeline.stages.tables import FileWriter, count_rows
 from sft_pipeline.store.files import write_json
@@ -31,14 +32,21 @@ PLAN = pa.schema(
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side, packed and written."""
+class Packed:
+    """One side, packed in thought."""
 
+    name: str
     rows: FlatRows
     packing: Packing
+    expected: int
+
+
+@dataclass(frozen=True)
+class Side(Packed):
+    """One side, packed and written."""
+
     written: Written
     on_disk: int
-    expected: int
 
 
 def build(b: Build) -> Built:
@@ -46,22 +54,25 @@ def build(b: Build) -> Built:
     config: PackedShardsConfig = b.config
     scratch = b.work / "flat"
     try:
-        train, validation = (_pack_side(b, config, side, scratch / side) for side in ("train", "validation"))
-        if not train.packing.blocks:
-            raise InputError(
-                f"{b.asset}: the train side of tokenized_rows has no rows, so there is nothing to pack"
+        with Painter() as painter:
+            packed = [_pack(b, config, name, scratch / name) for name in ("train", "validation")]
+            if not packed[0].packing.blocks:
+                raise InputError(
+                    f"{b.asset}: the train side of tokenized_rows has no rows, so there is nothing to pack"
+                )
+            rows, packing = packed[0].rows, packed[0].packing
+            supervised = packing.sums(rows.supervised)
+            plan = plan_updates(supervised, config.blocks_per_update, config.epochs, config.seed)
+            fills = packing.sums(rows.lengths)
+            painter.draw(plot_fill, b.out / "plots" / "block_fill.png", fills, rows.lengths, config.max_length)  # fmt: skip
+            painter.draw(plot_updates, b.out / "plots" / "updates.png", plan.sums(supervised))
+            train, validation = (_write(b, config, side) for side in packed)
+            budget = budget_of(packing, plan, rows.lengths, rows.supervised, config.max_length)
+            _write_plan(b.out / "plan.parquet", plan, train)
+            write_json(
+                b.out / "budget.json",
+                {**budget.to_json(), "blocks_per_update": config.blocks_per_update, "epochs": config.epochs},
             )
-        supervised = train.packing.sums(train.rows.supervised)
-        plan = plan_updates(supervised, config.blocks_per_update, config.epochs, config.seed)
-        budget = budget_of(train.packing, plan, train.rows.lengths, train.rows.supervised, config.max_length)
-        _write_plan(b.out / "plan.parquet", plan, train)
-        write_json(
-            b.out / "budget.json",
-            {**budget.to_json(), "blocks_per_update": config.blocks_per_update, "epochs": config.epochs},
-        )
-        fills = train.packing.sums(train.rows.lengths)
-        plot_fill(b.out / "plots" / "block_fill.png", fills, train.rows.lengths, config.max_length)
-        plot_updates(b.out / "plots" / "updates.png", plan.sums(supervised))
         return Built(
             counts={
                 "rows_read": train.expected + validation.expected,
@@ -87,17 +98,20 @@ def build(b: Build) -> Built:
             b.work.rmdir()
 
 
-def _pack_side(b: Build, config: PackedShardsConfig, side: str, scratch: Path) -> Side:
+def _pack(b: Build, config: PackedShardsConfig, side: str, scratch: Path) -> Packed:
     parts = b.inputs["tokenized_rows"].parts(side)
     rows = flatten(parts, scratch)
     packing = pack(rows.lengths, config.max_length, config.packing.strategy, config.seed)
-    written = write_blocks(rows, packing, b.out / side)
+    return Packed(side, rows, packing, count_rows(parts))
+
+
+def _write(b: Build, config: PackedShardsConfig, side: Packed) -> Side:
+    written = write_blocks(side.rows, side.packing, b.out / side.name)
     b.report.log(
-        f"packed_shards: {written.examples} {side} examples in {written.blocks} blocks of {config.max_length}"
+        f"packed_shards: {written.examples} {side.name} examples in {written.blocks} blocks of {config.max_length}"
     )
-    return Side(
-        rows, packing, written, count_rows(sorted((b.out / side).glob("*.parquet"))), count_rows(parts)
-    )
+    on_disk = count_rows(sorted((b.out / side.name).glob("*.parquet")))
+    return Side(side.name, side.rows, side.packing, side.expected, written, on_disk)
 
 
 def _write_plan(path: Path, plan: UpdatePlan, train: Side) -> None:

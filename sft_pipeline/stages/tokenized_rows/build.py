@@ -2,9 +2,10 @@
 
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import REJECTS, Behind, FileWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
@@ -19,47 +21,45 @@ from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task, reject_rows
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, Tally
 from sft_pipeline.stages.tokenized_rows.pictures import Preview, plot_lengths, plot_masks
+from sft_pipeline.stages.tokenized_rows.referee import SAMPLE, Comparison, Referee, Verdict
 from sft_pipeline.stages.tokenized_rows.report import checks, evidence
 from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Earlier, Given, content_keys
 from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
-from sft_pipeline.stages.tokenized_rows.seen import PREVIEWS, SAMPLE, Seen
-from sft_pipeline.stages.tokenized_rows.skew import SkewWatch
+from sft_pipeline.stages.tokenized_rows.seen import PREVIEWS, Seen
+from sft_pipeline.stages.tokenized_rows.skew import Skew
 from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
-from sft_pipeline.stages.workers import ordered_map, worker_count
+from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
 from sft_pipeline.store.files import sha256_json, write_json
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
-WORTH_WORKERS = 24_000  # rows to encode; a worker first loads the tokenizer
-MANY_CPUS = 3  # with fewer, this process and its threads keep them busy
+WORTH_WORKERS = 8_000  # rows to encode the slow way; a worker first loads the tokenizer
 
 
 class Differs(Exception):
-    """The fast way gave another result than the slow one; the rows are named."""
+    """The fast way gave another result than the slow one; a row is named."""
 
 
 def build(b: Build) -> Built:
     """Renders, tokenizes and masks every row of every side; rejects go to rejects.parquet with their reason."""
     config: TokenizedRowsConfig = b.config
-    split = b.inputs["grouped_split"]
-    total = count_rows(p for side in SIDES for p in split.parts(side))
-    with SkewWatch(b.earlier) as skew_watch:
-        encoders = Encoders(config, columns=total > 2 * COMPARED)
+    known_skew = Skew.of_earlier(b.earlier)
+    encoders = Encoders(config, columns=True)
+    with Painter() as painter, Referee(config, encoders, skew=known_skew is None) as referee:
         try:
-            seen = _encode_all(b, encoders, total, skew_watch)
-        except Differs as rows:
-            why = f"the fast encoder differs from the reference, for example on row {rows}"
+            seen, verdict = _encode_all(b, encoders, referee, painter)
+        except Differs as row:
+            why = f"the fast encoder differs from the reference, for example on row {row}"
             b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
             encoders = Encoders(config, columns=False)
-            seen = _encode_all(b, encoders, total, skew_watch)
+            seen, verdict = _encode_all(b, encoders, referee, painter)
             seen.why_not = why
         recorded = _formatting(config, encoders.tokenizer, encoders.template, seen.tally)
         write_json(b.out / "formatting.json", recorded)
         on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SIDES}
         if seen.lengths:
-            plot_lengths(b.out / "plots" / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), config.tokens.max_length)  # fmt: skip
-        skew = skew_watch.find()
+            painter.draw(plot_lengths, b.out / "plots" / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), config.tokens.max_length)  # fmt: skip
     numbers = seen.tally.numbers
     for reason, count in seen.tally.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
@@ -75,7 +75,7 @@ def build(b: Build) -> Built:
             **{k: numbers[k] for k in ("tokens", "supervised_tokens", "truncated", "split", "neutralised", "turns_not_supervised")},
             **{k: seen.numbers[k] for k in ("by_columns", "by_rows", "by_reference", "compared")},
         },
-        checks=checks(seen, encoders, recorded, skew, on_disk, count_rows([b.out / "rejects.parquet"])),
+        checks=checks(seen, verdict, known_skew or verdict.skew, recorded, on_disk, count_rows([b.out / "rejects.parquet"])),
         volatile=("plots/",),
         evidence=evidence(seen, encoders, config),
     )  # fmt: skip
@@ -86,57 +86,65 @@ def build(b: Build) -> Built:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch of one side, and which of its rows an earlier build has (-1: none)."""
+    """A batch of one side.
+
+    Attributes:
+        found: Which of its rows an earlier build has (-1: none).
+        compare: Which of the others the referee looks at.
+    """
 
     side: str
     rows: pa.RecordBatch
     keys: pa.Array
     found: np.ndarray
+    compare: np.ndarray
 
 
-def _encode_all(b: Build, encoders: Encoders, total: int, skew_watch: SkewWatch) -> Seen:
+def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter) -> tuple[Seen, Verdict]:
     """Writes every side, rejects and outcomes.
 
     Raises:
         Differs: A compared row came out differently.
     """
-    seen = Seen()
+    seen, comparison = Seen(), Comparison()
     for side in SIDES:
         shutil.rmtree(b.out / side, ignore_errors=True)
-    scratch, preview = b.work / "earlier", b.out / "plots" / "mask_preview.png"
+    total = count_rows(p for side in SIDES for p in b.inputs["grouped_split"].parts(side))
+    scratch, drawn = b.work / "earlier", False
     try:
         known_keys = [content_keys(rows) for _, rows in _read(b, ["messages", "tools"])] if b.earlier else []
         earlier = Earlier(b.earlier, known_keys, scratch)
+        new = sum(int(np.count_nonzero(earlier.find(keys) < 0)) for keys in known_keys) if b.earlier else total
+        encoders.columns &= new > 2 * COMPARED
         writers = {side: PartWriter(b.out / side, TOKENIZED, dictionary=False) for side in SIDES}
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
             FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
             writers["train"], writers["validation"], writers["test"], Behind() as behind,
         ):  # fmt: skip
-            compared = _Compared(_threshold(b), incremental=len(earlier) > 0)
-            for batch, done in _encoded(_batches(b, earlier, known_keys), encoders, compared, total):
-                if done.differing:
-                    raise Differs(done.differing[0])
-                whole = _joined(batch, done, earlier)
-                behind.submit(writers[batch.side].write, whole.examples)
-                outcomes.write(whole.outcomes)
-                refused = reject_rows(batch.rows, whole.outcomes)
-                rejects.write(refused)
-                seen.note(batch.side, batch.rows.num_rows, done, whole, refused)
-                if len(seen.sample) == SAMPLE:
-                    skew_watch.begin(
-                        encoders.tokenizer, encoders.template, [given for given, _ in seen.sample]
-                    )
-                # While workers work on other rows.
-                if not preview.exists() and len(seen.previews) == PREVIEWS:
-                    _draw(preview, encoders.tokenizer, seen)
-                b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
+            sample = _Sample(_threshold(b), COMPARED if b.earlier else 0) if encoders.columns else _Sample("", SAMPLE)  # fmt: skip
+            batches = _batches(b, earlier, known_keys, sample)
+            with closing(_encoded(batches, encoders, referee, new)) as encoded:
+                for batch, done in encoded:
+                    comparison.add(batch.rows.filter(pa.array(batch.found < 0)), done, batch.compare)
+                    whole = _joined(batch, done, earlier)
+                    behind.submit(writers[batch.side].write, whole.examples)
+                    outcomes.write(whole.outcomes)
+                    refused = reject_rows(batch.rows, whole.outcomes)
+                    rejects.write(refused)
+                    seen.note(batch.side, batch.rows.num_rows, done, whole, refused)
+                    if not drawn and len(seen.previews) == PREVIEWS:
+                        drawn = _draw(b, encoders.tokenizer, seen, painter)
+                    b.report.progress("tokenizing", sum(seen.read.values()), total, "rows")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    skew_watch.begin(encoders.tokenizer, encoders.template, [given for given, _ in seen.sample])
-    if not preview.exists() and seen.previews:
-        _draw(preview, encoders.tokenizer, seen)
-    return seen
+    if not drawn and seen.previews:
+        _draw(b, encoders.tokenizer, seen, painter)
+    verdict = referee.verdict()
+    seen.numbers["compared"] = comparison.by_columns
+    if differing := comparison.first_difference(verdict):
+        raise Differs(differing)
+    return seen, verdict
 
 
 def _threshold(b: Build) -> str:
@@ -156,57 +164,65 @@ def _read(b: Build, columns: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
             yield side, rows
 
 
-def _batches(b: Build, earlier: Earlier, known_keys: list[pa.Array]) -> Iterator[_Batch]:
+def _batches(b: Build, earlier: Earlier, known_keys: list[pa.Array], sample: "_Sample") -> Iterator[_Batch]:
     columns = ["row_id", "source", "file", "line", "group", "messages", "tools"]
     for i, (side, rows) in enumerate(_read(b, columns)):
         keys = known_keys[i] if known_keys else content_keys(rows)
-        yield _Batch(side, rows, keys, earlier.find(keys))
+        found = earlier.find(keys)
+        yield _Batch(side, rows, keys, found, sample.of(rows.column("row_id").filter(pa.array(found < 0))))
 
 
 @dataclass
-class _Compared:
-    """Which of the rows to be encoded are encoded both ways.
+class _Sample:
+    """Which of the rows to be encoded the referee looks at.
 
     Attributes:
         threshold: Those whose row id is up to this.
-        incremental: Then, too, the first ones: of few new rows a sample of all rows may hold none.
+        first: And so many of the first: of few new rows a sample of all rows may hold none.
         seen: Rows to be encoded so far.
     """
 
     threshold: str
-    incremental: bool
+    first: int
     seen: int = 0
 
-    def of(self, rows: pa.RecordBatch) -> np.ndarray:
-        """A mask of the rows."""
-        mask = pc.less_equal(rows.column("row_id"), self.threshold).to_numpy(zero_copy_only=False)
-        if self.incremental:
-            mask = mask | (np.arange(rows.num_rows) < COMPARED - self.seen)
-        self.seen += rows.num_rows
-        return mask
+    def of(self, row_ids: pa.Array) -> np.ndarray:
+        """A mask of rows to be encoded."""
+        place = self.seen + np.arange(len(row_ids))
+        self.seen += len(row_ids)
+        return pc.less_equal(row_ids, self.threshold).to_numpy(zero_copy_only=False) | (place < self.first)
 
 
 def _encoded(
-    batches: Iterable[_Batch], encoders: Encoders, compared: _Compared, total: int
+    batches: Iterator[_Batch], encoders: Encoders, referee: Referee, new: int
 ) -> Iterator[tuple[_Batch, Done]]:
-    """Every batch, with what became of those of its rows that no earlier build has."""
+    """Every batch, with what became of those of its rows that no earlier build has.
+
+    The fast way leaves the interpreter free, so it goes by threads. Where rows have to go the slow way, worker
+    processes are worth their start if there are many.
+    """
     waiting: deque[_Batch] = deque()
 
     def tasks() -> Iterator[Task]:
         for batch in batches:
             waiting.append(batch)
-            new = pa.array(batch.found < 0)
-            rows = batch.rows.filter(new)
-            yield Task(rows, batch.keys.filter(new), compared.of(rows))
+            is_new = pa.array(batch.found < 0)
+            rows = batch.rows.filter(is_new)
+            referee.look_at(rows.filter(pa.array(batch.compare)))
+            yield Task(rows, batch.keys.filter(is_new))
 
-    def inline(_: int, __: Task) -> bool:
-        return (
-            worker_count() < MANY_CPUS or (compared.seen if compared.incremental else total) < WORTH_WORKERS
-        )
-
-    with closing(ordered_map(Encoders, encoders.arguments, tasks(), here=encoders, inline=inline)) as results:
-        for _, done in results:
-            yield waiting.popleft(), done
+    todo = tasks()
+    for task in islice(todo, 1):
+        first = encoders(task)
+        yield waiting.popleft(), first
+        slow = 4 * int(np.count_nonzero(~first.by_columns)) > len(first.by_columns)
+        if slow and new > WORTH_WORKERS:
+            results = (done for _, done in ordered_map(Encoders, encoders.arguments, todo, here=encoders, inline=lambda *_: False))  # fmt: skip
+        else:
+            results = threaded_map(encoders, todo, 1 if slow else worker_count())
+        with closing(results):
+            for done in results:
+                yield waiting.popleft(), done
 
 
 def _joined(batch: _Batch, done: Done, earlier: Earlier) -> Given:
@@ -265,7 +281,7 @@ def _formatting(
     }
 
 
-def _draw(path: Path, tokenizer: Tokenizer, seen: Seen) -> None:
+def _draw(b: Build, tokenizer: Tokenizer, seen: Seen, painter: Painter) -> bool:
     """Draws the first examples, token by token."""
     previews = [
         Preview(
@@ -276,4 +292,5 @@ def _draw(path: Path, tokenizer: Tokenizer, seen: Seen) -> None:
         )
         for e in seen.previews
     ]
-    plot_masks(path, previews)
+    painter.draw(plot_masks, b.out / "plots" / "mask_preview.png", previews)
+    return True

@@ -1,10 +1,7 @@
-"""Both ways of encoding, side by side in one process: whole columns where that works, row by row where it must be.
-
-The fast way is believed only as far as it is compared: rows marked for it are encoded both ways, and whatever differs
-is reported, upon which the build starts over without it.
-"""
+"""Both ways of encoding, in one process: whole columns where that works, row by row where it must be."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +15,8 @@ import pyarrow as pa
 from sft_pipeline.stages.tables import REJECTS
 from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder, Encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused, RowEncoder
-from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of, to_outcomes
+from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.pieces import Unsupported
 from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
@@ -35,12 +31,10 @@ class Task:
     Attributes:
         rows: A batch of grouped_split.
         keys: Of their contents.
-        compare: bool (rows,): which of them are encoded both ways.
     """
 
     rows: pa.RecordBatch
     keys: pa.Array
-    compare: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -50,22 +44,20 @@ class Done:
     Attributes:
         outcomes: One line per row.
         examples: Of the accepted ones.
-        numbers: by_columns and by_rows (rows), by_reference (texts), compared (rows).
-        differing: Ids of compared rows that came out differently.
-        sample: Compared conversations with their first example.
+        by_columns: bool (rows,): which of them were encoded as whole columns.
+        numbers: by_columns and by_rows (rows), by_reference (texts).
         why_not: Why the fast way cannot be used.
     """
 
     outcomes: pa.RecordBatch
     examples: pa.RecordBatch
+    by_columns: npt.NDArray[np.bool_]
     numbers: Counter[str] = field(default_factory=Counter)
-    differing: list[str] = field(default_factory=list)
-    sample: list[tuple[Conversation, Example]] = field(default_factory=list)
     why_not: str | None = None
 
 
 class Encoders:
-    """Encodes tasks.
+    """Encodes tasks. May be used by several threads.
 
     Args:
         columns: Whether the fast way may be used at all.
@@ -75,10 +67,14 @@ class Encoders:
     """
 
     def __init__(self, config: TokenizedRowsConfig, columns: bool) -> None:
-        self.arguments = (config, columns)
-        self._config, self._columns = config, columns
+        self._config, self.columns = config, columns
         self._by_column: ColumnEncoder | None = None
         self._why_not: str | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def arguments(self) -> tuple[TokenizedRowsConfig, bool]:
+        return self._config, self.columns
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,87 +85,54 @@ class Encoders:
         return load_template(self._config.template.chat_template, self.tokenizer)
 
     @cached_property
-    def _by_row(self) -> RowEncoder:
+    def by_row(self) -> RowEncoder:
         config = self._config
         return RowEncoder(self.tokenizer, self.template, config.tokens, config.template.system)
 
     def _fast(self) -> ColumnEncoder | None:
-        if self._columns and self._by_column is None and self._why_not is None:
-            config = self._config
-            try:
-                self._by_column = ColumnEncoder(
-                    self.tokenizer, self.template, config.tokens, config.template.system
-                )
-            except (Unsupported, Untraceable) as why:
-                self._why_not = str(why)
-        return self._by_column
+        with self._lock:
+            if self.columns and self._by_column is None and self._why_not is None:
+                config = self._config
+                try:
+                    self._by_column = ColumnEncoder(
+                        self.tokenizer, self.template, config.tokens, config.template.system
+                    )
+                except (Unsupported, Untraceable) as why:
+                    self._why_not = str(why)
+            return self._by_column
 
     def __call__(self, task: Task) -> Done:
         """Encodes the rows of one task."""
-        fast = None if task.compare.all() else self._fast()
+        fast = self._fast()
         quick = fast.encode(task.rows) if fast else None
-        by_column = np.zeros(task.rows.num_rows, dtype=bool)
+        by_columns = np.zeros(task.rows.num_rows, dtype=bool)
         if quick is not None:
-            by_column[quick.rows] = True
-        by_row = np.flatnonzero(~by_column | task.compare)
-        given = task.rows.take(pa.array(by_row)).to_pylist()
-        results = self._by_row.encode(given)
-        sample = [
-            (self._by_row.guard.check(conversation(row, self._by_row.system)), result.examples[0])
-            for row, at, result in zip(given, by_row, results, strict=True)
-            if task.compare[at] and isinstance(result, Accepted) and not result.examples[0].truncated
-        ]
-        differing = _differences(quick, task.compare, dict(zip(by_row.tolist(), results, strict=True)))
+            by_columns[quick.rows] = True
+        by_row = np.flatnonzero(~by_columns)
+        results = self.by_row.encode(task.rows.take(pa.array(by_row)).to_pylist()) if len(by_row) else []
         outcomes, examples = _merged(task, quick, by_row, results)
         numbers = Counter(
-            by_columns=int(np.count_nonzero(by_column & ~task.compare)), by_rows=len(by_row),
-            by_reference=quick.by_reference if quick else 0, compared=int(np.count_nonzero(by_column & task.compare)),
+            by_columns=int(np.count_nonzero(by_columns)), by_rows=len(by_row), by_reference=quick.by_reference if quick else 0
         )  # fmt: skip
-        return Done(outcomes, examples, numbers, differing, sample, self._why_not)
-
-
-def _differences(
-    quick: Encoded | None, compare: npt.NDArray[np.bool_], exact: dict[int, Accepted | Refused]
-) -> list[str]:
-    """Ids of the rows that were encoded both ways and came out differently."""
-    if quick is None:
-        return []
-    at = np.flatnonzero(compare[quick.rows])
-    results = [exact[row] for row in quick.rows[at].tolist()]
-    one_each = [r for r in results if isinstance(r, Accepted) and len(r.examples) == 1]
-    outcomes = [quick.kinds[k].outcome for k in quick.kind[at].tolist()]
-    fast = quick.examples.take(pa.array(at))
-    if outcomes == [outcome_of(r) for r in results] and to_batch([r.examples[0] for r in one_each]).equals(fast):  # fmt: skip
-        return []
-    return [
-        row_id
-        for i, (result, row_id) in enumerate(zip(results, fast.column("row_id").to_pylist(), strict=True))
-        if outcome_of(result) != outcomes[i]
-        or not isinstance(result, Accepted)
-        or not to_batch(result.examples).equals(fast.slice(i, 1))
-    ]
+        return Done(outcomes, examples, by_columns, numbers, self._why_not)
 
 
 def _merged(
     task: Task, quick: Encoded | None, by_row: npt.NDArray[np.int64], results: Sequence[Accepted | Refused]
 ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """Outcomes and examples of all rows in their order. Of rows encoded both ways, those of whole columns: they are equal."""
-    outcomes: list[Outcome | None] = [None] * task.rows.num_rows
+    """Outcomes and examples of all rows in their order."""
+    outcomes = [] if quick is None else [skeleton.outcome for skeleton in quick.kinds]
+    which = np.empty(task.rows.num_rows, dtype=np.int64)
+    which[by_row] = len(outcomes) + np.arange(len(by_row))
     if quick is not None:
-        for row, kind in zip(quick.rows.tolist(), quick.kind.tolist(), strict=True):
-            outcomes[row] = quick.kinds[kind].outcome
-    slow: list[Example] = []
-    owners: list[int] = []
-    for row, result in zip(by_row.tolist(), results, strict=True):
-        if outcomes[row] is None:
-            outcomes[row] = outcome_of(result)
-            found = result.examples if isinstance(result, Accepted) else ()
-            slow += found
-            owners += [row] * len(found)
-    written = to_outcomes(task.keys, outcomes)
+        which[quick.rows] = quick.kind
+    written = to_outcomes(task.keys, [*outcomes, *map(outcome_of, results)], which)
+    found = [r.examples if isinstance(r, Accepted) else () for r in results]
+    slow: list[Example] = [example for examples in found for example in examples]
     if quick is None or not slow:
         return written, to_batch(slow) if quick is None else quick.examples
-    order = np.argsort(np.concatenate([quick.rows, np.array(owners, np.int64)]), kind="stable")
+    owners = np.repeat(by_row, [len(examples) for examples in found])
+    order = np.argsort(np.concatenate([quick.rows, owners]), kind="stable")
     both = pa.Table.from_batches([quick.examples, to_batch(slow)], TOKENIZED).take(pa.array(order))
     return written, both.combine_chunks().to_batches()[0]
 

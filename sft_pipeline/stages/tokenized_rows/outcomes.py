@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -51,16 +52,17 @@ def outcome_of(result: Accepted | Refused) -> Outcome:
     )  # fmt: skip
 
 
-def to_outcomes(keys: pa.Array, outcomes: Sequence[Outcome | None]) -> pa.RecordBatch:
+def to_outcomes(keys: pa.Array, outcomes: Sequence[Outcome], which: npt.NDArray[np.int64]) -> pa.RecordBatch:
     """One line per row.
 
-    Raises:
-        AssertionError: A row has none.
+    Args:
+        keys: Of the rows' contents.
+        outcomes: The different ones.
+        which: For each row the one that it has.
     """
-    assert None not in outcomes
     columns = list(zip(*outcomes, strict=True)) or [()] * len(Outcome._fields)
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, list(OUTCOMES)[1:], strict=True)]
-    return pa.RecordBatch.from_arrays([keys, *arrays], schema=OUTCOMES)
+    each = [pa.array(c, f.type).take(pa.array(which)) for c, f in zip(columns, list(OUTCOMES)[1:], strict=True)]  # fmt: skip
+    return pa.RecordBatch.from_arrays([keys, *each], schema=OUTCOMES)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from sft_pipeline.stages.stage import Check, Evidence, markdown, number, plot, t
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encoding import Encoders
 from sft_pipeline.stages.tokenized_rows.reasons import MEANING, Reason
+from sft_pipeline.stages.tokenized_rows.referee import Verdict
 from sft_pipeline.stages.tokenized_rows.seen import Seen
 from sft_pipeline.stages.tokenized_rows.skew import CHECK as SKEW_CHECK
 from sft_pipeline.stages.tokenized_rows.skew import Skew
@@ -20,9 +21,9 @@ MAX_BROKEN_RATE = 0.01
 
 def checks(
     seen: Seen,
-    encoders: Encoders,
-    recorded: dict[str, Any],
+    verdict: Verdict,
     skew: Skew,
+    recorded: dict[str, Any],
     on_disk: dict[str, int],
     rejected_on_disk: int,
 ) -> tuple[Check, ...]:
@@ -39,7 +40,7 @@ def checks(
             {"agreed": number(n["accepted"]), "disagreed": number(rejected[Reason.MASK_DISAGREEMENT])},
         ),
         _round_trip(seen),
-        _prefix(seen, encoders),
+        _prefix(seen, verdict),
         Check(
             "no_forged_control_tokens",
             _few(seen, Reason.CONTROL_TOKEN_MISMATCH),
@@ -110,24 +111,13 @@ def _round_trip(seen: Seen) -> Check:
     )
 
 
-def _prefix(seen: Seen, encoders: Encoders) -> Check:
+def _prefix(seen: Seen, verdict: Verdict) -> Check:
     """Every row was encoded as prompt + rest; a sample is rendered and encoded again from its messages."""
-    wrong = []
-    for given, example in seen.sample:
-        prompt = encoders.tokenizer.ids(
-            encoders.template.render(given.messages[:-1], given.tools, add_generation_prompt=True)
-        )
-        if example.input_ids[: example.prompt_length].tolist() != prompt or example.prompt_length != len(
-            prompt
-        ):
-            wrong.append(
-                {"row_id": example.row_id, "prompt_tokens": len(prompt), "recorded": example.prompt_length}
-            )
-    rejected = seen.tally.reasons[Reason.PROMPT_NOT_PREFIX]
+    wrong, rejected = verdict.wrong_prompts, seen.tally.reasons[Reason.PROMPT_NOT_PREFIX]
     return Check(
         "prompt_prefix_exact",
         not wrong,
-        f"every row kept begins with the ids of the prompt a server sends ({len(seen.sample)} rendered and encoded again: {len(wrong)} differ); "
+        f"every row kept begins with the ids of the prompt a server sends ({verdict.prompts} rendered and encoded again: {len(wrong)} differ); "
         f"{rejected} rows were rejected because the template renders their history differently",
         {"wrong": table(wrong[:10])} if wrong else {},
     )

@@ -8,13 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.encoding import Done
 from sft_pipeline.stages.tokenized_rows.outcomes import Tally
 from sft_pipeline.stages.tokenized_rows.reuse import Given
 
-SAMPLE = 300  # compared rows that are rendered and encoded once more, by transformers too
 PREVIEWS = 2
 EXAMPLES_PER_REASON = 3
 
@@ -31,7 +29,6 @@ class Seen:
         written: Examples written per side.
         refused: The first rejected rows, for people.
         broken: Written examples that break a promise, per promise. Stays empty.
-        sample: Accepted conversations with their examples, for comparisons.
         previews: The first examples.
         numbers: How rows were encoded: reused, tokenized, by_columns, by_rows, by_reference, compared.
         why_not: Why the fast way was not used.
@@ -44,7 +41,6 @@ class Seen:
     written: Counter[str] = field(default_factory=Counter)
     refused: list[dict[str, Any]] = field(default_factory=list)
     broken: Counter[str] = field(default_factory=Counter)
-    sample: list[tuple[Conversation, Example]] = field(default_factory=list)
     previews: list[dict[str, Any]] = field(default_factory=list)
     numbers: Counter[str] = field(default_factory=Counter)
     why_not: str | None = None
@@ -64,7 +60,6 @@ class Seen:
         self.read[side] += read
         self.written[side] += whole.examples.num_rows
         self.why_not = done.why_not
-        self.sample += done.sample[: SAMPLE - len(self.sample)]
         if len(self.previews) < PREVIEWS:
             self.previews += whole.examples.slice(0, PREVIEWS - len(self.previews)).to_pylist()
         self._inspect(whole.examples)

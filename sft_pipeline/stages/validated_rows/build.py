@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages import charts, tables
+from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.judge import Judge, Judged
@@ -25,6 +26,11 @@ PLACE = ("row_id", "source", "file", "line")
 
 def build(b: Build) -> Built:
     """Validates every raw row; writes rows/, quarantine.parquet and quarantine.md."""
+    with Painter() as painter:
+        return _build(b, painter)
+
+
+def _build(b: Build, painter: Painter) -> Built:
     config: ValidatedRowsConfig = b.config
     raw = b.inputs["raw_rows"]
     raw_rejects = [raw.file("rejects.parquet")]
@@ -61,7 +67,7 @@ def build(b: Build) -> Built:
         counts=counts,
         checks=_checks(config, counts, quarantine_path),
         volatile=("plots/",),
-        evidence=_evidence(b.out, counts, statistics),
+        evidence=_evidence(b.out, counts, statistics, painter),
     )
 
 
@@ -135,9 +141,12 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
     )  # fmt: skip
 
 
-def _evidence(out: Path, counts: dict[str, int], statistics: Statistics) -> dict[str, Evidence]:
+def _evidence(
+    out: Path, counts: dict[str, int], statistics: Statistics, painter: Painter
+) -> dict[str, Evidence]:
     prompt, completion = statistics.prompt_characters, statistics.completion_characters
-    charts.histogram(
+    painter.draw(
+        charts.histogram,
         out / "plots" / "characters.png",
         {"prompt": prompt, "completion": completion},
         title="Characters per row",
