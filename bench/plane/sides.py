@@ -47,8 +47,9 @@ def ours(job: Job) -> Work:
     from sft_pipeline.reporting import Reporter
     from sft_pipeline.stages.graph import STAGES
     from sft_pipeline.stages.raw_rows.locate import snapshots
-    from sft_pipeline.stages.run import Run, load_build, needed_for, run_until
+    from sft_pipeline.stages.run import Run, load_build, needed_for
     from sft_pipeline.stages.stage import Branch
+    from sft_pipeline.stages.until import run_until
     from sft_pipeline.store import Store
 
     snapshot = job.options.get("snapshot")

@@ -17,7 +17,8 @@ from resuming.branch import branch, use_home
 from sft_pipeline.launch.launcher import run_isolated
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Run, run_stage, run_until
+from sft_pipeline.stages.run import Run, run_stage
+from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 from sft_pipeline.tracking.mlflow import MlflowTracker
 

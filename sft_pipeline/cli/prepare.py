@@ -8,8 +8,9 @@ from rich.console import Console
 
 from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Outcome, Run, run_until
+from sft_pipeline.stages.run import Outcome, Run
 from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 from sft_pipeline.store.files import remove_tree
 

@@ -12,9 +12,11 @@ from rich.table import Table
 from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.errors import InputError, Interrupted
+from sft_pipeline.reporting import Tee
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import checks_of, failed_blocking, needed_for
 from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.until import Ahead
 from sft_pipeline.store import Artifact, Store
 
 EXIT_CODES = {"exported": 0, "materialized": 0, "failed": 1, "blocked": 3, "interrupted": 4}
@@ -116,15 +118,16 @@ def _execute(
     from sft_pipeline.launch.reaper import reap_dead_runs
     from sft_pipeline.orchestration.assets import RECIPE_TAG, SET_TAG, partitions_of
 
-    recipe = branch.the_recipe()
+    recipe, names = branch.the_recipe(), needed_for(last, STAGES)
     definitions = build_definitions(
-        Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={recipe.name: recipe}), reporter
+        Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={recipe.name: recipe}),
+        Tee(reporter, Ahead([STAGES[name] for name in names], branch, Store())),
     )
     with dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
             reporter.log(message, "warning")
         instance.add_dynamic_partitions(partitions_of(branch.dataset).name or "", [branch.snapshot])
-        keys = [dg.AssetKey(STAGES[name].asset(branch).split("/")) for name in needed_for(last, STAGES)]
+        keys = [dg.AssetKey(STAGES[name].asset(branch).split("/")) for name in names]
         tags = {RECIPE_TAG: recipe_argument}
         if overrides:
             tags[SET_TAG] = json.dumps(list(overrides))

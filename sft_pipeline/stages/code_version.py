@@ -5,7 +5,7 @@ Never the git commit: a changed comment in another stage must not invalidate thi
 
 import ast
 import hashlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from sft_pipeline.project import PACKAGE_DIR
@@ -13,7 +13,7 @@ from sft_pipeline.project import PACKAGE_DIR
 # Modules that move artifacts about and cannot change what is in one.
 PLUMBING = (
     "sft_pipeline.stages.stage", "sft_pipeline.stages.run", "sft_pipeline.stages.code_version", "sft_pipeline.stages.workers",
-    "sft_pipeline.stages.painter",
+    "sft_pipeline.stages.painter", "sft_pipeline.stages.standby",
     "sft_pipeline.store", "sft_pipeline.reporting", "sft_pipeline.errors", "sft_pipeline.project", "sft_pipeline.outside",
     "sft_pipeline.launch", "sft_pipeline.figures", "sft_pipeline.tracking", "sft_pipeline.config", "sft_pipeline.lineage",
 )  # fmt: skip
@@ -40,7 +40,7 @@ def code_version(stage_name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _imports(source: bytes) -> tuple[str, ...]:
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):

@@ -8,17 +8,14 @@
 The process is kept for the next stage that is built in this one. With SFT_WORKERS=1 all is drawn here.
 """
 
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from sft_pipeline.stages import standby
 from sft_pipeline.stages.workers import Worker, worker_count
 
 Drawing = tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]
-
-_lock = threading.Lock()
-_idle: list[Worker] = []
 
 
 class Painter:
@@ -52,32 +49,18 @@ class Painter:
             self._waiting -= 1
 
     def __enter__(self) -> "Painter":
-        if worker_count() > 1:
-            with _lock:
-                self._worker = _idle.pop() if _idle else None
-            if self._worker and not self._worker.alive:
-                self._worker.end()
-                self._worker = None
-            self._worker = self._worker or Worker(_prepared, ())
+        self._worker = standby.take(_prepared) if worker_count() > 1 else None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        worker = self._worker
         try:
             if kind is None:
                 self.finish()
-        except BaseException:
-            kind = BaseException
-            raise
         finally:
-            self._worker = None
-            if worker and kind is None:
-                with _lock:
-                    _idle.append(worker)
-            elif worker:
-                worker.end()
+            if self._worker:
+                standby.keep(self._worker) if not self._waiting else self._worker.end()
 
 
 def _prepared() -> Callable[[Drawing], None]:

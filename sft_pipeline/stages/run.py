@@ -126,21 +126,6 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     return outcome
 
 
-def run_until(last: str, stages: Mapping[str, Stage], branch: Branch, run: Run) -> dict[str, Outcome]:
-    """Runs a stage and everything it needs, in order, in this process.
-
-    Raises:
-        BlockedError: A blocking check failed on the way.
-    """
-    outcomes = {}
-    for name in needed_for(last, stages):
-        outcomes[name] = run_stage(stages[name], stages, branch, run)
-        failed = failed_blocking([outcomes[name].artifact])
-        if failed:
-            raise BlockedError("; ".join(failed))
-    return outcomes
-
-
 def needed_for(last: str, stages: Mapping[str, Stage]) -> list[str]:
     """A stage and its ancestors, in graph order."""
     wanted = {last}
@@ -245,7 +230,7 @@ def _build(
     ):
         build = Build(
             config=stage.config(branch), inputs=inputs.data, out=out, work=run.store.work(fingerprint), report=tracked.report,
-            snapshot=branch.snapshot, asset=asset, earlier=_earlier(stage, run.store, parts) if stage.reuses_rows else (),
+            snapshot=branch.snapshot, asset=asset, earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
         )  # fmt: skip
         built = run.isolate(stage, build) if stage.isolated and run.isolate else load_build(stage)(build)
         checks = [
@@ -282,20 +267,17 @@ def _build(
 
 
 EARLIER = 3
+_SAME = ("code_version", "config", "outside", "packages")
 
 
-def _earlier(stage: Stage, store: Store, parts: Mapping[str, Any]) -> tuple[Artifact, ...]:
+def earlier_builds(stage: Stage, store: Store, branch: Branch) -> tuple[Artifact, ...]:
     """The newest intact artifacts of a stage that differ in their inputs only."""
-    same = ("code_version", "config", "outside", "packages")
+    _, parts = fingerprint_of(stage, branch, {})
     found = []
     for artifact in reversed(store.all()):
         manifest = artifact.manifest
         of_stage = manifest.asset.endswith(f"/{stage.name}")
-        if (
-            of_stage
-            and all(getattr(manifest, k) == parts[k] for k in same)
-            and not artifact.damage(deep=False)
-        ):
+        if of_stage and all(getattr(manifest, k) == parts[k] for k in _SAME) and not artifact.damage(deep=False):  # fmt: skip
             found.append(artifact)
         if len(found) == EARLIER:
             break
@@ -303,7 +285,12 @@ def _earlier(stage: Stage, store: Store, parts: Mapping[str, Any]) -> tuple[Arti
 
 
 def load_build(stage: Stage) -> Callable[[Build], Built]:
-    module, function = stage.build.split(":")
+    return load_function(stage.build)
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function named by "module:function"."""
+    module, function = path.split(":")
     return getattr(importlib.import_module(module), function)
 
 

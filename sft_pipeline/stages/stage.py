@@ -116,6 +116,8 @@ class Stage:
         config: From a branch, only what this stage reads. Its `identity()` goes into the fingerprint.
         build: "module:function" of the plain build function (imported when it runs, so that declaring is light).
         checks: The checks that `build` reports.
+        ahead: "module:function" of what starts the processes that `build` will want, given its configuration and
+            earlier builds; called while earlier stages of the same run are built. None where empty.
         outside: From a branch, {what: sha256} for every file read from outside the store.
         packages: Distributions whose version shapes the output.
         isolated: Runs in a supervised child process: it loads a model.
@@ -139,6 +141,7 @@ class Stage:
     reuse_unaccepted: bool = True
     of_dataset: bool = False
     room: str = ""
+    ahead: str = ""
 
     def asset(self, branch: Branch) -> str:
         """The asset key, for example `access_policy_lora/packed_shards`."""

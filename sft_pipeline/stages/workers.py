@@ -26,8 +26,11 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any, TypeVar
 
 from sft_pipeline.errors import InputError, SftError
@@ -144,6 +147,7 @@ class Worker:
     """The parent's end of a worker process, which begins at once with `prepare(*arguments)`."""
 
     def __init__(self, prepare: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+        self.prepare, self.arguments = prepare, arguments
         self._connection, theirs = Pipe()
         with theirs:
             start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve({theirs.fileno()})"
@@ -208,6 +212,7 @@ class Worker:
 def _serve(fileno: int) -> None:
     """The life of a worker: what comes first is (prepare, arguments), then items."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.meta_path.insert(0, _WithoutPandas())
     connection = Connection(fileno)
     arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, arrived), daemon=True).start()
@@ -220,6 +225,16 @@ def _serve(fileno: int) -> None:
     except BaseException as error:
         connection.send_bytes(pickle.dumps((False, _portable(error))))
         threading.Event().wait()  # for the parent to read the answer and end this process
+
+
+class _WithoutPandas(MetaPathFinder, Loader):
+    """pyarrow imports pandas when it first converts a list, if it can: half a second and 40 MB that no worker needs."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname == "pandas" else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ModuleNotFoundError("worker processes do without pandas")
 
 
 def _listen(connection: Connection, arrived: "queue.SimpleQueue[bytes]") -> None:

@@ -11,8 +11,9 @@ from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.learning.cpu_time import training_seconds
 from sft_pipeline.learning.memory import estimate
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.run import Run, environment, run_until
+from sft_pipeline.stages.run import Run, environment
 from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.files import remove_tree, sha256_json
 from sft_pipeline.sweep.budget import Budget, PlannedUpdates, budget_of, updates_within, within_budget

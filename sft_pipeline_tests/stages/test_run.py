@@ -9,8 +9,9 @@ from sft_pipeline.config.base import Config
 from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.run import Run, needed_for, run_stage, run_until
+from sft_pipeline.stages.run import Run, needed_for, run_stage
 from sft_pipeline.stages.stage import Branch, Build, Built, Check, CheckSpec, Stage, number
+from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 
 BUILT: list[str] = []

@@ -11,9 +11,10 @@ from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages import workers
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Outcome, Run, run_until
+from sft_pipeline.stages.run import Outcome, Run
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.stages.tokenized_rows import build as tokenizing
+from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 
 WORDS = [

@@ -76,6 +76,7 @@ STAGE = Stage(
         ),
     ),
     outside=_outside,
+    ahead="sft_pipeline.stages.tokenized_rows.referee:stand_by",
     reuses_rows=True,
     packages=("tokenizers", "jinja2", "transformers"),
 )

@@ -90,8 +90,10 @@ class _Pairs:
 
     def _part(self, operation: Any, argument: Any, fold: bool) -> _Ends:
         if operation is sre.BRANCH:
-            ends = [self.sequence(branch, fold=fold) for branch in argument[1]]
-            return _Ends(_union(e.first for e in ends), _union(e.last for e in ends), any(e.empty for e in ends))  # fmt: skip
+            either = [self.sequence(branch, fold=fold) for branch in argument[1]]
+            return _Ends(
+                _union(e.first for e in either), _union(e.last for e in either), any(e.empty for e in either)
+            )
         if operation is sre.SUBPATTERN:
             _, added, _, inner = argument
             return self.sequence(inner, fold=fold or bool(added & re.IGNORECASE))

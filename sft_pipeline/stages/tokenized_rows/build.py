@@ -2,11 +2,10 @@
 
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,9 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
     try:
         known_keys = [content_keys(rows) for _, rows in _read(b, ["messages", "tools"])] if b.earlier else []
         earlier = Earlier(b.earlier, known_keys, scratch)
-        new = sum(int(np.count_nonzero(earlier.find(keys) < 0)) for keys in known_keys) if b.earlier else total
+        new = (
+            sum(int(np.count_nonzero(earlier.find(keys) < 0)) for keys in known_keys) if b.earlier else total
+        )
         encoders.columns &= new > 2 * COMPARED
         writers = {side: PartWriter(b.out / side, TOKENIZED, dictionary=False) for side in SIDES}
         with (
@@ -195,7 +196,7 @@ class _Sample:
 
 def _encoded(
     batches: Iterator[_Batch], encoders: Encoders, referee: Referee, new: int
-) -> Iterator[tuple[_Batch, Done]]:
+) -> Generator[tuple[_Batch, Done], None, None]:
     """Every batch, with what became of those of its rows that no earlier build has.
 
     The fast way leaves the interpreter free, so it goes by threads. Where rows have to go the slow way, worker

@@ -110,8 +110,7 @@ class ChunkEncoder:
         """Numbers of the chunks whose ids do not stand for exactly their bytes."""
         _, _, ids = blobs.buffers()
         decoded = self._pieces.text_of(np.frombuffer(ids, np.int32))
-        data, at = text_bytes(distinct)
-        if decoded == data:
+        if decoded == text_bytes(distinct)[0]:
             return np.zeros(0, np.int64)
         return np.array([
             i for i, (ids, text) in enumerate(zip(blobs.to_pylist(), distinct.to_pylist(), strict=True))
@@ -135,7 +134,9 @@ class _Cuts:
 
     def of(self, data: bytes) -> npt.NDArray[np.bool_]:
         """For each byte whether there is a cut before it."""
-        kinds = np.frombuffer(data.translate(self._kinds), np.uint8)  # much faster than an index into an array
+        kinds = np.frombuffer(
+            data.translate(self._kinds), np.uint8
+        )  # much faster than an index into an array
         pairs = kinds[:-1] * np.uint8(self._count)
         pairs += kinds[1:]
         cut = np.empty(len(data), dtype=bool)

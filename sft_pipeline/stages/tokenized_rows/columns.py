@@ -154,7 +154,9 @@ class ColumnEncoder:
         """Whether a text, of the contents alone or with the template's own, holds an added token."""
         found = np.zeros(len(texts), dtype=bool)
         if self._hint:
-            hinted = np.flatnonzero(pc.match_substring_regex(texts, self._hint).to_numpy(zero_copy_only=False))
+            hinted = np.flatnonzero(
+                pc.match_substring_regex(texts, self._hint).to_numpy(zero_copy_only=False)
+            )
             found[hinted] = [self._added(t) is not None for t in texts.take(pa.array(hinted)).to_pylist()]
         return found
 
@@ -282,7 +284,7 @@ def _manageable(group: _Group) -> list[_Group]:
     count = len(group.rows)
     if count < 2 or sum(pc.sum(pc.binary_length(t)).as_py() for t in group.texts) <= TEXT_AT_ONCE:
         return [group]
-    first = np.arange(count) < count // 2
+    first: npt.NDArray[np.bool_] = np.arange(count) < count // 2
     return [part for half in (first, ~first) for part in _manageable(group.filter(half))]
 
 

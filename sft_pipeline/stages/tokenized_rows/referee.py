@@ -1,12 +1,12 @@
 """A second opinion on a sample of the rows, formed beside the work: in a process of its own where there are CPUs for it.
 
-    rows of the sample ─▶ row by row, by the reference ─▶ outcomes and examples, for the builder to compare with its own
-                          prompt rendered and encoded again: is it a prefix of the row?
-                          AutoTokenizer: would a server make the same of it?
+rows of the sample ─▶ row by row, by the reference ─▶ outcomes and examples, for the builder to compare with its own
+                      prompt rendered and encoded again: is it a prefix of the row?
+                      AutoTokenizer: would a server make the same of it?
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sft_pipeline.stages import standby
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example
@@ -21,7 +22,8 @@ from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of
 from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
 from sft_pipeline.stages.tokenized_rows.skew import Skew, auto_tokenizer, find_skew, hide_torch
-from sft_pipeline.stages.workers import Worker, worker_count
+from sft_pipeline.stages.workers import worker_count
+from sft_pipeline.store import Artifact
 
 SAMPLE = 300  # rows whose prompt is rendered and encoded once more, by transformers too
 
@@ -141,7 +143,7 @@ class Referee:
         self._here = _Bench(encoders, skew)
         # Where transformers is imported already, a small sample is looked at sooner than a process starts.
         alone = worker_count() == 1 or (skew and "transformers" in sys.modules)
-        self._worker = None if alone else Worker(_in_a_process, (config, skew))
+        self._worker = None if alone else standby.take(_in_a_process, (config, skew))
         self._sent = 0
 
     def look_at(self, rows: pa.RecordBatch) -> None:
@@ -173,9 +175,15 @@ class Referee:
             self._worker.end()
 
 
+def stand_by(config: TokenizedRowsConfig, earlier: Sequence[Artifact]) -> None:
+    """Has a referee load what it needs while earlier stages are built."""
+    standby.begin(_in_a_process, (config, Skew.of_earlier(earlier) is None))
+
+
 def _in_a_process(config: TokenizedRowsConfig, skew: bool) -> Callable[[pa.RecordBatch | None], Verdict | None]:  # fmt: skip
     hide_torch()
     encoders = Encoders(config, columns=False)
+    _ = encoders.by_row
     if skew:
         auto_tokenizer(str(encoders.tokenizer.folder), encoders.tokenizer.sha256)
     return _Bench(encoders, skew)

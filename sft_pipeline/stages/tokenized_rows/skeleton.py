@@ -64,7 +64,9 @@ class Segment:
         """The text of each row, given the contents message by message."""
         if self.parts == self.messages[:1]:
             return contents[self.messages[0]]
-        return pc.binary_join_element_wise(*(p if isinstance(p, str) else contents[p] for p in self.parts), "")
+        return pc.binary_join_element_wise(
+            *(p if isinstance(p, str) else contents[p] for p in self.parts), ""
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,6 @@ class Skeleton:
         return not (before or after) or (
             (before + completion).find(completion) == len(before) and completion not in after
         )
-
 
     def fits_all(self, contents: Sequence[pa.StringArray]) -> npt.NDArray[np.bool_]:
         """`fits` for many rows, given their contents message by message, none of them empty."""

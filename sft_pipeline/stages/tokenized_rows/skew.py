@@ -44,7 +44,9 @@ class Skew:
     def of_earlier(cls, builds: Sequence[Artifact]) -> "Skew | None":
         """What the first of these builds, which has the same tokenizer, template and versions, has found."""
         verdicts = [c for a in builds[:1] for c in a.manifest.checks if c["name"] == CHECK]
-        return cls(earlier=(bool(verdicts[0]["passed"]), str(verdicts[0]["description"]))) if verdicts else None
+        return (
+            cls(earlier=(bool(verdicts[0]["passed"]), str(verdicts[0]["description"]))) if verdicts else None
+        )
 
     @property
     def found(self) -> bool:
