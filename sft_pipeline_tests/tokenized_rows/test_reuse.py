@@ -110,16 +110,16 @@ def test_fast_and_slow_give_the_same_bytes_and_say_how_many(tmp_path, monkeypatc
 
 
 def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatch):
-    from sft_pipeline.stages.tokenized_rows.pieces import PieceEncoder
+    from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder
 
-    exact, sides = PieceEncoder.encode, {"train": [*numbered(60), LONG, FORGED]}
+    exact, sides = ChunkEncoder._ids, {"train": [*numbered(60), LONG, FORGED]}
     good_built, good, _ = run(tmp_path, "good", **sides)
 
-    def merged_otherwise(self: PieceEncoder, text: str) -> bytes:
+    def merged_otherwise(self: ChunkEncoder, texts: list[str]) -> list[bytes]:
         """Bytes one by one: the text is right, the ids are not those of the tokenizer."""
-        return b"".join(exact(self, c) for c in text)
+        return [b"".join(exact(self, list(text))) if text.isascii() else ids for text, ids in zip(texts, exact(self, texts))]  # fmt: skip
 
-    monkeypatch.setattr(PieceEncoder, "encode", merged_otherwise)
+    monkeypatch.setattr(ChunkEncoder, "_ids", merged_otherwise)
     built, artifact, told = run(tmp_path, "erring", **sides)
     assert version(built, artifact) == version(good_built, good)
     assert built.counts["by_columns"] == 0 and any(

@@ -5,11 +5,13 @@
     0    1    2    3   4  5 6     7 0   1    8    7     numbers of the distinct chunks
     [..] [..] ...                                       their ids, remembered; put end to end by one gather
 
+The ids of a chunk are those that the reference tokenizer gives it. Text that is not plain is a chunk of its own.
 Everything but the look-up of the distinct chunks runs outside the interpreter's lock, so batches can be encoded by
 several threads.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.tokenized_rows.boundaries import may_share_a_piece
-from sft_pipeline.stages.tokenized_rows.pieces import PieceEncoder
+from sft_pipeline.stages.tokenized_rows.byte_level import ByteLevel
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 
 Ints = npt.NDArray[np.int64]
 
 MAX_CHUNKS = 1 << 20  # remembered; some 150 MB if it ever fills up
 LONGEST = 64  # characters of a chunk that is remembered: what is longer hardly comes again
+MAX_SHARED = 4096  # longer texts that are remembered all the same
 
 
 @dataclass(frozen=True)
@@ -40,52 +44,45 @@ class Chunked:
     faithful: npt.NDArray[np.bool_]
 
 
-class _Chunks(dict[str, bytes]):
-    """Chunk -> its ids as int32 bytes; encoded when first asked for."""
-
-    def __init__(self, pieces: PieceEncoder) -> None:
-        super().__init__()
-        self._pieces = pieces
-
-    def __missing__(self, chunk: str) -> bytes:
-        ids = self._pieces.encode(chunk)
-        if len(chunk) <= LONGEST and len(self) < MAX_CHUNKS:
-            self[chunk] = ids
-        return ids
-
-
 class ChunkEncoder:
-    """Encodes arrays of texts with the ids of a `PieceEncoder`."""
+    """Encodes arrays of texts. May be used by several threads.
 
-    def __init__(self, pieces: PieceEncoder) -> None:
-        self._pieces = pieces
-        self._chunks = _Chunks(pieces)
-        shared = may_share_a_piece(pieces.patterns)
+    Attributes:
+        byte_level: What is known of the tokenizer.
+
+    Raises:
+        Unsupported: It is not of the kind that can be encoded in chunks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.byte_level = ByteLevel(tokenizer)
+        self._encode_batch = tokenizer.backend.encode_batch_fast
+        self._known: dict[str, bytes] = {}
+        self._shared: dict[str, bytes] = {}
+        shared = may_share_a_piece(self.byte_level.patterns)
         # Where words are never cut apart for certain, chunks would be as long as the texts and never come again.
         self._cuts = None if shared is None or shared[ord("a"), ord(" ")] else _Cuts(shared)
 
     def encode(
-        self, texts: pa.StringArray, whole: npt.NDArray[np.bool_], known: Mapping[str, bytes]
+        self, texts: pa.StringArray, whole: npt.NDArray[np.bool_], constants: Mapping[str, bytes]
     ) -> Chunked:
         """The ids of each text.
 
         Args:
             texts: None of them empty; less than 256 MiB in all.
-            whole: Which of them are looked up as they are, not cut: they are in `known`, or plain text that is hardly
-                worth cutting. The others are plain (ASCII, no `ODD_CONTROL`) and hold no added token.
-            known: Text -> ids as int32 bytes.
+            whole: Which of them are one chunk each. The others are plain (ASCII, no `ODD_CONTROL`). None holds an added
+                token, but for constants.
+            constants: Text -> ids as int32 bytes, for texts whose ids are known.
         """
         data, at = text_bytes(texts)
         firsts, begins = self._cut(data, at, whole)
         chunks = pa.StringArray.from_buffers(len(begins) - 1, pa.py_buffer(begins), pa.py_buffer(data))
         numbered = chunks.dictionary_encode()
         distinct = numbered.dictionary
-        look_up = self._chunks.__getitem__
-        found = [known.get(c) or look_up(c) for c in distinct.to_pylist()] if known else list(map(look_up, distinct.to_pylist()))  # fmt: skip
-        sizes = np.fromiter(map(len, found), np.int32, len(found))
+        found = self._look_up(distinct.to_pylist(), constants)
         blobs = pa.BinaryArray.from_buffers(
-            pa.binary(), len(found), [None, pa.py_buffer(_ends(sizes, np.int32)), pa.py_buffer(b"".join(found))]
-        )  # fmt: skip
+            pa.binary(), len(found), [None, pa.py_buffer(_ends(found)), pa.py_buffer(b"".join(found))]
+        )
         gathered = blobs.take(numbered.indices)
         _, offsets, ids = gathered.buffers()
         token_ends = np.frombuffer(offsets, np.int32, len(gathered) + 1)[firsts] // 4
@@ -95,6 +92,28 @@ class ChunkEncoder:
             bad = np.isin(numbered.indices.to_numpy(), strange)
             faithful = np.add.reduceat(bad, firsts[:-1], dtype=np.int64) == 0
         return Chunked(np.frombuffer(ids, np.int32, int(token_ends[-1])), token_ends.astype(np.int64), faithful)  # fmt: skip
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """Texts that many rows are likely to share, however long they are."""
+        missing = [t for t in texts if t not in self._shared]
+        self._shared |= zip(missing[: MAX_SHARED - len(self._shared)], self._ids(missing), strict=False)
+
+    def _look_up(self, chunks: list[str], constants: Mapping[str, bytes]) -> list[bytes]:
+        known = self._known.get
+        found = [constants.get(c) or known(c) for c in chunks]
+        missing = [i for i, ids in enumerate(found) if ids is None]
+        if missing and self._shared:
+            for i in missing:
+                found[i] = self._shared.get(chunks[i])
+            missing = [i for i in missing if found[i] is None]
+        for i, ids in zip(missing, self._ids([chunks[i] for i in missing]), strict=True):
+            found[i] = ids
+            if len(chunks[i]) <= LONGEST and len(self._known) < MAX_CHUNKS:
+                self._known[chunks[i]] = ids
+        return found  # type: ignore[return-value]
+
+    def _ids(self, texts: list[str]) -> list[bytes]:
+        return [array("i", e.ids).tobytes() for e in self._encode_batch(texts, add_special_tokens=False)]
 
     def _cut(self, data: bytes, at: Ints, whole: npt.NDArray[np.bool_]) -> tuple[Ints, npt.NDArray[np.int32]]:
         """The first chunk of each text (and the number of all), and where each chunk begins (and the last ends)."""
@@ -109,12 +128,12 @@ class ChunkEncoder:
     def _strange(self, distinct: pa.StringArray, blobs: pa.BinaryArray) -> Ints:
         """Numbers of the chunks whose ids do not stand for exactly their bytes."""
         _, _, ids = blobs.buffers()
-        decoded = self._pieces.text_of(np.frombuffer(ids, np.int32))
+        decoded = self.byte_level.text_of(np.frombuffer(ids, np.int32))
         if decoded == text_bytes(distinct)[0]:
             return np.zeros(0, np.int64)
         return np.array([
             i for i, (ids, text) in enumerate(zip(blobs.to_pylist(), distinct.to_pylist(), strict=True))
-            if self._pieces.text_of(np.frombuffer(ids, np.int32)) != text.encode()
+            if self.byte_level.text_of(np.frombuffer(ids, np.int32)) != text.encode()
         ])  # fmt: skip
 
 
@@ -153,5 +172,8 @@ def text_bytes(texts: pa.StringArray) -> tuple[bytes, Ints]:
     return (data.slice(begin, end - begin).to_pybytes() if data else b""), at - begin
 
 
-def _ends(sizes: npt.NDArray, dtype: type) -> npt.NDArray:
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(dtype)
+def _ends(values: Sequence[bytes]) -> npt.NDArray[np.int32]:
+    """Where each value begins, laid end to end (and the last ends)."""
+    ends = np.zeros(len(values) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, values), np.int32, len(values)), out=ends[1:])
+    return ends

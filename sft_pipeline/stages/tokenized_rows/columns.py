@@ -13,16 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.tokenized_rows.byte_level import ODD_CONTROL
 from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder, Ints, text_bytes
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
-from sft_pipeline.stages.tokenized_rows.pieces import ODD_CONTROL, PieceEncoder
 from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.skeleton import Place, Skeleton, Skeletons
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, any_of
 
-REMEMBERED = 4096  # system messages, which many rows share
 TEXT_AT_ONCE = 64 << 20  # bytes of text that are encoded together, unless one row has more
 
 
@@ -69,23 +68,21 @@ class ColumnEncoder:
     """Encodes whole batches under one tokenizer, template and mask. May be used by several threads.
 
     Raises:
-        Unsupported: The tokenizer is not one that `PieceEncoder` knows.
+        Unsupported: The tokenizer is not one that `ChunkEncoder` can encode with.
         Untraceable: The template cannot be traced.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate, tokens: TokensConfig, system: str | None = None
     ) -> None:
-        self._backend, self._tokens, self._system = tokenizer.backend, tokens, system
-        self._pieces = PieceEncoder(tokenizer)
-        self._chunks = ChunkEncoder(self._pieces)
-        self._skeletons = Skeletons(template, tokenizer, self._pieces, tokens.supervise)
+        self._tokens, self._system = tokens, system
+        self._chunks = ChunkEncoder(tokenizer)
+        self._skeletons = Skeletons(template, tokenizer, tokens.supervise)
         self._added = any_of(tokenizer.added).search
         # The first two characters of an added token are rarely in a text, and are found without a look at each text.
         self._hint = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in hint) for hint in sorted({t[:2] for t in tokenizer.added}))  # fmt: skip
         self._is_control = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_control[list(tokenizer.control_ids)] = True
-        self._remembered: dict[str, bytes] = {}
 
     def encode(self, batch: pa.RecordBatch) -> Encoded:
         """Those rows of a batch of grouped_split that can be encoded this way."""
@@ -145,8 +142,8 @@ class ColumnEncoder:
             forged = np.zeros(len(at), dtype=bool)
             for column in texts:
                 forged |= self._has_added(column)
-            whole = [np.all([plain[m][at] for m in s.messages], axis=0) & s.is_plain for s in skeleton.own]
-            group = _Group(skeleton, rows[at], texts, whole)
+            each = [np.all([plain[m][at] for m in s.messages], axis=0) & s.is_plain for s in skeleton.own]
+            group = _Group(skeleton, rows[at], texts, each)
             groups.append(group.filter(~forged) if forged.any() else group)
         return [group for group in groups if len(group.rows)]
 
@@ -160,46 +157,27 @@ class ColumnEncoder:
             found[hinted] = [self._added(t) is not None for t in texts.take(pa.array(hinted)).to_pylist()]
         return found
 
-    # -- ids -------------------------------------------------------------------------------------------------
-
-    def _known(self, group: _Group) -> tuple[dict[str, bytes], int]:
-        """Ids of the texts that are not cut into chunks, and how many of them the reference had to encode."""
-        known = {s.text: s.ids for s in group.skeleton.segments if not s.parts}
-        others = {}
-        for segment, texts, plain in zip(group.skeleton.own, group.texts, group.plain, strict=True):
-            if not plain.all():
-                others.update(dict.fromkeys(texts.filter(pa.array(~plain)).to_pylist()))
-            if group.skeleton.is_shared(segment):
-                known |= {t: self._remember(t) for t in texts.filter(pa.array(plain)).unique().to_pylist()}
-        encodings = self._backend.encode_batch(list(others), add_special_tokens=False)
-        known |= {t: np.array(e.ids, np.int32).tobytes() for t, e in zip(others, encodings, strict=True)}
-        return known, len(others)
-
-    def _remember(self, text: str) -> bytes:
-        """The ids of a text that many rows are likely to share."""
-        ids = self._remembered.get(text)
-        if ids is None:
-            ids = self._pieces.encode(text)
-            if len(self._remembered) < REMEMBERED:
-                self._remembered[text] = ids
-        return ids
-
     # -- whole columns ---------------------------------------------------------------------------------------
 
     def _encode_group(self, batch: pa.RecordBatch, group: _Group) -> "_Part":
         """Those rows of the group that turn out well."""
         skeleton, count = group.skeleton, len(group.rows)
-        known, by_reference = self._known(group)
+        by_reference = 0
+        for segment, column, plain in zip(skeleton.own, group.texts, group.plain, strict=True):
+            by_reference += len(plain) - int(np.count_nonzero(plain))
+            if skeleton.is_shared(segment):
+                self._chunks.remember(column.unique().to_pylist())
         texts = _laid_out(group)
-        done = self._chunks.encode(texts, _not_cut(group), known)
-        faithful = done.faithful.reshape(count, -1).all(axis=1)
+        constants = {s.text: s.ids for s in skeleton.segments if not s.parts}
+        done = self._chunks.encode(texts, _not_cut(group), constants)
+        faithful: npt.NDArray[np.bool_] = np.all(done.faithful.reshape(count, -1), axis=1)
         if not faithful.all():  # the bytes of all rows are counted together below
             kept = group.filter(faithful)
             part = self._encode_group(batch, kept) if len(kept.rows) else _Part(kept.rows, _NONE, 0)
             return replace(part, by_reference=by_reference)
         width, ids = len(skeleton.segments), done.ids
         grid = _Grid(_running(done.ends, width), _running(text_bytes(texts)[1], width))
-        widths = self._pieces.byte_lengths[ids]
+        widths = self._chunks.byte_level.byte_lengths[ids]
         begins = np.cumsum(widths)
         begins -= widths
         good = np.ones(count, dtype=bool)

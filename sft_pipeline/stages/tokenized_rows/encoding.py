@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.tables import REJECTS
+from sft_pipeline.stages.tokenized_rows.byte_level import Unsupported
 from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder, Encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused, RowEncoder
 from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
-from sft_pipeline.stages.tokenized_rows.pieces import Unsupported
 from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,6 @@ def content_keys(batch: pa.RecordBatch) -> pa.Array:
     flat = messages.flatten()
     bounds = messages.offsets.to_numpy().astype(np.int64)
     bounds -= bounds[0] if len(bounds) else 0
-    content, content_at = _bytes(flat.field("content"))
-    calls, calls_at = _bytes(flat.field("tool_calls"))
-    tools, tools_at = _bytes(batch.column("tools"))
     weight = flat.field("weight").cast(pa.float32())
     shape = np.stack(  # what the texts leave open: where one ends, who says it, what is absent
         [
@@ -48,27 +46,33 @@ def content_keys(batch: pa.RecordBatch) -> pa.Array:
         ],
         axis=1,
     )  # fmt: skip
-    layout, of_tools = (
-        memoryview(a.data) for a in (np.ascontiguousarray(shape), _sizes(batch.column("tools")))
-    )
-    keys = bytearray()
-    spans = bounds.tolist()
-    for row, (a, b) in enumerate(pairwise(spans)):
-        key = hashlib.blake2b(layout[a:b], digest_size=KEY_BYTES)
-        key.update(content[content_at[a] : content_at[b]])
-        key.update(calls[calls_at[a] : calls_at[b]])
-        key.update(of_tools[row : row + 1])
-        key.update(tools[tools_at[row] : tools_at[row + 1]])
-        keys += key.digest()
-    return pa.Array.from_buffers(pa.binary(KEY_BYTES), batch.num_rows, [None, pa.py_buffer(bytes(keys))])
+    parts = [
+        _of_rows(np.ascontiguousarray(shape), bounds * shape.shape[1] * shape.itemsize),
+        _of_rows(*_bytes(flat.field("content"), bounds)),
+        _of_rows(*_bytes(flat.field("tool_calls"), bounds)),
+        _of_rows(_sizes(batch.column("tools")), np.arange(batch.num_rows + 1) * shape.itemsize),
+        pc.fill_null(batch.column("tools"), "").cast(pa.binary()).cast(pa.large_binary()),
+    ]
+    rows = pc.binary_join_element_wise(*parts, pa.scalar(b"", pa.large_binary()))
+    _, offsets, data = rows.buffers()
+    view, at = memoryview(data or b""), np.frombuffer(offsets, np.int64)[: len(rows) + 1].tolist()
+    blake2b = hashlib.blake2b
+    keys = b"".join([blake2b(view[a:b], digest_size=KEY_BYTES).digest() for a, b in pairwise(at)])
+    return pa.Array.from_buffers(pa.binary(KEY_BYTES), batch.num_rows, [None, pa.py_buffer(keys)])
 
 
-def _bytes(texts: pa.StringArray) -> tuple[memoryview, list[int]]:
-    """The texts' bytes end to end, and where each begins (and the last ends)."""
+def _of_rows(data: Any, at: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:
+    """Bytes that lie end to end, as one value per row, given where each begins (and the last ends)."""
+    offsets = np.ascontiguousarray(at, dtype=np.int64)
+    return pa.Array.from_buffers(pa.large_binary(), len(at) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)])  # fmt: skip
+
+
+def _bytes(texts: pa.StringArray, bounds: npt.NDArray[np.int64]) -> tuple[pa.Buffer, npt.NDArray[np.int64]]:
+    """The bytes of texts end to end, and where the first text of each row begins (and the last row ends)."""
     texts = pc.fill_null(texts, "")
     _, offsets, data = texts.buffers()
     at = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1] if len(texts) else np.zeros(1, np.int32)  # fmt: skip
-    return memoryview(data) if data else memoryview(b""), at.tolist()
+    return data or pa.py_buffer(b""), at[bounds].astype(np.int64)
 
 
 def _sizes(texts: pa.StringArray) -> npt.NDArray[np.int32]:

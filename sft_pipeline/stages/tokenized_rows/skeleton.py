@@ -20,9 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.tokenized_rows.byte_level import ODD_CONTROL
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome
-from sft_pipeline.stages.tokenized_rows.pieces import ODD_CONTROL, PieceEncoder
 from sft_pipeline.stages.tokenized_rows.reasons import Rejected
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
@@ -157,17 +157,10 @@ class Skeletons:
         Untraceable: No row of this template can have one.
     """
 
-    def __init__(
-        self, template: ChatTemplate, tokenizer: Tokenizer, pieces: PieceEncoder, supervise: str
-    ) -> None:
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, supervise: str) -> None:
         if template.stop is None or template.stop not in tokenizer.added:
             raise Untraceable("its turns do not end in a single added token")
-        self._template, self._tokenizer, self._pieces, self._supervise = (
-            template,
-            tokenizer,
-            pieces,
-            supervise,
-        )
+        self._template, self._tokenizer, self._supervise = template, tokenizer, supervise
         self._tracer = Tracer(template)
         self._added = any_of(tokenizer.added)
         self._lock = threading.Lock()
@@ -228,7 +221,7 @@ class Skeletons:
                 return None
         if rendered.not_supervised or sorted(p for p in whole.parts if isinstance(p, int)) != list(range(len(roles))):  # fmt: skip
             return None
-        return _Layout(whole.parts, contents, rendered, self._added, self._tokenizer, self._pieces).skeleton(
+        return _Layout(whole.parts, contents, rendered, self._added, self._tokenizer).skeleton(
             roles, tuple(dict.fromkeys(questions))
         )
 
@@ -258,9 +251,9 @@ class _Layout:
     """Cuts the parts of one rendered row into segments, and finds its places among them."""
 
     def __init__(
-        self, parts: Sequence[Part], contents: Sequence[str], rendered: Rendered, added: re.Pattern[str], tokenizer: Tokenizer, pieces: PieceEncoder,
+        self, parts: Sequence[Part], contents: Sequence[str], rendered: Rendered, added: re.Pattern[str], tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
-        self._contents, self._rendered, self._tokenizer, self._pieces = contents, rendered, tokenizer, pieces
+        self._contents, self._rendered, self._tokenizer = contents, rendered, tokenizer
         self._segments: list[Segment] = []
         self._starts: list[int] = []  # characters of the rendered row before each segment
         self._open: list[Part] = []
@@ -314,7 +307,7 @@ class _Layout:
     def _ids(self, text: str) -> bytes:
         if not text.isascii() or re.search(ODD_CONTROL, text):
             raise Untraceable("the template's own text is not plain")
-        return self._pieces.encode(text)
+        return np.array(self._tokenizer.ids(text), np.int32).tobytes()
 
     def skeleton(self, roles: tuple[str, ...], questions: tuple[Question, ...]) -> Skeleton:
         r = self._rendered

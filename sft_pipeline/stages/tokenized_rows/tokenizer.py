@@ -86,9 +86,18 @@ class Tokenizer:
         return self.backend.get_vocab(with_added_tokens=True)
 
     @cached_property
+    def tokens(self) -> list[str | None]:
+        """Id -> token, added ones included. None for an id without one."""
+        tokens = list(map(self.backend.id_to_token, range(self.backend.get_vocab_size(with_added_tokens=True))))  # fmt: skip
+        if None not in tokens:
+            return tokens
+        by_id = {i: token for token, i in self.vocabulary.items()}  # some id is higher than there are tokens
+        return [by_id.get(i) for i in range(max(by_id) + 1)]
+
+    @property
     def vocab_size(self) -> int:
         """The smallest vocabulary a model needs for every id of this tokenizer."""
-        return max(self.vocabulary.values()) + 1
+        return len(self.tokens)
 
     @cached_property
     def control_ids(self) -> frozenset[int]:

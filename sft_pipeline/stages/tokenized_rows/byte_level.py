@@ -1,25 +1,21 @@
-"""Byte-level BPE, several times faster than its reference and with the same ids.
+"""What is known of a byte-level BPE tokenizer: how it cuts plain text, and the bytes that each id stands for.
 
 Such a tokenizer cuts text into pieces (words, mostly) with regular expressions and merges the bytes of each piece by
-itself. Text repeats its words: each distinct piece is merged once, by the tokenizer's own model, and looked up ever
-after. Only plain text goes this way (ASCII without odd control characters), because there the regular expressions can
-be written for Python's `re` exactly; all other text, and every other kind of tokenizer, is left to the reference.
+itself. For plain text (ASCII without odd control characters) the expressions can be written for Python's `re` exactly;
+of other text nothing is claimed here, nor of other kinds of tokenizer.
 """
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from sft_pipeline.stages.tokenized_rows.boundaries import covering
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 
-MAX_PIECES = 1 << 20  # remembered; some 150 MB if it ever fills up
 ODD_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 """Control characters on whose class (white space or not) regular expression engines differ."""
 
@@ -32,26 +28,11 @@ class Unsupported(Exception):
     """Why a tokenizer has to be left to the reference."""
 
 
-class Pieces(dict[str, bytes]):
-    """Piece -> its token ids as int32 bytes; merged by the tokenizer's model when first asked for."""
-
-    def __init__(self, model: Any, symbols: dict[int, int]) -> None:
-        super().__init__()
-        self._model, self._symbols = model, symbols
-
-    def __missing__(self, piece: str) -> bytes:
-        tokens = self._model.tokenize(piece.translate(self._symbols))
-        ids = np.array([t.id for t in tokens], dtype=np.int32).tobytes()
-        if len(self) < MAX_PIECES:
-            self[piece] = ids
-        return ids
-
-
-class PieceEncoder:
-    """Encodes plain text that holds no added token.
+class ByteLevel:
+    """A byte-level BPE tokenizer that treats plain text without added tokens alike wherever it stands.
 
     Attributes:
-        patterns: What cuts the text, one after the other, for Python's `re` with re.ASCII.
+        patterns: What cuts such text, one after the other, for Python's `re` with re.ASCII; each covers all of it.
         bytes_of: pa.BinaryArray, id -> the bytes that it stands for. Ids that stand for none are empty.
         byte_lengths: int64, their lengths.
 
@@ -69,18 +50,8 @@ class PieceEncoder:
         if tokenizer.needs_context:
             raise Unsupported("text encodes differently at the beginning")
         self.patterns = _patterns(_state(backend.pre_tokenizer))
-        self._cuts = [re.compile(p, re.ASCII).findall for p in self.patterns]
-        symbols = byte_symbols()
-        self._get = Pieces(backend.model, symbols).__getitem__
-        self.bytes_of = _bytes_of_ids(tokenizer, symbols)
-        self.byte_lengths = pc.binary_length(self.bytes_of).to_numpy().astype(np.int64)
-
-    def encode(self, text: str) -> bytes:
-        """The ids of plain text (ASCII, no `ODD_CONTROL`, no added token) as int32 bytes."""
-        pieces: Iterable[str] = self._cuts[0](text)
-        for cut in self._cuts[1:]:
-            pieces = chain.from_iterable(map(cut, pieces))
-        return b"".join(map(self._get, pieces))
+        self.bytes_of = _bytes_of_ids(tokenizer)
+        self.byte_lengths = np.diff(np.frombuffer(self.bytes_of.buffers()[1], np.int32)).astype(np.int64)
 
     def text_of(self, ids: np.ndarray) -> bytes:
         """The bytes that ids stand for, end to end."""
@@ -97,25 +68,23 @@ def byte_symbols() -> dict[int, int]:
     return {b: b for b in printable} | {b: 256 + i for i, b in enumerate(others)}
 
 
-def _bytes_of_ids(tokenizer: Tokenizer, symbols: dict[int, int]) -> pa.BinaryArray:
-    tokens = [""] * tokenizer.vocab_size
-    for token, i in tokenizer.vocabulary.items():
-        tokens[i] = token
-    for i in tokenizer.added.values():
-        tokens[i] = ""
+def _bytes_of_ids(tokenizer: Tokenizer) -> pa.BinaryArray:
+    tokens = [token or "" for token in tokenizer.tokens]
+    for (
+        token,
+        i,
+    ) in tokenizer.added.items():  # these stand for their own text: spell it as the others are spelled
+        tokens[i] = token.encode().decode("latin-1").translate(byte_symbols())
     try:
-        data = "".join(tokens).translate({symbol: byte for byte, symbol in symbols.items()}).encode("latin-1")
+        bytes_of = {symbol: byte for byte, symbol in byte_symbols().items()}
+        data = "".join(tokens).translate(bytes_of).encode("latin-1")
     except UnicodeEncodeError as error:
         raise Unsupported(f"the vocabulary is not byte-level: it has {error.object[error.start]!r}") from None
-    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
-    values = pa.Array.from_buffers(
+    offsets = np.zeros(len(tokens) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, tokens), np.int32, len(tokens)), out=offsets[1:])
+    return pa.BinaryArray.from_buffers(
         pa.binary(), len(tokens), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
     )
-    texts = {i: token.encode() for token, i in tokenizer.added.items()}
-    if not texts:
-        return values
-    added = pa.array([texts.get(i) for i in range(len(tokens))], pa.binary())
-    return pc.coalesce(added, values)
 
 
 def _state(component: Any) -> dict[str, Any] | None:
@@ -153,20 +122,14 @@ def _patterns(state: dict[str, Any] | None) -> list[str]:
         elif part["type"] == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):  # fmt: skip
             literal = part["pattern"].get("String")
             pattern = ascii_pattern(part["pattern"]["Regex"]) if literal is None else re.escape(literal)
-            # An inverted pattern names the pieces themselves.
-            found.append(_compiled(pattern, covering=part["invert"]))
+            try:
+                # An inverted pattern names the pieces themselves.
+                found.append(pattern if part["invert"] else covering(pattern))
+            except re.error as error:
+                raise Unsupported(f"its regular expression is not one of Python's: {error}") from None
         else:
             raise Unsupported(f"its pre-tokenizer has {part['type']}")
     return found or ["(?s:.+)"]
-
-
-def _compiled(pattern: str, *, covering: bool) -> str:
-    """The pattern, with what lies between its matches as pieces too where it does not match everything itself."""
-    try:
-        covering = covering or all(re.compile(pattern, re.ASCII).match(chr(c)) for c in range(128))
-    except re.error as error:
-        raise Unsupported(f"its regular expression is not one of Python's: {error}") from None
-    return pattern if covering else f"{pattern}|(?s:(?:(?!{pattern}).)+)"
 
 
 def ascii_pattern(pattern: str) -> str:
