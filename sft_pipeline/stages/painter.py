@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from sft_pipeline.stages import standby
-from sft_pipeline.stages.workers import Worker, worker_count
+from sft_pipeline.stages.workers import Answer, Worker, worker_count
 
 Drawing = tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]
 
@@ -23,7 +23,7 @@ class Painter:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._waiting = 0
+        self._drawings: list[Answer] = []
 
     def draw(self, function: Callable[..., None], *arguments: Any, **named: Any) -> None:
         """Calls a function of an importable module that draws a picture into a file.
@@ -34,19 +34,7 @@ class Painter:
         if self._worker is None:
             function(*arguments, **named)
         else:
-            self._worker.send((function, arguments, named))
-            self._waiting += 1
-
-    def finish(self) -> None:
-        """Waits until all is drawn.
-
-        Raises:
-            SftError: The process died.
-            Exception: What a function raised.
-        """
-        while self._worker and self._waiting:
-            self._worker.receive()
-            self._waiting -= 1
+            self._drawings.append(self._worker.ask((function, arguments, named)))
 
     def __enter__(self) -> "Painter":
         self._worker = standby.take(_prepared) if worker_count() > 1 else None
@@ -55,12 +43,20 @@ class Painter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """
+        Raises:
+            SftError: The process died.
+            Exception: What a function raised.
+        """
+        good = False
         try:
             if kind is None:
-                self.finish()
+                for drawing in self._drawings:
+                    drawing.get()
+                good = True
         finally:
             if self._worker:
-                standby.keep(self._worker) if not self._waiting else self._worker.end()
+                standby.keep(self._worker) if good else self._worker.end()
 
 
 def _prepared() -> Callable[[Drawing], None]:

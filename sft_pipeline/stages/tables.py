@@ -35,18 +35,18 @@ REJECTS = pa.schema(
 
 
 class FileWriter:
-    """Writes one Parquet file (zstd), always, even if no row comes.
+    """Writes one Parquet file, always, even if no row comes.
 
     Args:
         path: The file; its folder is made.
         schema: Its columns. What is written is cast to it (safely).
         row_group: Rows per row group.
-        dictionary: Whether values are stored as numbers of distinct ones. Long lists of token ids are written twice as
-            fast without, and zstd makes them as small.
+        of_tokens: Whether it is mostly long lists of token ids. They are written and read in two thirds of the time
+            without a dictionary, without statistics and with lz4, which takes 1.6 times the space.
     """
 
     def __init__(
-        self, path: Path, schema: pa.Schema, *, row_group: int = ROW_GROUP, dictionary: bool = True
+        self, path: Path, schema: pa.Schema, *, row_group: int = ROW_GROUP, of_tokens: bool = False
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.schema, self.row_group = path, schema, row_group
@@ -54,7 +54,12 @@ class FileWriter:
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = self._pending_bytes = 0
         self._writer = pq.ParquetWriter(
-            path, schema, compression="zstd", compression_level=1, use_dictionary=dictionary
+            path,
+            schema,
+            compression="lz4" if of_tokens else "zstd",
+            compression_level=None if of_tokens else 1,
+            use_dictionary=not of_tokens,
+            write_statistics=not of_tokens,
         )
 
     def write(self, data: pa.Table | pa.RecordBatch) -> None:
@@ -126,7 +131,7 @@ class PartWriter:
         folder: Where the parts go; made if absent.
         schema: The columns.
         rows_per_part: Rows after which the next part begins.
-        row_group, dictionary: As for `FileWriter`.
+        row_group, of_tokens: As for `FileWriter`.
     """
 
     def __init__(
@@ -136,10 +141,10 @@ class PartWriter:
         *,
         rows_per_part: int = ROWS_PER_PART,
         row_group: int = ROW_GROUP,
-        dictionary: bool = True,
+        of_tokens: bool = False,
     ) -> None:
         self.folder, self.schema, self.rows_per_part = folder, schema, rows_per_part
-        self.row_group, self.dictionary = row_group, dictionary
+        self.row_group, self.of_tokens = row_group, of_tokens
         self.paths: list[Path] = []
         self.rows = 0
         self._part = self._next()
@@ -147,7 +152,7 @@ class PartWriter:
     def _next(self) -> FileWriter:
         path = self.folder / f"part-{len(self.paths):05d}.parquet"
         self.paths.append(path)
-        return FileWriter(path, self.schema, row_group=self.row_group, dictionary=self.dictionary)
+        return FileWriter(path, self.schema, row_group=self.row_group, of_tokens=self.of_tokens)
 
     def write(self, data: pa.Table | pa.RecordBatch) -> None:
         """Appends rows in order."""

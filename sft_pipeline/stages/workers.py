@@ -31,7 +31,7 @@ from importlib.machinery import ModuleSpec
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sft_pipeline.errors import InputError, SftError
 
@@ -119,7 +119,7 @@ def _map(
     inline: Callable[[int, Item], bool],
 ) -> Generator[tuple[Item, Result], None, None]:
     pool: list[Worker] = []
-    flying: deque[tuple[Item, Worker]] = deque()
+    flying: deque[tuple[Item, Answer]] = deque()
     try:
         for number, item in enumerate(items):
             if not pool and (workers == 1 or inline(number, item)):
@@ -130,14 +130,12 @@ def _map(
                 function = None  # it may be large, and is not needed beside the workers
                 pool += (Worker(prepare, arguments) for _ in range(workers))
             if len(flying) == AHEAD * workers:
-                done, worker = flying.popleft()
-                yield done, worker.receive()
-            worker = pool[number % workers]
-            worker.send(item)
-            flying.append((item, worker))
+                done, answer = flying.popleft()
+                yield done, answer.get()
+            flying.append((item, pool[number % workers].ask(item)))
         while flying:
-            done, worker = flying.popleft()
-            yield done, worker.receive()
+            done, answer = flying.popleft()
+            yield done, answer.get()
     finally:
         for worker in pool:
             worker.end()
@@ -165,31 +163,37 @@ class Worker:
                     "TOKENIZERS_PARALLELISM": "false",
                 },
             )
-        self.send((prepare, arguments))
+        self._asked: deque[Answer] = deque()
+        self._send((prepare, arguments))
 
-    def send(self, item: Any) -> None:
-        """Has an item worked on after those sent before it."""
+    def ask(self, item: Any) -> "Answer":
+        """Has an item worked on after those asked before it.
+
+        Raises:
+            SftError: The worker died.
+        """
+        self._send(item)
+        self._asked.append(Answer(self))
+        return self._asked[-1]
+
+    def _send(self, item: Any) -> None:
         data = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
         try:
             self._connection.send_bytes(data)
         except OSError:
             raise self._death() from None
 
-    def receive(self) -> Any:
-        """The result of the first item whose result was not received yet.
+    def take_answer(self) -> None:
+        """Waits for the next answer, and gives it to who asked for it.
 
         Raises:
             SftError: The worker died.
-            Exception: What the function raised.
         """
         try:
             data = self._connection.recv_bytes()
         except (EOFError, OSError):
             raise self._death() from None
-        good, answer = pickle.loads(data)
-        if not good:
-            raise answer
-        return answer
+        self._asked.popleft().given = pickle.loads(data)
 
     @property
     def alive(self) -> bool:
@@ -207,6 +211,39 @@ class Worker:
         self._connection.close()
         self._process.kill()
         self._process.wait()
+
+
+class Answer:
+    """What a worker will say to an item.
+
+    Attributes:
+        given: (good, the result or the error) once it is here.
+    """
+
+    def __init__(self, worker: Worker | None) -> None:
+        self._worker, self.given = worker, cast(tuple[bool, Any] | None, None)
+
+    @classmethod
+    def known(cls, value: Any) -> "Answer":
+        """One that nobody has to wait for."""
+        answer = cls(None)
+        answer.given = (True, value)
+        return answer
+
+    def get(self) -> Any:
+        """The function's result.
+
+        Raises:
+            SftError: The worker died.
+            Exception: What the function raised.
+        """
+        while self.given is None:
+            assert self._worker
+            self._worker.take_answer()
+        good, answer = self.given
+        if not good:
+            raise answer
+        return answer
 
 
 def _serve(fileno: int) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import read_rows
+from sft_pipeline.stages.tokenized_rows import batches
 from sft_pipeline.stages.tokenized_rows import build as room
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
 from sft_pipeline.stages.tokenized_rows.reuse import content_keys
@@ -64,8 +65,8 @@ def version(built: Built, artifact: FakeArtifact) -> str:
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The fast encoder and comparisons on a few dozen rows."""
-    monkeypatch.setattr(room, "COMPARED", 8)
-    monkeypatch.setattr(room, "BATCH", 16)
+    monkeypatch.setattr(batches, "COMPARED", 8)
+    monkeypatch.setattr(batches, "BATCH", 16)
 
 
 def test_only_changed_rows_are_tokenized_and_the_bytes_are_those_of_a_cold_build(tmp_path):
@@ -103,7 +104,7 @@ def test_fast_and_slow_give_the_same_bytes_and_say_how_many(tmp_path, monkeypatc
     fast_built, fast, _ = run(tmp_path, "fast", train=[*numbered(60), LONG, FORGED])
     assert fast_built.counts["by_columns"] > 40 and fast_built.counts["compared"] >= 8
     assert fast_built.counts["by_reference"] > 5
-    monkeypatch.setattr(room, "COMPARED", 1000)
+    monkeypatch.setattr(batches, "COMPARED", 1000)
     slow_built, slow, _ = run(tmp_path, "slow", train=[*numbered(60), LONG, FORGED])
     assert slow_built.counts["by_columns"] == 0 and slow_built.counts["by_rows"] == 62
     assert version(fast_built, fast) == version(slow_built, slow)

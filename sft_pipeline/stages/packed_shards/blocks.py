@@ -138,7 +138,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
     group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
     with (
         PartWriter(
-            folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, dictionary=False
+            folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, of_tokens=True
         ) as out,
         Behind() as behind,
     ):

@@ -103,18 +103,23 @@ class Encoders:
 
     def __call__(self, task: Task) -> Done:
         """Encodes the rows of one task."""
+        return self.encode(task)[0]
+
+    def encode(self, task: Task) -> tuple[Done, list[dict[str, Any]], list[Accepted | Refused]]:
+        """Encodes the rows of one task; and gives those that went row by row, with what became of each."""
         fast = self._fast()
         quick = fast.encode(task.rows) if fast else None
         by_columns = np.zeros(task.rows.num_rows, dtype=bool)
         if quick is not None:
             by_columns[quick.rows] = True
         by_row = np.flatnonzero(~by_columns)
-        results = self.by_row.encode(task.rows.take(pa.array(by_row)).to_pylist()) if len(by_row) else []
+        slow = task.rows.take(pa.array(by_row)).to_pylist() if len(by_row) else []
+        results = self.by_row.encode(slow) if slow else []
         outcomes, examples = _merged(task, quick, by_row, results)
         numbers = Counter(
             by_columns=int(np.count_nonzero(by_columns)), by_rows=len(by_row), by_reference=quick.by_reference if quick else 0
         )  # fmt: skip
-        return Done(outcomes, examples, by_columns, numbers, self._why_not)
+        return Done(outcomes, examples, by_columns, numbers, self._why_not), slow, results
 
 
 def _merged(

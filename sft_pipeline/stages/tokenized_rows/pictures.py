@@ -1,11 +1,15 @@
 """Plots of the tokenized rows: lengths, and a few rows with their tokens coloured."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy.typing as npt
+
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE
+from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 
 SUPERVISED, CONTEXT, SPECIAL = "#b7e4c7", "#eceff1", "#e4b7e0"
 _COLUMNS, _TOKENS = 196, 110  # each token is a box, at about a millisecond
@@ -19,6 +23,19 @@ class Preview:
     tokens: Sequence[str]
     supervised: Sequence[bool]
     special: Sequence[bool]
+
+
+def previews_of(tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]]) -> list[Preview]:
+    """How examples (rows of tokenized_rows) are drawn."""
+    return [
+        Preview(
+            title=f"row {e['row_id'][:12]}: {e['length']} tokens, {e['supervised']} supervised (green)",
+            tokens=[tokenizer.decode([i]) for i in e["input_ids"]],
+            supervised=[label != IGNORE for label in e["labels"]],
+            special=[i in tokenizer.control_ids for i in e["input_ids"]],
+        )
+        for e in examples
+    ]
 
 
 def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int) -> None:

@@ -1,14 +1,16 @@
 """A second opinion on a sample of the rows, formed beside the work: in a process of its own where there are CPUs for it.
 
-rows of the sample ─▶ row by row, by the reference ─▶ outcomes and examples, for the builder to compare with its own
-                      prompt rendered and encoded again: is it a prefix of the row?
-                      AutoTokenizer: would a server make the same of it?
+    rows of the sample ─▶ row by row, by the reference ─▶ outcomes and examples, for the builder to compare with its own
+                          prompt rendered and encoded again: is it a prefix of the row?
+                          AutoTokenizer: would a server make the same of it?
+
+Where only few rows are to be encoded, this process does that too: it may have stood by with everything loaded.
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +19,18 @@ import pyarrow as pa
 from sft_pipeline.stages import standby
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
-from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example
-from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
+from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused
+from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task
+from sft_pipeline.stages.tokenized_rows.formatting import formatting_of
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of
+from sft_pipeline.stages.tokenized_rows.pictures import Preview, previews_of
 from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
 from sft_pipeline.stages.tokenized_rows.skew import Skew, auto_tokenizer, find_skew, hide_torch
-from sft_pipeline.stages.workers import worker_count
+from sft_pipeline.stages.workers import Answer, worker_count
 from sft_pipeline.store import Artifact
+
+if TYPE_CHECKING:
+    from sft_pipeline.stages.tokenized_rows.batches import Batch
 
 SAMPLE = 300  # rows whose prompt is rendered and encoded once more, by transformers too
 
@@ -33,18 +40,20 @@ class Verdict:
     """What was found.
 
     Attributes:
-        outcomes: One per row of the sample, in their order.
+        formatting: What was used to format the rows, as formatting.json has it.
+        outcomes: One per row that was looked at, in their order.
         examples: Of the accepted ones, in the schema TOKENIZED.
         prompts: Rows whose prompt was rendered and encoded again.
         wrong_prompts: Those that do not begin with its ids.
         skew: Whether AutoTokenizer agrees. With nothing to compare, it does.
     """
 
-    outcomes: list[Outcome] = field(default_factory=list)
-    examples: pa.Table = field(default_factory=TOKENIZED.empty_table)
-    prompts: int = 0
-    wrong_prompts: list[dict[str, Any]] = field(default_factory=list)
-    skew: Skew = field(default_factory=Skew)
+    formatting: dict[str, Any]
+    outcomes: list[Outcome]
+    examples: pa.Table
+    prompts: int
+    wrong_prompts: list[dict[str, Any]]
+    skew: Skew
 
 
 class Comparison:
@@ -56,17 +65,17 @@ class Comparison:
         self._outcomes: list[Outcome] = []
         self._examples: list[pa.RecordBatch] = []
 
-    def add(self, rows: pa.RecordBatch, done: Done, compare: npt.NDArray[np.bool_]) -> None:
-        """Keeps the rows of a task that are to be compared."""
-        if not compare.any():
+    def add(self, batch: "Batch", done: Done) -> None:
+        """Keeps what was made of the batch's rows in the sample."""
+        if not batch.sampled.any():
             return
-        self.by_columns += int(np.count_nonzero(done.by_columns & compare))
-        chosen = pa.array(compare)
-        self._row_ids += rows.column("row_id").filter(chosen).to_pylist()
+        self.by_columns += int(np.count_nonzero(done.by_columns & batch.sampled))
+        chosen = pa.array(batch.sampled)
+        self._row_ids += batch.task.rows.column("row_id").filter(chosen).to_pylist()
         found = done.outcomes.filter(chosen).drop_columns(["key"])
         self._outcomes += [Outcome(**line) for line in found.to_pylist()]
         each = done.outcomes.column("examples").to_numpy()
-        self._examples.append(done.examples.filter(pa.array(np.repeat(compare, each))))
+        self._examples.append(done.examples.filter(pa.array(np.repeat(batch.sampled, each))))
 
     def first_difference(self, verdict: Verdict) -> str | None:
         """The id of a row of which the referee made something else."""
@@ -83,43 +92,61 @@ class Comparison:
 
 
 class _Bench:
-    """Looks at rows as they come (batches of grouped_split), and gives the verdict when asked with None.
+    """The referee's work.
 
     Args:
         skew: Whether AutoTokenizer is compared with.
     """
 
-    def __init__(self, encoders: Encoders, skew: bool) -> None:
-        self._encoders, self._skew = encoders, skew
+    def __init__(self, config: TokenizedRowsConfig, encoders: Encoders, skew: bool) -> None:
+        self._config, self._encoders, self._skew = config, encoders, skew
+        self._forget()
+
+    def _forget(self) -> None:
         self._outcomes: list[Outcome] = []
         self._examples: list[pa.RecordBatch] = []
         self._sample: list[tuple[Conversation, Example]] = []
 
-    def __call__(self, rows: pa.RecordBatch | None) -> Verdict | None:
-        if rows is None:
-            return self._verdict()
-        by_row = self._encoders.by_row
+    def __call__(self, wanted: tuple[Any, ...]) -> Any:
+        name, *arguments = wanted
+        return getattr(self, name)(*arguments)
+
+    def look_at(self, rows: pa.RecordBatch) -> None:
         given = rows.to_pylist()
-        results = by_row.encode(given)
+        results = self._encoders.by_row.encode(given)
         self._outcomes += map(outcome_of, results)
         self._examples.append(to_batch([e for r in results if isinstance(r, Accepted) for e in r.examples]))
+        self._take_sample(given, results)
+
+    def encode(self, task: Task, sampled: npt.NDArray[np.bool_]) -> Done:
+        done, given, results = self._encoders.encode(task)
+        chosen = np.flatnonzero(sampled[~done.by_columns]).tolist()
+        self._take_sample([given[i] for i in chosen], [results[i] for i in chosen])
+        return done
+
+    def _take_sample(self, rows: Sequence[dict[str, Any]], results: Sequence[Accepted | Refused]) -> None:
+        by_row = self._encoders.by_row
         self._sample += [
             (by_row.guard.check(conversation(row, by_row.system)), result.examples[0])
-            for row, result in zip(given, results, strict=True)
+            for row, result in zip(rows, results, strict=True)
             if isinstance(result, Accepted) and not result.examples[0].truncated
         ][: SAMPLE - len(self._sample)]
-        return None
 
-    def _verdict(self) -> Verdict:
+    def preview(self, examples: list[dict[str, Any]]) -> list[Preview]:
+        return previews_of(self._encoders.tokenizer, examples)
+
+    def verdict(self) -> Verdict:
+        tokenizer, template = self._encoders.tokenizer, self._encoders.template
         sample = [given for given, _ in self._sample]
         found = Verdict(
+            formatting_of(self._config, tokenizer, template),
             self._outcomes,
             pa.Table.from_batches(self._examples, TOKENIZED),
             len(sample),
             [wrong for given, example in self._sample if (wrong := self._wrong_prompt(given, example))],
-            find_skew(self._encoders.tokenizer, self._encoders.template, sample) if self._skew and sample else Skew(),
-        )  # fmt: skip
-        self._outcomes, self._examples, self._sample = [], [], []
+            find_skew(tokenizer, template, sample) if self._skew and sample else Skew(),
+        )
+        self._forget()
         return found
 
     def _wrong_prompt(self, given: Conversation, example: Example) -> dict[str, Any] | None:
@@ -140,32 +167,35 @@ class Referee:
     """
 
     def __init__(self, config: TokenizedRowsConfig, encoders: Encoders, *, skew: bool) -> None:
-        self._here = _Bench(encoders, skew)
+        self._here = _Bench(config, encoders, skew)
         # Where transformers is imported already, a small sample is looked at sooner than a process starts.
         alone = worker_count() == 1 or (skew and "transformers" in sys.modules)
         self._worker = None if alone else standby.take(_in_a_process, (config, skew))
-        self._sent = 0
+        self._looks: list[Answer] = []
+
+    def _ask(self, *wanted: Any) -> Answer:
+        return self._worker.ask(wanted) if self._worker else Answer.known(self._here(wanted))
 
     def look_at(self, rows: pa.RecordBatch) -> None:
-        """Hands rows over."""
-        if self._worker is None:
-            self._here(rows)
-        elif rows.num_rows:
-            self._worker.send(rows)
-            self._sent += 1
+        """Hands rows over for the verdict."""
+        if rows.num_rows:
+            self._looks.append(self._ask("look_at", rows))
+
+    def encode(self, task: Task, sampled: npt.NDArray[np.bool_]) -> Answer:
+        """Has rows encoded, some of them as a sample for the verdict; the answer is a `Done`."""
+        return self._ask("encode", task, sampled)
+
+    def preview(self, examples: list[dict[str, Any]]) -> Answer:
+        """Has a picture of examples prepared; the answer is a list of `Preview`."""
+        return self._ask("preview", examples)
 
     def verdict(self) -> Verdict:
-        """What was found of the rows handed over so far; then it begins anew."""
-        if self._worker is None:
-            found = self._here(None)
-        else:
-            self._worker.send(None)
-            for _ in range(self._sent):
-                self._worker.receive()
-            self._sent = 0
-            found = self._worker.receive()
-        assert found is not None
-        return found
+        """What was found of the rows so far; then it begins anew."""
+        verdict = self._ask("verdict")
+        for look in self._looks:
+            look.get()
+        self._looks = []
+        return verdict.get()
 
     def __enter__(self) -> "Referee":
         return self
@@ -180,10 +210,10 @@ def stand_by(config: TokenizedRowsConfig, earlier: Sequence[Artifact]) -> None:
     standby.begin(_in_a_process, (config, Skew.of_earlier(earlier) is None))
 
 
-def _in_a_process(config: TokenizedRowsConfig, skew: bool) -> Callable[[pa.RecordBatch | None], Verdict | None]:  # fmt: skip
+def _in_a_process(config: TokenizedRowsConfig, skew: bool) -> Callable[[tuple[Any, ...]], Any]:
     hide_torch()
     encoders = Encoders(config, columns=False)
     _ = encoders.by_row
     if skew:
         auto_tokenizer(str(encoders.tokenizer.folder), encoders.tokenizer.sha256)
-    return _Bench(encoders, skew)
+    return _Bench(config, encoders, skew)

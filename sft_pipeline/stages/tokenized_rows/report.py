@@ -6,7 +6,6 @@ import numpy as np
 
 from sft_pipeline.stages.stage import Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.encoding import Encoders
 from sft_pipeline.stages.tokenized_rows.reasons import MEANING, Reason
 from sft_pipeline.stages.tokenized_rows.referee import Verdict
 from sft_pipeline.stages.tokenized_rows.seen import Seen
@@ -205,7 +204,7 @@ def _stop(recorded: dict[str, Any]) -> Check:
     return Check("stop_token", not problems, "; ".join(problems) or stop)
 
 
-def evidence(seen: Seen, encoders: Encoders, config: TokenizedRowsConfig) -> dict[str, Evidence]:
+def evidence(seen: Seen, formatting: dict[str, Any], config: TokenizedRowsConfig) -> dict[str, Evidence]:
     """Numbers, tables and plots for people."""
     n = seen.tally.numbers
     found: dict[str, Evidence] = {
@@ -234,7 +233,7 @@ def evidence(seen: Seen, encoders: Encoders, config: TokenizedRowsConfig) -> dic
     if seen.refused:
         found["first_rejected_rows"] = table(seen.refused)
     found["chat_template"] = markdown(
-        f"`{config.template.chat_template}`\n\n```jinja\n{encoders.template.text}\n```"
+        f"`{config.template.chat_template}`\n\n```jinja\n{formatting['chat_template']}\n```"
     )
     return found
 

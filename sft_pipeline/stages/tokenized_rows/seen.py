@@ -29,7 +29,7 @@ class Seen:
         written: Examples written per side.
         refused: The first rejected rows, for people.
         broken: Written examples that break a promise, per promise. Stays empty.
-        previews: The first examples.
+        previews: The first examples, of one batch.
         numbers: How rows were encoded: reused, tokenized, by_columns, by_rows, by_reference, compared.
         why_not: Why the fast way was not used.
     """
@@ -60,8 +60,7 @@ class Seen:
         self.read[side] += read
         self.written[side] += whole.examples.num_rows
         self.why_not = done.why_not
-        if len(self.previews) < PREVIEWS:
-            self.previews += whole.examples.slice(0, PREVIEWS - len(self.previews)).to_pylist()
+        self.previews = self.previews or whole.examples.slice(0, PREVIEWS).to_pylist()
         self._inspect(whole.examples)
         if refused.num_rows:
             self._show(refused, whole.outcomes)

@@ -72,18 +72,17 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
     served = auto_tokenizer(str(tokenizer.folder), tokenizer.sha256)
     if isinstance(served, str):
         return Skew(unavailable=served)
-    other_prompt, differing = 0, []
-    for given in sample:
-        text, before = template.render(given.messages, given.tools), given.messages[:-1]
-        ours, theirs = tokenizer.ids(text), served(text, add_special_tokens=False)["input_ids"]
-        if ours != theirs:
-            differing.append((ours, theirs))
-        if not template.uses_clock:
-            prompt = served.apply_chat_template(
-                before, tools=given.tools, chat_template=template.tool_text if given.tools else template.text,
-                add_generation_prompt=True, tokenize=False,
-            )  # fmt: skip
-            other_prompt += prompt != template.render(before, given.tools, add_generation_prompt=True)
+    texts = [template.render(given.messages, given.tools) for given in sample]
+    ours = [p.ids for p in tokenizer.encode_batch(texts)]
+    theirs = served(texts, add_special_tokens=False)["input_ids"] if texts else []
+    differing = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
+    other_prompt = 0
+    for given in () if template.uses_clock else sample:
+        before, source = given.messages[:-1], template.tool_text if given.tools else template.text
+        prompt = template.render(before, given.tools, add_generation_prompt=True)
+        other_prompt += prompt != served.apply_chat_template(
+            before, tools=given.tools, chat_template=source, add_generation_prompt=True, tokenize=False
+        )
     example = _first_difference(tokenizer, *differing[0]) if differing else {}
     return Skew(len(sample), len(differing), other_prompt, example)
 

@@ -1,0 +1,152 @@
+"""The rows of a split in batches: which of them an earlier build has, and who encodes the others.
+
+few new rows    the referee's process, which has all it needs at hand
+many            threads with whole columns; a sample goes to the referee too
+many, but slow  worker processes, row by row
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sft_pipeline.stages.tables import count_rows, read_batches
+from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task
+from sft_pipeline.stages.tokenized_rows.referee import SAMPLE, Referee
+from sft_pipeline.stages.tokenized_rows.reuse import Earlier, content_keys
+from sft_pipeline.stages.tokenized_rows.rows import SIDES
+from sft_pipeline.stages.workers import Answer, ordered_map, threaded_map, worker_count
+from sft_pipeline.store import Artifact
+
+BATCH = 4_096
+COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
+WORTH_WORKERS = 8_000  # rows to encode the slow way; a worker first loads the tokenizer
+AHEAD = 4  # batches that the referee may have to encode at a time
+_COLUMNS = ("row_id", "source", "file", "line", "group", "messages", "tools")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of one side.
+
+    Attributes:
+        found: The row of the earlier builds that is the same (-1: none).
+        sampled: Which of the rows that have none the referee looks at.
+    """
+
+    side: str
+    rows: pa.RecordBatch
+    keys: pa.Array
+    found: npt.NDArray[np.int64]
+    sampled: npt.NDArray[np.bool_]
+
+    @cached_property
+    def task(self) -> Task:
+        """Its rows that are to be encoded."""
+        is_new = self.found < 0
+        if is_new.all():
+            return Task(self.rows, self.keys)
+        mask = pa.array(is_new)
+        return Task(self.rows.filter(mask), self.keys.filter(mask))
+
+
+class Batches:
+    """All rows of a split.
+
+    Args:
+        sides: Side -> its files.
+        builds: Earlier builds to take rows from.
+        scratch: A folder for what is taken from them, for as long as this is used.
+
+    Attributes:
+        total, new: Rows in all, and those that no earlier build has.
+        earlier: What the others were made into.
+    """
+
+    def __init__(self, sides: dict[str, list[Path]], builds: Sequence[Artifact], scratch: Path) -> None:
+        self._sides = sides
+        self.total = count_rows(path for paths in sides.values() for path in paths)
+        self._keys = [content_keys(r) for _, r in self._read(["messages", "tools"])] if builds else []
+        self.earlier = Earlier(builds, self._keys, scratch)
+        self._found = [self.earlier.find(keys) for keys in self._keys]
+        self.new = sum(int(np.count_nonzero(found < 0)) for found in self._found) if builds else self.total
+
+    @property
+    def are_few(self) -> bool:
+        """Whether so few rows are new that comparing would cost more than the fast way gains."""
+        return self.new <= 2 * COMPARED
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen, threshold = 0, "" if self.are_few else self._threshold
+        # Of few new rows among many, a sample of all rows may hold none: so the first ones are in it too.
+        first = SAMPLE if self.are_few else COMPARED if self._keys else 0
+        for i, (side, rows) in enumerate(self._read(list(_COLUMNS))):
+            keys = self._keys[i] if self._keys else content_keys(rows)
+            found = self._found[i] if self._keys else np.full(rows.num_rows, -1)
+            ids = rows.column("row_id").filter(pa.array(found < 0))
+            chosen = pc.less_equal(ids, threshold).to_numpy(zero_copy_only=False)
+            yield Batch(side, rows, keys, found, chosen | (seen + np.arange(len(ids)) < first))
+            seen += len(ids)
+
+    def _read(self, columns: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+        for side in SIDES:
+            for rows in read_batches(self._sides[side], columns, batch_rows=BATCH):
+                yield side, rows
+
+    @property
+    def _threshold(self) -> str:
+        """The row ids up to this one are compared: they are hashes, so the smallest of them are a fair sample."""
+        ids = pa.chunked_array([rows.column(0) for _, rows in self._read(["row_id"])], pa.string())
+        smallest = pc.select_k_unstable(pa.table({"row_id": ids}), COMPARED, [("row_id", "ascending")])
+        return pc.max(ids.take(smallest)).as_py()
+
+
+def encoded(
+    batches: Batches, encoders: Encoders, referee: Referee
+) -> Generator[tuple[Batch, Done], None, None]:
+    """Every batch, in order, with what became of those of its rows that no earlier build has."""
+    return _by_the_referee(batches, referee) if batches.are_few else _here(batches, encoders, referee)
+
+
+def _by_the_referee(batches: Batches, referee: Referee) -> Generator[tuple[Batch, Done], None, None]:
+    flying: deque[tuple[Batch, Answer]] = deque()
+    for batch in batches:
+        flying.append((batch, referee.encode(batch.task, batch.sampled)))
+        if len(flying) == AHEAD:
+            batch, done = flying.popleft()
+            yield batch, done.get()
+    for batch, done in flying:
+        yield batch, done.get()
+
+
+def _here(
+    batches: Batches, encoders: Encoders, referee: Referee
+) -> Generator[tuple[Batch, Done], None, None]:
+    waiting: deque[Batch] = deque()
+
+    def tasks() -> Iterator[Task]:
+        for batch in batches:
+            waiting.append(batch)
+            referee.look_at(batch.task.rows.filter(pa.array(batch.sampled)))
+            yield batch.task
+
+    todo = tasks()
+    for task in islice(todo, 1):
+        first = encoders(task)
+        yield waiting.popleft(), first
+        slow = 4 * int(np.count_nonzero(~first.by_columns)) > len(first.by_columns)
+        if slow and batches.new > WORTH_WORKERS:
+            results = (done for _, done in ordered_map(Encoders, encoders.arguments, todo, here=encoders, inline=lambda *_: False))  # fmt: skip
+        else:
+            results = threaded_map(encoders, todo, 1 if slow else worker_count())
+        with closing(results):
+            for done in results:
+                yield waiting.popleft(), done
