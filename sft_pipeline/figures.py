@@ -19,7 +19,7 @@ def blank(width: float, height: float, *, laid_out: bool = True) -> Any:
 def axes(width: float, height: float) -> tuple[Any, Any]:
     """A figure with one pair of axes; inches. Around them is room for a title, and for labels of seven characters."""
     figure = blank(width, height, laid_out=False)
-    found = figure.add_axes((0.85 / width, 0.6 / height, 1 - 1.05 / width, 1 - 0.95 / height))
+    found = figure.add_axes((0.95 / width, 0.6 / height, 1 - 1.15 / width, 1 - 0.95 / height))
     found.spines[["top", "right"]].set_visible(False)
     return figure, found
 

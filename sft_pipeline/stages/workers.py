@@ -196,6 +196,11 @@ class Worker:
         self._asked.popleft().given = pickle.loads(data)
 
     @property
+    def has_answered(self) -> bool:
+        """Whether an answer is there to take."""
+        return self._connection.poll()
+
+    @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
@@ -229,6 +234,13 @@ class Answer:
         answer = cls(None)
         answer.given = (True, value)
         return answer
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be had without waiting."""
+        while self.given is None and self._worker and self._worker.has_answered:
+            self._worker.take_answer()
+        return self.given is not None
 
     def get(self) -> Any:
         """The function's result.

@@ -4,6 +4,7 @@ import shutil
 from contextlib import closing
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.painter import Painter
@@ -83,7 +84,7 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
             writers["train"], writers["validation"], writers["test"], Behind() as behind,
             closing(encoded(batches, encoders, referee)) as results,
         ):  # fmt: skip
-            preview = None
+            preview, drawn = None, False
             for batch, done in results:
                 if not batches.are_few:
                     comparison.add(batch, done)
@@ -94,9 +95,13 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
                 rejects.write(refused)
                 seen.note(batch.side, batch.rows.num_rows, done, whole, refused)
                 preview = preview or (referee.preview(seen.previews) if seen.previews else None)
+                if preview and preview.is_here and not drawn:
+                    painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
+                    drawn = True
                 b.report.progress("tokenizing", sum(seen.read.values()), batches.total, "rows")
         if preview:
-            painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
+            if not drawn:
+                painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
             painter.draw(plot_lengths, pictures / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), b.config.tokens.max_length)  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -122,7 +127,15 @@ def _joined(batch: Batch, done: Done, earlier: Earlier) -> Given:
     return Given(_in_order(outcomes, position), _in_order(examples, owner))
 
 
-def _in_order(table: pa.Table, position: np.ndarray) -> pa.RecordBatch:
+def _in_order(table: pa.Table, position: npt.NDArray[np.int64]) -> pa.RecordBatch:
     """The rows by position, those of the same position as they are."""
-    sorted_ = table.take(pa.array(np.argsort(position, kind="stable"))).combine_chunks().to_batches()
-    return sorted_[0] if sorted_ else pa.RecordBatch.from_pylist([], schema=table.schema)
+    order = np.argsort(position, kind="stable")
+    begins = np.flatnonzero(np.diff(order, prepend=-2) != 1)  # of runs of rows that stay together
+    if 8 * len(begins) > len(order):
+        moved = table.take(pa.array(order))
+    else:
+        ends = np.append(begins[1:], len(order))
+        runs = zip(order[begins].tolist(), (ends - begins).tolist(), strict=True)
+        moved = pa.concat_tables([table.slice(begin, count) for begin, count in runs] or [table])
+    batches = moved.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

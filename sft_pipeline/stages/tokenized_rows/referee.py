@@ -99,13 +99,15 @@ class _Bench:
     """
 
     def __init__(self, config: TokenizedRowsConfig, encoders: Encoders, skew: bool) -> None:
-        self._config, self._encoders, self._skew = config, encoders, skew
+        self._config, self._encoders, self._compares_skew = config, encoders, skew
         self._forget()
 
     def _forget(self) -> None:
         self._outcomes: list[Outcome] = []
         self._examples: list[pa.RecordBatch] = []
-        self._sample: list[tuple[Conversation, Example]] = []
+        self._sample: list[Conversation] = []
+        self._wrong_prompts: list[dict[str, Any]] = []
+        self._skew: Skew | None = None
 
     def __call__(self, wanted: tuple[Any, ...]) -> Any:
         name, *arguments = wanted
@@ -126,25 +128,34 @@ class _Bench:
 
     def _take_sample(self, rows: Sequence[dict[str, Any]], results: Sequence[Accepted | Refused]) -> None:
         by_row = self._encoders.by_row
-        self._sample += [
-            (by_row.guard.check(conversation(row, by_row.system)), result.examples[0])
-            for row, result in zip(rows, results, strict=True)
-            if isinstance(result, Accepted) and not result.examples[0].truncated
-        ][: SAMPLE - len(self._sample)]
+        for row, result in zip(rows, results, strict=True):
+            if len(self._sample) == SAMPLE:
+                break
+            if isinstance(result, Accepted) and not result.examples[0].truncated:
+                given = by_row.guard.check(conversation(row, by_row.system))
+                self._sample.append(given)
+                if wrong := self._wrong_prompt(given, result.examples[0]):
+                    self._wrong_prompts.append(wrong)
+        if len(self._sample) == SAMPLE:
+            self._find_skew()  # now, while others still work
+
+    def _find_skew(self) -> Skew:
+        if self._skew is None:
+            found = self._compares_skew and self._sample
+            self._skew = find_skew(self._encoders.tokenizer, self._encoders.template, self._sample) if found else Skew()  # fmt: skip
+        return self._skew
 
     def preview(self, examples: list[dict[str, Any]]) -> list[Preview]:
         return previews_of(self._encoders.tokenizer, examples)
 
     def verdict(self) -> Verdict:
-        tokenizer, template = self._encoders.tokenizer, self._encoders.template
-        sample = [given for given, _ in self._sample]
         found = Verdict(
-            formatting_of(self._config, tokenizer, template),
+            formatting_of(self._config, self._encoders.tokenizer, self._encoders.template),
             self._outcomes,
             pa.Table.from_batches(self._examples, TOKENIZED),
-            len(sample),
-            [wrong for given, example in self._sample if (wrong := self._wrong_prompt(given, example))],
-            find_skew(tokenizer, template, sample) if self._skew and sample else Skew(),
+            len(self._sample),
+            self._wrong_prompts,
+            self._find_skew(),
         )
         self._forget()
         return found

@@ -222,11 +222,24 @@ class _Generation(Extension):
         return _BEGIN + caller() + _END
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which remembers what it allows: that depends on nothing but the object's type and the name."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        kind = (type(obj), attr)
+        safe = self._safe.get(kind)
+        if safe is None:
+            safe = self._safe[kind] = super().is_safe_attribute(obj, attr, value)
+        return safe
+
+
 def new_environment() -> jinja2.Environment:
     """Jinja as transformers sets it up for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = FROZEN_CLOCK.strftime
