@@ -14,7 +14,7 @@ import pytest
 
 from sft_pipeline.errors import InputError, SftError
 from sft_pipeline.stages import workers
-from sft_pipeline.stages.workers import ordered_map, worker_count
+from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
 from sft_pipeline_tests.command import ROOT
 
 
@@ -209,3 +209,57 @@ def test_the_default_is_the_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatc
     assert worker_count() == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(99)), raising=False)
     assert worker_count() == workers.MAX_WORKERS
+
+
+# -- threads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_keep_the_order_and_take_few_items_ahead(threads: int) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(30):
+            taken.append(item)
+            yield item
+
+    def work(item: int) -> int:
+        time.sleep(0.004 * (item % 3 == 0))
+        return item
+
+    for position, result in enumerate(threaded_map(work, items(), threads)):
+        assert result == position
+        assert len(taken) <= position + 1 + workers.AHEAD * threads
+
+
+def test_an_error_in_a_thread_comes_out_in_its_place() -> None:
+    done: list[int] = []
+    with pytest.raises(InputError, match="row 7 is bad"):
+        for result in threaded_map(failing(7), range(20), 3):
+            done.append(result)
+    assert done == list(range(7))
+
+
+def test_workers_do_without_pandas_but_other_libraries_do_not_mind() -> None:
+    found = dict(ordered_map(asking_for_pandas, (), range(4)))
+    assert found[0] is True and found[3] == ("no pandas", [1, 2])
+
+
+def asking_for_pandas() -> Callable[[int], object]:
+    parent = os.environ.get("SFT_WORKERS") != "1"
+
+    def ask(_: int) -> object:
+        if parent:
+            return True
+        import importlib.util
+
+        import pyarrow
+
+        assert importlib.util.find_spec("pandas") is not None
+        try:
+            import pandas  # noqa: F401
+        except ModuleNotFoundError:
+            return "no pandas", pyarrow.array([1, 2]).to_pylist()
+        return "pandas"
+
+    return ask

@@ -14,7 +14,7 @@ from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of
 from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.stages.tokenized_rows.template import load_template
 from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
-from sft_pipeline.stages.tokenized_rows.tracing import Tracer, Untraceable
+from sft_pipeline.stages.tokenized_rows.tracing import Question, Tracer, Untraceable
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SPLIT, row, tiny_tokenizer
 
 _END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -137,3 +137,20 @@ def test_real_rows_under_real_tokenizers(shared_data, name, template, supervise)
     tokens = TokensConfig(max_length=2048, supervise=supervise)
     found = compare(rows + several, template, tokens, tokenizer=tokenizer)
     assert found >= (300 if (name, supervise) != ("gpt2", "assistant") else 240)
+
+
+ASKED = st.sampled_from(["startswith", "endswith", "__contains__", "__eq__", "__ne__"])
+EDGES = st.sampled_from([(), (None,), ("\n",), ("<> ",), ("é",)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    contents=st.lists(TEXT.filter(bool), min_size=1, max_size=6),
+    question=st.tuples(ASKED, st.tuples(TEXT), st.booleans())
+    | st.tuples(st.sampled_from(["strip", "lstrip", "rstrip"]), EDGES, st.none())
+    | st.tuples(st.just("startswith"), st.just((("the", "<"),)), st.booleans()),
+)
+def test_a_question_to_a_column_is_answered_as_to_each_content(contents, question):
+    asked = Question(0, *question)
+    column = pa.array(["", *contents], pa.string()).slice(1)
+    assert asked.holds_for(column).tolist() == [asked.holds(c) for c in contents]

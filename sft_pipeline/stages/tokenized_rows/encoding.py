@@ -103,11 +103,12 @@ class Encoders:
 
     def __call__(self, task: Task) -> Done:
         """Encodes the rows of one task."""
-        return self.encode(task)[0]
+        return self.encode(task, self._fast())[0]
 
-    def encode(self, task: Task) -> tuple[Done, list[dict[str, Any]], list[Accepted | Refused]]:
-        """Encodes the rows of one task; and gives those that went row by row, with what became of each."""
-        fast = self._fast()
+    def encode(
+        self, task: Task, fast: ColumnEncoder | None
+    ) -> tuple[Done, list[dict[str, Any]], list[Accepted | Refused]]:
+        """Encodes the rows of one task; also those that went row by row, and what became of each."""
         quick = fast.encode(task.rows) if fast else None
         by_columns = np.zeros(task.rows.num_rows, dtype=bool)
         if quick is not None:

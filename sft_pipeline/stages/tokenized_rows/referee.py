@@ -121,8 +121,8 @@ class _Bench:
         self._take_sample(given, results)
 
     def encode(self, task: Task, sampled: npt.NDArray[np.bool_]) -> Done:
-        done, given, results = self._encoders.encode(task)
-        chosen = np.flatnonzero(sampled[~done.by_columns]).tolist()
+        done, given, results = self._encoders.encode(task, fast=None)
+        chosen = np.flatnonzero(sampled).tolist()
         self._take_sample([given[i] for i in chosen], [results[i] for i in chosen])
         return done
 
