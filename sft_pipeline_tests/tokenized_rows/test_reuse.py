@@ -129,6 +129,22 @@ def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatc
     assert "differs from the reference" in str(built.evidence["encoding"].value)
 
 
+def test_it_is_found_out_among_few_new_rows_too(tmp_path, monkeypatch):
+    from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder
+
+    _, old, _ = run(tmp_path, "old", train=[*numbered(60), LONG])
+    sides = {"train": [*numbered(63), LONG]}
+    good_built, good, _ = run(tmp_path, "good", (old,), **sides)
+    assert (good_built.counts["by_columns"], good_built.counts["compared"]) == (3, 3)
+    exact = ChunkEncoder._ids
+    monkeypatch.setattr(ChunkEncoder, "_ids", lambda self, texts: [b"".join(exact(self, list(t))) for t in texts])  # fmt: skip
+    monkeypatch.setenv("SFT_WORKERS", "1")  # so that the referee is in this process, which errs
+    built, artifact, told = run(tmp_path, "erring", (old,), **sides)
+    assert version(built, artifact) == version(good_built, good)
+    assert (built.counts["by_columns"], built.counts["rows_reused"]) == (0, 61)
+    assert any("differs from the reference" in line for line in told.lines)
+
+
 TEXT = st.none() | st.text(max_size=3)
 MESSAGES = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT, st.sampled_from([None, 0.0, 1.0]), TEXT), max_size=3)  # fmt: skip
 

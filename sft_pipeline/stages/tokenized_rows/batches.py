@@ -28,6 +28,7 @@ from sft_pipeline.store import Artifact
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
+FEW_OF_MANY = 20_000  # new rows that the referee's process encodes where the others are known
 WORTH_WORKERS = 8_000  # rows to encode the slow way; a worker first loads the tokenizer
 AHEAD = 4  # batches that the referee may have to encode at a time
 _COLUMNS = ("row_id", "source", "file", "line", "group", "messages", "tools")
@@ -65,14 +66,17 @@ class Batches:
         sides: Side -> its files.
         builds: Earlier builds to take rows from.
         scratch: A folder for what is taken from them, for as long as this is used.
+        fast: Whether the fast way may be used.
 
     Attributes:
         total, new: Rows in all, and those that no earlier build has.
         earlier: What the others were made into.
     """
 
-    def __init__(self, sides: dict[str, list[Path]], builds: Sequence[Artifact], scratch: Path) -> None:
-        self._sides = sides
+    def __init__(
+        self, sides: dict[str, list[Path]], builds: Sequence[Artifact], scratch: Path, *, fast: bool
+    ) -> None:
+        self._sides, self._fast = sides, fast
         self.total = count_rows(path for paths in sides.values() for path in paths)
         self._keys = [content_keys(r) for _, r in self._read(["messages", "tools"])] if builds else []
         self.earlier = Earlier(builds, self._keys, scratch)
@@ -80,14 +84,24 @@ class Batches:
         self.new = sum(int(np.count_nonzero(found < 0)) for found in self._found) if builds else self.total
 
     @property
-    def are_few(self) -> bool:
-        """Whether so few rows are new that comparing would cost more than the fast way gains."""
-        return self.new <= 2 * COMPARED
+    def by_the_referee(self) -> bool:
+        """Whether so few rows are new that they are done before other threads and processes have begun."""
+        return self.new <= (FEW_OF_MANY if self._keys else 2 * COMPARED)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether all go row by row: the fast way is ruled out, or comparing would cost more than it gains."""
+        return not self._fast or (self.by_the_referee and not self._keys)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the referee's own result is another than the one that is written."""
+        return not (self.by_rows and self.by_the_referee)
 
     def __iter__(self) -> Iterator[Batch]:
-        seen, threshold = 0, "" if self.are_few else self._threshold
-        # Of few new rows among many, a sample of all rows may hold none: so the first ones are in it too.
-        first = SAMPLE if self.are_few else COMPARED if self._keys else 0
+        seen, threshold = 0, "" if self.by_rows else self._threshold
+        # A sample of all rows was compared when they were new. Of few new ones it may hold none: so the first are in it.
+        first = SAMPLE if self.by_rows or self._keys else 0
         for i, (side, rows) in enumerate(self._read(list(_COLUMNS))):
             keys = self._keys[i] if self._keys else content_keys(rows)
             found = self._found[i] if self._keys else np.full(rows.num_rows, -1)
@@ -105,6 +119,8 @@ class Batches:
     def _threshold(self) -> str:
         """The row ids up to this one are compared: they are hashes, so the smallest of them are a fair sample."""
         ids = pa.chunked_array([rows.column(0) for _, rows in self._read(["row_id"])], pa.string())
+        if len(ids) <= COMPARED:
+            return "\U0010ffff"
         smallest = pc.select_k_unstable(pa.table({"row_id": ids}), COMPARED, [("row_id", "ascending")])
         return pc.max(ids.take(smallest)).as_py()
 
@@ -113,13 +129,13 @@ def encoded(
     batches: Batches, encoders: Encoders, referee: Referee
 ) -> Generator[tuple[Batch, Done], None, None]:
     """Every batch, in order, with what became of those of its rows that no earlier build has."""
-    return _by_the_referee(batches, referee) if batches.are_few else _here(batches, encoders, referee)
+    return _by_the_referee(batches, referee) if batches.by_the_referee else _here(batches, encoders, referee)  # fmt: skip
 
 
 def _by_the_referee(batches: Batches, referee: Referee) -> Generator[tuple[Batch, Done], None, None]:
     flying: deque[tuple[Batch, Answer]] = deque()
     for batch in batches:
-        flying.append((batch, referee.encode(batch.task, batch.sampled)))
+        flying.append((batch, referee.encode(batch.task, batch.sampled, by_rows=batches.by_rows)))
         if len(flying) == AHEAD:
             batch, done = flying.popleft()
             yield batch, done.get()

@@ -76,7 +76,9 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
         shutil.rmtree(b.out / side, ignore_errors=True)
     scratch = b.work / "earlier"
     try:
-        batches = Batches({s: b.inputs["grouped_split"].parts(s) for s in SIDES}, b.earlier, scratch)
+        batches = Batches(
+            {s: b.inputs["grouped_split"].parts(s) for s in SIDES}, b.earlier, scratch, fast=encoders.columns
+        )
         writers = {side: PartWriter(b.out / side, TOKENIZED, of_tokens=True) for side in SIDES}
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
@@ -86,7 +88,7 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
         ):  # fmt: skip
             preview, drawn = None, False
             for batch, done in results:
-                if not batches.are_few:
+                if batches.compares:
                     comparison.add(batch, done)
                 whole = _joined(batch, done, batches.earlier)
                 behind.submit(writers[batch.side].write, whole.examples)

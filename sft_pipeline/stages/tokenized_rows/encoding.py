@@ -89,7 +89,8 @@ class Encoders:
         config = self._config
         return RowEncoder(self.tokenizer, self.template, config.tokens, config.template.system)
 
-    def _fast(self) -> ColumnEncoder | None:
+    def fast(self) -> ColumnEncoder | None:
+        """The fast way, where it may be used and can be."""
         with self._lock:
             if self.columns and self._by_column is None and self._why_not is None:
                 config = self._config
@@ -103,7 +104,7 @@ class Encoders:
 
     def __call__(self, task: Task) -> Done:
         """Encodes the rows of one task."""
-        return self.encode(task, self._fast())[0]
+        return self.encode(task, self.fast())[0]
 
     def encode(
         self, task: Task, fast: ColumnEncoder | None

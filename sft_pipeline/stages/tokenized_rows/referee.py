@@ -120,7 +120,10 @@ class _Bench:
         self._examples.append(to_batch([e for r in results if isinstance(r, Accepted) for e in r.examples]))
         self._take_sample(given, results)
 
-    def encode(self, task: Task, sampled: npt.NDArray[np.bool_]) -> Done:
+    def encode(self, task: Task, sampled: npt.NDArray[np.bool_], by_rows: bool) -> Done:
+        if not by_rows:
+            self.look_at(task.rows.filter(pa.array(sampled)))
+            return self._encoders(task)
         done, given, results = self._encoders.encode(task, fast=None)
         chosen = np.flatnonzero(sampled).tolist()
         self._take_sample([given[i] for i in chosen], [results[i] for i in chosen])
@@ -192,9 +195,9 @@ class Referee:
         if rows.num_rows:
             self._looks.append(self._ask("look_at", rows))
 
-    def encode(self, task: Task, sampled: npt.NDArray[np.bool_]) -> Answer:
-        """Has rows encoded, some of them as a sample for the verdict; the answer is a `Done`."""
-        return self._ask("encode", task, sampled)
+    def encode(self, task: Task, sampled: npt.NDArray[np.bool_], *, by_rows: bool) -> Answer:
+        """Has rows encoded, and looks at some of them for the verdict; the answer is a `Done`."""
+        return self._ask("encode", task, sampled, by_rows)
 
     def preview(self, examples: list[dict[str, Any]]) -> Answer:
         """Has a picture of examples prepared; the answer is a list of `Preview`."""
@@ -223,8 +226,12 @@ def stand_by(config: TokenizedRowsConfig, earlier: Sequence[Artifact]) -> None:
 
 def _in_a_process(config: TokenizedRowsConfig, skew: bool) -> Callable[[tuple[Any, ...]], Any]:
     hide_torch()
-    encoders = Encoders(config, columns=False)
+    encoders = Encoders(config, columns=True)
     _ = encoders.by_row
-    if skew:
+    if (
+        not skew
+    ):  # that was found by an earlier build, so most rows are probably known and the others are encoded here
+        encoders.fast()
+    else:
         auto_tokenizer(str(encoders.tokenizer.folder), encoders.tokenizer.sha256)
     return _Bench(config, encoders, skew)
