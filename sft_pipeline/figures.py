@@ -17,11 +17,21 @@ def blank(width: float, height: float, *, laid_out: bool = True) -> Any:
 
 
 def axes(width: float, height: float) -> tuple[Any, Any]:
-    """A figure with one pair of axes; inches. Around them is room for a title, and for labels of seven characters."""
+    """A figure with one pair of axes; inches."""
+    figure = blank(width, height)
+    return figure, _without_a_frame(figure.add_subplot())
+
+
+def quick_axes(width: float, height: float) -> tuple[Any, Any]:
+    """The same in half the time: around the axes is fixed room for a title, and for labels of seven characters."""
     figure = blank(width, height, laid_out=False)
-    found = figure.add_axes((0.95 / width, 0.6 / height, 1 - 1.15 / width, 1 - 0.95 / height))
+    place = (0.95 / width, 0.6 / height, 1 - 1.15 / width, 1 - 0.95 / height)
+    return figure, _without_a_frame(figure.add_axes(place))
+
+
+def _without_a_frame(found: Any) -> Any:
     found.spines[["top", "right"]].set_visible(False)
-    return figure, found
+    return found
 
 
 def decades(axis: Any, low: float, high: float) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft_pipeline.figures import axes as new_axes
-from sft_pipeline.figures import decades, save
+from sft_pipeline.figures import decades, quick_axes, save
 
 SIZE = (6.4, 3.2)  # inches
 COLOURS = ("#3b6ea8", "#d98b2b", "#4d9a6a", "#a05195", "#777777")
@@ -18,7 +17,7 @@ def histogram(path: Path, series: Mapping[str, np.ndarray], *, title: str, x: st
     Args:
         log: Logarithmic bins. Several series are drawn as shares, so that sides of unlike size compare.
     """
-    figure, axes = new_axes(*SIZE)
+    figure, axes = quick_axes(*SIZE)
     values = np.concatenate([np.asarray(v, dtype=float) for v in series.values()] or [np.zeros(0)])
     if len(values):
         top = max(values.max(), 1.0)
@@ -46,7 +45,7 @@ def bars(
     path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, title: str, y: str
 ) -> None:
     """Draws, for each of `groups`, one bar per series with its number on top."""
-    figure, axes = new_axes(*SIZE)
+    figure, axes = quick_axes(*SIZE)
     width = 0.8 / max(1, len(series))
     for i, ((label, numbers), colour) in enumerate(zip(series.items(), COLOURS)):
         drawn = axes.bar(np.arange(len(groups)) + i * width, numbers, width, label=label, color=colour)

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sft_pipeline.figures import axes, save
+from sft_pipeline.figures import quick_axes, save
 
 
 def plot_fill(path: Path, fills: npt.NDArray, lengths: npt.NDArray, max_length: int) -> None:
     """How full blocks are, beside how full they would be with one example each."""
-    fig, ax = axes(7, 3.2)
+    fig, ax = quick_axes(7, 3.2)
     bins = np.linspace(0, 1, 41).tolist()
     ax.hist(
         lengths / max_length,
@@ -34,7 +34,7 @@ def plot_fill(path: Path, fills: npt.NDArray, lengths: npt.NDArray, max_length: 
 
 def plot_updates(path: Path, supervised: npt.NDArray) -> None:
     """Supervised tokens per update, in the order of training."""
-    fig, ax = axes(7, 3.2)
+    fig, ax = quick_axes(7, 3.2)
     ax.plot(
         np.arange(len(supervised)),
         supervised,

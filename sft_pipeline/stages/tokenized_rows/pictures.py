@@ -44,9 +44,9 @@ def previews_of(tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]]) -> 
 
 def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int) -> None:
     """Histogram of tokens per example, and of supervised tokens per example."""
-    from sft_pipeline.figures import axes, save
+    from sft_pipeline.figures import quick_axes, save
 
-    fig, ax = axes(7, 3.2)
+    fig, ax = quick_axes(7, 3.2)
     bins = min(60, max(int(lengths.max()), 2)) if len(lengths) else 10
     ax.hist(lengths, bins=bins, color="#90a4ae", label="tokens")
     ax.hist(supervised, bins=bins, color="#52b788", alpha=0.75, label="supervised tokens")
