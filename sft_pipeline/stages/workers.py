@@ -164,6 +164,7 @@ class Worker:
                 },
             )
         self._asked: deque[Answer] = deque()
+        self._error: tuple[bool, Any] | None = None
         self._send((prepare, arguments))
 
     def ask(self, item: Any) -> "Answer":
@@ -172,9 +173,12 @@ class Worker:
         Raises:
             SftError: The worker died.
         """
-        self._send(item)
-        self._asked.append(Answer(self))
-        return self._asked[-1]
+        answer = Answer(self)
+        answer.given = self._error
+        if self._error is None:
+            self._send(item)
+            self._asked.append(answer)
+        return answer
 
     def _send(self, item: Any) -> None:
         data = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
@@ -184,7 +188,7 @@ class Worker:
             raise self._death() from None
 
     def take_answer(self) -> None:
-        """Waits for the next answer, and gives it to who asked for it.
+        """Waits for the next answer, and gives it to who asked for it. An error is the answer to all that was asked.
 
         Raises:
             SftError: The worker died.
@@ -193,7 +197,11 @@ class Worker:
             data = self._connection.recv_bytes()
         except (EOFError, OSError):
             raise self._death() from None
-        self._asked.popleft().given = pickle.loads(data)
+        given = self._asked.popleft().given = pickle.loads(data)
+        if not given[0]:  # it says no more after that
+            self._error = given
+            while self._asked:
+                self._asked.popleft().given = given
 
     @property
     def has_answered(self) -> bool:

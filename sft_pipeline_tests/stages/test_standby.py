@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sft_pipeline.errors import SftError
+from sft_pipeline.errors import InputError, SftError
 from sft_pipeline.stages import standby
 from sft_pipeline.stages.painter import Painter
 
@@ -83,6 +83,27 @@ def test_answers_come_to_those_who_asked_in_any_order():
             break
         time.sleep(0.01)
     assert late.is_here and late.get()[0] == 9
+    worker.end()
+
+
+def failing_at(at: int) -> Callable[[int], int]:
+    def work(item: int) -> int:
+        if item == at:
+            raise InputError(f"row {item} is bad")
+        return item
+
+    return work
+
+
+def test_after_an_error_nobody_waits_for_an_answer_that_will_not_come():
+    worker = standby.take(failing_at, (2,))
+    answers = [worker.ask(n) for n in range(5)]
+    with pytest.raises(InputError, match="row 2"):
+        answers[4].get()
+    assert [a.get() for a in answers[:2]] == [0, 1]
+    for answer in (*answers[2:], worker.ask(7)):
+        with pytest.raises(InputError, match="row 2"):
+            answer.get()
     worker.end()
 
 
