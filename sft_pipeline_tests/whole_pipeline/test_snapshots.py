@@ -13,7 +13,7 @@ from sft_pipeline.stages import workers
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import Outcome, Run
 from sft_pipeline.stages.stage import Branch
-from sft_pipeline.stages.tokenized_rows import build as tokenizing
+from sft_pipeline.stages.tokenized_rows import batches as tokenizing
 from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 
