@@ -95,8 +95,11 @@ class ChunkEncoder:
 
     def remember(self, texts: Sequence[str]) -> None:
         """Texts that many rows are likely to share, however long they are."""
-        missing = [t for t in texts if t not in self._shared]
-        self._shared |= zip(missing[: MAX_SHARED - len(self._shared)], self._ids(missing), strict=False)
+        # Other threads add too, so there may be more than the limit already.
+        room = max(0, MAX_SHARED - len(self._shared))
+        missing = [t for t in texts if t not in self._shared][:room]
+        if missing:
+            self._shared |= zip(missing, self._ids(missing), strict=True)
 
     def _look_up(self, chunks: list[str], constants: Mapping[str, bytes]) -> list[bytes]:
         known = self._known.get
