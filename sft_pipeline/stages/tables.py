@@ -20,6 +20,7 @@ ROW_GROUP = 8_192
 ROWS_PER_PART = 262_144
 BATCH_ROWS = 4_096
 ROW_GROUP_BYTES = 64 << 20  # a row group ends early here, so that rows of megabytes do not fill the memory
+BEHIND_BYTES = 64 << 20  # that wait to be written at a time, unless a single batch has more
 
 REJECTS = pa.schema(
     [
@@ -185,21 +186,18 @@ class PartWriter:
 class Behind:
     """Calls functions one after the other in a thread, for writing and the like, which leave the interpreter free.
 
-    At most `AHEAD` calls wait, so that memory stays bounded. Leaving the context waits for all of them; what one
-    raises comes out of a later `submit`, or of the context.
+    Leaving the context waits for all calls; what one raises comes out of a later `submit`, or of the context.
     """
-
-    AHEAD = 2
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[Any]] = deque()
+        self._waiting: deque[tuple[Future[Any], int]] = deque()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Calls a function when those before it are done."""
-        self._waiting.append(self._pool.submit(function, *arguments))
-        while len(self._waiting) > self.AHEAD:
-            self._waiting.popleft().result()
+    def submit(self, function: Callable[[Any], Any], data: pa.Table | pa.RecordBatch) -> None:
+        """Calls a function with data when the calls before it are done; waits while others have much data."""
+        self._waiting.append((self._pool.submit(function, data), data.nbytes))
+        while len(self._waiting) > 1 and (self._waiting[0][0].done() or sum(n for _, n in self._waiting) > BEHIND_BYTES):  # fmt: skip
+            self._waiting.popleft()[0].result()
 
     def __enter__(self) -> "Behind":
         return self
@@ -209,7 +207,7 @@ class Behind:
     ) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            for call in self._waiting:
+            for call, _ in self._waiting:
                 call.result()
 
 

@@ -1,9 +1,10 @@
 """Cost follows the change: rows tokenized before are taken over by their content, and nothing else is."""
 
-import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,14 +12,15 @@ from hypothesis import strategies as st
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import read_rows
-from sft_pipeline.stages.tokenized_rows import batches
+from sft_pipeline.stages.tokenized_rows import batches, token_groups
 from sft_pipeline.stages.tokenized_rows import build as room
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
-from sft_pipeline.stages.tokenized_rows.reuse import content_keys
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE
+from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, mask_of, to_outcomes
+from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline_tests.tokenized_rows.tiny import (
     CHATML,
-    SPLIT,
     FakeArtifact,
     row,
     save_tokenizer,
@@ -145,21 +147,39 @@ def test_it_is_found_out_among_few_new_rows_too(tmp_path, monkeypatch):
     assert any("differs from the reference" in line for line in told.lines)
 
 
-TEXT = st.none() | st.text(max_size=3)
-MESSAGES = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT, st.sampled_from([None, 0.0, 1.0]), TEXT), max_size=3)  # fmt: skip
-
-
 @settings(max_examples=200, deadline=None)
-@given(rows=st.lists(st.tuples(MESSAGES, TEXT), min_size=1, max_size=6))
-def test_keys_are_equal_exactly_where_contents_are(rows):
-    given_rows = [
-        {**row(row_id=str(i)), "messages": [dict(zip(("role", "content", "weight", "tool_calls"), m)) for m in messages], "tools": tools}
-        for i, (messages, tools) in enumerate(rows)
-    ]  # fmt: skip
-    batch = pa.RecordBatch.from_pylist(given_rows, schema=SPLIT)
-    keys = content_keys(batch).to_pylist()
-    texts = [json.dumps([r["messages"], r["tools"]]) for r in given_rows]
-    for i, key in enumerate(keys):
-        for j, other in enumerate(keys):
-            assert (key == other) == (texts[i] == texts[j])
-    assert keys[1:] == content_keys(batch.slice(1)).to_pylist()
+@given(rows=st.lists(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=3), max_size=6))
+def test_what_is_supervised_is_told_by_its_spans(rows):
+    """Rows of examples of tokens, each supervised or not."""
+    examples = [mask for row in rows for mask in row]
+    flat = np.array([on for mask in examples for on in mask], dtype=bool)
+    labels = [[7 if on else IGNORE for on in mask] for mask in examples]
+    batch = pa.RecordBatch.from_arrays([pa.array(list(map(len, examples)), pa.int32()), pa.array(labels, pa.list_(pa.int32()))], ["length", "labels"])  # fmt: skip
+    keys = pa.array([b"k" * 16] * len(rows), pa.binary(16))
+    written = to_outcomes(
+        keys, [Outcome(n) for n in range(4)], np.array([len(r) for r in rows], np.int64), batch
+    )
+    starts = np.cumsum([0, *(sum(map(len, row)) for row in rows)])
+    assert mask_of(written.column("spans"), starts).tolist() == flat.tolist()
+    for spans, given_row in zip(written.column("spans").to_pylist(), rows, strict=True):
+        assert all(
+            0 <= a < b <= sum(map(len, given_row)) for a, b in zip(spans[::2], spans[1::2], strict=True)
+        )
+
+
+@pytest.mark.parametrize("held", [0, 3_000, 1 << 20])
+def test_tokens_come_in_any_order_from_little_memory(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(token_groups, "HELD_BYTES", held)
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(1, 20, 300)
+    ids = [rng.integers(0, 1000, n).tolist() for n in lengths]
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, half in zip(paths, (ids[:130], ids[130:]), strict=True):
+        pq.write_table(pa.table({"input_ids": pa.array(half, pa.list_(pa.int32()))}), path, row_group_size=40)
+    wanted = rng.permutation(np.repeat(np.arange(300), rng.integers(0, 3, 300)))
+    times = np.bincount(wanted, minlength=300)
+    scratch = tmp_path / "scratch"
+    groups = TokenGroups(paths, lengths.astype(np.int32), times, scratch)
+    for these in np.array_split(wanted, 7):
+        assert groups.take(these).tolist() == [i for e in these for i in ids[e]]
+    assert not groups.held and not list(scratch.glob("*"))  # all that was wanted was taken

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from sft_pipeline.stages.tables import PartWriter
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, make_tokenizer
+from sft_pipeline.stages.validated_rows.rows import ROWS as SPLIT
+from sft_pipeline.stages.validated_rows.rows import content_key
 from sft_pipeline.store import Artifact
 
 CHATML = (
@@ -89,21 +90,11 @@ def row(
     ]
     if calls:
         given[-1]["tool_calls"] = json.dumps(calls)
+    given_tools = json.dumps(tools) if tools else None
     return {
         "row_id": row_id, "source": 0, "file": "rows.jsonl", "line": 1, "group": row_id,
-        "messages": given, "tools": json.dumps(tools) if tools else None, "time": None, "warnings": [],
+        "messages": given, "tools": given_tools, "time": None, "warnings": [], "content_key": content_key(given, given_tools),
     }  # fmt: skip
-
-
-_MESSAGE = pa.struct(
-    [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
-)
-SPLIT = pa.schema(
-    [
-        ("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("group", pa.string()),
-        ("messages", pa.list_(_MESSAGE)), ("tools", pa.string()), ("time", pa.string()), ("warnings", pa.list_(pa.string())),
-    ]
-)  # fmt: skip
 
 
 class FakeArtifact(Artifact):

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.tables import count_rows, read_batches
-from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task
+from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
 from sft_pipeline.stages.tokenized_rows.referee import SAMPLE, Referee
-from sft_pipeline.stages.tokenized_rows.reuse import Earlier, content_keys
+from sft_pipeline.stages.tokenized_rows.reuse import Earlier
 from sft_pipeline.stages.tokenized_rows.rows import SIDES
 from sft_pipeline.stages.workers import Answer, ordered_map, threaded_map, worker_count
 from sft_pipeline.store import Artifact
@@ -31,7 +31,7 @@ COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, a
 FEW_OF_MANY = 20_000  # new rows that the referee's process encodes where the others are known
 WORTH_WORKERS = 8_000  # rows to encode the slow way; a worker first loads the tokenizer
 AHEAD = 4  # batches that the referee may have to encode at a time
-_COLUMNS = ("row_id", "source", "file", "line", "group", "messages", "tools")
+_COLUMNS = ("row_id", "source", "file", "line", "group", "messages", "tools", "content_key")
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,14 @@ class Batch:
 
     side: str
     rows: pa.RecordBatch
-    keys: pa.Array
     found: npt.NDArray[np.int64]
     sampled: npt.NDArray[np.bool_]
 
     @cached_property
-    def task(self) -> Task:
+    def new(self) -> pa.RecordBatch:
         """Its rows that are to be encoded."""
         is_new = self.found < 0
-        if is_new.all():
-            return Task(self.rows, self.keys)
-        mask = pa.array(is_new)
-        return Task(self.rows.filter(mask), self.keys.filter(mask))
+        return self.rows if is_new.all() else self.rows.filter(pa.array(is_new))
 
 
 class Batches:
@@ -78,20 +74,19 @@ class Batches:
     ) -> None:
         self._sides, self._fast = sides, fast
         self.total = count_rows(path for paths in sides.values() for path in paths)
-        self._keys = [content_keys(r) for _, r in self._read(["messages", "tools"])] if builds else []
-        self.earlier = Earlier(builds, self._keys, scratch)
-        self._found = [self.earlier.find(keys) for keys in self._keys]
-        self.new = sum(int(np.count_nonzero(found < 0)) for found in self._found) if builds else self.total
+        self._anew = not builds
+        self.earlier = Earlier(builds, [rows.column(0) for _, rows in self._read(["content_key"])] if builds else [], scratch)  # fmt: skip
+        self.new = self.total - sum(int(np.count_nonzero(found >= 0)) for found in self.earlier.found)
 
     @property
     def by_the_referee(self) -> bool:
         """Whether so few rows are new that they are done before other threads and processes have begun."""
-        return self.new <= (FEW_OF_MANY if self._keys else 2 * COMPARED)
+        return self.new <= (2 * COMPARED if self._anew else FEW_OF_MANY)
 
     @property
     def by_rows(self) -> bool:
         """Whether all go row by row: the fast way is ruled out, or comparing would cost more than it gains."""
-        return not self._fast or (self.by_the_referee and not self._keys)
+        return not self._fast or (self.by_the_referee and self._anew)
 
     @property
     def compares(self) -> bool:
@@ -101,13 +96,12 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         seen, threshold = 0, "" if self.by_rows else self._threshold
         # A sample of all rows was compared when they were new. Of few new ones it may hold none: so the first are in it.
-        first = SAMPLE if self.by_rows or self._keys else 0
+        first = 0 if self._anew and not self.by_rows else SAMPLE
         for i, (side, rows) in enumerate(self._read(list(_COLUMNS))):
-            keys = self._keys[i] if self._keys else content_keys(rows)
-            found = self._found[i] if self._keys else np.full(rows.num_rows, -1)
+            found = np.full(rows.num_rows, -1) if self._anew else self.earlier.found[i]
             ids = rows.column("row_id").filter(pa.array(found < 0))
             chosen = pc.less_equal(ids, threshold).to_numpy(zero_copy_only=False)
-            yield Batch(side, rows, keys, found, chosen | (seen + np.arange(len(ids)) < first))
+            yield Batch(side, rows, found, chosen | (seen + np.arange(len(ids)) < first))
             seen += len(ids)
 
     def _read(self, columns: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
@@ -135,7 +129,7 @@ def encoded(
 def _by_the_referee(batches: Batches, referee: Referee) -> Generator[tuple[Batch, Done], None, None]:
     flying: deque[tuple[Batch, Answer]] = deque()
     for batch in batches:
-        flying.append((batch, referee.encode(batch.task, batch.sampled, by_rows=batches.by_rows)))
+        flying.append((batch, referee.encode(batch.new, batch.sampled, by_rows=batches.by_rows)))
         if len(flying) == AHEAD:
             batch, done = flying.popleft()
             yield batch, done.get()
@@ -148,15 +142,15 @@ def _here(
 ) -> Generator[tuple[Batch, Done], None, None]:
     waiting: deque[Batch] = deque()
 
-    def tasks() -> Iterator[Task]:
+    def new_rows() -> Iterator[pa.RecordBatch]:
         for batch in batches:
             waiting.append(batch)
-            referee.look_at(batch.task.rows.filter(pa.array(batch.sampled)))
-            yield batch.task
+            referee.look_at(batch.new.filter(pa.array(batch.sampled)))
+            yield batch.new
 
-    todo = tasks()
-    for task in islice(todo, 1):
-        first = encoders(task)
+    todo = new_rows()
+    for rows in islice(todo, 1):
+        first = encoders(rows)
         yield waiting.popleft(), first
         slow = 4 * int(np.count_nonzero(~first.by_columns)) > len(first.by_columns)
         if slow and batches.new > WORTH_WORKERS:

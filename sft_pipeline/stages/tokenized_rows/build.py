@@ -101,10 +101,10 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
                     painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
                     drawn = True
                 b.report.progress("tokenizing", sum(seen.read.values()), batches.total, "rows")
-        if preview:
-            if not drawn:
-                painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
-            painter.draw(plot_lengths, pictures / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), b.config.tokens.max_length)  # fmt: skip
+            if preview:
+                if not drawn:
+                    painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
+                painter.draw(plot_lengths, pictures / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), b.config.tokens.max_length)  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     verdict = referee.verdict()

@@ -22,24 +22,12 @@ from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
 from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
 from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
 from sft_pipeline.stages.tokenized_rows.tracing import Untraceable
-
-
-@dataclass(frozen=True)
-class Task:
-    """Rows to encode.
-
-    Attributes:
-        rows: A batch of grouped_split.
-        keys: Of their contents.
-    """
-
-    rows: pa.RecordBatch
-    keys: pa.Array
+from sft_pipeline.stages.validated_rows.rows import ROWS
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a task's rows; all in their order.
+    """What became of rows of grouped_split; all in their order.
 
     Attributes:
         outcomes: One line per row.
@@ -102,22 +90,29 @@ class Encoders:
                     self._why_not = str(why)
             return self._by_column
 
-    def __call__(self, task: Task) -> Done:
-        """Encodes the rows of one task."""
-        return self.encode(task, self.fast())[0]
+    def rehearse(self) -> None:
+        """Loads and compiles what most rows will need."""
+        said = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+        rows = pa.RecordBatch.from_pylist([{"row_id": "", "group": "", "messages": said}], ROWS)
+        self.encode(rows, self.fast())
+        self.encode(rows, None)
+
+    def __call__(self, rows: pa.RecordBatch) -> Done:
+        """Encodes rows of grouped_split."""
+        return self.encode(rows, self.fast())[0]
 
     def encode(
-        self, task: Task, fast: ColumnEncoder | None
+        self, rows: pa.RecordBatch, fast: ColumnEncoder | None
     ) -> tuple[Done, list[dict[str, Any]], list[Accepted | Refused]]:
-        """Encodes the rows of one task; also those that went row by row, and what became of each."""
-        quick = fast.encode(task.rows) if fast else None
-        by_columns = np.zeros(task.rows.num_rows, dtype=bool)
+        """Encodes rows of grouped_split; also gives those that went row by row, and what became of each."""
+        quick = fast.encode(rows) if fast else None
+        by_columns = np.zeros(rows.num_rows, dtype=bool)
         if quick is not None:
             by_columns[quick.rows] = True
         by_row = np.flatnonzero(~by_columns)
-        slow = task.rows.take(pa.array(by_row)).to_pylist() if len(by_row) else []
+        slow = rows.take(pa.array(by_row)).to_pylist() if len(by_row) else []
         results = self.by_row.encode(slow) if slow else []
-        outcomes, examples = _merged(task, quick, by_row, results)
+        outcomes, examples = _merged(rows, quick, by_row, results)
         numbers = Counter(
             by_columns=int(np.count_nonzero(by_columns)), by_rows=len(by_row), by_reference=quick.by_reference if quick else 0
         )  # fmt: skip
@@ -125,23 +120,28 @@ class Encoders:
 
 
 def _merged(
-    task: Task, quick: Encoded | None, by_row: npt.NDArray[np.int64], results: Sequence[Accepted | Refused]
+    rows: pa.RecordBatch,
+    quick: Encoded | None,
+    by_row: npt.NDArray[np.int64],
+    results: Sequence[Accepted | Refused],
 ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
     """Outcomes and examples of all rows in their order."""
-    outcomes = [] if quick is None else [skeleton.outcome for skeleton in quick.kinds]
-    which = np.empty(task.rows.num_rows, dtype=np.int64)
-    which[by_row] = len(outcomes) + np.arange(len(by_row))
+    kinds = [] if quick is None else [skeleton.outcome for skeleton in quick.kinds]
+    outcomes = [*kinds, *map(outcome_of, results)]
+    which = np.empty(rows.num_rows, dtype=np.int64)
+    which[by_row] = len(kinds) + np.arange(len(by_row))
     if quick is not None:
         which[quick.rows] = quick.kind
-    written = to_outcomes(task.keys, [*outcomes, *map(outcome_of, results)], which)
     found = [r.examples if isinstance(r, Accepted) else () for r in results]
     slow: list[Example] = [example for examples in found for example in examples]
     if quick is None or not slow:
-        return written, to_batch(slow) if quick is None else quick.examples
+        examples = to_batch(slow) if quick is None else quick.examples
+        return to_outcomes(rows.column("content_key"), outcomes, which, examples), examples
     owners = np.repeat(by_row, [len(examples) for examples in found])
     order = np.argsort(np.concatenate([quick.rows, owners]), kind="stable")
     both = pa.Table.from_batches([quick.examples, to_batch(slow)], TOKENIZED).take(pa.array(order))
-    return written, both.combine_chunks().to_batches()[0]
+    examples = both.combine_chunks().to_batches()[0]
+    return to_outcomes(rows.column("content_key"), outcomes, which, examples), examples
 
 
 def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatch:

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.tokenized_rows.encode import Accepted, Refused
+from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Accepted, Refused
+from sft_pipeline.stages.validated_rows.rows import KEY_BYTES
 
 OUTCOMES = pa.schema(
     [
-        ("key", pa.binary(16)),  # of the row's content, see reuse.py
+        ("key", pa.binary(KEY_BYTES)),  # content_key of the row
         ("examples", pa.int32()),  # 0: rejected
         ("reason", pa.string()),  # why it was rejected
         ("detail", pa.string()),
@@ -26,12 +27,16 @@ OUTCOMES = pa.schema(
         ("marks_agree", pa.bool_()),  # with the template's own generation marks; null where it has none
         ("turns_not_supervised", pa.int32()),  # earlier assistant turns that are context only
         ("neutralised", pa.bool_()),  # literal control tokens were made plain text
+        (
+            "spans",
+            pa.list_(pa.int32()),
+        ),  # begin, end, begin, ... of what is supervised, its examples laid end to end
     ]
 )
 
 
 class Outcome(NamedTuple):
-    """A line of outcomes.parquet without its key."""
+    """A line of outcomes.parquet without what is the row's own: its key and its spans."""
 
     examples: int
     reason: str | None = None
@@ -52,17 +57,50 @@ def outcome_of(result: Accepted | Refused) -> Outcome:
     )  # fmt: skip
 
 
-def to_outcomes(keys: pa.Array, outcomes: Sequence[Outcome], which: npt.NDArray[np.int64]) -> pa.RecordBatch:
+def to_outcomes(
+    keys: pa.Array, outcomes: Sequence[Outcome], which: npt.NDArray[np.int64], examples: pa.RecordBatch
+) -> pa.RecordBatch:
     """One line per row.
 
     Args:
         keys: Of the rows' contents.
         outcomes: The different ones.
         which: For each row the one that it has.
+        examples: All examples of the rows, in their order.
     """
     columns = list(zip(*outcomes, strict=True)) or [()] * len(Outcome._fields)
-    each = [pa.array(c, f.type).take(pa.array(which)) for c, f in zip(columns, list(OUTCOMES)[1:], strict=True)]  # fmt: skip
-    return pa.RecordBatch.from_arrays([keys, *each], schema=OUTCOMES)
+    each = [pa.array(c, OUTCOMES.field(n).type).take(pa.array(which)) for n, c in zip(Outcome._fields, columns, strict=True)]  # fmt: skip
+    ends = np.cumsum(np.concatenate([[0], each[0].to_numpy()]))  # the first column is `examples`
+    return pa.RecordBatch.from_arrays([keys, *each, _spans(examples, ends)], schema=OUTCOMES)
+
+
+def _spans(examples: pa.RecordBatch, ends: npt.NDArray[np.int64]) -> pa.ListArray:
+    """What is supervised of each row, given how many examples there are before it (and in all)."""
+    starts = np.concatenate([[0], np.cumsum(examples.column("length").to_numpy(), dtype=np.int64)])[ends]
+    on = examples.column("labels").flatten().to_numpy() != IGNORE
+    inner = np.ones(len(on) + 1, dtype=bool)  # places between two tokens of a row
+    inner[starts] = False
+    padded = np.concatenate([[False], on, [False]])
+    begins = np.flatnonzero(on & ~(padded[:-2] & inner[:-1]))
+    stops = np.flatnonzero(on & ~(padded[2:] & inner[1:])) + 1
+    row = np.searchsorted(starts, begins, side="right") - 1
+    edges = np.stack([begins, stops], axis=1) - starts[row][:, None]
+    offsets = 2 * np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(starts) - 1))])
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(edges.reshape(-1).astype(np.int32))
+    )
+
+
+def mask_of(spans: pa.ListArray, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which tokens are supervised: bool (tokens,).
+
+    Args:
+        spans: As in `OUTCOMES`.
+        starts: The first token of each row, and the number of all.
+    """
+    each = np.diff(spans.offsets.to_numpy())
+    edges = np.concatenate([[0], spans.flatten().to_numpy() + np.repeat(starts[:-1], each), starts[-1:]])
+    return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))
 
 
 @dataclass

@@ -8,7 +8,8 @@ Where only few rows are to be encoded, this process does that too: it may have s
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from sft_pipeline.stages import standby
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused
-from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, Task
+from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
 from sft_pipeline.stages.tokenized_rows.formatting import formatting_of
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of
 from sft_pipeline.stages.tokenized_rows.pictures import Preview, previews_of
@@ -71,8 +72,8 @@ class Comparison:
             return
         self.by_columns += int(np.count_nonzero(done.by_columns & batch.sampled))
         chosen = pa.array(batch.sampled)
-        self._row_ids += batch.task.rows.column("row_id").filter(chosen).to_pylist()
-        found = done.outcomes.filter(chosen).drop_columns(["key"])
+        self._row_ids += batch.new.column("row_id").filter(chosen).to_pylist()
+        found = done.outcomes.filter(chosen).select(Outcome._fields)
         self._outcomes += [Outcome(**line) for line in found.to_pylist()]
         each = done.outcomes.column("examples").to_numpy()
         self._examples.append(done.examples.filter(pa.array(np.repeat(batch.sampled, each))))
@@ -120,25 +121,24 @@ class _Bench:
         self._examples.append(to_batch([e for r in results if isinstance(r, Accepted) for e in r.examples]))
         self._take_sample(given, results)
 
-    def encode(self, task: Task, sampled: npt.NDArray[np.bool_], by_rows: bool) -> Done:
+    def encode(self, rows: pa.RecordBatch, sampled: npt.NDArray[np.bool_], by_rows: bool) -> Done:
         if not by_rows:
-            self.look_at(task.rows.filter(pa.array(sampled)))
-            return self._encoders(task)
-        done, given, results = self._encoders.encode(task, fast=None)
+            return self._encoders(rows)
+        done, given, results = self._encoders.encode(rows, fast=None)
         chosen = np.flatnonzero(sampled).tolist()
         self._take_sample([given[i] for i in chosen], [results[i] for i in chosen])
         return done
 
     def _take_sample(self, rows: Sequence[dict[str, Any]], results: Sequence[Accepted | Refused]) -> None:
         by_row = self._encoders.by_row
+        new: list[tuple[Conversation, Example]] = []
         for row, result in zip(rows, results, strict=True):
-            if len(self._sample) == SAMPLE:
+            if len(self._sample) + len(new) == SAMPLE:
                 break
             if isinstance(result, Accepted) and not result.examples[0].truncated:
-                given = by_row.guard.check(conversation(row, by_row.system))
-                self._sample.append(given)
-                if wrong := self._wrong_prompt(given, result.examples[0]):
-                    self._wrong_prompts.append(wrong)
+                new.append((by_row.guard.check(conversation(row, by_row.system)), result.examples[0]))
+        self._sample += [given for given, _ in new]
+        self._wrong_prompts += self._find_wrong_prompts(new)
         if len(self._sample) == SAMPLE:
             self._find_skew()  # now, while others still work
 
@@ -163,13 +163,15 @@ class _Bench:
         self._forget()
         return found
 
-    def _wrong_prompt(self, given: Conversation, example: Example) -> dict[str, Any] | None:
-        """How the row's beginning differs from the prompt that a server would send, if it does."""
-        text = self._encoders.template.render(given.messages[:-1], given.tools, add_generation_prompt=True)
-        prompt = self._encoders.tokenizer.ids(text)
-        if example.input_ids[: example.prompt_length].tolist() == prompt:
-            return None
-        return {"row_id": example.row_id, "prompt_tokens": len(prompt), "recorded": example.prompt_length}
+    def _find_wrong_prompts(self, rows: Sequence[tuple[Conversation, Example]]) -> Iterator[dict[str, Any]]:
+        """How the beginnings of rows differ from the prompts that a server would send, where they do."""
+        template, tokenizer = self._encoders.template, self._encoders.tokenizer
+        texts = [
+            template.render(given.messages[:-1], given.tools, add_generation_prompt=True) for given, _ in rows
+        ]
+        for (_, example), prompt in zip(rows, tokenizer.encode_batch(texts), strict=True):
+            if example.input_ids[: example.prompt_length].tolist() != prompt.ids:
+                yield {"row_id": example.row_id, "prompt_tokens": len(prompt.ids), "recorded": example.prompt_length}  # fmt: skip
 
 
 class Referee:
@@ -186,6 +188,7 @@ class Referee:
         alone = worker_count() == 1 or (skew and "transformers" in sys.modules)
         self._worker = None if alone else standby.take(_in_a_process, (config, skew))
         self._looks: list[Answer] = []
+        self._to_look_at: deque[pa.RecordBatch] = deque()
 
     def _ask(self, *wanted: Any) -> Answer:
         return self._worker.ask(wanted) if self._worker else Answer.known(self._here(wanted))
@@ -195,9 +198,14 @@ class Referee:
         if rows.num_rows:
             self._looks.append(self._ask("look_at", rows))
 
-    def encode(self, task: Task, sampled: npt.NDArray[np.bool_], *, by_rows: bool) -> Answer:
+    def encode(self, rows: pa.RecordBatch, sampled: npt.NDArray[np.bool_], *, by_rows: bool) -> Answer:
         """Has rows encoded, and looks at some of them for the verdict; the answer is a `Done`."""
-        return self._ask("encode", task, sampled, by_rows)
+        answer = self._ask("encode", rows, sampled, by_rows)
+        if not by_rows:  # two looks at a time, so that nobody waits long for the next rows
+            self._to_look_at.append(rows.filter(pa.array(sampled)))
+            if sum(not look.is_here for look in self._looks[-2:]) < 2:
+                self.look_at(self._to_look_at.popleft())
+        return answer
 
     def preview(self, examples: list[dict[str, Any]]) -> Answer:
         """Has a picture of examples prepared; the answer is a list of `Preview`."""
@@ -205,6 +213,8 @@ class Referee:
 
     def verdict(self) -> Verdict:
         """What was found of the rows so far; then it begins anew."""
+        while self._to_look_at:
+            self.look_at(self._to_look_at.popleft())
         verdict = self._ask("verdict")
         for look in self._looks:
             look.get()
@@ -231,7 +241,7 @@ def _in_a_process(config: TokenizedRowsConfig, skew: bool) -> Callable[[tuple[An
     if (
         not skew
     ):  # that was found by an earlier build, so most rows are probably known and the others are encoded here
-        encoders.fast()
+        encoders.rehearse()
     else:
         auto_tokenizer(str(encoders.tokenizer.folder), encoders.tokenizer.sha256)
     return _Bench(config, encoders, skew)

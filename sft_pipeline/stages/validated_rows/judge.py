@@ -3,7 +3,6 @@
 What depends on the other batches (exact duplicates, totals) is left to `build.py`.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,10 +16,12 @@ from sft_pipeline.stages.validated_rows.config import ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.contract import group_of, judge, may_warn, warnings_of
 from sft_pipeline.stages.validated_rows.formats import Conversation, look_up, normalise
 from sft_pipeline.stages.validated_rows.quarantine import Reason
-from sft_pipeline.stages.validated_rows.rows import MESSAGE, ROWS, time_of
+from sft_pipeline.stages.validated_rows.rows import KEY_BYTES, MESSAGE, ROWS, content_key, digest, time_of
 
-JUDGED = pa.schema([ROWS.field(name) for name in ("group", "messages", "tools", "time", "warnings")])
-KEY = np.dtype("S16")
+JUDGED = pa.schema(
+    [ROWS.field(name) for name in ("group", "messages", "tools", "time", "warnings", "content_key")]
+)
+KEY = np.dtype(f"S{KEY_BYTES}")
 
 
 class Judged(NamedTuple):
@@ -61,6 +62,7 @@ class Judge:
         groups: list[str] = []
         times: list[str | None] = []
         found: list[Conversation] = []
+        contents: list[bytes] = []
         keys: list[bytes] = []
         group_keys: list[bytes] = []
         ids, sources = batch.column("row_id").to_pylist(), batch.column("source").to_pylist()
@@ -72,14 +74,15 @@ class Judge:
                 continue
             kept.append(i)
             found.append(conversation)
-            keys.append(_key(conversation, group))
+            contents.append(key := content_key(conversation.messages, conversation.tools))
             groups.append(group or ids[i])
-            # The id of a row that is its own group is a digest already.
-            group_keys.append(_digest(group.encode()) if group else bytes.fromhex(ids[i]))
+            # A row that is its own group is compared by its content alone, and its id is a digest already.
+            keys.append(digest(key + group.encode()) if group else key)
+            group_keys.append(digest(group.encode()) if group else bytes.fromhex(ids[i]))
             times.append(time)
         return Judged(
             np.array(kept, np.int32),
-            _rows_batch(groups, found, times),
+            _rows_batch(groups, found, times, contents),
             np.array(keys, KEY),
             np.array(group_keys, KEY),
             np.array(refused, np.int32),
@@ -120,17 +123,8 @@ def _contents(column: pa.StringArray) -> list[dict[str, Any]]:
     return list(map(orjson.loads, contents))
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=KEY.itemsize).digest()
-
-
-def _key(conversation: Conversation, group: str) -> bytes:
-    """Rows that are their own group are compared by their messages alone."""
-    return _digest(orjson.dumps([group, conversation.tools, conversation.messages]))
-
-
 def _rows_batch(
-    groups: list[str], conversations: list[Conversation], times: list[str | None]
+    groups: list[str], conversations: list[Conversation], times: list[str | None], contents: list[bytes]
 ) -> pa.RecordBatch:
     offsets = np.zeros(len(conversations) + 1, np.int32)
     np.cumsum([len(c.messages) for c in conversations], out=offsets[1:])
@@ -149,5 +143,6 @@ def _rows_batch(
         pa.array([c.tools for c in conversations], pa.string()),
         pa.array(times, pa.string()),
         pa.array(warnings, pa.list_(pa.string())),
+        pa.array(contents, pa.binary(KEY_BYTES)),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=JUDGED)

@@ -1,9 +1,14 @@
 """What a validated row is: the schema that later stages read."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import pyarrow as pa
+
+KEY_BYTES = 16
 
 MESSAGE = pa.struct(
     [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
@@ -19,9 +24,21 @@ ROWS = pa.schema(
         ("tools", pa.string()),
         ("time", pa.string()),
         ("warnings", pa.list_(pa.string())),
+        ("content_key", pa.binary(KEY_BYTES)),
     ]
 )
-"""`weight` null: the default. `tool_calls`, `tools`: JSON text or null. `time`: as `time_of` writes it, or null."""
+"""`weight` null: the default. `tool_calls`, `tools`: JSON text or null. `time`: as `time_of` writes it, or null.
+`content_key`: equal for rows with the same messages and tools, whatever their file, line, name or group."""
+
+
+def content_key(messages: Sequence[Mapping[str, Any]], tools: str | None) -> bytes:
+    """128-bit digest of what is said in a row; each message has the fields of `MESSAGE` in their order."""
+    return digest(orjson.dumps([tools, messages]))
+
+
+def digest(data: bytes) -> bytes:
+    """128 bits that stand for the data."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
 
 
 def time_of(value: Any) -> str | None:
