@@ -35,10 +35,13 @@ def test_file_line_format_and_group_are_not_in_it(project: Path) -> None:
     one = write_jsonl(project / "a.jsonl", [{"g": "x", "prompt": "Hi", "completion": "Hello"}])
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     two = write_jsonl(
-        project / "b.jsonl", [{"g": "x", "messages": turns[:1] + [{**turns[1], "content": "Bye"}]}, {"g": "y", "messages": turns}]
+        project / "b.jsonl", [{"g": "x", "messages": [*turns[:1], {**turns[1], "content": "Bye"}]}, {"g": "y", "messages": turns}]
     )  # fmt: skip
-    mapped = [{"path": str(path), "columns": {"group": "g"}} for path in (one, two)]
-    found = rows(run(dataset(*mapped), project / "home", STAGE)["validated_rows"].artifact, "rows")
-    by_group = {(r["file"], r["group"]): r["content_key"] for r in found}
-    same, other, elsewhere = by_group.values()
-    assert len(found) == 3 and same == elsewhere != other and len(same) == 16
+    config = dataset(
+        {"path": str(one), "format": "prompt_completion", "columns": {"group": "g"}},
+        {"path": str(two), "format": "messages", "columns": {"group": "g"}},
+    )
+    found = rows(run(config, project / "home", STAGE)["validated_rows"].artifact, "rows")
+    same, other, elsewhere = (r["content_key"] for r in found)
+    assert [r["group"] for r in found] == ["x", "x", "y"]
+    assert same == elsewhere != other and len(same) == 16
