@@ -16,11 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sft_pipeline.store.files import fsync_path
+
 ROW_GROUP = 8_192
 ROWS_PER_PART = 262_144
 BATCH_ROWS = 4_096
 ROW_GROUP_BYTES = 64 << 20  # a row group ends early here, so that rows of megabytes do not fill the memory
 BEHIND_BYTES = 64 << 20  # that wait to be written at a time, unless a single batch has more
+
+_disk = ThreadPoolExecutor(2, "disk")
 
 REJECTS = pa.schema(
     [
@@ -54,6 +58,7 @@ class FileWriter:
         self.rows = 0
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = self._pending_bytes = 0
+        self._syncing: Future[None] | None = None
         self._writer = pq.ParquetWriter(
             path,
             schema,
@@ -75,6 +80,7 @@ class FileWriter:
                 self.rows += piece.num_rows
                 if self._pending_rows == self.row_group or self._pending_bytes >= ROW_GROUP_BYTES:
                     self._flush()
+                    self._begin_to_sync()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows given as dicts."""
@@ -105,9 +111,20 @@ class FileWriter:
         self._pending = []
         self._pending_rows = self._pending_bytes = 0
 
+    def _begin_to_sync(self) -> None:
+        """Lets the disk work while there is more to write: the store flushes every file before it counts."""
+        if self._syncing is None or self._syncing.done():
+            self._wait_for_sync()
+            self._syncing = _disk.submit(fsync_path, self.path)
+
+    def _wait_for_sync(self) -> None:
+        if self._syncing:
+            self._syncing.result()  # the kernel tells of a write error once
+
     def close(self) -> None:
         self._flush()
         self._writer.close()
+        self._wait_for_sync()
 
     def __enter__(self) -> "FileWriter":
         return self

@@ -181,5 +181,10 @@ def test_tokens_come_in_any_order_from_little_memory(tmp_path, monkeypatch, held
     scratch = tmp_path / "scratch"
     groups = TokenGroups(paths, lengths.astype(np.int32), times, scratch)
     for these in np.array_split(wanted, 7):
-        assert groups.take(these).tolist() == [i for e in these for i in ids[e]]
+        places, holes = np.cumsum([0, *lengths[these] + rng.integers(0, 2, len(these))])[:-1], -1
+        to = np.full(lengths[these].sum() + len(these), holes, np.int32)
+        groups.copy(these, to, places)
+        for e, place in zip(these, places, strict=True):
+            assert to[place : place + lengths[e]].tolist() == ids[e]
+        assert np.count_nonzero(to != holes) == lengths[these].sum()
     assert not groups.held and not list(scratch.glob("*"))  # all that was wanted was taken

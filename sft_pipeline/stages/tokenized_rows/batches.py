@@ -28,6 +28,7 @@ from sft_pipeline.store import Artifact
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
+NEW_COMPARED = 100  # at least so many of the new rows of a mostly known snapshot
 FEW_OF_MANY = 20_000  # new rows that the referee's process encodes where the others are known
 WORTH_WORKERS = 8_000  # rows to encode the slow way; a worker first loads the tokenizer
 AHEAD = 4  # batches that the referee may have to encode at a time
@@ -96,7 +97,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         seen, threshold = 0, "" if self.by_rows else self._threshold
         # A sample of all rows was compared when they were new. Of few new ones it may hold none: so the first are in it.
-        first = 0 if self._anew and not self.by_rows else SAMPLE
+        first = SAMPLE if self.by_rows else 0 if self._anew else NEW_COMPARED
         for i, (side, rows) in enumerate(self._read(list(_COLUMNS))):
             found = np.full(rows.num_rows, -1) if self._anew else self.earlier.found[i]
             ids = rows.column("row_id").filter(pa.array(found < 0))
@@ -130,7 +131,7 @@ def _by_the_referee(batches: Batches, referee: Referee) -> Generator[tuple[Batch
     flying: deque[tuple[Batch, Answer]] = deque()
     for batch in batches:
         flying.append((batch, referee.encode(batch.new, batch.sampled, by_rows=batches.by_rows)))
-        if len(flying) == AHEAD:
+        while flying and (len(flying) == AHEAD or flying[0][1].is_here):
             batch, done = flying.popleft()
             yield batch, done.get()
     for batch, done in flying:

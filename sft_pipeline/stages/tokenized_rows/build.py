@@ -4,20 +4,18 @@ import shutil
 from contextlib import closing
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import REJECTS, Behind, FileWriter, PartWriter, count_rows
-from sft_pipeline.stages.tokenized_rows.batches import Batch, Batches, encoded
+from sft_pipeline.stages.tokenized_rows.batches import BATCH, Batches, encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders, reject_rows
+from sft_pipeline.stages.tokenized_rows.encoding import Encoders, reject_rows
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES
 from sft_pipeline.stages.tokenized_rows.pictures import plot_lengths, plot_masks
 from sft_pipeline.stages.tokenized_rows.referee import Comparison, Referee, Verdict
 from sft_pipeline.stages.tokenized_rows.report import checks, evidence
-from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Earlier, Given
+from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Given
 from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.seen import Seen
 from sft_pipeline.stages.tokenized_rows.skew import Skew
@@ -79,7 +77,7 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
         batches = Batches(
             {s: b.inputs["grouped_split"].parts(s) for s in SIDES}, b.earlier, scratch, fast=encoders.columns
         )
-        writers = {side: PartWriter(b.out / side, TOKENIZED, of_tokens=True) for side in SIDES}
+        writers = {side: PartWriter(b.out / side, TOKENIZED, row_group=BATCH, of_tokens=True) for side in SIDES}
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
             FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
@@ -90,7 +88,7 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
             for batch, done in results:
                 if batches.compares:
                     comparison.add(batch, done)
-                whole = _joined(batch, done, batches.earlier)
+                whole = batches.earlier.joined(batch.found, batch.rows, Given(done.outcomes, done.examples))
                 behind.submit(writers[batch.side].write, whole.examples)
                 behind.submit(outcomes.write, whole.outcomes)
                 refused = reject_rows(batch.rows, whole.outcomes)
@@ -112,32 +110,3 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
     if differing := comparison.first_difference(verdict):
         raise Differs(differing)
     return seen, verdict
-
-
-def _joined(batch: Batch, done: Done, earlier: Earlier) -> Given:
-    """Outcomes and examples of all rows of a batch, in order."""
-    known = batch.found >= 0
-    if not known.any():
-        return Given(done.outcomes, done.examples)
-    given = earlier.give(batch.found[known], batch.rows.filter(pa.array(known)))
-    if known.all():
-        return given
-    position = np.concatenate([np.flatnonzero(known), np.flatnonzero(~known)])
-    outcomes = pa.Table.from_batches([given.outcomes, done.outcomes], OUTCOMES)
-    owner = np.repeat(position, outcomes["examples"].to_numpy())
-    examples = pa.Table.from_batches([given.examples, done.examples], TOKENIZED)
-    return Given(_in_order(outcomes, position), _in_order(examples, owner))
-
-
-def _in_order(table: pa.Table, position: npt.NDArray[np.int64]) -> pa.RecordBatch:
-    """The rows by position, those of the same position as they are."""
-    order = np.argsort(position, kind="stable")
-    begins = np.flatnonzero(np.diff(order, prepend=-2) != 1)  # of runs of rows that stay together
-    if 8 * len(begins) > len(order):
-        moved = table.take(pa.array(order))
-    else:
-        ends = np.append(begins[1:], len(order))
-        runs = zip(order[begins].tolist(), (ends - begins).tolist(), strict=True)
-        moved = pa.concat_tables([table.slice(begin, count) for begin, count in runs] or [table])
-    batches = moved.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

@@ -50,6 +50,7 @@ def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_
         supervised, bins=bins, histtype="stepfilled", color="#52b788", alpha=0.75, label="supervised tokens"
     )
     ax.axvline(max_length, color="#c1121f", linewidth=1, label=f"max_length {max_length}")
+    ax.locator_params(nbins=6)
     ax.set_xlabel("tokens per example")
     ax.set_ylabel("examples")
     ax.legend(frameon=False)

@@ -17,7 +17,7 @@ from sft_pipeline.stages.tables import read_batches
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, mask_of
 from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
-from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups
+from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups, copy_runs
 from sft_pipeline.stages.validated_rows.rows import KEY_BYTES
 from sft_pipeline.store import Artifact
 
@@ -29,7 +29,7 @@ _CARRIED_SCHEMA = pa.schema([TOKENIZED.field(n) for n in _CARRIED])
 
 @dataclass(frozen=True)
 class Given:
-    """Rows that need not be tokenized: their outcomes, and their examples in the same order."""
+    """What became of rows: their outcomes, and their examples in the same order."""
 
     outcomes: pa.RecordBatch
     examples: pa.RecordBatch
@@ -54,12 +54,13 @@ class Earlier:
             outcomes += read_batches([artifact.file(OUTCOMES_FILE)])
             carried += read_batches(_parts([artifact]), _CARRIED)
         self._outcomes = pa.Table.from_batches(outcomes, OUTCOMES).combine_chunks()
-        self._carried = pa.Table.from_batches(carried, _CARRIED_SCHEMA).combine_chunks()
+        examples = pa.Table.from_batches(carried, _CARRIED_SCHEMA)
+        self._carried = {name: examples[name].to_numpy() for name in _CARRIED}
         self._first = _running(self._outcomes["examples"].to_numpy())  # example of each row
         self.found = self._find(wanted)
         each = np.bincount(np.concatenate([np.zeros(0, np.int64), *self.found]) + 1, minlength=len(self._outcomes) + 1)[1:]  # fmt: skip
         times = np.repeat(each, self._outcomes["examples"].to_numpy())
-        self._tokens = TokenGroups(_parts(artifacts), self._carried["length"].to_numpy(), times, scratch)
+        self._tokens = TokenGroups(_parts(artifacts), self._carried["length"], times, scratch)
 
     def _find(self, wanted: Sequence[pa.Array]) -> list[Ints]:
         keys = np.concatenate([np.zeros((0, 2), np.uint64), *map(_numbers, self._outcomes["key"].chunks)])
@@ -72,25 +73,37 @@ class Earlier:
 
         return [find(_numbers(k)) if len(keys) else np.full(len(k), -1, np.int64) for k in wanted]
 
-    def give(self, found: Ints, rows: pa.RecordBatch) -> Given:
-        """Outcomes and examples of rows that were found, under the names and groups they have now."""
-        outcomes = _batch(self._outcomes.take(pa.array(found)))
-        each = np.diff(self._first)[found]
-        row = np.repeat(np.arange(len(found)), each)
-        part = np.arange(len(row)) - np.repeat(np.cumsum(each) - each, each)
-        examples = self._first[found][row] + part
-        carried = _batch(self._carried.take(pa.array(examples)))
-        offsets = _running(carried.column("length").to_numpy())
-        ids = self._tokens.take(examples)
-        supervised = mask_of(outcomes.column("spans"), offsets[_running(each)])
-        lists = pa.array(offsets.astype(np.int32))
+    def joined(self, found: Ints, rows: pa.RecordBatch, new: Given) -> Given:
+        """What became of all rows of a batch, under the names and groups they have now.
+
+        Args:
+            found: As in the attribute, of this batch.
+            new: What became of those that were not found.
+        """
+        known = found >= 0
+        if not known.any():
+            return new
+        outcomes = _in_order(known, self._outcomes.take(pa.array(found[known])), new.outcomes)
+        each = outcomes.column("examples").to_numpy()
+        first = _running(each)
+        row = np.repeat(np.arange(len(found)), each)  # of each example
+        part = np.arange(len(row)) - first[row]
+        old = known[row]
+        given = self._first[found[row[old]]] + part[old]
+        carried = {n: _filled(old, self._carried[n][given], new.examples.column(n).to_numpy()) for n in _CARRIED}  # fmt: skip
+        begins = _running(carried["length"])
+        ids = np.empty(begins[-1], np.int32)
+        self._tokens.copy(given, ids, begins[:-1][old])
+        copy_runs(new.examples.column("input_ids").flatten().to_numpy(), _running(carried["length"][~old]), ids, begins[:-1][~old])  # fmt: skip
+        supervised = mask_of(outcomes.column("spans"), begins[first])
+        lists = pa.array(begins.astype(np.int32))
         columns = {
             "row_id": _named(rows.column("row_id").take(pa.array(row)), part),
             "group": rows.column("group").take(pa.array(row)),
             "input_ids": pa.ListArray.from_arrays(lists, pa.array(ids)),
             "labels": pa.ListArray.from_arrays(lists, pa.array(np.where(supervised, ids, np.int32(IGNORE)))),
             "completion": _completions(rows).take(pa.array(row)),
-            **{name: carried.column(name) for name in _CARRIED},
+            **{name: pa.array(values) for name, values in carried.items()},
         }
         return Given(outcomes, pa.RecordBatch.from_arrays([columns[f.name] for f in TOKENIZED], schema=TOKENIZED))  # fmt: skip
 
@@ -125,6 +138,16 @@ def _completions(rows: pa.RecordBatch) -> pa.Array:
     return pc.fill_null(messages.flatten().field("content").take(pa.array(last)), "")
 
 
-def _batch(table: pa.Table) -> pa.RecordBatch:
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+def _filled(chosen: npt.NDArray[np.bool_], here: npt.NDArray, elsewhere: npt.NDArray) -> npt.NDArray:
+    """Values in the places that are chosen, and others in the other places."""
+    values = np.empty(len(chosen), here.dtype)
+    values[chosen], values[~chosen] = here, elsewhere
+    return values
+
+
+def _in_order(chosen: npt.NDArray[np.bool_], here: pa.Table, elsewhere: pa.RecordBatch) -> pa.RecordBatch:
+    """The same with rows."""
+    at = np.arange(len(chosen))
+    order = _filled(chosen, at[: len(here)], at[len(here) :])
+    both = pa.concat_tables([here, pa.Table.from_batches([elsewhere], here.schema)])
+    return both.take(pa.array(order)).combine_chunks().to_batches()[0]

@@ -1,6 +1,6 @@
 """Token ids of earlier examples, wanted in any order and read once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 HELD_BYTES = 128 << 20
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,25 @@ class TokenGroups:
         """Row groups in the memory."""
         return len(self._held)
 
-    def take(self, examples: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Ids of examples, end to end; neighbours are copied at once."""
+    def copy(self, examples: Ints, to: npt.NDArray[np.int32], at: Ints) -> None:
+        """Puts the ids of examples where they belong in `to`."""
         group = np.searchsorted(self._first, examples, side="right") - 1
-        begins, ends = self._starts[examples], self._starts[examples + 1]
-        first = np.flatnonzero((np.diff(examples, prepend=-2) != 1) | (np.diff(group, prepend=-1) != 0))
-        last = np.append(first[1:], len(examples)) - 1
-        runs = zip(group[first].tolist(), begins[first].tolist(), ends[last].tolist(), strict=True)
-        ids = np.concatenate([np.zeros(0, np.int32), *(self._slice(*run) for run in runs)])
-        for g, count in zip(*np.unique(group, return_counts=True), strict=True):
-            self._left[g] -= count
+        starts = self._starts[self._first[group]]
+        begins, ends = self._starts[examples] - starts, self._starts[examples + 1] - starts
+        for g in np.unique(group).tolist():
+            here = group == g
+            for begin, end, place in _runs(begins[here], ends[here], at[here]):
+                to[place : place + end - begin] = self._slice(g, begin, end)
+            self._left[g] -= np.count_nonzero(here)
             if not self._left[g]:
-                self._forget(int(g))
-        return ids
+                self._forget(g)
 
     def _slice(self, g: int, begin: int, end: int) -> npt.NDArray[np.int32]:
-        begin, count = begin - int(self._starts[self._first[g]]), end - begin
         if g not in self._held:
             if (waiting := self._waiting(g)).exists():
-                return np.fromfile(waiting, np.int32, count, offset=4 * begin)
+                return np.fromfile(waiting, np.int32, end - begin, offset=4 * begin)
             self._read(g)
-        return self._held[g][begin : begin + count]
+        return self._held[g][begin:end]
 
     def _read(self, g: int) -> None:
         with pq.ParquetFile(self._groups[g].path) as file:
@@ -107,3 +106,23 @@ class TokenGroups:
 
     def _waiting(self, g: int) -> Path:
         return self._scratch / f"{g}.bin"
+
+
+def copy_runs(ids: npt.NDArray[np.int32], starts: Ints, to: npt.NDArray[np.int32], at: Ints) -> None:
+    """Puts the ids of examples, which lie end to end, where they belong in `to`.
+
+    Args:
+        starts: Where each example begins, and where the last one ends.
+    """
+    for begin, end, place in _runs(starts[:-1], starts[1:], at):
+        to[place : place + end - begin] = ids[begin:end]
+
+
+def _runs(begins: Ints, ends: Ints, at: Ints) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, place) of neighbours that stay neighbours."""
+    if not len(at):
+        return
+    apart = (begins[1:] != ends[:-1]) | (at[1:] != at[:-1] + ends[:-1] - begins[:-1])
+    first = np.concatenate([[0], np.flatnonzero(apart) + 1])
+    last = np.append(first[1:], len(at)) - 1
+    yield from zip(begins[first].tolist(), ends[last].tolist(), at[first].tolist(), strict=True)
