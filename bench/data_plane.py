@@ -48,7 +48,9 @@ def main() -> None:
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items()))
     print(f"tokenizer: {Path(tokenizer).name}" + _warning(tokenizer))
     if options.incremental:
-        results["incremental"] = [_incremental(count, tokenizer) for count in options.incremental]
+        results["incremental"] = [
+            _incremental(count, tokenizer, options.rounds) for count in options.incremental
+        ]
     elif options.million:
         results["million"] = _million(options.million, tokenizer)
     else:
@@ -116,9 +118,11 @@ def _million(count: int, tokenizer: str) -> dict[str, Any]:
     return results
 
 
-def _incremental(count: int, tokenizer: str) -> dict[str, Any]:
-    _title(f"snapshot B of {count:,} rows, of which {count // incremental.EDITED_EVERY:,} differ from A")
-    found = incremental.run(count, tokenizer)
+def _incremental(count: int, tokenizer: str, rounds: int) -> dict[str, Any]:
+    _title(
+        f"snapshot B of {count:,} rows, of which {count // incremental.EDITED_EVERY:,} differ from A, median of {rounds} rounds"
+    )
+    found = incremental.run(count, tokenizer, rounds)
     print(incremental.show(found), flush=True)
     return found.to_json()
 

@@ -77,7 +77,9 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
         batches = Batches(
             {s: b.inputs["grouped_split"].parts(s) for s in SIDES}, b.earlier, scratch, fast=encoders.columns
         )
-        writers = {side: PartWriter(b.out / side, TOKENIZED, row_group=BATCH, of_tokens=True) for side in SIDES}
+        writers = {
+            side: PartWriter(b.out / side, TOKENIZED, row_group=BATCH, of_tokens=True) for side in SIDES
+        }
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
             FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
