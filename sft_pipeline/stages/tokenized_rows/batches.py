@@ -77,7 +77,7 @@ class Batches:
         self.total = count_rows(path for paths in sides.values() for path in paths)
         self._anew = not builds
         self.earlier = Earlier(builds, [rows.column(0) for _, rows in self._read(["content_key"])] if builds else [], scratch)  # fmt: skip
-        self.new = self.total - sum(int(np.count_nonzero(found >= 0)) for found in self.earlier.found)
+        self.new = self.total - int(np.count_nonzero(self.earlier.found >= 0))
 
     @property
     def by_the_referee(self) -> bool:
@@ -95,15 +95,17 @@ class Batches:
         return not (self.by_rows and self.by_the_referee)
 
     def __iter__(self) -> Iterator[Batch]:
-        seen, threshold = 0, "" if self.by_rows else self._threshold
+        done = seen = 0
+        threshold = "" if self.by_rows else self._threshold
         # A sample of all rows was compared when they were new. Of few new ones it may hold none: so the first are in it.
         first = SAMPLE if self.by_rows else 0 if self._anew else NEW_COMPARED
-        for i, (side, rows) in enumerate(self._read(list(_COLUMNS))):
-            found = np.full(rows.num_rows, -1) if self._anew else self.earlier.found[i]
+        for side, rows in self._read(list(_COLUMNS)):
+            here = slice(done, done + rows.num_rows)
+            found = np.full(rows.num_rows, -1) if self._anew else self.earlier.found[here]
             ids = rows.column("row_id").filter(pa.array(found < 0))
             chosen = pc.less_equal(ids, threshold).to_numpy(zero_copy_only=False)
             yield Batch(side, rows, found, chosen | (seen + np.arange(len(ids)) < first))
-            seen += len(ids)
+            done, seen = here.stop, seen + len(ids)
 
     def _read(self, columns: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
         for side in SIDES:

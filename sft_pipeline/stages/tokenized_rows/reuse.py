@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from sft_pipeline.stages.tables import read_batches
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, mask_of
 from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
@@ -24,7 +24,6 @@ from sft_pipeline.store import Artifact
 OUTCOMES_FILE = "outcomes.parquet"
 Ints = npt.NDArray[np.int64]
 _CARRIED = ("length", "supervised", "prompt_length", "truncated")
-_CARRIED_SCHEMA = pa.schema([TOKENIZED.field(n) for n in _CARRIED])
 
 
 @dataclass(frozen=True)
@@ -40,44 +39,48 @@ class Earlier:
 
     Args:
         artifacts: tokenized_rows of the same code, tokenizer, template and mask; the first that has a row gives it.
-        wanted: Keys of the rows of this build, by batch.
+        wanted: Keys of the rows of this build, in order.
         scratch: A folder for tokens that do not fit into the memory, for as long as this is used.
 
     Attributes:
-        found: By batch: the row of the earlier builds that is the same (-1: none).
+        found: For each of them the row of the earlier builds that is the same (-1: none).
     """
 
     def __init__(self, artifacts: Sequence[Artifact], wanted: Sequence[pa.Array], scratch: Path) -> None:
-        outcomes = [pa.RecordBatch.from_pylist([], schema=OUTCOMES)]
-        carried = [pa.RecordBatch.from_pylist([], schema=_CARRIED_SCHEMA)]
+        these = _numbers(wanted)
+        missing = these[:, 0]
+        outcomes, first = [OUTCOMES.empty_table()], [np.zeros(0, np.int64)]
+        carried, parts = [TOKENIZED.empty_table().select(_CARRIED)], list[Path]()
         for artifact in artifacts:
-            outcomes += read_batches([artifact.file(OUTCOMES_FILE)])
-            carried += read_batches(_parts([artifact]), _CARRIED)
-        self._outcomes = pa.Table.from_batches(outcomes, OUTCOMES).combine_chunks()
-        examples = pa.Table.from_batches(carried, _CARRIED_SCHEMA)
+            if not len(missing):
+                break
+            theirs = _read(artifact.file(OUTCOMES_FILE))
+            keys = _numbers(theirs["key"].chunks)[:, 0]
+            has = np.isin(keys, missing)
+            if not has.any():
+                continue
+            missing = missing[~np.isin(missing, keys)]
+            outcomes.append(theirs.filter(pa.array(has)))
+            first.append(sum(map(len, carried)) + _running(theirs["examples"].to_numpy())[:-1][has])
+            here = [part for side in SIDES for part in artifact.parts(side)]
+            carried += [_read(part, _CARRIED) for part in here]
+            parts += here
+        self._outcomes = pa.concat_tables(outcomes).combine_chunks()
+        self._first = np.concatenate(first)  # example of each row
+        examples = pa.concat_tables(carried)
         self._carried = {name: examples[name].to_numpy() for name in _CARRIED}
-        self._first = _running(self._outcomes["examples"].to_numpy())  # example of each row
-        self.found = self._find(wanted)
-        each = np.bincount(np.concatenate([np.zeros(0, np.int64), *self.found]) + 1, minlength=len(self._outcomes) + 1)[1:]  # fmt: skip
-        times = np.repeat(each, self._outcomes["examples"].to_numpy())
-        self._tokens = TokenGroups(_parts(artifacts), self._carried["length"], times, scratch)
-
-    def _find(self, wanted: Sequence[pa.Array]) -> list[Ints]:
-        keys = np.concatenate([np.zeros((0, 2), np.uint64), *map(_numbers, self._outcomes["key"].chunks)])
-        order = np.argsort(keys[:, 0], kind="stable")
-        keys = keys[order]
-
-        def find(these: npt.NDArray[np.uint64]) -> Ints:
-            at = np.minimum(np.searchsorted(keys[:, 0], these[:, 0]), len(keys) - 1)
-            return np.where((keys[at] == these).all(axis=1), order[at], -1)
-
-        return [find(_numbers(k)) if len(keys) else np.full(len(k), -1, np.int64) for k in wanted]
+        self.found = _find(these, _numbers(self._outcomes["key"].chunks))
+        each = self._outcomes["examples"].to_numpy()
+        times = np.bincount(self.found + 1, minlength=len(each) + 1)[1:]  # that a row is wanted
+        examples_wanted = np.zeros(len(examples), np.int64)
+        examples_wanted[_ranges(self._first, each)] = np.repeat(times, each)
+        self._tokens = TokenGroups(parts, self._carried["length"], examples_wanted, scratch)
 
     def joined(self, found: Ints, rows: pa.RecordBatch, new: Given) -> Given:
         """What became of all rows of a batch, under the names and groups they have now.
 
         Args:
-            found: As in the attribute, of this batch.
+            found: As in the attribute, for the rows of the batch.
             new: What became of those that were not found.
         """
         known = found >= 0
@@ -89,7 +92,7 @@ class Earlier:
         row = np.repeat(np.arange(len(found)), each)  # of each example
         part = np.arange(len(row)) - first[row]
         old = known[row]
-        given = self._first[found[row[old]]] + part[old]
+        given = _ranges(self._first[found[known]], each[known])
         carried = {n: _filled(old, self._carried[n][given], new.examples.column(n).to_numpy()) for n in _CARRIED}  # fmt: skip
         begins = _running(carried["length"])
         ids = np.empty(begins[-1], np.int32)
@@ -108,8 +111,9 @@ class Earlier:
         return Given(outcomes, pa.RecordBatch.from_arrays([columns[f.name] for f in TOKENIZED], schema=TOKENIZED))  # fmt: skip
 
 
-def _parts(artifacts: Sequence[Artifact]) -> list[Path]:
-    return [part for artifact in artifacts for side in SIDES for part in artifact.parts(side)]
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=list(columns) if columns else None)
 
 
 def _running(counts: npt.NDArray) -> Ints:
@@ -117,10 +121,29 @@ def _running(counts: npt.NDArray) -> Ints:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _numbers(keys: pa.Array) -> npt.NDArray[np.uint64]:
+def _ranges(first: Ints, counts: npt.NDArray) -> Ints:
+    """The numbers first, first + 1, ... of each range, end to end."""
+    before = _running(counts)
+    return np.repeat(first - before[:-1], counts) + np.arange(before[-1])
+
+
+def _numbers(keys: Sequence[pa.Array]) -> npt.NDArray[np.uint64]:
     """Keys as uint64 (rows, 2)."""
-    start = keys.offset * KEY_BYTES
-    return np.frombuffer(keys.buffers()[1], np.uint64, offset=start, count=2 * len(keys)).reshape(-1, 2)
+    found = [np.zeros((0, 2), np.uint64)]
+    for array in keys:
+        start, count = array.offset * KEY_BYTES, 2 * len(array)
+        found.append(np.frombuffer(array.buffers()[1], np.uint64, count, start).reshape(-1, 2))
+    return np.concatenate(found)
+
+
+def _find(wanted: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> Ints:
+    """For each wanted key the first place where it is known, else -1."""
+    if not len(known):
+        return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(known[:, 0], kind="stable")
+    known = known[order]
+    at = np.minimum(np.searchsorted(known[:, 0], wanted[:, 0]), len(known) - 1)
+    return np.where((known[at] == wanted).all(axis=1), order[at], -1)
 
 
 def _named(row_ids: pa.Array, part: Ints) -> pa.Array:
