@@ -14,6 +14,7 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import REJECTS, FileWriter, PartWriter
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
+from sft_pipeline.stages.validated_rows.rows import ROWS, content_key
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import sha256_file, sha256_json
 
@@ -23,22 +24,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SNAPSHOT = "2026-01-01"
-MESSAGES = pa.list_(
-    pa.struct(
-        [
-            ("role", pa.string()),
-            ("content", pa.string()),
-            ("weight", pa.float32()),
-            ("tool_calls", pa.string()),
-        ]
-    )
-)
-ROWS = pa.schema(
-    [
-        ("row_id", pa.string()), ("source", pa.int32()), ("file", pa.string()), ("line", pa.int64()), ("group", pa.string()), ("messages", MESSAGES),
-        ("tools", pa.string()), ("time", pa.string()), ("warnings", pa.list_(pa.string())),
-    ]
-)  # fmt: skip
 RAW = pa.schema(
     [
         ("row_id", pa.string()),
@@ -71,7 +56,7 @@ def rows_of(start: int, count: int) -> list[dict[str, Any]]:
         found.append(
             {
                 "row_id": sha256_json([asked, answer])[:32], "source": 0, "file": "rows.jsonl", "line": i + 1, "group": f"T{i // 2}",
-                "messages": messages, "tools": None, "time": None, "warnings": [],
+                "messages": messages, "tools": None, "time": None, "warnings": [], "content_key": content_key(messages, None),
             }
         )  # fmt: skip
     return found
