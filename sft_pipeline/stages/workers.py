@@ -15,7 +15,6 @@ under Dagster costs more than the work. The only tie is a socket: when this proc
 closes and the worker with it. Workers have a process group of their own, so a Ctrl-C reaches this process alone.
 """
 
-import gc
 import os
 import pickle
 import queue
@@ -27,7 +26,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from multiprocessing import Pipe
@@ -57,18 +55,6 @@ def worker_count() -> int:
         return int(given)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cpus, MAX_WORKERS)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Pauses the search for cyclic garbage, which takes a third of the time where many small objects are made at once."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def ordered_map(

@@ -17,7 +17,6 @@ from sft_pipeline.stages.validated_rows.contract import group_of, judge, may_war
 from sft_pipeline.stages.validated_rows.formats import Conversation, look_up, normalise
 from sft_pipeline.stages.validated_rows.quarantine import Reason
 from sft_pipeline.stages.validated_rows.rows import KEY_BYTES, MESSAGE, ROWS, content_key, digest, time_of
-from sft_pipeline.stages.workers import no_collection
 
 JUDGED = pa.schema(
     [ROWS.field(name) for name in ("group", "messages", "tools", "time", "warnings", "content_key")]
@@ -57,10 +56,6 @@ class Judge:
 
     def __call__(self, batch: pa.RecordBatch) -> Judged:
         """Judges a batch with the columns of raw_rows' rows/."""
-        with no_collection():
-            return self._judge(batch)
-
-    def _judge(self, batch: pa.RecordBatch) -> Judged:
         kept: list[int] = []
         refused: list[int] = []
         reasons: list[list[str]] = []
