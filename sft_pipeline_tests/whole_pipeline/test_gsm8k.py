@@ -27,6 +27,7 @@ def config(home: Path, shared_data: Path) -> Path:
             }
         ],
         "contract": {"max_reject_rate": 0.1},
+        "split": {"validation": 0.02, "test": 0.02},
     }
     recipe = {
         "name": "gsm8k_full",
