@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
@@ -44,7 +45,9 @@ def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_
     from sft_pipeline.figures import quick_axes, save
 
     fig, ax = quick_axes(7, 3.2)
-    bins = min(60, max(int(lengths.max()), 2)) if len(lengths) else 10
+    longest = int(lengths.max()) if len(lengths) else 1
+    width = -(-(longest + 1) // 60)  # whole tokens, the same for both
+    bins = np.arange(0, longest + width + 1, width)
     ax.hist(lengths, bins=bins, histtype="stepfilled", color="#90a4ae", label="tokens")
     ax.hist(
         supervised, bins=bins, histtype="stepfilled", color="#52b788", alpha=0.75, label="supervised tokens"
