@@ -28,7 +28,6 @@ from sft_pipeline.store import Artifact
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way
-NEW_COMPARED = 100  # at least so many of the new rows of a mostly known snapshot
 FEW_OF_MANY = 20_000  # new rows that the referee's process encodes where the others are known
 WORTH_WORKERS = 8_000  # rows to encode the slow way; a worker first loads the tokenizer
 AHEAD = 4  # batches that the referee may have to encode at a time
@@ -98,7 +97,7 @@ class Batches:
         done = seen = 0
         threshold = "" if self.by_rows else self._threshold
         # A sample of all rows was compared when they were new. Of few new ones it may hold none: so the first are in it.
-        first = SAMPLE if self.by_rows else 0 if self._anew else NEW_COMPARED
+        first = 0 if self._anew and not self.by_rows else SAMPLE
         for side, rows in self._read(list(_COLUMNS)):
             here = slice(done, done + rows.num_rows)
             found = np.full(rows.num_rows, -1) if self._anew else self.earlier.found[here]
