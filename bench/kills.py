@@ -59,8 +59,10 @@ def _one(kind: str, root: Path, prepared: Path, kills: int, seed: int) -> bool:
     for home in (whole, killed):
         shutil.copytree(prepared, home)
     pace = strike.watch(whole, kind, root, root / f"{kind}-whole.log")
-    print(f"\n### {kind}: {pace.updates} updates of {pace.update * 1000:.0f} ms, a checkpoint every "
-          f"{branch.TRAINING['save_steps']} (written in {pace.save * 1000:.0f} ms), start-up {pace.start_up:.1f} s, seed {seed}\n")  # fmt: skip
+    print(
+        f"\n### {kind}: {pace.updates} updates of {pace.update * 1000:.0f} ms, a checkpoint every "
+        f"{branch.TRAINING['save_steps']} (written in {pace.save * 1000:.0f} ms), start-up {pace.start_up:.1f} s, seed {seed}\n"
+    )
     began = time.monotonic()
     struck = _kill(kind, root, killed, strike.draw(kills, seed, pace.updates), pace)
     print(_show(struck), flush=True)

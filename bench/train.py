@@ -23,7 +23,7 @@ What is compared, and how it is kept fair:
   backwards; ratios are taken within a round, and medians over the rounds.
 - On a busy machine wall time says little, so CPU time of all threads is beside it. OpenMP threads wait asleep on all
   sides (OMP_WAIT_POLICY=passive): spinning ones would make every side slower where anything else runs.
-- MFU: what an update must compute (`sft_pipeline.learning.flops`) over the bf16 peak that the maker states.
+- MFU: what an update must compute (`sft_pipeline.training.flops`) over the bf16 peak that the maker states.
 """
 
 import argparse
@@ -104,9 +104,11 @@ def _compare(setting: Setting, options: argparse.Namespace, gpu: str | None) -> 
     liger = LIGER_SIDES if gpu and importlib.util.find_spec("liger_kernel") else {}
     sides = [*SIDES, *liger]
     found = compare(setting, sides, updates=options.updates, rounds=options.rounds, device=gpu)
-    print(f"\n### {setting.name}: vocabulary {setting.vocabulary:,}, hidden {setting.hidden:,}, "
-          f"{setting.layers} layers, {setting.precision}, {setting.blocks} x {setting.tokens:,} tokens an update, "
-          f"{found.per_update['supervised']:,.0f} of them supervised, {options.rounds} rounds\n")  # fmt: skip
+    print(
+        f"\n### {setting.name}: vocabulary {setting.vocabulary:,}, hidden {setting.hidden:,}, "
+        f"{setting.layers} layers, {setting.precision}, {setting.blocks} x {setting.tokens:,} tokens an update, "
+        f"{found.per_update['supervised']:,.0f} of them supervised, {options.rounds} rounds\n"
+    )
     print(f"{show(found)}\n\n{losses(found)}", flush=True)
     return found
 

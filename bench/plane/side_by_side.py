@@ -18,8 +18,17 @@ OURS = {
 PEERS = {"TRL preparation": "trl", "bare encode_batch": "encode_batch"}
 MAX_LENGTH = 1024
 HEADER = (
-    "", "seconds", "with imports", "rows/s", "tokens/s", "peak RSS MiB", "peak PSS MiB", "blocks", "full", "rows out",
-)  # fmt: skip
+    "",
+    "seconds",
+    "with imports",
+    "rows/s",
+    "tokens/s",
+    "peak RSS MiB",
+    "peak PSS MiB",
+    "blocks",
+    "full",
+    "rows out",
+)
 
 Rounds = dict[str, list[Measured]]
 

@@ -18,8 +18,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 RATES = {"lora": 4e-3, "full": 5e-4}
 TRAINING = {
-    "epochs": 8, "per_device_batch": 2, "eval_steps": 60, "save_steps": 4, "keep_checkpoints": 3, "warmup": 0.05,
-}  # fmt: skip
+    "epochs": 8,
+    "per_device_batch": 2,
+    "eval_steps": 60,
+    "save_steps": 4,
+    "keep_checkpoints": 3,
+    "warmup": 0.05,
+}
 
 
 def write_rows(folder: Path, count: int = 180) -> None:

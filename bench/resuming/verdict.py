@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 
 from resuming.attempt import STAGE
 from resuming.branch import branch, use_home
-from sft_pipeline.learning.shards import Plan, Shards
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.files import sha256_file
+from sft_pipeline.training.shards import Plan, Shards
 
 COUNTED = ("examples", "tokens", "supervised_tokens")
 FROM_PLAN = ("examples", "tokens", "supervised")

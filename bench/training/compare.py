@@ -9,7 +9,7 @@ from typing import Any
 
 from plane.report import mib, table
 
-from sft_pipeline.learning.flops import peak_flops, utilization
+from sft_pipeline.training.flops import peak_flops, utilization
 from training import rows
 from training.measure import Measured, measure
 from training.setting import Setting
@@ -18,8 +18,17 @@ OURS = "sft_pipeline"
 MIB = 1 << 20
 TIMES_AS_FAST = 2.0  # wanted where the vocabulary is wide; elsewhere: not slower
 HEADER = (
-    "", "supervised tokens/s", "tokens/s", "CPU s/update", "first update s", "peak MiB", "loss differs", "times as fast", "in CPU time", "memory",
-)  # fmt: skip
+    "",
+    "supervised tokens/s",
+    "tokens/s",
+    "CPU s/update",
+    "first update s",
+    "peak MiB",
+    "loss differs",
+    "times as fast",
+    "in CPU time",
+    "memory",
+)
 
 Rounds = dict[str, list[Measured | None]]
 

@@ -49,12 +49,7 @@ def cpu_settings(vocabularies: list[str], kinds: list[str], hidden: int, tokens:
     """The small model, once per vocabulary and kind."""
     return [
         Setting(
-            f"{name}, {kind}",
-            kind,
-            VOCABULARIES[name],
-            hidden=hidden,
-            intermediate=4 * hidden,
-            tokens=tokens,
+            f"{name}, {kind}", kind, VOCABULARIES[name], hidden=hidden, intermediate=4 * hidden, tokens=tokens
         )
         for name in vocabularies
         for kind in kinds

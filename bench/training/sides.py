@@ -66,18 +66,23 @@ class Record:
 
 def ours(job: Job, record: Record) -> Work:
     """This pipeline's trainer, from the packed shards, set up as the stage trained_checkpoints does it."""
-    from sft_pipeline.learning.config import ModelConfig, TrainingConfig
-    from sft_pipeline.learning.feed import layout_for
-    from sft_pipeline.learning.schedule import Schedule
-    from sft_pipeline.learning.setup import be_deterministic, make_feed
-    from sft_pipeline.learning.shards import Plan, Shards
-    from sft_pipeline.learning.trainer import SupervisedTrainer
+    from sft_pipeline.training.config import ModelConfig, TrainingConfig
+    from sft_pipeline.training.feed import layout_for
+    from sft_pipeline.training.schedule import Schedule
+    from sft_pipeline.training.setup import be_deterministic, make_feed
+    from sft_pipeline.training.shards import Plan, Shards
+    from sft_pipeline.training.trainer import SupervisedTrainer
 
     setting, folder = Setting(**job.setting), Path(job.rows)
     training = TrainingConfig(
-        learning_rate=RATE, schedule="constant", warmup=0, per_device_batch=1, seed=setting.seed,
-        gradient_checkpointing=setting.checkpointing, precision=setting.precision,  # type: ignore[arg-type]
-    )  # fmt: skip
+        learning_rate=RATE,
+        schedule="constant",
+        warmup=0,
+        per_device_batch=1,
+        seed=setting.seed,
+        gradient_checkpointing=setting.checkpointing,
+        precision=setting.precision,  # type: ignore[arg-type]
+    )
     tokenizer = _tokenizer()
 
     class Listener:
@@ -101,10 +106,16 @@ def ours(job: Job, record: Record) -> Work:
             updates=job.updates,
         )
         trainer = SupervisedTrainer(
-            model, feed=feed, validation=None, tokenizer=tokenizer, training=training,
-            schedule=Schedule.of(training, ModelConfig(base="random")), precision=setting.precision,
-            folder=Path(tempfile.gettempdir()) / "unused", listener=Listener(),
-        )  # fmt: skip
+            model,
+            feed=feed,
+            validation=None,
+            tokenizer=tokenizer,
+            training=training,
+            schedule=Schedule.of(training, ModelConfig(base="random")),
+            precision=setting.precision,
+            folder=Path(tempfile.gettempdir()) / "unused",
+            listener=Listener(),
+        )
         trainer.add_callback(record.callback())
         trainer.run()
         return trainer
@@ -141,16 +152,34 @@ def trl(job: Job, record: Record, *, pack: bool, fused: bool, liger: bool = Fals
     def work() -> Any:
         model = build_model(setting)
         arguments = SFTConfig(
-            output_dir=str(Path(tempfile.gettempdir()) / "unused"), max_steps=job.updates, seed=setting.seed,
-            per_device_train_batch_size=1 if pack else setting.examples, gradient_accumulation_steps=setting.blocks,
-            packing=pack, padding_free=pack, max_length=setting.tokens if pack else None,
-            dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential",
-            learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.01, max_grad_norm=1.0,
-            optim="adamw_torch_fused", bf16=setting.precision == "bf16", activation_checkpointing=setting.checkpointing,
+            output_dir=str(Path(tempfile.gettempdir()) / "unused"),
+            max_steps=job.updates,
+            seed=setting.seed,
+            per_device_train_batch_size=1 if pack else setting.examples,
+            gradient_accumulation_steps=setting.blocks,
+            packing=pack,
+            padding_free=pack,
+            max_length=setting.tokens if pack else None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            train_sampling_strategy="sequential",
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=setting.precision == "bf16",
+            activation_checkpointing=setting.checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if setting.checkpointing else None,
-            use_cpu=cpu, dataloader_pin_memory=not cpu, dataloader_num_workers=0, use_liger_kernel=liger,
-            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+            use_cpu=cpu,
+            dataloader_pin_memory=not cpu,
+            dataloader_num_workers=0,
+            use_liger_kernel=liger,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
         trainer = (SFTTrainer if fused else WholeLogits)(
             model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
         )
@@ -182,17 +211,25 @@ def build_model(setting: Setting) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sft_pipeline.learning.adapters import add_adapter
-    from sft_pipeline.learning.config import LoraConfig, ModelConfig
-    from sft_pipeline.learning.model import DTYPES, resolve_attention, training_device
+    from sft_pipeline.training.adapters import add_adapter
+    from sft_pipeline.training.config import LoraConfig, ModelConfig
+    from sft_pipeline.training.model import DTYPES, resolve_attention, training_device
 
     device = training_device()
     config = LlamaConfig(
-        vocab_size=setting.vocabulary, hidden_size=setting.hidden, intermediate_size=setting.intermediate,
-        num_hidden_layers=setting.layers, num_attention_heads=setting.heads, num_key_value_heads=setting.kv_heads,
-        max_position_embeddings=max(4_096, setting.tokens), tie_word_embeddings=setting.tied, use_cache=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=setting.vocabulary,
+        hidden_size=setting.hidden,
+        intermediate_size=setting.intermediate,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads,
+        max_position_embeddings=max(4_096, setting.tokens),
+        tie_word_embeddings=setting.tied,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     lora = setting.parameterization == "lora"
     torch.manual_seed(setting.seed)
     with device:
@@ -233,7 +270,7 @@ def _synchronize() -> None:
 
 def _flops(model: Any, setting: Setting) -> float:
     """What an update must compute, whatever a side really computes."""
-    from sft_pipeline.learning.flops import arithmetic
+    from sft_pipeline.training.flops import arithmetic
 
     counted = arithmetic(model)
     assert counted
@@ -253,7 +290,7 @@ def _peak() -> float:
 
 def _main() -> None:
     """Reads a job from standard input; writes what was measured to the file named by the first argument."""
-    import sft_pipeline.learning.trainer  # noqa: F401  # before torch, whose threads it sets; imports are not timed
+    import sft_pipeline.training.trainer  # noqa: F401  # before torch, whose threads it sets; imports are not timed
     import torch  # isort: skip
 
     job = Job(**json.load(sys.stdin))

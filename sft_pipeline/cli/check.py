@@ -15,15 +15,15 @@ from sft_pipeline.cli.console import sparkline
 from sft_pipeline.cli.prepare import prepared
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.advice import Place, advise
-from sft_pipeline.learning.base import base_folder
-from sft_pipeline.learning.cpu_time import training_seconds
-from sft_pipeline.learning.memory import MemoryEstimate, estimate
-from sft_pipeline.learning.schedule import Schedule, sampled, warm_up
 from sft_pipeline.stages.packed_shards.budget import Budget, plan_budget
 from sft_pipeline.stages.run import environment
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact
+from sft_pipeline.training.advice import Place, advise
+from sft_pipeline.training.base import base_folder
+from sft_pipeline.training.cpu_time import training_seconds
+from sft_pipeline.training.memory import MemoryEstimate, estimate
+from sft_pipeline.training.schedule import Schedule, sampled, warm_up
 
 
 def check_recipe(
@@ -80,9 +80,14 @@ def _budget(branch: Branch, tokenized: Artifact) -> Budget:
     table = pq.read_table(tokenized.file("train"), columns=["length", "supervised"])
     recipe = branch.the_recipe()
     return plan_budget(
-        np.asarray(table["length"]), np.asarray(table["supervised"]), max_length=recipe.tokens.max_length, strategy=recipe.packing.strategy,
-        blocks_per_update=recipe.training.planned_blocks, epochs=recipe.training.epochs, seed=recipe.training.seed,
-    )  # fmt: skip
+        np.asarray(table["length"]),
+        np.asarray(table["supervised"]),
+        max_length=recipe.tokens.max_length,
+        strategy=recipe.packing.strategy,
+        blocks_per_update=recipe.training.planned_blocks,
+        epochs=recipe.training.epochs,
+        seed=recipe.training.seed,
+    )
 
 
 def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:

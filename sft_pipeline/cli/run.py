@@ -134,9 +134,13 @@ def _execute(
         job = definitions.resolve_job_def(f"{recipe.name}_job")
         try:
             result = job.execute_in_process(
-                instance=instance, partition_key=branch.snapshot, asset_selection=keys, tags=tags, raise_on_error=False,
+                instance=instance,
+                partition_key=branch.snapshot,
+                asset_selection=keys,
+                tags=tags,
+                raise_on_error=False,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            )  # fmt: skip
+            )
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
             raise Interrupted("interrupted; run the same command again to go on") from None
     return _result(result, branch, last)

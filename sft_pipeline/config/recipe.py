@@ -6,12 +6,12 @@ from pydantic import Field
 
 from sft_pipeline.config.base import Config
 from sft_pipeline.config.dataset import Name
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.exported_model.config import ExportConfig
 from sft_pipeline.stages.packed_shards.config import PackingConfig
 from sft_pipeline.stages.sanity_check.config import SanityConfig
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokensConfig
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
 
 
 class RetrainConfig(Config):

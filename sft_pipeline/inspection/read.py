@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from sft_pipeline.errors import InputError
 from sft_pipeline.inspection.view import IGNORE, BlockView, Inspection, RowView, Segment
 from sft_pipeline.stages.tables import read_batches
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 PACKED_SIDES = ("train", "validation")
 SIDES = (*PACKED_SIDES, "test")

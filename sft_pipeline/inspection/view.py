@@ -148,9 +148,16 @@ class Inspection:
 
 
 _HIDDEN = (
-    *range(32), *range(0x7F, 0xA0), 0x200B, 0x2028, 0x2029, 0xFEFF,
-    *(0x200E, 0x200F), *range(0x202A, 0x202F), *range(0x2060, 0x206A),  # turn the direction of writing
-)  # fmt: skip
+    *range(32),
+    *range(0x7F, 0xA0),
+    0x200B,
+    0x2028,
+    0x2029,
+    0xFEFF,
+    *(0x200E, 0x200F),
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x206A),  # turn the direction of writing
+)
 _TABLE = str.maketrans({chr(c): f"⟨U+{c:04X}⟩" for c in _HIDDEN} | {"\n": "⏎\n", "\t": "⇥"})
 
 

@@ -139,12 +139,21 @@ class _Launch:
         self, watch: Sequence[str], extra_env: Mapping[str, str], lock_wait_seconds: float, log: int
     ) -> subprocess.Popen[bytes]:
         command = [
-            sys.executable, "-m", "sft_pipeline.launch.supervise",
+            sys.executable,
+            "-m",
+            "sft_pipeline.launch.supervise",
             *(part for watched in watch for part in ("--watch", watched)),
-            "--lock", str(self._build.work.absolute() / LOCK), "--lock-wait", str(lock_wait_seconds),
-            "--grace", str(GRACE_SECONDS), "--events", str(self._events.absolute()), "--",
+            "--lock",
+            str(self._build.work.absolute() / LOCK),
+            "--lock-wait",
+            str(lock_wait_seconds),
+            "--grace",
+            str(GRACE_SECONDS),
+            "--events",
+            str(self._events.absolute()),
+            "--",
             *self._child_command(),
-        ]  # fmt: skip
+        ]
         environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
         environment.setdefault(
             "TOKENIZERS_PARALLELISM", "false"

@@ -117,9 +117,15 @@ class Failed:
         trace = "".join(traceback.format_exception(error))
         if _is_lack_of_memory(error):
             first = (str(error).splitlines() or [""])[0][:300]
-            return cls(1, f"out of memory{f' ({first})' if first else ''}: set a smaller training.per_device_batch (with a larger "
-                          "training.gradient_accumulation for the same update), a smaller tokens.max_length, or training.gradient_checkpointing: true. "
-                          "Running again resumes from the last whole checkpoint", True, at, trace)  # fmt: skip
+            return cls(
+                1,
+                f"out of memory{f' ({first})' if first else ''}: set a smaller training.per_device_batch (with a larger "
+                "training.gradient_accumulation for the same update), a smaller tokens.max_length, or training.gradient_checkpointing: true. "
+                "Running again resumes from the last whole checkpoint",
+                True,
+                at,
+                trace,
+            )
         return cls(1, f"{type(error).__name__}: {error}", False, at, trace)
 
     def error(self, prefix: str = "") -> SftError:

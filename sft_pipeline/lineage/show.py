@@ -25,9 +25,15 @@ def print_chain(chain: Chain, console: Console) -> None:
             else "not found"
         )
         table.add_row(
-            node.asset, m.created_at[:19].replace("T", " ") if m else "?", node.data_version[:12], node.fingerprint[:12],
-            m.code_version[:12] if m else "?", str(len(m.files)) if m else "?", _rows(m.counts) if m else "?", where,
-        )  # fmt: skip
+            node.asset,
+            m.created_at[:19].replace("T", " ") if m else "?",
+            node.data_version[:12],
+            node.fingerprint[:12],
+            m.code_version[:12] if m else "?",
+            str(len(m.files)) if m else "?",
+            _rows(m.counts) if m else "?",
+            where,
+        )
     console.print(table)
     sources = chain.sources()
     console.print(

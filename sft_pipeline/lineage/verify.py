@@ -200,9 +200,19 @@ def _verify_copies(chain: Chain, work: _Work) -> None:
             continue
         carried = Manifest.read(copy)
         differing = [
-            name for name in ("asset", "partition", "data_version", "code_version", "created_at", "accepted", "files", "inputs")
+            name
+            for name in (
+                "asset",
+                "partition",
+                "data_version",
+                "code_version",
+                "created_at",
+                "accepted",
+                "files",
+                "inputs",
+            )
             if getattr(carried, name) != getattr(node.manifest, name)
-        ]  # fmt: skip
+        ]
         if differing:
             work.wrong(
                 node.manifest_path or copy, f"differs from the copy in {copy} in {', '.join(differing)}"

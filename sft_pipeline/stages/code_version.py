@@ -12,11 +12,23 @@ from sft_pipeline.project import PACKAGE_DIR
 
 # Modules that move artifacts about and cannot change what is in one.
 PLUMBING = (
-    "sft_pipeline.stages.stage", "sft_pipeline.stages.run", "sft_pipeline.stages.code_version", "sft_pipeline.stages.workers",
-    "sft_pipeline.stages.painter", "sft_pipeline.stages.standby",
-    "sft_pipeline.store", "sft_pipeline.reporting", "sft_pipeline.errors", "sft_pipeline.project", "sft_pipeline.outside",
-    "sft_pipeline.launch", "sft_pipeline.figures", "sft_pipeline.tracking", "sft_pipeline.config", "sft_pipeline.lineage",
-)  # fmt: skip
+    "sft_pipeline.stages.stage",
+    "sft_pipeline.stages.run",
+    "sft_pipeline.stages.code_version",
+    "sft_pipeline.stages.workers",
+    "sft_pipeline.stages.painter",
+    "sft_pipeline.stages.standby",
+    "sft_pipeline.store",
+    "sft_pipeline.reporting",
+    "sft_pipeline.errors",
+    "sft_pipeline.project",
+    "sft_pipeline.external_files",
+    "sft_pipeline.launch",
+    "sft_pipeline.plots",
+    "sft_pipeline.tracking",
+    "sft_pipeline.config",
+    "sft_pipeline.lineage",
+)
 
 
 @lru_cache
@@ -41,8 +53,9 @@ def code_version(stage_name: str) -> str:
 
 
 _IMPORT = re.compile(
-    rb"^[ \t]*(?:import[ \t]+(sft_pipeline[\w.]*)|from[ \t]+(sft_pipeline[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*))", re.M
-)  # fmt: skip
+    rb"^[ \t]*(?:import[ \t]+(sft_pipeline[\w.]*)|from[ \t]+(sft_pipeline[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*))",
+    re.M,
+)
 
 
 @cache

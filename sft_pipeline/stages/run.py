@@ -229,9 +229,15 @@ def _build(
         run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
     ):
         build = Build(
-            config=stage.config(branch), inputs=inputs.data, out=out, work=run.store.work(fingerprint), report=tracked.report,
-            snapshot=branch.snapshot, asset=asset, earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
-        )  # fmt: skip
+            config=stage.config(branch),
+            inputs=inputs.data,
+            out=out,
+            work=run.store.work(fingerprint),
+            report=tracked.report,
+            snapshot=branch.snapshot,
+            asset=asset,
+            earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
+        )
         built = run.isolate(stage, build) if stage.isolated and run.isolate else load_build(stage)(build)
         checks = [
             {
@@ -277,7 +283,11 @@ def earlier_builds(stage: Stage, store: Store, branch: Branch) -> tuple[Artifact
     for artifact in reversed(store.all()):
         manifest = artifact.manifest
         of_stage = manifest.asset.endswith(f"/{stage.name}")
-        if of_stage and all(getattr(manifest, k) == parts[k] for k in _SAME) and not artifact.damage(deep=False):  # fmt: skip
+        if (
+            of_stage
+            and all(getattr(manifest, k) == parts[k] for k in _SAME)
+            and not artifact.damage(deep=False)
+        ):
             found.append(artifact)
         if len(found) == EARLIER:
             break
@@ -330,9 +340,21 @@ def read_report(artifact: Artifact) -> dict[str, Any]:
 # -- the environment ----------------------------------------------------------------------------------------------
 
 RECORDED_PACKAGES = (
-    "sft-pipeline", "dagster", "mlflow", "torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "bitsandbytes",
-    "datasets", "pyarrow", "numpy", "flash-attn",
-)  # fmt: skip
+    "sft-pipeline",
+    "dagster",
+    "mlflow",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "flash-attn",
+)
 
 
 @lru_cache

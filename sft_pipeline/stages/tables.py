@@ -26,18 +26,6 @@ BEHIND_BYTES = 64 << 20  # that wait to be written at a time, unless a single ba
 
 _disk = ThreadPoolExecutor(2, "disk")
 
-REJECTS = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("source", pa.int32()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("reasons", pa.list_(pa.string())),
-        ("raw", pa.string()),
-    ]
-)
-"""rejects.parquet and quarantine.parquet of every stage: where the row came from, all that is wrong, the raw row."""
-
 
 class FileWriter:
     """Writes one Parquet file, always, even if no row comes.
@@ -213,7 +201,9 @@ class Behind:
     def submit(self, function: Callable[[Any], Any], data: pa.Table | pa.RecordBatch) -> None:
         """Calls a function with data when the calls before it are done; waits while others have much data."""
         self._waiting.append((self._pool.submit(function, data), data.nbytes))
-        while len(self._waiting) > 1 and (self._waiting[0][0].done() or sum(n for _, n in self._waiting) > BEHIND_BYTES):  # fmt: skip
+        while len(self._waiting) > 1 and (
+            self._waiting[0][0].done() or sum(n for _, n in self._waiting) > BEHIND_BYTES
+        ):
             self._waiting.popleft()[0].result()
 
     def __enter__(self) -> "Behind":

@@ -74,11 +74,7 @@ class Store:
                 files.remove_tree(folder)
 
     def commit(
-        self,
-        folder: Path,
-        *,
-        volatile: Sequence[str],
-        fill: Callable[[str], dict[str, Any]],
+        self, folder: Path, *, volatile: Sequence[str], fill: Callable[[str], dict[str, Any]]
     ) -> Artifact:
         """Makes a staged folder an artifact: files flushed, manifest last, one rename.
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from sft_pipeline.config.load import Catalog, find_recipe
 from sft_pipeline.errors import BlockedError, InputError
-from sft_pipeline.learning.cpu_time import training_seconds
-from sft_pipeline.learning.memory import estimate
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.run import Run, environment
 from sft_pipeline.stages.stage import Branch
@@ -19,6 +17,8 @@ from sft_pipeline.store.files import remove_tree, sha256_json
 from sft_pipeline.sweep.budget import Budget, PlannedUpdates, budget_of, updates_within, within_budget
 from sft_pipeline.sweep.grid import Grid, label_of, values_of
 from sft_pipeline.sweep.stages import TRIAL_STAGES
+from sft_pipeline.training.cpu_time import training_seconds
+from sft_pipeline.training.memory import estimate
 
 DATA_CONFIGS = ("tokenized_rows", "packed_shards")
 

@@ -288,8 +288,14 @@ def log_lineage(client: Any, run_id: str, artifact: Artifact) -> None:
             run_id, str(upstream.path / "manifest.json"), f"manifests/{manifest.asset.split('/')[-1]}"
         )
         if manifest.asset.endswith(("/grouped_split", "/packed_shards", "/raw_rows")):
-            dataset = Dataset(name=f"{manifest.asset}@{manifest.partition}", digest=manifest.data_version[:36], source_type="sft_artifact",
-                              source=json.dumps({"fingerprint": manifest.fingerprint, "data_version": manifest.data_version}))  # fmt: skip
+            dataset = Dataset(
+                name=f"{manifest.asset}@{manifest.partition}",
+                digest=manifest.data_version[:36],
+                source_type="sft_artifact",
+                source=json.dumps(
+                    {"fingerprint": manifest.fingerprint, "data_version": manifest.data_version}
+                ),
+            )
             inputs.append(DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")]))
     client.log_inputs(run_id, inputs)
 

@@ -31,18 +31,22 @@ def register(
         for v in client.search_model_versions(f"name='{name}'")
         if v.tags.get("sft.fingerprint") == manifest.fingerprint
     ]
-    version = same[0] if same else client.create_model_version(
-        name,
-        source=f"runs:/{run_id}/exported_model",
-        run_id=run_id,
-        tags={
-            "sft.fingerprint": manifest.fingerprint,
-            "sft.data_version": manifest.data_version,
-            "sft.path": str(export.path),
-            "sft.evaluation": evaluation,
-            "sft.snapshot": manifest.partition,
-        },
-    )  # fmt: skip
+    version = (
+        same[0]
+        if same
+        else client.create_model_version(
+            name,
+            source=f"runs:/{run_id}/exported_model",
+            run_id=run_id,
+            tags={
+                "sft.fingerprint": manifest.fingerprint,
+                "sft.data_version": manifest.data_version,
+                "sft.path": str(export.path),
+                "sft.evaluation": evaluation,
+                "sft.snapshot": manifest.partition,
+            },
+        )
+    )
     moved, why = (
         _beats_champion(client, name, version, evaluation, branch, store)
         if move

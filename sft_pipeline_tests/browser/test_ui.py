@@ -40,9 +40,21 @@ class Ui:
         env |= {"SFT_HOME": str(home), "SFT_PROJECT_ROOT": str(ROOT)}
         self._log = (home / "ui.log").open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sft_pipeline.cli", "ui", "--port", str(self.port), "--mlflow-port", str(self.mlflow_port)],
-            env=env, stdout=self._log, stderr=self._log, start_new_session=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "sft_pipeline.cli",
+                "ui",
+                "--port",
+                str(self.port),
+                "--mlflow-port",
+                str(self.mlflow_port),
+            ],
+            env=env,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
         self.dagster, self.mlflow = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.mlflow_port}"
         self._until(lambda: self.location()["loadStatus"] == "LOADED", "the code location")
         self._until(
@@ -76,11 +88,20 @@ class Ui:
     def launch(self, assets: list[list[str]], snapshot: str) -> str:
         mutation = """mutation($p: ExecutionParams!){launchPipelineExecution(executionParams:$p){__typename
             ... on LaunchRunSuccess{run{runId}} ... on PythonError{message}}}"""
-        answer = self.ask(mutation, p={
-            "selector": {"repositoryLocationName": "sft_pipeline", "repositoryName": "__repository__", "pipelineName": "__ASSET_JOB",
-                         "assetSelection": [{"path": a} for a in assets]},
-            "mode": "default", "executionMetadata": {"tags": [{"key": "dagster/partition", "value": snapshot}]}, "runConfigData": "{}",
-        })["launchPipelineExecution"]  # fmt: skip
+        answer = self.ask(
+            mutation,
+            p={
+                "selector": {
+                    "repositoryLocationName": "sft_pipeline",
+                    "repositoryName": "__repository__",
+                    "pipelineName": "__ASSET_JOB",
+                    "assetSelection": [{"path": a} for a in assets],
+                },
+                "mode": "default",
+                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": snapshot}]},
+                "runConfigData": "{}",
+            },
+        )["launchPipelineExecution"]
         assert answer["__typename"] == "LaunchRunSuccess", answer
         return answer["run"]["runId"]
 

@@ -6,11 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.config import ModelConfig
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.build import build
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig
 from sft_pipeline.store import Store
+from sft_pipeline.training.config import ModelConfig
 from sft_pipeline_tests.evaluation import world as w
 
 SCHEMA = {"type": "object", "required": ["decision"]}
@@ -196,8 +196,8 @@ def test_adapters_are_judged_as_if_each_had_been_loaded_by_itself(project, rows,
     from sft_pipeline.stages.evaluation.models import Models
 
     monkeypatch.setattr(Models, "_merges", merges)
-    from sft_pipeline.learning.generate import score_nll
-    from sft_pipeline.learning.model import load_for_inference
+    from sft_pipeline.training.generate import score_nll
+    from sft_pipeline.training.model import load_for_inference
 
     trained = w.checkpoints(_sub(project), rows, ModelConfig(**LORA), {5: 0, 9: 0, 12: 0}, learn=False)
     built, found, _ = run(project, rows, trained, config(LORA, require_improvement=False, max_rows=3))

@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from sft_pipeline.learning.config import ModelConfig
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.schemas import REJECTS, ROWS, content_key
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import REJECTS, FileWriter, PartWriter
+from sft_pipeline.stages.tables import FileWriter, PartWriter
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.validated_rows.rows import ROWS, content_key
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import sha256_file, sha256_json
+from sft_pipeline.training.config import ModelConfig
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
@@ -55,10 +55,18 @@ def rows_of(start: int, count: int) -> list[dict[str, Any]]:
         ]
         found.append(
             {
-                "row_id": sha256_json([asked, answer])[:32], "source": 0, "file": "rows.jsonl", "line": i + 1, "group": f"T{i // 2}",
-                "messages": messages, "tools": None, "time": None, "warnings": [], "content_key": content_key(messages, None),
+                "row_id": sha256_json([asked, answer])[:32],
+                "source": 0,
+                "file": "rows.jsonl",
+                "line": i + 1,
+                "group": f"T{i // 2}",
+                "messages": messages,
+                "tools": None,
+                "time": None,
+                "warnings": [],
+                "content_key": content_key(messages, None),
             }
-        )  # fmt: skip
+        )
     return found
 
 
@@ -84,9 +92,18 @@ def write_base(folder: Path, *, hidden: int = 32) -> Path:
     )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=inner.get_vocab_size(), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=2, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=inner.get_vocab_size(),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -136,13 +153,23 @@ class World:
             for path in sorted(out.iterdir()):
                 path.rename(staging / path.name)
             return self.store.commit(
-                staging, volatile=built.volatile,
+                staging,
+                volatile=built.volatile,
                 fill=lambda _: {
-                    "asset": f"{owner}/{name}", "partition": SNAPSHOT, "code_version": "c0de", "config": config or {}, "outside": outside or {},
-                    "inputs": {k: InputEntry(**v.as_input().model_dump()) for k, v in inputs.items()}, "accepted": accepted, "counts": dict(built.counts),
-                    "checks": [], "environment": {"python": "3"}, "dagster_run_id": "run1", "mlflow_run_id": None,
+                    "asset": f"{owner}/{name}",
+                    "partition": SNAPSHOT,
+                    "code_version": "c0de",
+                    "config": config or {},
+                    "outside": outside or {},
+                    "inputs": {k: InputEntry(**v.as_input().model_dump()) for k, v in inputs.items()},
+                    "accepted": accepted,
+                    "counts": dict(built.counts),
+                    "checks": [],
+                    "environment": {"python": "3"},
+                    "dagster_run_id": "run1",
+                    "mlflow_run_id": None,
                 },
-            )  # fmt: skip
+            )
 
     def build(
         self,
@@ -290,8 +317,8 @@ def checkpoints(
     import pyarrow.parquet as pq
     import torch
 
-    from sft_pipeline.learning.config import TrainingConfig
-    from sft_pipeline.learning.model import load_for_training, save_weights
+    from sft_pipeline.training.config import TrainingConfig
+    from sft_pipeline.training.model import load_for_training, save_weights
 
     trained, _ = load_for_training(model, TrainingConfig(seed=1), device=torch.device("cpu"))
     train = pq.read_table(rows.parts("train")[0]).to_pylist()
@@ -320,7 +347,11 @@ def checkpoints(
         json.dumps({"model": {"precision": "fp32"}, "schedule": {"peak": 0.01}})
     )
     return world.artifact(
-        "trained_checkpoints", "recipe", out, inputs={"tokenized_rows": rows, "packed_shards": packed(world, rows)},
-        config={"model": model.model_dump(mode="json"), "training": {"learning_rate": 0.01}}, built=Built(counts={"checkpoints": len(steps)}),
+        "trained_checkpoints",
+        "recipe",
+        out,
+        inputs={"tokenized_rows": rows, "packed_shards": packed(world, rows)},
+        config={"model": model.model_dump(mode="json"), "training": {"learning_rate": 0.01}},
+        built=Built(counts={"checkpoints": len(steps)}),
         outside={"base/model.safetensors": sha256_file(world.root / "base" / "model.safetensors")},
-    )  # fmt: skip
+    )

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.learning.config import ModelConfig
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.build import build as evaluate
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig
@@ -11,6 +10,7 @@ from sft_pipeline.stages.exported_model.build import build
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
 from sft_pipeline.stages.stage import Built, Check
 from sft_pipeline.store import Artifact
+from sft_pipeline.training.config import ModelConfig
 from sft_pipeline_tests.evaluation import world as w
 
 GRADERS = [{"name": "format_pass_rate", "kind": "regex", "pattern": "decision"}]

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sft_pipeline.learning.config import ModelConfig
 from sft_pipeline.stages.exported_model.merge import load_exact
 from sft_pipeline.stages.exported_model.parity import difference, greedy, logits, reload_model
 from sft_pipeline.stages.exported_model.proof import probe_rows
 from sft_pipeline.store import Store
+from sft_pipeline.training.config import ModelConfig
 from sft_pipeline_tests.evaluation import world as w
 from sft_pipeline_tests.exported_model.branch import LORA, export, inputs_for
 
@@ -49,9 +49,17 @@ def test_lora_is_merged_and_every_check_passes(exported):
         n: c.description for n, c in checks.items() if not c.passed
     }
     for name in (
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "merged/model.safetensors", "merged/config.json", "merged/generation_config.json",
-        "merged/tokenizer.json", "merged/tokenizer_config.json", "merged/chat_template.jinja", "README.md", "lineage/chain.json",
-    ):  # fmt: skip
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "merged/config.json",
+        "merged/generation_config.json",
+        "merged/tokenizer.json",
+        "merged/tokenizer_config.json",
+        "merged/chat_template.jinja",
+        "README.md",
+        "lineage/chain.json",
+    ):
         assert (out / name).is_file(), name
     assert built.counts["step"] == 7 and "lineage/" in built.volatile
 
@@ -108,9 +116,17 @@ def test_the_card_has_front_matter_results_samples_data_and_lineage(exported, in
     assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
     assert {r.metric_name for r in card.data.eval_results} == {"format_pass_rate", "test_loss"}
     for expected in (
-        "| format_pass_rate |", "## Samples", "rows.jsonl", inputs["grouped_split"].manifest.fingerprint, inputs["trained_checkpoints"].manifest.data_version,
-        "{% generation %}", "apply_chat_template", "apache-2.0", "learning_rate", "dataset/raw_rows",
-    ):  # fmt: skip
+        "| format_pass_rate |",
+        "## Samples",
+        "rows.jsonl",
+        inputs["grouped_split"].manifest.fingerprint,
+        inputs["trained_checkpoints"].manifest.data_version,
+        "{% generation %}",
+        "apply_chat_template",
+        "apache-2.0",
+        "learning_rate",
+        "dataset/raw_rows",
+    ):
         assert expected in text, expected
 
 
@@ -256,8 +272,8 @@ def test_real_tokenizers_are_served_as_trained(shared_data, tmp_path, name):
     """AutoTokenizer drops SmolLM2's digit splitting and rebuilds Phi-3's from its class; the export must not."""
     from sft_pipeline.stages.exported_model.parity import reload_tokenizer, served_prompt
     from sft_pipeline.stages.exported_model.tokenizer_files import write_tokenizer
-    from sft_pipeline.stages.tokenized_rows.template import load_template
-    from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+    from sft_pipeline.text.template import load_template
+    from sft_pipeline.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
     template = load_template("chatml" if name == "gpt2" else "tokenizer", tokenizer)

@@ -65,12 +65,15 @@ def reference_words(text: str) -> list[str]:
     texts=st.lists(
         st.one_of(
             st.text(LETTERS, max_size=30),
-            st.lists(st.sampled_from(["one", "TWO", "a" * 8, "b" * 9, "b" * 17, "c" * 64, "d" * 65, "é" * 40]), max_size=12).map(" ".join),
+            st.lists(
+                st.sampled_from(["one", "TWO", "a" * 8, "b" * 9, "b" * 17, "c" * 64, "d" * 65, "é" * 40]),
+                max_size=12,
+            ).map(" ".join),
         ),
         min_size=1,
         max_size=8,
     )
-)  # fmt: skip
+)
 def test_sets_are_the_distinct_trigrams_of_the_words_of_each_text_alone(texts: list[str]) -> None:
     sizes, hashes = shingle_sets(pa.array(texts, pa.string()))
     ends = np.cumsum(sizes)
@@ -187,8 +190,13 @@ def test_no_cluster_keeps_rows_on_two_sides(tmp_path: Path, seed: int, threshold
     rest = ShingleSets([pa.array([texts[i] for i in kept])], tmp_path / "rest")
     assert sum(leaked(rest, rest.index(threshold), side[kept]).values()) == 0
     expected = {
-        SIDES[s]: sum(side[x] == s and any(side[y] < s and similarity(texts[x], texts[y]) >= threshold for y in range(len(texts))) for x in range(len(texts))) for s in (VALIDATION, TEST)
-    }  # fmt: skip
+        SIDES[s]: sum(
+            side[x] == s
+            and any(side[y] < s and similarity(texts[x], texts[y]) >= threshold for y in range(len(texts)))
+            for x in range(len(texts))
+        )
+        for s in (VALIDATION, TEST)
+    }
     assert leaked(sets, sets.index(threshold), side) == expected
 
 

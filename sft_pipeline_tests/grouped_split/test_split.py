@@ -223,8 +223,11 @@ def test_an_empty_side_blocks_unless_its_size_is_zero(project: Path) -> None:
     )["grouped_split"]
     assert outcome.artifact.manifest.accepted
     assert check(outcome, "fixed_groups_found") == {
-        "name": "fixed_groups_found", "blocking": False, "passed": False, "description": "1 groups of split.groups are not in the data: gone",
-    }  # fmt: skip
+        "name": "fixed_groups_found",
+        "blocking": False,
+        "passed": False,
+        "description": "1 groups of split.groups are not in the data: gone",
+    }
 
 
 def test_contradictions_in_the_configuration_are_errors() -> None:

@@ -17,8 +17,12 @@ pytestmark = pytest.mark.skipif(not processes.LINUX, reason="supervision of whol
 
 @pytest.mark.parametrize("case", ["step worker killed", "run worker killed", "run terminated"])
 def test_no_trainer_is_left(tmp_path: Path, home: Path, case: str):
-    worker = subprocess.Popen([sys.executable, "-m", "sft_pipeline_tests.launch.dagster_job"], env={**os.environ, "TEST_FOLDER": str(tmp_path)},
-                              stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "sft_pipeline_tests.launch.dagster_job"],
+        env={**os.environ, "TEST_FOLDER": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     tree: list[str] = []
     try:
         tree = pids_in(tmp_path / "pids", 2, seconds=90)

@@ -85,8 +85,12 @@ def test_a_recycled_pid_is_not_the_watched_process(tmp_path: Path):
 
 def test_what_the_command_leaves_behind_is_ended(tmp_path: Path):
     tree = start_hanging_tree(tmp_path)
-    with supervised(tmp_path, *PYTHON, f"import subprocess, time; subprocess.Popen({tree!r}, start_new_session=True); time.sleep(1); raise SystemExit(5)",
-                    options=("--grace", "0.3")) as supervisor:  # fmt: skip
+    with supervised(
+        tmp_path,
+        *PYTHON,
+        f"import subprocess, time; subprocess.Popen({tree!r}, start_new_session=True); time.sleep(1); raise SystemExit(5)",
+        options=("--grace", "0.3"),
+    ) as supervisor:
         pids = pids_in(tmp_path / "pids", 4)
         try:
             assert supervisor.wait(20) == 5

@@ -115,10 +115,17 @@ def test_an_untouched_chain_is_verified(project, branch):
 
 
 FILES = (
-    "exported_model:merged/model.safetensors", "exported_model:README.md", "exported_model:lineage/chain.json", "trained_checkpoints:training.json",
-    "tokenized_rows:train/part-00000.parquet", "grouped_split:test/part-00000.parquet", "validated_rows:quarantine.parquet", "raw_rows:rows/part-00000.parquet",
-    "evaluation:evaluation.json", "packed_shards:plan.parquet",
-)  # fmt: skip
+    "exported_model:merged/model.safetensors",
+    "exported_model:README.md",
+    "exported_model:lineage/chain.json",
+    "trained_checkpoints:training.json",
+    "tokenized_rows:train/part-00000.parquet",
+    "grouped_split:test/part-00000.parquet",
+    "validated_rows:quarantine.parquet",
+    "raw_rows:rows/part-00000.parquet",
+    "evaluation:evaluation.json",
+    "packed_shards:plan.parquet",
+)
 
 
 @pytest.mark.parametrize("place", FILES)
@@ -162,8 +169,9 @@ def test_missing_and_added_files_are_named(project, branch):
     finally:
         (folder / "samples2.parquet").rename(folder / "samples.parquet")
     assert {(f.file, f.problem.split(":")[0]) for f in found.findings} == {
-        (str(folder / "samples.parquet"), "missing"), (str(folder / "samples2.parquet"), "not a file of recipe/evaluation"),
-    }  # fmt: skip
+        (str(folder / "samples.parquet"), "missing"),
+        (str(folder / "samples2.parquet"), "not a file of recipe/evaluation"),
+    }
 
 
 def test_a_moved_copy_is_verified_by_its_own_lineage(project, branch, tmp_path, monkeypatch):
@@ -226,9 +234,12 @@ def test_a_trained_group_is_traced_from_its_lines_to_the_model(project, branch):
     assert [(s["file"], s["line"]) for s in found.sources] == [("rows.jsonl", 3), ("rows.jsonl", 4)]
     places = [(a["asset"], a["side"], a["rows"]) for a in found.artifacts]
     assert places == [
-        ("dataset/raw_rows", None, 2), ("dataset/validated_rows", None, 2), ("dataset/grouped_split", "train", 2), ("recipe/tokenized_rows", "train", 2),
+        ("dataset/raw_rows", None, 2),
+        ("dataset/validated_rows", None, 2),
+        ("dataset/grouped_split", "train", 2),
+        ("recipe/tokenized_rows", "train", 2),
         ("recipe/packed_shards", "train", 2),
-    ]  # fmt: skip
+    ]
     assert [(b["block"], b["updates"]) for b in found.blocks] == [(2, [2]), (3, [3])]
     assert [(m["asset"], m["step"], m["updates"]) for m in found.models] == [
         ("recipe/exported_model", 7, [2, 3])

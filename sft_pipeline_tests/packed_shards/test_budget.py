@@ -36,8 +36,14 @@ def test_equal_examples_are_not_equal_supervised_tokens():
 def test_padding_ten_examples_to_2048_wastes_90_percent_and_packing_fits_one_block():
     assert padding_waste(LENGTHS, 2048) == pytest.approx(0.901, abs=5e-4)
     budget = plan_budget(
-        np.array(LENGTHS), np.array(LENGTHS) // 2, max_length=2048, strategy="bfd", blocks_per_update=4, epochs=1, seed=0
-    )  # fmt: skip
+        np.array(LENGTHS),
+        np.array(LENGTHS) // 2,
+        max_length=2048,
+        strategy="bfd",
+        blocks_per_update=4,
+        epochs=1,
+        seed=0,
+    )
     assert (budget.blocks, budget.updates, budget.examples) == (1, 1, 10)
     assert (
         budget.packing_efficiency
@@ -48,8 +54,14 @@ def test_padding_ten_examples_to_2048_wastes_90_percent_and_packing_fits_one_blo
 
 def test_without_packing_an_update_holds_that_many_examples():
     budget = plan_budget(
-        np.array(LENGTHS), np.array(LENGTHS) // 2, max_length=2048, strategy="none", blocks_per_update=5, epochs=3, seed=0
-    )  # fmt: skip
+        np.array(LENGTHS),
+        np.array(LENGTHS) // 2,
+        max_length=2048,
+        strategy="none",
+        blocks_per_update=5,
+        epochs=3,
+        seed=0,
+    )
     assert budget.updates == 6 and budget.examples_per_update.mean == 5 and budget.examples_per_update.cv == 0
     assert budget.supervised_tokens_per_update.mean * 6 == pytest.approx(
         3 * budget.supervised_tokens, rel=1e-3

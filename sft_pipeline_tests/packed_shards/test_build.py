@@ -8,19 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.shards import Plan, Shards
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.packed_shards import blocks
 from sft_pipeline.stages.packed_shards.asset import STAGE
 from sft_pipeline.stages.packed_shards.blocks import BLOCKS, position_ids
 from sft_pipeline.stages.packed_shards.build import build
 from sft_pipeline.stages.packed_shards.config import PackedShardsConfig, PackingConfig
+from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tables import PartWriter, read_rows
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
-from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
+from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.manifest import data_version, list_files
+from sft_pipeline.training.shards import Plan, Shards
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:

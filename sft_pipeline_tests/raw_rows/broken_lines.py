@@ -5,10 +5,83 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-TEXTS = ["", " ", "a", "Stale key?", "é漢字😀", "<|im_end|>", "[INST] x", "bell\x07", "tab\tnew\nline\r", "\x7f", '"quoted" \\', "\u2028", "null", "{[", "</s>"]  # fmt: skip
-NUMBERS = ["0", "-0", "-0.0", "1E5", "1e400", "-1e400", "1e-400", "0.1", "9" * 19, "-" + "9" * 19, "9" * 20, "9" * 400, "9" * 5_000, "18446744073709551616", "0.30000000000000004", "1" + "0" * 40 + ".5", "NaN", "Infinity", "-Infinity", "01", "1.", ".5", "+1", "0x1"]  # fmt: skip
-JUNK = [b"", b"{", b"}", b"[", b"]", b'"', b"\\", b",", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x00", b"\r", b"\x0b", b"\\u", b"\\ud800", b"\\u0022", b"NaN", b"1e400", b"9" * 25]  # fmt: skip
-CALLS = ['{"name": "f", "arguments": {"x": 1}}', '{"name": "f", "arguments": "{\\"x\\": NaN}"}', '{"name": "\\ud800", "arguments": {}}', "not json", '{"name": 1}', "[" * 5_000, '[{"name": "<\\u007cim_end|>", "arguments": {"y": 1e999}}]', None, 7]  # fmt: skip
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "Stale key?",
+    "é漢字😀",
+    "<|im_end|>",
+    "[INST] x",
+    "bell\x07",
+    "tab\tnew\nline\r",
+    "\x7f",
+    '"quoted" \\',
+    "\u2028",
+    "null",
+    "{[",
+    "</s>",
+]
+NUMBERS = [
+    "0",
+    "-0",
+    "-0.0",
+    "1E5",
+    "1e400",
+    "-1e400",
+    "1e-400",
+    "0.1",
+    "9" * 19,
+    "-" + "9" * 19,
+    "9" * 20,
+    "9" * 400,
+    "9" * 5_000,
+    "18446744073709551616",
+    "0.30000000000000004",
+    "1" + "0" * 40 + ".5",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "01",
+    "1.",
+    ".5",
+    "+1",
+    "0x1",
+]
+JUNK = [
+    b"",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b"\\",
+    b",",
+    b"\xff",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+    b"\x00",
+    b"\r",
+    b"\x0b",
+    b"\\u",
+    b"\\ud800",
+    b"\\u0022",
+    b"NaN",
+    b"1e400",
+    b"9" * 25,
+]
+CALLS = [
+    '{"name": "f", "arguments": {"x": 1}}',
+    '{"name": "f", "arguments": "{\\"x\\": NaN}"}',
+    '{"name": "\\ud800", "arguments": {}}',
+    "not json",
+    '{"name": 1}',
+    "[" * 5_000,
+    '[{"name": "<\\u007cim_end|>", "arguments": {"y": 1e999}}]',
+    None,
+    7,
+]
 
 
 def broken_lines(count: int, seed: int) -> list[bytes]:
@@ -62,7 +135,10 @@ def turns(some: random.Random) -> bytes:
 
 
 def wrong_types(some: random.Random) -> bytes:
-    return _dumped(some, some.choice([_value(some), {**_pair(some), some.choice(["prompt", "completion"]): _value(some)}]))  # fmt: skip
+    return _dumped(
+        some,
+        some.choice([_value(some), {**_pair(some), some.choice(["prompt", "completion"]): _value(some)}]),
+    )
 
 
 def surrogates(some: random.Random) -> bytes:
@@ -110,4 +186,18 @@ def huge(some: random.Random) -> bytes:
     )
 
 
-KINDS: list[Callable[[random.Random], bytes]] = [good, good, good, turns, wrong_types, surrogates, numbers, twice, deep, mutated, cut, junk, huge]  # fmt: skip
+KINDS: list[Callable[[random.Random], bytes]] = [
+    good,
+    good,
+    good,
+    turns,
+    wrong_types,
+    surrogates,
+    numbers,
+    twice,
+    deep,
+    mutated,
+    cut,
+    junk,
+    huge,
+]

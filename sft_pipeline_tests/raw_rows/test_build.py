@@ -31,8 +31,10 @@ def test_snapshots_are_the_subfolders_that_all_moving_sources_share(project: Pat
     assert snapshots(config) == ["2026-02", "2026-03"]
     built = run(config, project / "home", STAGE, "2026-02")["raw_rows"].artifact
     assert [(r["source"], r["file"], r["line"], json.loads(r["content"])) for r in rows(built, "rows")] == [
-        (0, "rows.jsonl", 1, {"from": "a/2026-02"}), (1, "rows.jsonl", 1, {"from": "b/2026-02"}), (2, "rules.jsonl", 1, {"from": "rules"}),
-    ]  # fmt: skip
+        (0, "rows.jsonl", 1, {"from": "a/2026-02"}),
+        (1, "rows.jsonl", 1, {"from": "b/2026-02"}),
+        (2, "rules.jsonl", 1, {"from": "rules"}),
+    ]
     digests = source_digests(config, "2026-02")
     assert list(digests) == ["a/2026-02/rows.jsonl", "b/2026-02/rows.jsonl", "rules.jsonl"]
     assert all(sha256_file(project_path(name)) == digest for name, digest in digests.items())
@@ -139,9 +141,33 @@ def test_built_twice_it_has_the_same_data_version(project: Path) -> None:
 
 
 PIECES = st.sampled_from(
-    [b'{"prompt": "a", "completion": "b"}', b"{", b"}", b"[", b"]", b'"', b"\\", b",", b"\xff", b"\xef\xbb\xbf", b"\x00", b"\r", b"\n", b"\n\n", b'{"a": NaN}',
-     b'"\\ud83d"', b'{"a": {"a": 1, "a": 2}}', b"null", b" ", b"<|im_end|>", b'{"prompt": null}', b"\xed\xa0\x80", b"\t", b"1e400"]
-)  # fmt: skip
+    [
+        b'{"prompt": "a", "completion": "b"}',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b"\\",
+        b",",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b"\x00",
+        b"\r",
+        b"\n",
+        b"\n\n",
+        b'{"a": NaN}',
+        b'"\\ud83d"',
+        b'{"a": {"a": 1, "a": 2}}',
+        b"null",
+        b" ",
+        b"<|im_end|>",
+        b'{"prompt": null}',
+        b"\xed\xa0\x80",
+        b"\t",
+        b"1e400",
+    ]
+)
 
 
 def test_every_one_of_ten_thousand_broken_lines_is_a_row_or_a_reject_with_its_bytes(project: Path) -> None:
@@ -165,8 +191,14 @@ def test_every_one_of_ten_thousand_broken_lines_is_a_row_or_a_reject_with_its_by
         data = written[reject["line"]].removeprefix(b"\xef\xbb\xbf")
         assert reject["raw"] == data.decode("utf-8", "backslashreplace") and len(reject["reasons"]) == 1
     assert {r["reasons"][0] for r in rejects} == {
-        "invalid_utf8", "invalid_unicode", "invalid_json", "not_an_object", "not_finite", "duplicate_key", "too_deep",
-    }  # fmt: skip
+        "invalid_utf8",
+        "invalid_unicode",
+        "invalid_json",
+        "not_an_object",
+        "not_finite",
+        "duplicate_key",
+        "too_deep",
+    }
     contents = {r["line"]: r["content"] for r in decoded}
     for line, content in contents.items():
         assert json.loads(content) == json.loads(written[line].removeprefix(b"\xef\xbb\xbf"))

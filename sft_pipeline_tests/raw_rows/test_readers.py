@@ -186,8 +186,12 @@ def test_the_content_does_not_depend_on_the_notation_or_the_format(tmp_path: Pat
     huge = {**value, "id": 2**64, "x": 1e20}  # orjson cannot hold it
     for row in (value, huge):
         texts = [
-            json.dumps(row), json.dumps(row, ensure_ascii=False, sort_keys=True), json.dumps(row, separators=(",", ":")), json.dumps(row).replace("1e+20", "1E20"), json.dumps(row).replace("e+20", "000.0e17"),
-        ]  # fmt: skip
+            json.dumps(row),
+            json.dumps(row, ensure_ascii=False, sort_keys=True),
+            json.dumps(row, separators=(",", ":")),
+            json.dumps(row).replace("1e+20", "1E20"),
+            json.dumps(row).replace("e+20", "000.0e17"),
+        ]
         found = [decode_object(1, text.encode()) for text in texts]
         found += [decode_strictly(1, text.encode()) for text in texts]
         found += read(put(tmp_path, "rows.json", json.dumps([row], indent=1)))
@@ -199,11 +203,48 @@ JSON_NUMBERS = st.one_of(
     st.integers(),
     st.integers(-(2**70), 2**70),
     st.floats(),
-    st.sampled_from(["1e400", "-0", "-0.0", "1E5", "01", "1.", "-", "0.1" + "0" * 30 + "7", "9" * 19, "-" + "9" * 19, "9" * 20, "1e-400", "1" + "0" * 30 + ".0", "NaN", "-Infinity"]),
-).map(str)  # fmt: skip
+    st.sampled_from(
+        [
+            "1e400",
+            "-0",
+            "-0.0",
+            "1E5",
+            "01",
+            "1.",
+            "-",
+            "0.1" + "0" * 30 + "7",
+            "9" * 19,
+            "-" + "9" * 19,
+            "9" * 20,
+            "1e-400",
+            "1" + "0" * 30 + ".0",
+            "NaN",
+            "-Infinity",
+        ]
+    ),
+).map(str)
 JSON_STRINGS = st.text(max_size=6).map(json.dumps) | st.sampled_from(
-    ['"a"', '"b"', '"\\u0061"', '"\\u0022"', '"\\\\u0022"', '"\\""', '"\\ud83d\\ude00"', '"\\ud83d"', '"\ud83d"', '"\x7f"', '"\t"', '"\\/"', '"é"', '"{[{["', '"\\x"', '"\u2028"', '""', '"']
-)  # fmt: skip
+    [
+        '"a"',
+        '"b"',
+        '"\\u0061"',
+        '"\\u0022"',
+        '"\\\\u0022"',
+        '"\\""',
+        '"\\ud83d\\ude00"',
+        '"\\ud83d"',
+        '"\ud83d"',
+        '"\x7f"',
+        '"\t"',
+        '"\\/"',
+        '"é"',
+        '"{[{["',
+        '"\\x"',
+        '"\u2028"',
+        '""',
+        '"',
+    ]
+)
 
 
 def _json_texts(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -221,7 +262,34 @@ JSON_TEXTS = st.recursive(
 OBJECTS = st.lists(st.tuples(JSON_STRINGS, JSON_TEXTS).map(":".join), max_size=4).map(
     lambda xs: f"{{{','.join(xs)}}}"
 )
-MUTATIONS = st.lists(st.tuples(st.integers(0, 200), st.sampled_from([b"", b'"', b"\\", b"{", b"}", b"[", b",", b":", b"\xff", b"\xed\xa0\x80", b"\x00", b"\r", b"\x0c", b" ", b"\xef\xbb\xbf", b"0" * 20, b"e9", b"-"])), max_size=2)  # fmt: skip
+MUTATIONS = st.lists(
+    st.tuples(
+        st.integers(0, 200),
+        st.sampled_from(
+            [
+                b"",
+                b'"',
+                b"\\",
+                b"{",
+                b"}",
+                b"[",
+                b",",
+                b":",
+                b"\xff",
+                b"\xed\xa0\x80",
+                b"\x00",
+                b"\r",
+                b"\x0c",
+                b" ",
+                b"\xef\xbb\xbf",
+                b"0" * 20,
+                b"e9",
+                b"-",
+            ]
+        ),
+    ),
+    max_size=2,
+)
 
 
 def _mutated(text: str, mutations: list[tuple[int, bytes]]) -> bytes:
@@ -272,8 +340,14 @@ def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
     )
     found = read(put(tmp_path, "rows.json", text))
     assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
-        (2, "row"), (3, "not_finite"), (4, "invalid_json"), (5, "not_an_object"), (6, "invalid_unicode"), (7, "invalid_json"), (8, "row"),
-    ]  # fmt: skip
+        (2, "row"),
+        (3, "not_finite"),
+        (4, "invalid_json"),
+        (5, "not_an_object"),
+        (6, "invalid_unicode"),
+        (7, "invalid_json"),
+        (8, "row"),
+    ]
     found = read(put(tmp_path, "bytes.json", b'[{"a": "\xff"}, {"a": "ok"}]'))
     assert [r.reason if isinstance(r, Bad) else "row" for r in found] == ["invalid_utf8", "row"]
     assert isinstance(found[0], Bad) and "\\xff" in found[0].raw

@@ -12,7 +12,7 @@ from sft_pipeline.stages.run import Run, run_stage
 from sft_pipeline.stages.sanity_check import build as sanity
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Store
-from sft_pipeline_tests.learning import tiny
+from sft_pipeline_tests.training import tiny
 
 
 @pytest.fixture

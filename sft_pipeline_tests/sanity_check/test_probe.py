@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sft_pipeline.learning.shards import Shards
 from sft_pipeline.stages.sanity_check.probe import collate_as, joined, probe, probe_block
-from sft_pipeline_tests.learning import tiny
+from sft_pipeline.training.shards import Shards
+from sft_pipeline_tests.training import tiny
 
 
 @pytest.fixture

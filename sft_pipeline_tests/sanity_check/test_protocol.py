@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.sanity_check import build as build_module
 from sft_pipeline.stages.sanity_check.asset import STAGE
@@ -15,7 +14,8 @@ from sft_pipeline.stages.sanity_check.forecast import WorstBlock, forecast
 from sft_pipeline.stages.sanity_check.protocol import ShortRun, judge
 from sft_pipeline.stages.stage import Build
 from sft_pipeline.store import Artifact
-from sft_pipeline_tests.learning import tiny
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline_tests.training import tiny
 
 FULL = {"parameterization": "full"}
 
@@ -37,10 +37,19 @@ def _formatting_is_current(request, monkeypatch):
 
 def check(root, out, *, model=FULL, sanity=None, training=None, packed=None, tokenized=None, template=None):
     config = SanityCheckConfig(
-        sanity=SanityConfig(**{"overfit_rows": 8, "short_run_steps": 8, **(sanity or {})}), model=ModelConfig(base=str(root / "base"), **model),
-        training=TrainingConfig(**{"learning_rate": 1e-3, **(training or {})}), tokenizer=str(root / "base"), tokenizer_revision=None,
-        template=template or {"chat_template": "tokenizer", "system": None}, tokens={"max_length": 64, "supervise": "completion", "overflow": "reject", "control_tokens": "reject"},
-    )  # fmt: skip
+        sanity=SanityConfig(**{"overfit_rows": 8, "short_run_steps": 8, **(sanity or {})}),
+        model=ModelConfig(base=str(root / "base"), **model),
+        training=TrainingConfig(**{"learning_rate": 1e-3, **(training or {})}),
+        tokenizer=str(root / "base"),
+        tokenizer_revision=None,
+        template=template or {"chat_template": "tokenizer", "system": None},
+        tokens={
+            "max_length": 64,
+            "supervise": "completion",
+            "overflow": "reject",
+            "control_tokens": "reject",
+        },
+    )
     out.mkdir()
     inputs = {
         "packed_shards": packed or Artifact(root / "packed"),
@@ -116,9 +125,9 @@ def test_ids_outside_the_vocabulary_and_too_long_examples_are_stopped(root, tmp_
 
 
 def test_a_template_changed_after_tokenization_is_stopped(root, tmp_path):
-    from sft_pipeline.stages.tokenized_rows.template import load_template
-    from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
     from sft_pipeline.store.files import sha256_json
+    from sft_pipeline.text.template import load_template
+    from sft_pipeline.text.tokenizer import load_tokenizer
 
     now = load_tokenizer(str(root / "base"), None)
     tokens = {"max_length": 64, "supervise": "completion", "overflow": "reject", "control_tokens": "reject"}

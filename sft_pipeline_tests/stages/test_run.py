@@ -44,8 +44,14 @@ def build_last(build: Build) -> Built:
 
 
 def stage(name: str, value: int = 1, **more) -> Stage:
-    return Stage(name=name, description=name, kinds=frozenset(), config=lambda _: Numbers(value=value), build=f"{__name__}:build_{name}",
-                 **({"inputs": (), "checks": (), "of_dataset": True} | more))  # fmt: skip
+    return Stage(
+        name=name,
+        description=name,
+        kinds=frozenset(),
+        config=lambda _: Numbers(value=value),
+        build=f"{__name__}:build_{name}",
+        **({"inputs": (), "checks": (), "of_dataset": True} | more),
+    )
 
 
 def graph(first: int = 1, gate: int = 1, last: int = 1) -> dict[str, Stage]:

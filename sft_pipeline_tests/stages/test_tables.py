@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_pipeline.stages import tables
+from sft_pipeline.stages.schemas import REJECTS
 from sft_pipeline.stages.tables import (
-    REJECTS,
     FileWriter,
     PartWriter,
     count_reasons,

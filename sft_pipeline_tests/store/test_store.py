@@ -19,9 +19,15 @@ FINGERPRINT = "f" * 64
 
 def fill(_: str) -> dict:
     return {
-        "asset": "a/rows", "partition": "s1", "code_version": "c", "config": {}, "inputs": {}, "accepted": True,
-        "counts": {"rows": 1}, "environment": {},
-    }  # fmt: skip
+        "asset": "a/rows",
+        "partition": "s1",
+        "code_version": "c",
+        "config": {},
+        "inputs": {},
+        "accepted": True,
+        "counts": {"rows": 1},
+        "environment": {},
+    }
 
 
 def put(store: Store, fingerprint: str = FINGERPRINT, content: str = "one", log: str = "now"):
@@ -46,8 +52,10 @@ def test_a_committed_artifact_is_found_intact_and_its_staging_is_gone(tmp_path: 
 
 
 def test_the_data_version_covers_what_is_not_volatile(tmp_path: Path) -> None:
-    versions = [put(Store(tmp_path / name), content=content, log=log).manifest.data_version
-                for name, content, log in (("a", "one", "x"), ("b", "one", "y"), ("c", "two", "x"))]  # fmt: skip
+    versions = [
+        put(Store(tmp_path / name), content=content, log=log).manifest.data_version
+        for name, content, log in (("a", "one", "x"), ("b", "one", "y"), ("c", "two", "x"))
+    ]
     assert versions[0] == versions[1] != versions[2]
 
 

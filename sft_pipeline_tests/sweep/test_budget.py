@@ -5,7 +5,6 @@ import pytest
 
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.schedule import Schedule, curve
 from sft_pipeline.sweep.budget import (
     Budget,
     PlannedUpdates,
@@ -14,6 +13,7 @@ from sft_pipeline.sweep.budget import (
     updates_within,
     within_budget,
 )
+from sft_pipeline.training.schedule import Schedule, curve
 
 
 def plan(*supervised: int) -> PlannedUpdates:
@@ -22,8 +22,15 @@ def plan(*supervised: int) -> PlannedUpdates:
 
 @pytest.mark.parametrize(
     ("planned", "max_steps", "asked", "updates"),
-    [(484, None, None, 48), (100, None, None, 20), (8, None, None, 8), (9000, None, None, 200), (484, 10, None, 10), (484, None, 30, 30)],
-)  # fmt: skip
+    [
+        (484, None, None, 48),
+        (100, None, None, 20),
+        (8, None, None, 8),
+        (9000, None, None, 200),
+        (484, 10, None, 10),
+        (484, None, 30, 30),
+    ],
+)
 def test_the_budget_is_a_tenth_within_bounds_or_as_asked(
     planned: int, max_steps: int | None, asked: int | None, updates: int
 ) -> None:

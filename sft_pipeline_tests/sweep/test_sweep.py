@@ -24,13 +24,22 @@ from sft_pipeline_tests.command import ROOT, sft
 
 RATES = "training.learning_rate=1e-3,1e-2,1e30"
 RECIPE = {
-    "name": "small_lora", "dataset": "small", "extends": "lora", "model": {"base": "data/base_model", "lora": {"r": 4, "alpha": 8, "dropout": 0}},
-    "tokens": {"max_length": 96}, "training": {"epochs": 3, "per_device_batch": 2},
+    "name": "small_lora",
+    "dataset": "small",
+    "extends": "lora",
+    "model": {"base": "data/base_model", "lora": {"r": 4, "alpha": 8, "dropout": 0}},
+    "tokens": {"max_length": 96},
+    "training": {"epochs": 3, "per_device_batch": 2},
     "evaluation": {
-        "graders": [{"name": "says_number", "kind": "regex", "pattern": "number"}, {"name": "exact", "kind": "exact_match"}],
-        "gates": ["says_number >= 0.5"], "rank_by": ["exact", "-val_loss"], "max_new_tokens": 8,
+        "graders": [
+            {"name": "says_number", "kind": "regex", "pattern": "number"},
+            {"name": "exact", "kind": "exact_match"},
+        ],
+        "gates": ["says_number >= 0.5"],
+        "rank_by": ["exact", "-val_loss"],
+        "max_new_tokens": 8,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -12,28 +12,52 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from sft_pipeline.stages.tokenized_rows.boundaries import may_share_a_piece
 from sft_pipeline.stages.tokenized_rows.byte_level import ODD_CONTROL, Unsupported, ascii_pattern
 from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder
-from sft_pipeline.stages.tokenized_rows.tokenizer import make_tokenizer
+from sft_pipeline.text.tokenizer import make_tokenizer
 from sft_pipeline_tests.tokenized_rows.tiny import SPECIAL, tiny_backend
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {
     "gpt2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "runs of digits": [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "qwen": [pre_tokenizers.Split(Regex(QWEN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-    "removed": [pre_tokenizers.Split(Regex(QWEN), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-    "cased": [pre_tokenizers.Split(Regex(CASED), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-    "newlines": [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "deepseek": [
-        pre_tokenizers.Split(Regex(r"[\r\n]"), "isolated"), pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"), pre_tokenizers.Split(Regex(r"\s?\p{P}+"), "isolated"),
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    "digits": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
     ],
-    "looking on": [pre_tokenizers.Split(Regex(r"[a-z]+(?=\d)|\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
+    "runs of digits": [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "qwen": [
+        pre_tokenizers.Split(Regex(QWEN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "removed": [
+        pre_tokenizers.Split(Regex(QWEN), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "cased": [
+        pre_tokenizers.Split(Regex(CASED), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "newlines": [
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "deepseek": [
+        pre_tokenizers.Split(Regex(r"[\r\n]"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\s?\p{P}+"), "isolated"),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "looking on": [
+        pre_tokenizers.Split(Regex(r"[a-z]+(?=\d)|\d"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
     "nothing": [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-}  # fmt: skip
+}
 PLAIN = st.text(st.sampled_from([chr(c) for c in (9, 10, 13, *range(32, 127))]), max_size=60)
-WORDS = st.lists(st.sampled_from(["the", " key", "  ", "'s", "'LL ", "Rotate", "42", "\n\n", " \n", "!?", "a1b2", "\t"])).map("".join)  # fmt: skip
+WORDS = st.lists(
+    st.sampled_from(["the", " key", "  ", "'s", "'LL ", "Rotate", "42", "\n\n", " \n", "!?", "a1b2", "\t"])
+).map("".join)
 
 
 def tokenizer(cuts, normalizer=None):

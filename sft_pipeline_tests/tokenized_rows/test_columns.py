@@ -12,34 +12,64 @@ from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, RowEncoder
 from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of
 from sft_pipeline.stages.tokenized_rows.rows import to_batch
-from sft_pipeline.stages.tokenized_rows.template import load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
 from sft_pipeline.stages.tokenized_rows.tracing import Question, Tracer, Untraceable
+from sft_pipeline.text.template import load_template
+from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SPLIT, row, tiny_tokenizer
 
 _END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 _TURN = "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
 BRANCHING = (
     "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if c.startswith('the') and loop.last %}{% set c = c + ' (the)' %}{% endif %}{% endif %}" + _TURN + "{% endfor %}" + _END
-)  # fmt: skip
+    "{% if c.startswith('the') and loop.last %}{% set c = c + ' (the)' %}{% endif %}{% endif %}"
+    + _TURN
+    + "{% endfor %}"
+    + _END
+)
 THINKING = (
     "{% macro shown(text) %}{{ text }}{% endmacro %}{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
-    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ shown(m.content) }}{{ '<|im_end|>\n' }}{% endfor %}" + _END
-)  # fmt: skip
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ shown(m.content) }}{{ '<|im_end|>\n' }}{% endfor %}"
+    + _END
+)
 TRIMMING = "{% for m in messages %}{% set c = m.content | trim %}" + _TURN + "{% endfor %}" + _END
 CAPTURING = (
     "{% for m in messages %}{% set c %}{{ m.content }}{% endset %}"
     "{% if c %}" + _TURN + "{% endif %}{% endfor %}" + _END
 )
 TEMPLATES = {
-    "chatml": CHATML, "marked": MARKED, "branching": BRANCHING, "thinking": THINKING, "trimming": TRIMMING, "capturing": CAPTURING,
-}  # fmt: skip
+    "chatml": CHATML,
+    "marked": MARKED,
+    "branching": BRANCHING,
+    "thinking": THINKING,
+    "trimming": TRIMMING,
+    "capturing": CAPTURING,
+}
 
 TEXT = st.lists(
-    st.sampled_from(["the", " key", "  ", "</think>", "<think>", "\n", "\n\n", "42", "é", "😀", "<|im", "_end|>", "<|im_end|>", "assistant", "user", "\x0b", " "])
-    | st.text(max_size=4), max_size=6,
-).map("".join)  # fmt: skip
+    st.sampled_from(
+        [
+            "the",
+            " key",
+            "  ",
+            "</think>",
+            "<think>",
+            "\n",
+            "\n\n",
+            "42",
+            "é",
+            "😀",
+            "<|im",
+            "_end|>",
+            "<|im_end|>",
+            "assistant",
+            "user",
+            "\x0b",
+            " ",
+        ]
+    )
+    | st.text(max_size=4),
+    max_size=6,
+).map("".join)
 
 
 @st.composite
@@ -82,9 +112,13 @@ def test_columns_are_what_the_row_encoder_makes(name, rows, supervise, max_lengt
 
 
 PLAIN_ROWS = [
-    row(("system", "Be kind."), ("user", f"who may read report {i}"), ("assistant", f"user {i} may, says rule {i}"))
+    row(
+        ("system", "Be kind."),
+        ("user", f"who may read report {i}"),
+        ("assistant", f"user {i} may, says rule {i}"),
+    )
     for i in range(20)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -93,24 +127,48 @@ def test_ordinary_rows_do_come_back(name):
 
 
 def test_rows_that_answer_a_question_otherwise_get_a_skeleton_of_their_own():
-    rows = [row(("user", "which key"), ("assistant", text)) for text in ("rotate the key", "the key is stale", "rotate it now")]  # fmt: skip
+    rows = [
+        row(("user", "which key"), ("assistant", text))
+        for text in ("rotate the key", "the key is stale", "rotate it now")
+    ]
     assert compare(rows, BRANCHING, TokensConfig()) == 3
 
 
 def test_texts_that_are_not_plain_go_to_the_reference_and_forged_ones_do_not_come_back():
-    rows = [row(("user", "é\x0b"), ("assistant", "naïve 😀")), row(("user", "a <|im_end|>"), ("assistant", "never again"))]  # fmt: skip
+    rows = [
+        row(("user", "é\x0b"), ("assistant", "naïve 😀")),
+        row(("user", "a <|im_end|>"), ("assistant", "never again")),
+    ]
     assert compare(rows, CHATML, TokensConfig()) == 1
 
 
 @pytest.mark.parametrize(
     "expression",
     [
-        "m.content | upper", "m.content[:5]", "m.content.replace('a', 'b')", "m.content | length", "m.content | tojson", "[m.content] | join(',')",
-        "'%s!' | format(m.content)", "'%s' % m.content", "'{}'.format(m.content)", "m.content in 'some text'", "m.content | list | first", "m.content.split(' ') | last",
-        "(m.content + '!') is in ['a!']", "m.content * 2", "m.content | replace('a', 'b')", "messages | tojson", "messages | map(attribute='content') | join", "m.content < 'm'",
-        "(m | string) | length", "m.content ~ (m.content ~ 'x').endswith('yx')", "m.content is lower", "{'a': 1}[m.content]",
+        "m.content | upper",
+        "m.content[:5]",
+        "m.content.replace('a', 'b')",
+        "m.content | length",
+        "m.content | tojson",
+        "[m.content] | join(',')",
+        "'%s!' | format(m.content)",
+        "'%s' % m.content",
+        "'{}'.format(m.content)",
+        "m.content in 'some text'",
+        "m.content | list | first",
+        "m.content.split(' ') | last",
+        "(m.content + '!') is in ['a!']",
+        "m.content * 2",
+        "m.content | replace('a', 'b')",
+        "messages | tojson",
+        "messages | map(attribute='content') | join",
+        "m.content < 'm'",
+        "(m | string) | length",
+        "m.content ~ (m.content ~ 'x').endswith('yx')",
+        "m.content is lower",
+        "{'a': 1}[m.content]",
     ],
-)  # fmt: skip
+)
 def test_templates_that_read_contents_are_not_traced(expression):
     tokenizer = tiny_tokenizer("{% for m in messages %}{{ " + expression + " }}<|im_end|>{% endfor %}")
     with pytest.raises(Untraceable):
@@ -123,16 +181,29 @@ def test_templates_that_read_contents_are_not_traced(expression):
 @pytest.mark.parametrize("supervise", ["completion", "assistant"])
 @pytest.mark.parametrize(
     ("name", "template"),
-    [("qwen3", "tokenizer"), ("smollm2", "tokenizer"), ("minimind-6400", "tokenizer"), ("olmo2-dolma2", "tokenizer"), ("gpt2", "alpaca"), ("gpt2", "llama3")],
-)  # fmt: skip
+    [
+        ("qwen3", "tokenizer"),
+        ("smollm2", "tokenizer"),
+        ("minimind-6400", "tokenizer"),
+        ("olmo2-dolma2", "tokenizer"),
+        ("gpt2", "alpaca"),
+        ("gpt2", "llama3"),
+    ],
+)
 def test_real_rows_under_real_tokenizers(shared_data, name, template, supervise):
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:250]
     asked = [json.loads(line) for line in lines]
     rows = [row(("user", r["question"]), ("assistant", r["answer"])) for r in asked]
     several = [
-        row(("system", "Be brief."), ("user", a["question"]), ("assistant", a["answer"]), ("user", b["question"]), ("assistant", b["answer"]))
+        row(
+            ("system", "Be brief."),
+            ("user", a["question"]),
+            ("assistant", a["answer"]),
+            ("user", b["question"]),
+            ("assistant", b["answer"]),
+        )
         for a, b in zip(asked[:60], asked[60:120])
-    ]  # fmt: skip
+    ]
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
     tokens = TokensConfig(max_length=2048, supervise=supervise)
     found = compare(rows + several, template, tokens, tokenizer=tokenizer)

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.conversation import WORD_JOINER
 from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
-from sft_pipeline.stages.tokenized_rows.reasons import Reason
-from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.text.conversation import WORD_JOINER
+from sft_pipeline.text.reasons import Reason
+from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, row, tiny_tokenizer
 
 FORGED = [
@@ -54,7 +54,7 @@ def test_a_token_of_which_the_template_writes_one_half_is_found():
 
 
 def test_added_tokens_that_the_template_writes_are_forgeries_outside_the_assistants_turns():
-    from sft_pipeline.stages.tokenized_rows.conversation import ForgeryGuard
+    from sft_pipeline.text.conversation import ForgeryGuard
 
     tokenizer = tiny_tokenizer(CHATML + "{# #}{% if false %}<think>{% endif %}")
     tokenizer.added["<think>"] = 9999

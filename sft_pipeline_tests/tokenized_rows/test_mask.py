@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example, Refused, RowEncoder
-from sft_pipeline.stages.tokenized_rows.reasons import Reason
-from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.text.reasons import Reason
+from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SHORT, row, tiny_tokenizer
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Refused, RowEncoder
-from sft_pipeline.stages.tokenized_rows.reasons import Reason
-from sft_pipeline.stages.tokenized_rows.template import load_template
+from sft_pipeline.text.reasons import Reason
+from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.tokenized_rows.tiny import row, tiny_tokenizer
 
 LONG_ANSWER = row(("user", "who may read"), ("assistant", " ".join(f"part{i}" for i in range(40))))

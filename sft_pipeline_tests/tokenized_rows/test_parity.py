@@ -8,12 +8,12 @@ import pytest
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.tokenized_rows.config import NAMED_TEMPLATES, TokensConfig
-from sft_pipeline.stages.tokenized_rows.conversation import conversation
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Refused, RowEncoder
-from sft_pipeline.stages.tokenized_rows.reasons import Reason
 from sft_pipeline.stages.tokenized_rows.skew import find_skew
-from sft_pipeline.stages.tokenized_rows.template import load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.text.conversation import conversation
+from sft_pipeline.text.reasons import Reason
+from sft_pipeline.text.template import load_template
+from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from sft_pipeline_tests.tokenized_rows.tiny import row
 
 pytestmark = pytest.mark.shared_data

@@ -19,20 +19,21 @@ from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, mask_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups
 from sft_pipeline.store.manifest import data_version, list_files
-from sft_pipeline_tests.tokenized_rows.tiny import (
-    CHATML,
-    FakeArtifact,
-    row,
-    save_tokenizer,
-    split_artifact,
-)
+from sft_pipeline_tests.tokenized_rows.tiny import CHATML, FakeArtifact, row, save_tokenizer, split_artifact
 
 LONG = row(("user", "who"), ("assistant", "user " * 90), row_id="a" * 32)
 FORGED = row(("user", "hi<|im_end|>"), ("assistant", "no"), row_id="f" * 32)
 
 
 def numbered(count: int, start: int = 0) -> list[dict]:
-    return [row(("user", f"who may read report {i}"), ("assistant", f"user {i}é" if i % 5 == 0 else f"user {i}"), row_id=f"{i:032x}") for i in range(start, start + count)]  # fmt: skip
+    return [
+        row(
+            ("user", f"who may read report {i}"),
+            ("assistant", f"user {i}é" if i % 5 == 0 else f"user {i}"),
+            row_id=f"{i:032x}",
+        )
+        for i in range(start, start + count)
+    ]
 
 
 class Told(Reporter):
@@ -55,7 +56,16 @@ def run(tmp_path: Path, name: str, earlier: tuple = (), **sides) -> tuple[Built,
     out, told = tmp_path / name, Told()
     out.mkdir()
     inputs = {"grouped_split": split_artifact(tmp_path / f"split-{name}", **sides)}
-    built = room.build(Build(config=config, inputs=inputs, out=out, work=tmp_path / f"work-{name}", report=told, earlier=earlier))  # fmt: skip
+    built = room.build(
+        Build(
+            config=config,
+            inputs=inputs,
+            out=out,
+            work=tmp_path / f"work-{name}",
+            report=told,
+            earlier=earlier,
+        )
+    )
     (out / "config.json").unlink(missing_ok=True)
     return built, FakeArtifact(out), told
 
@@ -120,7 +130,10 @@ def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatc
 
     def merged_otherwise(self: ChunkEncoder, texts: list[str]) -> list[bytes]:
         """Bytes one by one: the text is right, the ids are not those of the tokenizer."""
-        return [b"".join(exact(self, list(text))) if text.isascii() else ids for text, ids in zip(texts, exact(self, texts))]  # fmt: skip
+        return [
+            b"".join(exact(self, list(text))) if text.isascii() else ids
+            for text, ids in zip(texts, exact(self, texts))
+        ]
 
     monkeypatch.setattr(ChunkEncoder, "_ids", merged_otherwise)
     built, artifact, told = run(tmp_path, "erring", **sides)
@@ -139,7 +152,9 @@ def test_it_is_found_out_among_few_new_rows_too(tmp_path, monkeypatch):
     good_built, good, _ = run(tmp_path, "good", (old,), **sides)
     assert (good_built.counts["by_columns"], good_built.counts["compared"]) == (3, 3)
     exact = ChunkEncoder._ids
-    monkeypatch.setattr(ChunkEncoder, "_ids", lambda self, texts: [b"".join(exact(self, list(t))) for t in texts])  # fmt: skip
+    monkeypatch.setattr(
+        ChunkEncoder, "_ids", lambda self, texts: [b"".join(exact(self, list(t))) for t in texts]
+    )
     monkeypatch.setenv("SFT_WORKERS", "1")  # so that the referee is in this process, which errs
     built, artifact, told = run(tmp_path, "erring", (old,), **sides)
     assert version(built, artifact) == version(good_built, good)
@@ -154,7 +169,10 @@ def test_what_is_supervised_is_told_by_its_spans(rows):
     examples = [mask for row in rows for mask in row]
     flat = np.array([on for mask in examples for on in mask], dtype=bool)
     labels = [[7 if on else IGNORE for on in mask] for mask in examples]
-    batch = pa.RecordBatch.from_arrays([pa.array(list(map(len, examples)), pa.int32()), pa.array(labels, pa.list_(pa.int32()))], ["length", "labels"])  # fmt: skip
+    batch = pa.RecordBatch.from_arrays(
+        [pa.array(list(map(len, examples)), pa.int32()), pa.array(labels, pa.list_(pa.int32()))],
+        ["length", "labels"],
+    )
     keys = pa.array([b"k" * 16] * len(rows), pa.binary(16))
     written = to_outcomes(
         keys, [Outcome(n) for n in range(4)], np.array([len(r) for r in rows], np.int64), batch

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.tokenized_rows.template import load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
+from sft_pipeline.text.template import load_template
+from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, save_tokenizer, tiny_tokenizer
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -10,11 +10,11 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from sft_pipeline.stages.schemas import ROWS as SPLIT
+from sft_pipeline.stages.schemas import content_key
 from sft_pipeline.stages.tables import PartWriter
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, make_tokenizer
-from sft_pipeline.stages.validated_rows.rows import ROWS as SPLIT
-from sft_pipeline.stages.validated_rows.rows import content_key
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.tokenizer import Tokenizer, make_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -92,9 +92,17 @@ def row(
         given[-1]["tool_calls"] = json.dumps(calls)
     given_tools = json.dumps(tools) if tools else None
     return {
-        "row_id": row_id, "source": 0, "file": "rows.jsonl", "line": 1, "group": row_id,
-        "messages": given, "tools": given_tools, "time": None, "warnings": [], "content_key": content_key(given, given_tools),
-    }  # fmt: skip
+        "row_id": row_id,
+        "source": 0,
+        "file": "rows.jsonl",
+        "line": 1,
+        "group": row_id,
+        "messages": given,
+        "tools": given_tools,
+        "time": None,
+        "warnings": [],
+        "content_key": content_key(given, given_tools),
+    }
 
 
 class FakeArtifact(Artifact):

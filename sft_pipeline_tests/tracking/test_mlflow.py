@@ -53,12 +53,19 @@ def put(
     with store.building(fingerprint) as folder:
         write(folder)
         return store.commit(
-            folder, volatile=(),
+            folder,
+            volatile=(),
             fill=lambda _: {
-                "asset": asset, "partition": snapshot, "code_version": "c", "config": {}, "accepted": True, "counts": {}, "environment": {},
+                "asset": asset,
+                "partition": snapshot,
+                "code_version": "c",
+                "config": {},
+                "accepted": True,
+                "counts": {},
+                "environment": {},
                 "inputs": {n: a.as_input() for n, a in inputs.items()},
             },
-        )  # fmt: skip
+        )
 
 
 def track(stage: str, fingerprint: str, inputs: dict[str, Artifact]):
@@ -70,10 +77,16 @@ def track(stage: str, fingerprint: str, inputs: dict[str, Artifact]):
 def evaluation(store: Store, name: str, training: Artifact, scores: dict[str, float]) -> Artifact:
     def write(folder: Path) -> None:
         mean = sum(scores.values()) / len(scores)
-        (folder / "evaluation.json").write_text(json.dumps({
-            "chosen_step": 10, "base": {"right": 0.0, "val_loss": 3.0}, "tuned": {"right": mean, "val_loss": 1.0},
-            "checkpoints": [{"step": 10, "right": mean, "val_loss": 1.0}],
-        }))  # fmt: skip
+        (folder / "evaluation.json").write_text(
+            json.dumps(
+                {
+                    "chosen_step": 10,
+                    "base": {"right": 0.0, "val_loss": 3.0},
+                    "tuned": {"right": mean, "val_loss": 1.0},
+                    "checkpoints": [{"step": 10, "right": mean, "val_loss": 1.0}],
+                }
+            )
+        )
         rows = [
             {"side": "test", "step": step, "group": g, "right": v if step == "10" else 0.0}
             for g, v in scores.items()
@@ -135,13 +148,17 @@ def test_points_that_a_killed_orchestrator_took_along_are_filled_in_from_the_art
     experiment = client.create_experiment("gaps", artifact_location=str(tmp_path / "files"))
     run_id = client.create_run(experiment).info.run_id
     client.log_batch(run_id, metrics=[Metric("loss", 4.0 - step, 100 + step, step) for step in (1, 4)])
-    rows = [{"name": "loss", "step": s, "value": 4.0 - s} for s in (1, 2, 3, 4)] + [{"name": "other", "step": 1, "value": 0.0}]  # fmt: skip
+    rows = [{"name": "loss", "step": s, "value": 4.0 - s} for s in (1, 2, 3, 4)] + [
+        {"name": "other", "step": 1, "value": 0.0}
+    ]
     (tmp_path / "trained").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "trained" / "history.parquet")
     for _ in range(2):  # a second time adds nothing
         fill_curves(client, run_id, Artifact(tmp_path / "trained"))
         curve = client.get_metric_history(run_id, "loss")
-        assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [(s, 4.0 - s) for s in (1, 2, 3, 4)]  # fmt: skip
+        assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [
+            (s, 4.0 - s) for s in (1, 2, 3, 4)
+        ]
     assert [m.timestamp for m in sorted(curve, key=lambda m: m.step)] == [101, 101, 101, 104]
 
 

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.trained_checkpoints.build import build
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
 from sft_pipeline.store import Artifact
-from sft_pipeline_tests.learning import tiny
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline_tests.training import tiny
 
 
 class Recorder(Reporter):
@@ -76,7 +76,7 @@ def run(root: Path, name: str, report: Reporter | None = None, **config: Any) ->
 
 def record_what_is_trained(folder: Path) -> None:
     """Writes the token ids of every example whose gradient was taken, as they reached the model, without padding."""
-    from sft_pipeline.learning.trainer import SupervisedTrainer
+    from sft_pipeline.training.trainer import SupervisedTrainer
 
     folder.mkdir(exist_ok=True)
     path = folder / f"rank{os.environ.get('RANK', '0')}.jsonl"

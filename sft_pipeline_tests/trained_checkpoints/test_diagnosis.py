@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from sft_pipeline.learning.config import EarlyStopping
-from sft_pipeline.learning.progress import Intervals
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints.diagnosis import Members, diagnose
 from sft_pipeline.stages.trained_checkpoints.watch import Watch
+from sft_pipeline.training.config import EarlyStopping
+from sft_pipeline.training.progress import Intervals
 
 
 def curve(f, n=100):

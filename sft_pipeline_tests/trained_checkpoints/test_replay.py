@@ -12,8 +12,8 @@ from sft_pipeline.stages.trained_checkpoints.build import read_data
 from sft_pipeline.stages.trained_checkpoints.replay import replay
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.manifest import InputEntry, Manifest, data_version, list_files
-from sft_pipeline_tests.learning import tiny
 from sft_pipeline_tests.trained_checkpoints.run_tiny import Recorder, config_of, run
+from sft_pipeline_tests.training import tiny
 
 FEW = 8  # tokens in the sound rows, so that they are soon learned
 FINGERPRINT = "ab12" * 16
@@ -51,10 +51,19 @@ def poisoned(tmp_path_factory):
         for name, rest in (("packed", "_shards"), ("tokenized", "_rows"))
     }
     manifest = Manifest(
-        asset="tiny/trained_checkpoints", partition="test", fingerprint=FINGERPRINT, data_version=data_version(files), code_version="test",
-        config=config_of(root, **SETTINGS).model_dump(mode="json"), inputs=inputs, accepted=True, counts={}, files=files, environment={},
+        asset="tiny/trained_checkpoints",
+        partition="test",
+        fingerprint=FINGERPRINT,
+        data_version=data_version(files),
+        code_version="test",
+        config=config_of(root, **SETTINGS).model_dump(mode="json"),
+        inputs=inputs,
+        accepted=True,
+        counts={},
+        files=files,
+        environment={},
         created_at="2026-01-01T00:00:00Z",
-    )  # fmt: skip
+    )
     (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
     return root, block, blocks[block]["row_ids"][0], json.loads((folder / "training.json").read_text())
 

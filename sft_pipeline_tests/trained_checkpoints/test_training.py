@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.store.manifest import data_version, list_files
-from sft_pipeline_tests.learning import tiny
 from sft_pipeline_tests.trained_checkpoints.run_tiny import Recorder, make, run
+from sft_pipeline_tests.training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +155,8 @@ def test_what_is_written_down(root, whole):
 
 
 def test_checkpoints_load_for_inference_and_their_validation_loss_is_that_of_the_curve(root, whole):
-    from sft_pipeline.learning.generate import score_nll
-    from sft_pipeline.learning.model import load_for_inference
+    from sft_pipeline.training.generate import score_nll
+    from sft_pipeline.training.model import load_for_inference
     from sft_pipeline_tests.trained_checkpoints.run_tiny import config_of
 
     for kind in ("lora", "full"):
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_other_data_or_another_template_is_refused_with_the_reas
 
 
 def test_nan_stops_the_run_keeps_the_last_good_checkpoint_and_fails_the_check(root, monkeypatch):
-    from sft_pipeline.learning.trainer import SupervisedTrainer
+    from sft_pipeline.training.trainer import SupervisedTrainer
 
     compute = SupervisedTrainer.compute_loss
 
@@ -299,8 +299,8 @@ def test_dora_rslora_neftune_freezing_and_checkpointing_train(root):
 
 
 def test_qlora_trains_and_its_checkpoint_scores_as_in_training(root):
-    from sft_pipeline.learning.generate import score_nll
-    from sft_pipeline.learning.model import load_for_inference
+    from sft_pipeline.training.generate import score_nll
+    from sft_pipeline.training.model import load_for_inference
     from sft_pipeline_tests.trained_checkpoints.run_tiny import config_of
 
     pytest.importorskip("bitsandbytes")

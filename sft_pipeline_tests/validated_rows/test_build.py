@@ -74,8 +74,11 @@ def test_every_line_is_accepted_or_quarantined_with_its_bytes(project: Path) -> 
     outcome = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)["validated_rows"]
     built = outcome.artifact
     assert [(r["line"], r["reasons"], r["raw"]) for r in rows(built, "quarantine.parquet")] == [
-        (2, ["invalid_utf8"], "\\xff"), (6, ["not_an_object"], "[]"), (3, ["missing_field"], '{"prompt":"a"}'), (4, ["exact_duplicate"], '{"completion":"b","prompt":"a"}'),
-    ]  # fmt: skip
+        (2, ["invalid_utf8"], "\\xff"),
+        (6, ["not_an_object"], "[]"),
+        (3, ["missing_field"], '{"prompt":"a"}'),
+        (4, ["exact_duplicate"], '{"completion":"b","prompt":"a"}'),
+    ]
     assert (
         built.manifest.counts["read"]
         == 5
@@ -218,17 +221,57 @@ def test_the_number_of_workers_changes_nothing(project: Path, monkeypatch: pytes
 
 
 REAL = {
-    "gsm8k": ({"path": "gsm8k/train.jsonl", "format": "question_response", "columns": {"response": "answer"}}, 7473, {}),
-    "banking77": ({"path": "banking77/train.csv", "columns": {"prompt": "text", "completion": "category"}}, 10003, {}),
-    "multidogo": (
-        {"path": "multidogo/*/*.tsv", "columns": {"prompt": "utterance", "completion": "intent", "group": "conversationId"}}, 77501, {"exact_duplicate": 2600, "empty_prompt": 47},
+    "gsm8k": (
+        {"path": "gsm8k/train.jsonl", "format": "question_response", "columns": {"response": "answer"}},
+        7473,
+        {},
     ),
-    "oasst": ({"path": "oasst/trees_70.jsonl", "columns": {"group": "message_tree_id", "prompt": "prompt.text", "completion": "prompt.replies.0.text"}}, 70, {}),
-    "alpaca": ({"path": "llamafactory_demos/alpaca_en_demo.json", "format": "instruction"}, 985, {"exact_duplicate": 14}),
-    "glaive": ({"path": "llamafactory_demos/glaive_toolcall_en_demo.json", "format": "sharegpt"}, 265, {"exact_duplicate": 35}),
-    "typed": ({"path": "llamafactory_demos/v1_sft_demo.jsonl", "format": "messages"}, 499, {"exact_duplicate": 1}),
-    "fastchat": ({"path": "fastchat/dummy_conversation.json", "format": "sharegpt", "columns": {"group": "id"}}, 500, {}),
-}  # fmt: skip
+    "banking77": (
+        {"path": "banking77/train.csv", "columns": {"prompt": "text", "completion": "category"}},
+        10003,
+        {},
+    ),
+    "multidogo": (
+        {
+            "path": "multidogo/*/*.tsv",
+            "columns": {"prompt": "utterance", "completion": "intent", "group": "conversationId"},
+        },
+        77501,
+        {"exact_duplicate": 2600, "empty_prompt": 47},
+    ),
+    "oasst": (
+        {
+            "path": "oasst/trees_70.jsonl",
+            "columns": {
+                "group": "message_tree_id",
+                "prompt": "prompt.text",
+                "completion": "prompt.replies.0.text",
+            },
+        },
+        70,
+        {},
+    ),
+    "alpaca": (
+        {"path": "llamafactory_demos/alpaca_en_demo.json", "format": "instruction"},
+        985,
+        {"exact_duplicate": 14},
+    ),
+    "glaive": (
+        {"path": "llamafactory_demos/glaive_toolcall_en_demo.json", "format": "sharegpt"},
+        265,
+        {"exact_duplicate": 35},
+    ),
+    "typed": (
+        {"path": "llamafactory_demos/v1_sft_demo.jsonl", "format": "messages"},
+        499,
+        {"exact_duplicate": 1},
+    ),
+    "fastchat": (
+        {"path": "fastchat/dummy_conversation.json", "format": "sharegpt", "columns": {"group": "id"}},
+        500,
+        {},
+    ),
+}
 
 
 @pytest.mark.shared_data

@@ -35,23 +35,94 @@ CALLS = '[{"function":{"arguments":{"x":1},"name":"find"},"type":"function"}]'
     ("format_", "row", "columns", "expected"),
     [
         ("prompt_completion", {"prompt": "Q", "completion": "A"}, {}, PAIR),
-        ("prompt_completion", {"prompt": "Q", "completion": "A", "system": "S"}, {}, [("system", "S"), *PAIR]),
-        ("prompt_completion", {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]}, {}, [("system", "S"), *PAIR]),
-        ("prompt_completion", {"in": {"text": ["x", "Q"]}, "out.put": "A"}, {"prompt": "in.text.1", "completion": "out.put"}, PAIR),
-        ("instruction", {"instruction": "Q", "input": "I", "output": "A"}, {}, [("user", "Q\n\nI"), ("assistant", "A")]),
+        (
+            "prompt_completion",
+            {"prompt": "Q", "completion": "A", "system": "S"},
+            {},
+            [("system", "S"), *PAIR],
+        ),
+        (
+            "prompt_completion",
+            {
+                "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+                "completion": [{"role": "assistant", "content": "A"}],
+            },
+            {},
+            [("system", "S"), *PAIR],
+        ),
+        (
+            "prompt_completion",
+            {"in": {"text": ["x", "Q"]}, "out.put": "A"},
+            {"prompt": "in.text.1", "completion": "out.put"},
+            PAIR,
+        ),
+        (
+            "instruction",
+            {"instruction": "Q", "input": "I", "output": "A"},
+            {},
+            [("user", "Q\n\nI"), ("assistant", "A")],
+        ),
         ("instruction", {"instruction": "Q", "input": "", "output": "A"}, {}, PAIR),
-        ("instruction", {"instruction": "Q", "input": None, "output": "A", "system": "", "history": [["a", "b"]]}, {}, [("user", "a"), ("assistant", "b"), *PAIR]),
+        (
+            "instruction",
+            {"instruction": "Q", "input": None, "output": "A", "system": "", "history": [["a", "b"]]},
+            {},
+            [("user", "a"), ("assistant", "b"), *PAIR],
+        ),
         ("instruction", {"instruction": "Q", "output": "A"}, {}, PAIR),
-        ("dolly", {"instruction": "Q", "context": "C", "response": "A", "category": "x"}, {}, [("user", "Q\n\nC"), ("assistant", "A")]),
-        ("question_response", {"system_prompt": "S", "question": "Q", "response": "A"}, {}, [("system", "S"), *PAIR]),
+        (
+            "dolly",
+            {"instruction": "Q", "context": "C", "response": "A", "category": "x"},
+            {},
+            [("user", "Q\n\nC"), ("assistant", "A")],
+        ),
+        (
+            "question_response",
+            {"system_prompt": "S", "question": "Q", "response": "A"},
+            {},
+            [("system", "S"), *PAIR],
+        ),
         ("question_response", {"question": "Q", "answer": "A"}, {"response": "answer"}, PAIR),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, {}, PAIR),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"}, {}, [("system", "S"), *PAIR]),
-        ("messages", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, {}, PAIR),
-        ("messages", {"chat": [{"speaker": "Human", "text": "Q"}, {"speaker": "assistant", "text": "A"}]}, {"messages": "chat", "role": "speaker", "content": "text"}, PAIR),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": [{"type": "text", "value": "A"}]}]}, {}, PAIR),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            {},
+            PAIR,
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+                "system": "S",
+            },
+            {},
+            [("system", "S"), *PAIR],
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            {},
+            PAIR,
+        ),
+        (
+            "messages",
+            {"chat": [{"speaker": "Human", "text": "Q"}, {"speaker": "assistant", "text": "A"}]},
+            {"messages": "chat", "role": "speaker", "content": "text"},
+            PAIR,
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                    {"role": "assistant", "content": [{"type": "text", "value": "A"}]},
+                ]
+            },
+            {},
+            PAIR,
+        ),
     ],
-)  # fmt: skip
+)
 def test_formats(
     format_: str, row: dict[str, Any], columns: dict[str, str], expected: list[tuple[str, str]]
 ) -> None:
@@ -110,7 +181,11 @@ U, A = ("user", "Q"), ("assistant", "A")
         ("prompt_completion", {"prompt": "Q", "completion": " \n"}, ["empty_completion"]),
         ("prompt_completion", {"prompt": "", "completion": ""}, ["empty_prompt", "empty_completion"]),
         ("prompt_completion", {"prompt": 5, "completion": ""}, ["wrong_type", "empty_completion"]),
-        ("prompt_completion", {"prompt": "Q" * 11, "completion": "A" * 6}, ["prompt_too_long", "completion_too_long"]),
+        (
+            "prompt_completion",
+            {"prompt": "Q" * 11, "completion": "A" * 6},
+            ["prompt_too_long", "completion_too_long"],
+        ),
         ("messages", {"messages": []}, ["no_final_completion", "empty_prompt"]),
         ("messages", {"messages": None}, ["missing_field"]),
         ("messages", {"messages": "Q"}, ["wrong_type"]),
@@ -122,30 +197,75 @@ U, A = ("user", "Q"), ("assistant", "A")
         ("messages", _messages(U, A, ("tool", "R"), A), ["roles_do_not_alternate"]),
         ("messages", _messages(U, ("narrator", "N"), A), ["illegal_role"]),
         ("messages", _messages(U, (7, "N"), A), ["illegal_role"]),
-        ("messages", {"messages": [{"content": "Q"}, {"role": "assistant", "content": "A"}]}, ["missing_field"]),
+        (
+            "messages",
+            {"messages": [{"content": "Q"}, {"role": "assistant", "content": "A"}]},
+            ["missing_field"],
+        ),
         ("messages", _messages(U, ("assistant", ""), U, A), ["empty_message"]),
         ("messages", _messages(U, ("assistant", None)), ["empty_completion"]),
         ("messages", _messages(U, ("assistant", 5)), ["wrong_type"]),
-        ("messages", _messages(("user", [{"type": "image_url", "image_url": "x"}]), A), ["unsupported_content"]),
+        (
+            "messages",
+            _messages(("user", [{"type": "image_url", "image_url": "x"}]), A),
+            ["unsupported_content"],
+        ),
         ("messages", _messages(U, ("function_call", "not json")), ["invalid_tool_call"]),
-        ("messages", _messages(U, ("function_call", '{"name": "f", "arguments": "no"}')), ["invalid_tool_call"]),
+        (
+            "messages",
+            _messages(U, ("function_call", '{"name": "f", "arguments": "no"}')),
+            ["invalid_tool_call"],
+        ),
         ("messages", {**_messages(U, A), "tools": "{"}, ["invalid_tools"]),
-        ("messages", _messages(U, ("function_call", '{"name": "\\ud800", "arguments": {}}')), ["invalid_tool_call"]),
+        (
+            "messages",
+            _messages(U, ("function_call", '{"name": "\\ud800", "arguments": {}}')),
+            ["invalid_tool_call"],
+        ),
         ("messages", {**_messages(U, A), "tools": '[{"name": "\\ud800"}]'}, ["invalid_tools"]),
-        ("messages", {"messages": [{"role": "user", "content": "Q", "weight": 10**400}, {"role": "assistant", "content": "A", "weight": 1e39}]}, ["wrong_type"]),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "Q", "weight": 10**400},
+                    {"role": "assistant", "content": "A", "weight": 1e39},
+                ]
+            },
+            ["wrong_type"],
+        ),
         ("instruction", {"instruction": "Q", "input": 3, "output": "A"}, ["wrong_type"]),
         ("instruction", {"instruction": "Q", "history": [["a"]], "output": "A"}, ["wrong_type"]),
     ],
-)  # fmt: skip
+)
 def test_all_reasons_of_a_row_are_listed(format_: str, row: dict[str, Any], reasons: list[str]) -> None:
     assert read(format_, row, max_prompt_chars=10, max_completion_chars=5).reasons == reasons
 
 
 @pytest.mark.parametrize(
     "token",
-    ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end|>", "<|user|>", "<|start_header_id|>", "[INST]", "[/INST]", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>",
-     "<<SYS>>", "<think>", "</tool_call>", "<｜end▁of▁sentence｜>", "<eos>", "<bos>", "[TOOL_CALLS]"],
-)  # fmt: skip
+    [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|endoftext|>",
+        "<|end|>",
+        "<|user|>",
+        "<|start_header_id|>",
+        "[INST]",
+        "[/INST]",
+        "<s>",
+        "</s>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<<SYS>>",
+        "<think>",
+        "</tool_call>",
+        "<｜end▁of▁sentence｜>",
+        "<eos>",
+        "<bos>",
+        "[TOOL_CALLS]",
+    ],
+)
 def test_control_tokens_of_any_family_are_a_warning(token: str) -> None:
     found = read("prompt_completion", {"prompt": f"say {token} now", "completion": "A"})
     assert found.reasons == [] and warnings_of(found.messages) == [f"control_token:{token}"]

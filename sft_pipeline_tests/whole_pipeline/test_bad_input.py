@@ -47,9 +47,12 @@ def test_a_truncated_gzip(branch: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_bad_lines_are_quarantined_and_too_many_block(branch: Callable[..., Path], tmp_path: Path) -> None:
-    bad = b"\xff\xfe broken\n" + b'{"thread_id": "X1", "prompt": "p", "completion": null}\n' + json.dumps(
-        {"thread_id": "X2", "prompt": "p", "completion": "x" * 5_000_000}
-    ).encode() + b"\n"  # fmt: skip
+    bad = (
+        b"\xff\xfe broken\n"
+        + b'{"thread_id": "X1", "prompt": "p", "completion": null}\n'
+        + json.dumps({"thread_id": "X2", "prompt": "p", "completion": "x" * 5_000_000}).encode()
+        + b"\n"
+    )
     folder = branch(LINES + bad)
     ran, home = run(folder, tmp_path, until="validated_rows")
     assert ran.code == 0, ran.stderr[-3000:]

@@ -81,10 +81,18 @@ def test_without_the_requirement_it_exports(config: Path, home: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "smollm2"])
 def test_other_tokenizers_reach_packed_shards(config: Path, home: Path, shared_data: Path, name: str) -> None:
     ran = sft(
-        "run", "gsm8k_full", "--json", "--until", "packed_shards",
-        "--set", f"model.tokenizer={shared_data / 'tokenizers' / name}", "--set", "template.chat_template=tokenizer",
-        home=home / "sft", config=config,
-    )  # fmt: skip
+        "run",
+        "gsm8k_full",
+        "--json",
+        "--until",
+        "packed_shards",
+        "--set",
+        f"model.tokenizer={shared_data / 'tokenizers' / name}",
+        "--set",
+        "template.chat_template=tokenizer",
+        home=home / "sft",
+        config=config,
+    )
     assert ran.code == 0, ran.stderr[-4000:]
     assert ran.json["cached"] == ["raw_rows", "validated_rows", "grouped_split"]
     counts = json.loads(Path(ran.json["artifacts"]["packed_shards"], "manifest.json").read_text())["counts"]

@@ -1,8 +1,8 @@
 """The table of reasons for people is the one of the code."""
 
 from sft_pipeline.stages.grouped_split.write import NEAR_DUPLICATE
-from sft_pipeline.stages.tokenized_rows.reasons import MEANING
 from sft_pipeline.stages.validated_rows.quarantine import Reason
+from sft_pipeline.text.reasons import MEANING
 from sft_pipeline_tests.command import ROOT
 
 

@@ -41,9 +41,13 @@ DATA_STAGES = ["raw_rows", "validated_rows", "grouped_split", "tokenized_rows", 
 def rows_of(seed: int, count: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     return [
-        {"prompt": " ".join(rng.choices(WORDS, k=12)) + f" {seed}-{i}?", "completion": " ".join(rng.choices(WORDS, k=20)), "group": f"g{rng.randrange(count)}"}
+        {
+            "prompt": " ".join(rng.choices(WORDS, k=12)) + f" {seed}-{i}?",
+            "completion": " ".join(rng.choices(WORDS, k=20)),
+            "group": f"g{rng.randrange(count)}",
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def write(folder: Path, snapshot: str, rows: list[dict[str, str]], files: int = 1) -> None:
@@ -56,8 +60,11 @@ def write(folder: Path, snapshot: str, rows: list[dict[str, str]], files: int = 
 def run(folder: Path, snapshot: str, store: Path, **tokens) -> dict[str, Outcome]:
     dataset = DatasetConfig(name="words", sources=[{"path": str(folder), "format": "prompt_completion"}])
     recipe = RecipeConfig(
-        name="words_recipe", dataset="words", model={"base": "data/base_model"}, tokens={"max_length": 512, **tokens}
-    )  # fmt: skip
+        name="words_recipe",
+        dataset="words",
+        model={"base": "data/base_model"},
+        tokens={"max_length": 512, **tokens},
+    )
     branch = Branch(dataset, snapshot, recipe)
     return run_until("packed_shards", STAGES, branch, Run(Store(store), Reporter()))
 
@@ -87,7 +94,9 @@ def test_another_mask_or_length_takes_nothing_over(tmp_path, home):
     write(source, "2026-01-01", rows_of(1, 60))
     run(source, "2026-01-01", tmp_path / "store")
     for tokens in ({"supervise": "all"}, {"max_length": 500}):
-        counts = run(source, "2026-01-01", tmp_path / "store", **tokens)["tokenized_rows"].artifact.manifest.counts  # fmt: skip
+        counts = run(source, "2026-01-01", tmp_path / "store", **tokens)[
+            "tokenized_rows"
+        ].artifact.manifest.counts
         assert counts["rows_reused"] == 0 and counts["rows_tokenized"] > 0
 
 

@@ -5,11 +5,12 @@ import importlib.util
 from pathlib import Path
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.outside import MODEL_FILES, digest_file, digest_files
+from sft_pipeline.external_files import MODEL_FILES, digest_file, digest_files
+from sft_pipeline.hub import without_revision
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig, JsonSchemaGrader, PythonGrader
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
-from sft_pipeline.stages.tokenized_rows.config import TOKENIZER_FILES, split_revision
+from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> EvaluationStageConfig:
@@ -20,7 +21,7 @@ def _config(branch: Branch) -> EvaluationStageConfig:
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
     found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+        without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
     for grader in recipe.evaluation.graders:
         if isinstance(grader, JsonSchemaGrader) and isinstance(grader.schema_, str):

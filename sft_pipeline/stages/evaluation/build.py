@@ -15,7 +15,6 @@ from sft_pipeline.stages.evaluation.config import EvaluationConfig, EvaluationSt
 from sft_pipeline.stages.evaluation.graders import Grader, check_expected, make_graders
 from sft_pipeline.stages.evaluation.judge import Judgement, Side, judge
 from sft_pipeline.stages.evaluation.models import Models
-from sft_pipeline.stages.evaluation.rows import chosen_positions, held_out_rows
 from sft_pipeline.stages.evaluation.samples import SamplesWriter
 from sft_pipeline.stages.evaluation.select import Candidate, Gate, Selection, select
 from sft_pipeline.stages.evaluation.shown import (
@@ -25,7 +24,6 @@ from sft_pipeline.stages.evaluation.shown import (
     plot_comparison,
     some_samples,
 )
-from sft_pipeline.stages.evaluation.speech import Speech, speech_of
 from sft_pipeline.stages.evaluation.verdicts import (
     TEST_LOSS,
     gates_passed,
@@ -34,10 +32,12 @@ from sft_pipeline.stages.evaluation.verdicts import (
     replies_end,
     selection_explained,
 )
+from sft_pipeline.stages.held_out import chosen_positions, held_out_rows
 from sft_pipeline.stages.stage import Build, Built, markdown, number, plot, table, text
 from sft_pipeline.stages.tables import count_rows
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
+from sft_pipeline.text.reply import Speech, speech_of
 
 
 def build(b: Build) -> Built:
@@ -262,9 +262,16 @@ def _report_test(
 
 
 def _summary(
-    config: EvaluationConfig, judged: Mapping[int, Judgement], selection: Selection, base: Judgement, tuned: Judgement, comparisons: Sequence[Comparison],
-    sides: Sequence[Side], groups: Mapping[str, list[str]], ungradable: Mapping[str, dict[str, int]],
-) -> dict[str, Any]:  # fmt: skip
+    config: EvaluationConfig,
+    judged: Mapping[int, Judgement],
+    selection: Selection,
+    base: Judgement,
+    tuned: Judgement,
+    comparisons: Sequence[Comparison],
+    sides: Sequence[Side],
+    groups: Mapping[str, list[str]],
+    ungradable: Mapping[str, dict[str, int]],
+) -> dict[str, Any]:
     """evaluation.json. Numbers that could not be measured are null."""
     found = {c.name: c.to_json() for c in comparisons}
     table_rows = {r["step"]: r for r in checkpoint_rows(selection)}

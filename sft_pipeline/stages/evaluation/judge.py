@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sft_pipeline.learning.generate import Reply, generate, score_nll
-from sft_pipeline.learning.threads import threads_for
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
-from sft_pipeline.stages.evaluation.rows import HeldOut, held_out_rows
-from sft_pipeline.stages.evaluation.speech import Speech
+from sft_pipeline.stages.held_out import HeldOut, held_out_rows
 from sft_pipeline.stages.tables import count_rows, read_batches
+from sft_pipeline.text.reply import Speech
+from sft_pipeline.training.generate import Reply, generate, score_nll
+from sft_pipeline.training.threads import threads_for
 
 ROWS_AT_ONCE = 4096
 T = TypeVar("T")
@@ -106,8 +106,14 @@ def judge(
 
 
 def _judge(
-    model: Any, side: Side, config: EvaluationConfig, graders: Sequence[Grader], speech: Speech, span: _Span, keep: Callable[[list[dict[str, Any]]], None]
-) -> Judgement:  # fmt: skip
+    model: Any,
+    side: Side,
+    config: EvaluationConfig,
+    graders: Sequence[Grader],
+    speech: Speech,
+    span: _Span,
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> Judgement:
     nll, tokens = _losses(model, side, span)
     scores: dict[str, list[float]] = {g.name: [] for g in graders}
     unfinished = 0

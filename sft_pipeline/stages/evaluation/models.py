@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.learning.config import ModelConfig
-from sft_pipeline.learning.model import load_for_inference, training_device
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.training.config import ModelConfig
+from sft_pipeline.training.model import load_for_inference, training_device
 
 
 class Models:

@@ -1,9 +1,10 @@
 """The asset `exported_model`: what leaves the house, proved to be what was judged."""
 
-from sft_pipeline.outside import MODEL_FILES, digest_files
+from sft_pipeline.external_files import MODEL_FILES, digest_files
+from sft_pipeline.hub import without_revision
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
-from sft_pipeline.stages.tokenized_rows.config import TOKENIZER_FILES, split_revision
+from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> ExportedModelConfig:
@@ -16,7 +17,7 @@ def _config(branch: Branch) -> ExportedModelConfig:
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
     return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+        without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
 
 

@@ -9,12 +9,8 @@ import pyarrow.parquet as pq
 import torch
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.config import ModelConfig
-from sft_pipeline.learning.model import load_base, load_for_inference, training_device
-from sft_pipeline.outside import is_hub_id
+from sft_pipeline.hub import parse_hub_id
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.evaluation.rows import HeldOut
-from sft_pipeline.stages.evaluation.speech import formatting_of, speech_of, tokenizer_of
 from sft_pipeline.stages.exported_model import merge as merging
 from sft_pipeline.stages.exported_model.card import CardFacts, card
 from sft_pipeline.stages.exported_model.chain import by_stage, upstream, write_lineage
@@ -39,9 +35,13 @@ from sft_pipeline.stages.exported_model.proof import (
     probe_rows,
 )
 from sft_pipeline.stages.exported_model.tokenizer_files import write_tokenizer
+from sft_pipeline.stages.held_out import HeldOut
 from sft_pipeline.stages.stage import Build, Built, Check, markdown, number, table
-from sft_pipeline.stages.tokenized_rows.template import load_template
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.reply import formatting_of, speech_of, tokenizer_of
+from sft_pipeline.text.template import load_template
+from sft_pipeline.training.config import ModelConfig
+from sft_pipeline.training.model import load_base, load_for_inference, training_device
 
 STEPS = 6
 
@@ -107,10 +107,22 @@ def build(b: Build) -> Built:
     write_lineage(manifests, b.out / "lineage")
     dtype = str(proof.dtype).removeprefix("torch.") if merged else None
     facts = CardFacts(
-        recipe=config.recipe, dataset=config.dataset, snapshot=b.snapshot, model=config.model, base=merging.public_name(config.model.base),
-        license=config.export.license, step=step, evaluation=evaluation, samples=_paired_samples(evaluated, step), manifests=by_stage(manifests),
-        training=_as_run(trained), template=formatting["chat_template"], dtype=dtype, adapter=adapter, base_is_local=not is_hub_id(config.model.base),
-    )  # fmt: skip
+        recipe=config.recipe,
+        dataset=config.dataset,
+        snapshot=b.snapshot,
+        model=config.model,
+        base=merging.public_name(config.model.base),
+        license=config.export.license,
+        step=step,
+        evaluation=evaluation,
+        samples=_paired_samples(evaluated, step),
+        manifests=by_stage(manifests),
+        training=_as_run(trained),
+        template=formatting["chat_template"],
+        dtype=dtype,
+        adapter=adapter,
+        base_is_local=parse_hub_id(config.model.base) is None,
+    )
     (b.out / "README.md").write_text(card(facts), encoding="utf-8")
     tick("model card written")
     b.report.progress("exporting", STEPS, STEPS, "steps")
@@ -147,9 +159,16 @@ class _Steps:
 
 
 def _write_and_prove(
-    config: ExportedModelConfig, checkpoint: Path, folder: Path, rows: list[HeldOut], evaluation: dict[str, Any], evaluated: Artifact, decode: Any,
-    settings: dict[str, Any], tick: _Steps,
-) -> _Proof:  # fmt: skip
+    config: ExportedModelConfig,
+    checkpoint: Path,
+    folder: Path,
+    rows: list[HeldOut],
+    evaluation: dict[str, Any],
+    evaluated: Artifact,
+    decode: Any,
+    settings: dict[str, Any],
+    tick: _Steps,
+) -> _Proof:
     """One model in memory at a time: base and adapter, then merged, then loaded again."""
     sequences, prompts = [r.prompt + r.target for r in rows], [r.prompt for r in rows[:ANSWERS]]
     dtype = merging.target_dtype(config.export.dtype, config.model)
@@ -186,9 +205,16 @@ def _write_and_prove(
 
 
 def _prove_adapter(
-    config: ModelConfig, checkpoint: Path, folder: Path, rows: list[HeldOut], evaluation: dict[str, Any], evaluated: Artifact, decode: Any,
-    settings: dict[str, Any], tick: _Steps,
-) -> _Proof:  # fmt: skip
+    config: ModelConfig,
+    checkpoint: Path,
+    folder: Path,
+    rows: list[HeldOut],
+    evaluation: dict[str, Any],
+    evaluated: Artifact,
+    decode: Any,
+    settings: dict[str, Any],
+    tick: _Steps,
+) -> _Proof:
     """Without merged weights: the exported adapter on the base against the checkpoint on the base."""
     from peft import PeftModel
 

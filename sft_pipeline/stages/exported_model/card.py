@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_pipeline.learning.config import ModelConfig
 from sft_pipeline.store import Manifest
+from sft_pipeline.training.config import ModelConfig
 
 SAMPLES = 4
 
@@ -63,11 +63,17 @@ def _front_matter(facts: CardFacts) -> str:
 
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=facts.dataset, dataset_name=f"{facts.dataset}, held-out groups", dataset_split="test",
-            metric_type=name, metric_name=name, metric_value=value,
+            task_type="text-generation",
+            dataset_type=facts.dataset,
+            dataset_name=f"{facts.dataset}, held-out groups",
+            dataset_split="test",
+            metric_type=name,
+            metric_name=name,
+            metric_value=value,
         )
-        for name, value in facts.evaluation["tuned"].items() if value is not None
-    ]  # fmt: skip
+        for name, value in facts.evaluation["tuned"].items()
+        if value is not None
+    ]
     data = ModelCardData(
         license=facts.license,
         library_name="transformers" if facts.dtype else "peft",
@@ -111,10 +117,11 @@ def _results(facts: CardFacts) -> str:
         )
     test = facts.evaluation["sides"]["test"]
     return (
-        "## Base against tuned\n\nOn held-out groups, looked at once, after the choice.\n\n" + "\n".join(rows)
+        "## Base against tuned\n\nOn held-out groups, looked at once, after the choice.\n\n"
+        + "\n".join(rows)
         + f"\n\n{test['rows']} test rows in {test['groups']} groups, {test['generated']} of them generated ({_decoding(facts.evaluation)}). "
         "Intervals: bootstrap over groups; p: exact sign test over rows."
-    )  # fmt: skip
+    )
 
 
 def _decoding(evaluation: Mapping[str, Any]) -> str:

@@ -39,10 +39,14 @@ def write_lineage(manifests: dict[str, Manifest], folder: Path) -> None:
         write_json(folder / name, portable(manifest.to_json()))
         chain.append(
             {
-                "manifest": name, "asset": manifest.asset, "partition": manifest.partition, "fingerprint": fingerprint,
-                "data_version": manifest.data_version, "inputs": {k: v.fingerprint for k, v in manifest.inputs.items()},
+                "manifest": name,
+                "asset": manifest.asset,
+                "partition": manifest.partition,
+                "fingerprint": fingerprint,
+                "data_version": manifest.data_version,
+                "inputs": {k: v.fingerprint for k, v in manifest.inputs.items()},
             }
-        )  # fmt: skip
+        )
     sources = {
         k: v for m in manifests.values() if m.asset.endswith("/raw_rows") for k, v in m.outside.items()
     }

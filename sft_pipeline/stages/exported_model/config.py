@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from sft_pipeline.config.base import Config
-from sft_pipeline.learning.config import ModelConfig
+from sft_pipeline.training.config import ModelConfig
 
 
 class ExportConfig(Config):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sft_pipeline.learning.config import ModelConfig
-from sft_pipeline.learning.model import load_for_inference, load_model_config
 from sft_pipeline.project import project_path
+from sft_pipeline.training.config import ModelConfig
+from sft_pipeline.training.model import load_for_inference, load_model_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -92,9 +92,12 @@ def write_merged(
         if k in ("bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
     }
     model.generation_config = GenerationConfig(
-        **kept, eos_token_id=stop_ids, pad_token_id=pad_id, do_sample=sampling,
+        **kept,
+        eos_token_id=stop_ids,
+        pad_token_id=pad_id,
+        do_sample=sampling,
         **({"temperature": decoding["temperature"], "top_p": decoding["top_p"]} if sampling else {}),
-    )  # fmt: skip
+    )
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
     for path in (folder / "config.json", folder / "generation_config.json"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sft_pipeline.learning.threads import threads_for
+from sft_pipeline.training.threads import threads_for
 
 PROBE_TOKENS = 256
 # Largest difference of a logit, in units of the largest logit, that rounding the weights to a dtype explains.

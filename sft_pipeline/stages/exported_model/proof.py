@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
-from sft_pipeline.stages.evaluation.rows import HeldOut, chosen_positions, held_out_rows
 from sft_pipeline.stages.exported_model.parity import Difference, first_difference, served_prompt
+from sft_pipeline.stages.held_out import HeldOut, chosen_positions, held_out_rows
 from sft_pipeline.stages.stage import Check, number, table
-from sft_pipeline.stages.tokenized_rows.conversation import ForgeryGuard, conversation
-from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.conversation import ForgeryGuard, conversation
+from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer
 
 PROBES = 6
 ANSWERS = 4
@@ -127,10 +127,13 @@ def compare_prompts(
             if at is not None:
                 different.append(
                     {
-                        "row_id": row.row_id, "side": side, "position": at,
-                        "training": tokenizer.decode(row.prompt[at : at + 5]), "served": tokenizer.decode(ids[at : at + 5]),
+                        "row_id": row.row_id,
+                        "side": side,
+                        "position": at,
+                        "training": tokenizer.decode(row.prompt[at : at + 5]),
+                        "served": tokenizer.decode(ids[at : at + 5]),
                     }
-                )  # fmt: skip
+                )
     return Prompts(compared, skipped, different)
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 # What would have other code, other tokens or another template loaded than those of training, or names a machine.

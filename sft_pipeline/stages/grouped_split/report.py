@@ -10,8 +10,8 @@ from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import OnDisk, SideSummary
 from sft_pipeline.stages.painter import Painter
+from sft_pipeline.stages.schemas import ROWS
 from sft_pipeline.stages.stage import Check, Evidence, number, plot, table
-from sft_pipeline.stages.validated_rows.rows import ROWS
 from sft_pipeline.store.files import write_json
 
 
@@ -74,14 +74,21 @@ def write_summary(path: Path, config: SplitConfig, outcome: Outcome) -> None:
             "time_cutoff": config.time_cutoff,
             "counts": outcome.counts,
             "sides": {name: s.to_json(len(outcome.held[name].groups)) for name, s in outcome.handed.items()},
-            "labels": {n: dict(sorted((s.labels or {}).items())) for n, s in outcome.handed.items()} if len(labels) == len(SIDES) else None,
+            "labels": {n: dict(sorted((s.labels or {}).items())) for n, s in outcome.handed.items()}
+            if len(labels) == len(SIDES)
+            else None,
             "group_overlap": len(outcome.shared_groups),
-            "near_duplicates": None if config.near_duplicates is None else {
-                **config.near_duplicates.model_dump(mode="json"), "found": outcome.near_duplicates, "dropped": outcome.rejects,
-                "left": outcome.leaks, "leakage": outcome.leakage,
+            "near_duplicates": None
+            if config.near_duplicates is None
+            else {
+                **config.near_duplicates.model_dump(mode="json"),
+                "found": outcome.near_duplicates,
+                "dropped": outcome.rejects,
+                "left": outcome.leaks,
+                "leakage": outcome.leakage,
             },
         },
-    )  # fmt: skip
+    )
 
 
 def checks(config: SplitConfig, outcome: Outcome) -> tuple[Check, ...]:
@@ -170,10 +177,7 @@ def evidence(out: Path, outcome: Outcome, painter: Painter) -> dict[str, Evidenc
         charts.bars,
         out / "plots" / "sides.png",
         SIDES,
-        {
-            "rows": [counts[name] for name in SIDES],
-            "groups": [counts[f"{name}_groups"] for name in SIDES],
-        },
+        {"rows": [counts[name] for name in SIDES], "groups": [counts[f"{name}_groups"] for name in SIDES]},
         title="Rows and groups per side",
         y="number",
     )

@@ -69,10 +69,15 @@ class SideSummary:
             "groups": groups,
             "turns": self.turns,
             "characters": {
-                "mean": round(float(lengths.mean()), 1), "median": int(np.median(lengths)), "p95": int(np.percentile(lengths, 95)), "max": int(lengths.max()),
-            } if self.rows else None,
+                "mean": round(float(lengths.mean()), 1),
+                "median": int(np.median(lengths)),
+                "p95": int(np.percentile(lengths, 95)),
+                "max": int(lengths.max()),
+            }
+            if self.rows
+            else None,
             "rows_by_source": {str(k): v for k, v in sorted(self.sources.items())},
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from sft_pipeline.stages.grouped_split.leakage import Straddling
 from sft_pipeline.stages.grouped_split.shingles import texts_of
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import SideSummary
+from sft_pipeline.stages.schemas import ROWS
 from sft_pipeline.stages.stage import Build
-from sft_pipeline.stages.validated_rows.rows import ROWS
 
 NEAR_DUPLICATE = "near_duplicate_of_held_out"
 EXCERPT = pa.schema([(name, pa.string()) for name in ("row_id", "group", "side", "text")])

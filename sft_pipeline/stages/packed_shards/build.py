@@ -25,10 +25,15 @@ MAX_CV = 0.10
 
 PLAN = pa.schema(
     [
-        ("update", pa.int32()), ("position", pa.int32()), ("block", pa.int32()),
-        ("epoch", pa.int32()), ("tokens", pa.int32()), ("supervised", pa.int32()), ("examples", pa.int32()),
+        ("update", pa.int32()),
+        ("position", pa.int32()),
+        ("block", pa.int32()),
+        ("epoch", pa.int32()),
+        ("tokens", pa.int32()),
+        ("supervised", pa.int32()),
+        ("examples", pa.int32()),
     ]
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ def build(b: Build) -> Built:
             supervised = packing.sums(rows.supervised)
             plan = plan_updates(supervised, config.blocks_per_update, config.epochs, config.seed)
             fills = packing.sums(rows.lengths)
-            painter.draw(plot_fill, b.out / "plots" / "block_fill.png", fills, rows.lengths, config.max_length)  # fmt: skip
+            painter.draw(
+                plot_fill, b.out / "plots" / "block_fill.png", fills, rows.lengths, config.max_length
+            )
             painter.draw(plot_updates, b.out / "plots" / "updates.png", plan.sums(supervised))
             train, validation = (_write(b, config, side) for side in packed)
             budget = budget_of(packing, plan, rows.lengths, rows.supervised, config.max_length)
@@ -144,21 +151,38 @@ def _checks(
     )
     return (
         Check("every_row_packed_once", once, numbers),
-        Check("boundaries_restart", bad == 0, f"{train.written.examples + validation.written.examples} examples, {bad} with position ids that do not run from 0"),
-        Check("labels_match_inputs", wrong == 0, f"{train.written.supervised} supervised training tokens, {wrong} labels that do not belong"),
-        Check("plan_covers_every_block", covered, f"{budget.updates} updates over {config.epochs} epochs, each with all {budget.blocks} blocks"),
         Check(
-            "packing_efficiency", full,
-            f"blocks are {budget.packing_efficiency:.1%} full; padding each example to {config.max_length} would waste {budget.padding_waste:.1%}",
-            {"packing_efficiency": number(budget.packing_efficiency), "padding_waste": number(budget.padding_waste)},
+            "boundaries_restart",
+            bad == 0,
+            f"{train.written.examples + validation.written.examples} examples, {bad} with position ids that do not run from 0",
         ),
         Check(
-            "balanced_updates", budget.balance_cv <= MAX_CV,
+            "labels_match_inputs",
+            wrong == 0,
+            f"{train.written.supervised} supervised training tokens, {wrong} labels that do not belong",
+        ),
+        Check(
+            "plan_covers_every_block",
+            covered,
+            f"{budget.updates} updates over {config.epochs} epochs, each with all {budget.blocks} blocks",
+        ),
+        Check(
+            "packing_efficiency",
+            full,
+            f"blocks are {budget.packing_efficiency:.1%} full; padding each example to {config.max_length} would waste {budget.padding_waste:.1%}",
+            {
+                "packing_efficiency": number(budget.packing_efficiency),
+                "padding_waste": number(budget.padding_waste),
+            },
+        ),
+        Check(
+            "balanced_updates",
+            budget.balance_cv <= MAX_CV,
             f"supervised tokens per update: mean {budget.supervised_tokens_per_update.mean:,.0f}, {budget.supervised_tokens_per_update.min:,} to "
             f"{budget.supervised_tokens_per_update.max:,}; variation {budget.balance_cv:.2%} over updates of equal size",
             {"cv": number(budget.balance_cv)},
         ),
-    )  # fmt: skip
+    )
 
 
 def _packed_once(side: Side) -> bool:

@@ -81,9 +81,13 @@ def build(b: Build) -> Built:
             f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in config.sources)}. Add rows, or remove the snapshot's folder"
         )
     counts = {
-        "read": sum(read) + bad, "rows": sum(kept), "rejects": bad, "sampled_out": sum(read) - sum(kept),
-        "files": sum(len(f) for f in files.values()), "bytes": reading.total,
-    }  # fmt: skip
+        "read": sum(read) + bad,
+        "rows": sum(kept),
+        "rejects": bad,
+        "sampled_out": sum(read) - sum(kept),
+        "files": sum(len(f) for f in files.values()),
+        "bytes": reading.total,
+    }
     return Built(counts=counts, checks=_checks(b.out, counts), evidence=_evidence(config, counts, read, kept))
 
 

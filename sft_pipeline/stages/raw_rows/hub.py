@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.outside import digest_file
+from sft_pipeline.external_files import digest_file
 from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.decode import Bad, Row
 from sft_pipeline.stages.raw_rows.readers import table_rows

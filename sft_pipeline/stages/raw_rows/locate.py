@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.outside import digest_file
+from sft_pipeline.external_files import digest_file
 from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.config import RawSource
 from sft_pipeline.stages.raw_rows.hub import hub_digests, is_hub

@@ -1,9 +1,10 @@
 """The asset `sanity_check`: the verdict that must stand before the money is spent."""
 
-from sft_pipeline.outside import MODEL_FILES, digest_files
+from sft_pipeline.external_files import MODEL_FILES, digest_files
+from sft_pipeline.hub import without_revision
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
-from sft_pipeline.stages.tokenized_rows.config import NAMED_TEMPLATES, TOKENIZER_FILES, split_revision
+from sft_pipeline.text.config import NAMED_TEMPLATES, TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> SanityCheckConfig:
@@ -22,7 +23,7 @@ def _config(branch: Branch) -> SanityCheckConfig:
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
     found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        split_revision(recipe.tokenizer)[0], TOKENIZER_FILES
+        without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
     template = recipe.template.chat_template
     return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)

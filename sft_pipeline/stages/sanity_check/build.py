@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning import plots
 from sft_pipeline.stages.sanity_check.asset import STAGE
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.sanity_check.labels import DataFindings, changed_formatting, check_blocks
 from sft_pipeline.stages.stage import Build, Built, Check, CheckSpec, Evidence, markdown, number, plot, table
 from sft_pipeline.store.files import write_json
+from sft_pipeline.training import plots
 
 if TYPE_CHECKING:
-    from sft_pipeline.learning.feed import Layout
-    from sft_pipeline.learning.shards import Shards
+    from sft_pipeline.training.feed import Layout
+    from sft_pipeline.training.shards import Shards
 
 
 @dataclass
@@ -66,8 +66,8 @@ def judged(
 
 def _learning_rate(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
     """The rate of every update that the training will make, before it makes the first."""
-    from sft_pipeline.learning.schedule import Schedule, curve
-    from sft_pipeline.learning.shards import Plan
+    from sft_pipeline.training.schedule import Schedule, curve
+    from sft_pipeline.training.shards import Plan
 
     planned = len(Plan(b.inputs["packed_shards"].file("plan.parquet")))
     total = min(planned, config.training.max_steps or planned)
@@ -82,7 +82,7 @@ def _learning_rate(b: Build, config: SanityCheckConfig, verdict: Verdict) -> Non
 
 
 def _data(b: Build, config: SanityCheckConfig, verdict: Verdict) -> DataFindings:
-    from sft_pipeline.learning.model import load_model_config
+    from sft_pipeline.training.model import load_model_config
 
     packed, tokenized = b.inputs["packed_shards"], b.inputs["tokenized_rows"]
     model = load_model_config(config.model).get_text_config()
@@ -149,10 +149,10 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
     """The schedule to come; probe, overfitting, short run and samples, in that order, on one throw-away copy."""
     import torch
 
-    from sft_pipeline.learning.setup import load_tokenizer, make_feed
-    from sft_pipeline.learning.shards import Plan
     from sft_pipeline.stages.sanity_check import protocol
     from sft_pipeline.stages.sanity_check.forecast import forecast, worst_block
+    from sft_pipeline.training.setup import load_tokenizer, make_feed
+    from sft_pipeline.training.shards import Plan
 
     _learning_rate(b, config, verdict)
     packed, sanity, training = b.inputs["packed_shards"], config.sanity, config.training
@@ -166,9 +166,15 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
     worst = worst_block(model, shards, feed, verdict.record["data"]["fullest"])
     rows = protocol.overfit_rows(shards, feed, sanity.overfit_rows)
     result = protocol.overfit(
-        model, rows, steps=sanity.overfit_steps, fraction=sanity.overfit_loss, adapters=config.model.parameterization != "full",
-        max_tokens=feed.max_tokens, clip=training.clip, report=b.report,
-    )  # fmt: skip
+        model,
+        rows,
+        steps=sanity.overfit_steps,
+        fraction=sanity.overfit_loss,
+        adapters=config.model.parameterization != "full",
+        max_tokens=feed.max_tokens,
+        clip=training.clip,
+        report=b.report,
+    )
     verdict.say("overfits", result.passed, result.words, losses=plot("plots/overfit.png"))
     verdict.record["overfit"] = asdict(result)
     plots.plot_curve(
@@ -188,9 +194,17 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
         else None
     )
     run = protocol.short_run(
-        model, feed, held_out if held_out is not None and len(held_out) else None, tokenizer, config.model, training,
-        steps=sanity.short_run_steps, precision=precision, folder=b.work / "trainer", report=b.report,
-    )  # fmt: skip
+        model,
+        feed,
+        held_out if held_out is not None and len(held_out) else None,
+        tokenizer,
+        config.model,
+        training,
+        steps=sanity.short_run_steps,
+        precision=precision,
+        folder=b.work / "trainer",
+        report=b.report,
+    )
     _judge_run(b, config, verdict, run)
     _samples(b, config, verdict, model, tokenizer)
     total = min(len(plan), training.max_steps or len(plan))
@@ -208,10 +222,10 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
 def probed_copy(b: Build, config: SanityCheckConfig, verdict: Verdict) -> tuple[Any, str, "Shards", "Layout"]:
     """(a throw-away copy of the model, its precision, the training blocks, their layout on this device), and in the
     verdict whether the model keeps examples apart."""
-    from sft_pipeline.learning.feed import layout_for
-    from sft_pipeline.learning.model import load_for_training, training_device
-    from sft_pipeline.learning.setup import be_deterministic
-    from sft_pipeline.learning.shards import Shards
+    from sft_pipeline.training.feed import layout_for
+    from sft_pipeline.training.model import load_for_training, training_device
+    from sft_pipeline.training.setup import be_deterministic
+    from sft_pipeline.training.shards import Shards
 
     be_deterministic(config.training.seed)
     b.report.log(f"loading {config.model.base}")
@@ -256,7 +270,7 @@ def _probe(b: Build, model: Any, shards: Any, layout: str, verdict: Verdict) -> 
 
 
 def _judge_run(b: Build, config: SanityCheckConfig, verdict: Verdict, run: Any) -> None:
-    from sft_pipeline.learning.schedule import Schedule
+    from sft_pipeline.training.schedule import Schedule
 
     rate = Schedule.of(config.training, config.model).peak
     problems = run.problems()
@@ -281,7 +295,7 @@ def _judge_run(b: Build, config: SanityCheckConfig, verdict: Verdict, run: Any) 
 
 
 def _samples(b: Build, config: SanityCheckConfig, verdict: Verdict, model: Any, tokenizer: Any) -> None:
-    from sft_pipeline.learning.setup import make_sampler
+    from sft_pipeline.training.setup import make_sampler
 
     tokenized = b.inputs["tokenized_rows"]
     parts = tokenized.parts("validation") or tokenized.parts("train")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sft_pipeline.config.base import Config
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
 
 
 class SanityConfig(Config):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Any
 
-from sft_pipeline.learning.feed import Feed, microbatches
-from sft_pipeline.learning.shards import Shards
-from sft_pipeline.learning.used_memory import memory_slack_mb, peak_memory_mb
+from sft_pipeline.training.feed import Feed, microbatches
+from sft_pipeline.training.shards import Shards
+from sft_pipeline.training.used_memory import memory_slack_mb, peak_memory_mb
 
 # What a short run cannot show: a busier machine or a hotter device later, buffers that grow. A share of the whole.
 TIME_UNSEEN, MEMORY_UNSEEN = 0.1, 0.05
@@ -49,9 +49,12 @@ def worst_block(model: Any, shards: Shards, feed: Feed, fullest: Sequence[int]) 
     ].backward()
     model.zero_grad(set_to_none=True)
     return WorstBlock(
-        tuple(b.block for b in blocks), batch.inputs["input_ids"].numel(), len(batch.targets), peak_memory_mb(),
+        tuple(b.block for b in blocks),
+        batch.inputs["input_ids"].numel(),
+        len(batch.targets),
+        peak_memory_mb(),
         time.monotonic() - began,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)

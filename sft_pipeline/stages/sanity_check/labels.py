@@ -106,11 +106,15 @@ def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:
         block = int(np.searchsorted(starts, at, side="right")) - 1
         found.offenders.append(
             {
-                "side": side, "block": int(table["block"][block].as_py()), "row_id": row_ids[example] if example < len(row_ids) else "",
-                "position": int(at - starts[block]), "input_id": int(ids[at]), "label": int(labels[at]),
+                "side": side,
+                "block": int(table["block"][block].as_py()),
+                "row_id": row_ids[example] if example < len(row_ids) else "",
+                "position": int(at - starts[block]),
+                "input_id": int(ids[at]),
+                "label": int(labels[at]),
                 "why": "outside the vocabulary" if outside[at] else "label is not the input id",
             }
-        )  # fmt: skip
+        )
 
 
 def changed_formatting(
@@ -125,9 +129,9 @@ def changed_formatting(
     The tokenizer, template and mask of the recipe are fingerprinted as tokenized_rows does it, and compared with
     formatting.json.
     """
-    from sft_pipeline.stages.tokenized_rows.template import load_template
-    from sft_pipeline.stages.tokenized_rows.tokenizer import load_tokenizer
     from sft_pipeline.store.files import sha256_json
+    from sft_pipeline.text.template import load_template
+    from sft_pipeline.text.tokenizer import load_tokenizer
 
     now = load_tokenizer(tokenizer, revision)
     current = {

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_pipeline.learning.feed import Layout, Microbatch, microbatches
-from sft_pipeline.learning.loss import causal_model, install_supervised_forward
-from sft_pipeline.learning.shards import Block, Shards
+from sft_pipeline.training.feed import Layout, Microbatch, microbatches
+from sft_pipeline.training.loss import causal_model, install_supervised_forward
+from sft_pipeline.training.shards import Block, Shards
 
 EXAMPLES, TOKENS_EACH = 3, 48
 STATE_SPACE = (

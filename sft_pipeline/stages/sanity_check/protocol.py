@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
-from sft_pipeline.learning.feed import Feed, microbatches
-from sft_pipeline.learning.loss import install_supervised_forward
-from sft_pipeline.learning.progress import Intervals, NotFinite, UpdateNumbers
-from sft_pipeline.learning.schedule import Schedule
-from sft_pipeline.learning.shards import Block, Shards
-from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.feed import Feed, microbatches
+from sft_pipeline.training.loss import install_supervised_forward
+from sft_pipeline.training.progress import Intervals, NotFinite, UpdateNumbers
+from sft_pipeline.training.schedule import Schedule
+from sft_pipeline.training.shards import Block, Shards
+from sft_pipeline.training.trainer import SupervisedTrainer
 
 ADAPTER_OVERFIT_RATE, FULL_OVERFIT_RATE = 2e-3, 5e-4
 EVALUATION_BLOCKS = 16
@@ -237,10 +237,17 @@ def short_run(
         )
     )
     trainer = SupervisedTrainer(
-        model, feed=replace(feed, updates=steps), validation=validation, tokenizer=tokenizer, training=training.model_copy(update={"report_to": [], "compile": False}),
-        schedule=Schedule.of(training, model_config), precision=precision, folder=folder, listener=_Record(run, steps, report),
+        model,
+        feed=replace(feed, updates=steps),
+        validation=validation,
+        tokenizer=tokenizer,
+        training=training.model_copy(update={"report_to": [], "compile": False}),
+        schedule=Schedule.of(training, model_config),
+        precision=precision,
+        folder=folder,
+        listener=_Record(run, steps, report),
         intervals=Intervals(steps, max(1, math.ceil(steps / 2)), steps),
-    )  # fmt: skip
+    )
     try:
         trainer.run()
     except NotFinite as error:

@@ -1,13 +1,10 @@
 """The asset `tokenized_rows`: chat template, token ids, and the mask of supervised tokens."""
 
-from sft_pipeline.outside import digest_files
+from sft_pipeline.external_files import digest_files
+from sft_pipeline.hub import without_revision
 from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
-from sft_pipeline.stages.tokenized_rows.config import (
-    NAMED_TEMPLATES,
-    TOKENIZER_FILES,
-    TokenizedRowsConfig,
-    split_revision,
-)
+from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
+from sft_pipeline.text.config import NAMED_TEMPLATES, TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> TokenizedRowsConfig:
@@ -22,7 +19,7 @@ def _config(branch: Branch) -> TokenizedRowsConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.the_recipe()
-    digests = digest_files(split_revision(recipe.tokenizer)[0], TOKENIZER_FILES)
+    digests = digest_files(without_revision(recipe.tokenizer), TOKENIZER_FILES)
     template = recipe.template.chat_template
     if template != "tokenizer" and template not in NAMED_TEMPLATES:
         digests |= digest_files(template)

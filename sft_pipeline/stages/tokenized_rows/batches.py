@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.schemas import SPLITS
 from sft_pipeline.stages.tables import count_rows, read_batches
 from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
 from sft_pipeline.stages.tokenized_rows.referee import SAMPLE, Referee
 from sft_pipeline.stages.tokenized_rows.reuse import Earlier
-from sft_pipeline.stages.tokenized_rows.rows import SIDES
 from sft_pipeline.stages.workers import Answer, ordered_map, threaded_map, worker_count
 from sft_pipeline.store import Artifact
 
@@ -75,7 +75,9 @@ class Batches:
         self._sides, self._fast = sides, fast
         self.total = count_rows(path for paths in sides.values() for path in paths)
         self._anew = not builds
-        self.earlier = Earlier(builds, [rows.column(0) for _, rows in self._read(["content_key"])] if builds else [], scratch)  # fmt: skip
+        self.earlier = Earlier(
+            builds, [rows.column(0) for _, rows in self._read(["content_key"])] if builds else [], scratch
+        )
         self.new = self.total - int(np.count_nonzero(self.earlier.found >= 0))
 
     @property
@@ -107,7 +109,7 @@ class Batches:
             done, seen = here.stop, seen + len(ids)
 
     def _read(self, columns: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
-        for side in SIDES:
+        for side in SPLITS:
             for rows in read_batches(self._sides[side], columns, batch_rows=BATCH):
                 yield side, rows
 
@@ -125,7 +127,7 @@ def encoded(
     batches: Batches, encoders: Encoders, referee: Referee
 ) -> Generator[tuple[Batch, Done], None, None]:
     """Every batch, in order, with what became of those of its rows that no earlier build has."""
-    return _by_the_referee(batches, referee) if batches.by_the_referee else _here(batches, encoders, referee)  # fmt: skip
+    return _by_the_referee(batches, referee) if batches.by_the_referee else _here(batches, encoders, referee)
 
 
 def _by_the_referee(batches: Batches, referee: Referee) -> Generator[tuple[Batch, Done], None, None]:
@@ -156,7 +158,12 @@ def _here(
         yield waiting.popleft(), first
         slow = 4 * int(np.count_nonzero(~first.by_columns)) > len(first.by_columns)
         if slow and batches.new > WORTH_WORKERS:
-            results = (done for _, done in ordered_map(Encoders, encoders.arguments, todo, here=encoders, inline=lambda *_: False))  # fmt: skip
+            results = (
+                done
+                for _, done in ordered_map(
+                    Encoders, encoders.arguments, todo, here=encoders, inline=lambda *_: False
+                )
+            )
         else:
             results = threaded_map(encoders, todo, 1 if slow else worker_count())
         with closing(results):

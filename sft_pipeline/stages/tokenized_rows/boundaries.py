@@ -143,8 +143,11 @@ class _Pairs:
         if operation is sre.BRANCH:
             either = [self.sequence(branch, fold=fold) for branch in argument[1]]
             return _Ends(
-                _union(e.first for e in either), _union(e.last for e in either), any(e.empty for e in either), _union(e.alone for e in either)
-            )  # fmt: skip
+                _union(e.first for e in either),
+                _union(e.last for e in either),
+                any(e.empty for e in either),
+                _union(e.alone for e in either),
+            )
         if operation is sre.SUBPATTERN:
             _, added, _, inner = argument
             return self.sequence(inner, fold=fold or bool(added & re.IGNORECASE))
@@ -159,7 +162,9 @@ class _Pairs:
             return _Ends(ends.first, ends.last, ends.empty or least == 0, alone)
         members = _members(operation, argument)
         if fold:
-            members |= _union(1 << ord(s) for c in range(128) if members >> c & 1 for s in chr(c).swapcase() if ord(s) < 128)  # fmt: skip
+            members |= _union(
+                1 << ord(s) for c in range(128) if members >> c & 1 for s in chr(c).swapcase() if ord(s) < 128
+            )
         return _Ends(members, members, False, members)
 
 
@@ -202,7 +207,10 @@ def _matched(pattern: str) -> int:
 
 
 _CATEGORIES = {
-    sre.CATEGORY_DIGIT: _matched(r"\d"), sre.CATEGORY_NOT_DIGIT: _matched(r"\D"),
-    sre.CATEGORY_SPACE: _matched(r"\s"), sre.CATEGORY_NOT_SPACE: _matched(r"\S"),
-    sre.CATEGORY_WORD: _matched(r"\w"), sre.CATEGORY_NOT_WORD: _matched(r"\W"),
-}  # fmt: skip
+    sre.CATEGORY_DIGIT: _matched(r"\d"),
+    sre.CATEGORY_NOT_DIGIT: _matched(r"\D"),
+    sre.CATEGORY_SPACE: _matched(r"\s"),
+    sre.CATEGORY_NOT_SPACE: _matched(r"\S"),
+    sre.CATEGORY_WORD: _matched(r"\w"),
+    sre.CATEGORY_NOT_WORD: _matched(r"\W"),
+}

@@ -6,8 +6,9 @@ from contextlib import closing
 import numpy as np
 
 from sft_pipeline.stages.painter import Painter
+from sft_pipeline.stages.schemas import REJECTS, SPLITS, TOKENIZED
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import REJECTS, Behind, FileWriter, PartWriter, count_rows
+from sft_pipeline.stages.tables import Behind, FileWriter, PartWriter, count_rows
 from sft_pipeline.stages.tokenized_rows.batches import BATCH, Batches, encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encoding import Encoders, reject_rows
@@ -16,7 +17,6 @@ from sft_pipeline.stages.tokenized_rows.pictures import plot_lengths, plot_masks
 from sft_pipeline.stages.tokenized_rows.referee import Comparison, Referee, Verdict
 from sft_pipeline.stages.tokenized_rows.report import checks, evidence
 from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Given
-from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.seen import Seen
 from sft_pipeline.stages.tokenized_rows.skew import Skew
 from sft_pipeline.store.files import write_json
@@ -41,7 +41,7 @@ def build(b: Build) -> Built:
             seen.why_not = why
     formatting = {**verdict.formatting, "counts": dict(sorted(seen.tally.numbers.items()))}
     write_json(b.out / "formatting.json", formatting)
-    on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SIDES}
+    on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SPLITS}
     numbers = seen.tally.numbers
     for reason, count in seen.tally.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
@@ -53,14 +53,31 @@ def build(b: Build) -> Built:
             "rows_written": sum(on_disk.values()),
             "rows_tokenized": seen.numbers["tokenized"],
             "rows_reused": seen.numbers["reused"],
-            **{side: on_disk[side] for side in SIDES},
-            **{k: numbers[k] for k in ("tokens", "supervised_tokens", "truncated", "split", "neutralised", "turns_not_supervised")},
+            **{side: on_disk[side] for side in SPLITS},
+            **{
+                k: numbers[k]
+                for k in (
+                    "tokens",
+                    "supervised_tokens",
+                    "truncated",
+                    "split",
+                    "neutralised",
+                    "turns_not_supervised",
+                )
+            },
             **{k: seen.numbers[k] for k in ("by_columns", "by_rows", "by_reference", "compared")},
         },
-        checks=checks(seen, verdict, known_skew or verdict.skew, formatting, on_disk, count_rows([b.out / "rejects.parquet"])),
+        checks=checks(
+            seen,
+            verdict,
+            known_skew or verdict.skew,
+            formatting,
+            on_disk,
+            count_rows([b.out / "rejects.parquet"]),
+        ),
         volatile=("plots/",),
         evidence=evidence(seen, formatting, config),
-    )  # fmt: skip
+    )
 
 
 def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter) -> tuple[Seen, Verdict]:
@@ -70,22 +87,25 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
         Differs: A compared row came out differently.
     """
     seen, comparison, pictures = Seen(), Comparison(), b.out / "plots"
-    for side in SIDES:
+    for side in SPLITS:
         shutil.rmtree(b.out / side, ignore_errors=True)
     scratch = b.work / "earlier"
     try:
         batches = Batches(
-            {s: b.inputs["grouped_split"].parts(s) for s in SIDES}, b.earlier, scratch, fast=encoders.columns
+            {s: b.inputs["grouped_split"].parts(s) for s in SPLITS}, b.earlier, scratch, fast=encoders.columns
         )
         writers = {
-            side: PartWriter(b.out / side, TOKENIZED, row_group=BATCH, of_tokens=True) for side in SIDES
+            side: PartWriter(b.out / side, TOKENIZED, row_group=BATCH, of_tokens=True) for side in SPLITS
         }
         with (
             FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
             FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
-            writers["train"], writers["validation"], writers["test"], Behind() as behind,
+            writers["train"],
+            writers["validation"],
+            writers["test"],
+            Behind() as behind,
             closing(encoded(batches, encoders, referee)) as results,
-        ):  # fmt: skip
+        ):
             preview, drawn = None, False
             for batch, done in results:
                 if batches.compares:
@@ -104,7 +124,13 @@ def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter
             if preview:
                 if not drawn:
                     painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
-                painter.draw(plot_lengths, pictures / "lengths.png", np.concatenate(seen.lengths), np.concatenate(seen.supervised), b.config.tokens.max_length)  # fmt: skip
+                painter.draw(
+                    plot_lengths,
+                    pictures / "lengths.png",
+                    np.concatenate(seen.lengths),
+                    np.concatenate(seen.supervised),
+                    b.config.tokens.max_length,
+                )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     verdict = referee.verdict()

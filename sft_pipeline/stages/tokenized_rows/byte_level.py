@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_pipeline.stages.tokenized_rows.boundaries import covering
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer
 
 ODD_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 """Control characters on whose class (white space or not) regular expression engines differ."""
@@ -44,7 +44,11 @@ class ByteLevel:
         backend = tokenizer.backend
         _require_plain_model(backend.model)
         _require_composing(_state(backend.normalizer))
-        flagged = [t.content for t in backend.get_added_tokens_decoder().values() if t.lstrip or t.rstrip or t.single_word]  # fmt: skip
+        flagged = [
+            t.content
+            for t in backend.get_added_tokens_decoder().values()
+            if t.lstrip or t.rstrip or t.single_word
+        ]
         if flagged:
             raise Unsupported(f"added tokens that take in what is around them, for example {flagged[0]!r}")
         if tokenizer.needs_context:
@@ -95,7 +99,14 @@ def _state(component: Any) -> dict[str, Any] | None:
 def _require_plain_model(model: Any) -> None:
     if type(model).__name__ != "BPE":
         raise Unsupported(f"its model is {type(model).__name__}, not BPE")
-    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback"):  # fmt: skip
+    for name in (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "fuse_unk",
+        "byte_fallback",
+    ):
         if getattr(model, name):
             raise Unsupported(f"its model has {name}")
 
@@ -119,7 +130,10 @@ def _patterns(state: dict[str, Any] | None) -> list[str]:
             found += [ascii_pattern(_GPT2)] if part["use_regex"] else []
         elif part["type"] == "Digits":
             found.append("[0-9]|[^0-9]+" if part["individual_digits"] else "[0-9]+|[^0-9]+")
-        elif part["type"] == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):  # fmt: skip
+        elif part["type"] == "Split" and (part["behavior"], part["invert"]) in (
+            ("Isolated", False),
+            ("Removed", True),
+        ):
             literal = part["pattern"].get("String")
             pattern = ascii_pattern(part["pattern"]["Regex"]) if literal is None else re.escape(literal)
             try:

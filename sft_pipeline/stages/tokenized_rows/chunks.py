@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from sft_pipeline.stages.tokenized_rows.boundaries import may_share_a_piece
 from sft_pipeline.stages.tokenized_rows.byte_level import ByteLevel
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer
 
 Ints = npt.NDArray[np.int64]
 
@@ -91,7 +91,9 @@ class ChunkEncoder:
         if len(strange):
             bad = np.isin(numbered.indices.to_numpy(), strange)
             faithful = np.add.reduceat(bad, firsts[:-1], dtype=np.int64) == 0
-        return Chunked(np.frombuffer(ids, np.int32, int(token_ends[-1])), token_ends.astype(np.int64), faithful)  # fmt: skip
+        return Chunked(
+            np.frombuffer(ids, np.int32, int(token_ends[-1])), token_ends.astype(np.int64), faithful
+        )
 
     def remember(self, texts: Sequence[str]) -> None:
         """Texts that many rows are likely to share, however long they are."""
@@ -134,10 +136,13 @@ class ChunkEncoder:
         decoded = self.byte_level.text_of(np.frombuffer(ids, np.int32))
         if decoded == text_bytes(distinct)[0]:
             return np.zeros(0, np.int64)
-        return np.array([
-            i for i, (ids, text) in enumerate(zip(blobs.to_pylist(), distinct.to_pylist(), strict=True))
-            if self.byte_level.text_of(np.frombuffer(ids, np.int32)) != text.encode()
-        ])  # fmt: skip
+        return np.array(
+            [
+                i
+                for i, (ids, text) in enumerate(zip(blobs.to_pylist(), distinct.to_pylist(), strict=True))
+                if self.byte_level.text_of(np.frombuffer(ids, np.int32)) != text.encode()
+            ]
+        )
 
 
 class _Cuts:

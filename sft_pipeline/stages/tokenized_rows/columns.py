@@ -13,14 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.byte_level import ODD_CONTROL
 from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder, Ints, text_bytes
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
-from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.skeleton import Place, Skeleton, Skeletons
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, any_of
+from sft_pipeline.text.template import ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
 TEXT_AT_ONCE = 64 << 20  # bytes of text that are encoded together, unless one row has more
 
@@ -61,7 +61,12 @@ class _Group:
 
     def filter(self, wanted: npt.NDArray[np.bool_]) -> "_Group":
         mask = pa.array(wanted)
-        return _Group(self.skeleton, self.rows[wanted], [t.filter(mask) for t in self.texts], [p[wanted] for p in self.plain])  # fmt: skip
+        return _Group(
+            self.skeleton,
+            self.rows[wanted],
+            [t.filter(mask) for t in self.texts],
+            [p[wanted] for p in self.plain],
+        )
 
 
 class ColumnEncoder:
@@ -80,7 +85,9 @@ class ColumnEncoder:
         self._skeletons = Skeletons(template, tokenizer, tokens.supervise)
         self._added = any_of(tokenizer.added).search
         # The first two characters of an added token are rarely in a text, and are found without a look at each text.
-        self._hint = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in hint) for hint in sorted({t[:2] for t in tokenizer.added}))  # fmt: skip
+        self._hint = "|".join(
+            "".join(f"\\x{{{ord(c):x}}}" for c in hint) for hint in sorted({t[:2] for t in tokenizer.added})
+        )
         self._is_control = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_control[list(tokenizer.control_ids)] = True
 
@@ -96,7 +103,7 @@ class ColumnEncoder:
             examples, rows, kind = examples.take(pa.array(order)), rows[order], kind[order]
         return Encoded(
             rows, _one_batch(examples), [g.skeleton for g in groups], kind, sum(p.by_reference for p in parts)
-        )  # fmt: skip
+        )
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -234,7 +241,9 @@ class _Grid:
         """Tokens before each row, and in all."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def locate(self, place: Place, ids: npt.NDArray[np.int32], begins: Ints, good: npt.NDArray[np.bool_]) -> Ints:  # fmt: skip
+    def locate(
+        self, place: Place, ids: npt.NDArray[np.int32], begins: Ints, good: npt.NDArray[np.bool_]
+    ) -> Ints:
         """The token at which a place lies in every row, derived twice; rows on which the two differ become not `good`.
 
         By token counts: those of the segments before it (and of the literal, whose ids must be there). By bytes: the
@@ -273,9 +282,12 @@ def _laid_out(group: _Group) -> pa.StringArray:
     begins = iter(range(0, count * len(group.texts), count or 1))
     begins_constant = iter(range(count * len(group.texts), count * len(group.texts) + len(constants)))
     index = np.stack(
-        [next(begins) + np.arange(count) if s.parts else np.full(count, next(begins_constant)) for s in segments],
+        [
+            next(begins) + np.arange(count) if s.parts else np.full(count, next(begins_constant))
+            for s in segments
+        ],
         axis=1,
-    )  # fmt: skip
+    )
     cells = pa.concat_arrays([*group.texts, pa.array(constants, pa.string())])
     return cells.take(pa.array(index.reshape(-1)))
 
@@ -284,7 +296,9 @@ def _not_cut(group: _Group) -> npt.NDArray[np.bool_]:
     """Of those texts, which are looked up as they are: constants, what is not plain, what many rows share."""
     plain = iter(group.plain)
     everywhere = np.ones(len(group.rows), dtype=bool)
-    columns = [~next(plain) | group.skeleton.is_shared(s) if s.parts else everywhere for s in group.skeleton.segments]  # fmt: skip
+    columns = [
+        ~next(plain) | group.skeleton.is_shared(s) if s.parts else everywhere for s in group.skeleton.segments
+    ]
     return np.stack(columns, axis=1).reshape(-1)
 
 
@@ -304,8 +318,13 @@ def _is_plain(texts: pa.StringArray) -> npt.NDArray[np.bool_]:
 
 
 def _examples(
-    rows: pa.RecordBatch, grid: _Grid, ids: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], counted: Ints, prompt: Place,
-) -> pa.RecordBatch:  # fmt: skip
+    rows: pa.RecordBatch,
+    grid: _Grid,
+    ids: npt.NDArray[np.int32],
+    supervised: npt.NDArray[np.bool_],
+    counted: Ints,
+    prompt: Place,
+) -> pa.RecordBatch:
     messages = rows.column("messages")
     last = messages.offsets.to_numpy()[1:] - 1 - messages.offsets[0].as_py()
     offsets = pa.array(grid.starts.astype(np.int32))

@@ -5,34 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sft_pipeline.config.base import Config
-
-NAMED_TEMPLATES = ("chatml", "llama3", "qwen", "mistral", "alpaca", "plain")
-"""The templates in `templates/`; a recipe names one, the tokenizer's own, or a Jinja file."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Everything this stage reads of a tokenizer folder."""
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """ "owner/name@revision" as ("owner/name", "revision"); a name without @ has no revision."""
-    base, _, revision = name.partition("@")
-    return (base, revision) if revision and not name.startswith((".", "/", "~")) else (name, None)
-
-
-class TemplateConfig(Config):
-    """The chat template."""
-
-    chat_template: Annotated[
-        str,
-        Field(
-            description="`tokenizer` (the tokenizer's own), chatml, llama3, qwen, mistral, alpaca, plain, or the path of a Jinja file"
-        ),
-    ] = "tokenizer"
-    system: Annotated[
-        str | None, Field(description="a system message put before conversations that have none")
-    ] = None
+from sft_pipeline.text.config import TemplateConfig
 
 
 class TokensConfig(Config):

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation, ForgeryGuard, conversation
 from sft_pipeline.stages.tokenized_rows.mask import (
     Encoded,
     control_tokens_match,
@@ -21,11 +20,12 @@ from sft_pipeline.stages.tokenized_rows.mask import (
     tokens_by_prefix,
 )
 from sft_pipeline.stages.tokenized_rows.overflow import Cut, shorten_prompt, truncate_answer, windows
-from sft_pipeline.stages.tokenized_rows.reasons import Reason, Rejected
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
 from sft_pipeline.stages.tokenized_rows.roundtrip import Job, decodes_to
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.conversation import Conversation, ForgeryGuard, conversation
+from sft_pipeline.text.reasons import Reason, Rejected
+from sft_pipeline.text.template import ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer
 
 IGNORE = -100
 """The label of a position without loss, as torch's cross_entropy and transformers have it."""
@@ -247,8 +247,12 @@ def _accepted(masked: _Masked, cuts: Sequence[Cut]) -> Accepted | Refused:
     if not all((e.labels != IGNORE).any() for e in examples):  # only position 0 was left to supervise
         return Refused(prepared.row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
     return Accepted(
-        examples, prepared.rendered.inserted, prepared.rendered.marks_agree, masked.not_supervised, prepared.given.neutralised > 0
-    )  # fmt: skip
+        examples,
+        prepared.rendered.inserted,
+        prepared.rendered.marks_agree,
+        masked.not_supervised,
+        prepared.given.neutralised > 0,
+    )
 
 
 def _example(masked: _Masked, cut: Cut, part: int) -> Example:

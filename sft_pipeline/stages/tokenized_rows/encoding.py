@@ -12,17 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sft_pipeline.stages.tables import REJECTS
+from sft_pipeline.stages.schemas import REJECTS, ROWS, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.byte_level import Unsupported
 from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder, Encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused, RowEncoder
 from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
-from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate, load_template
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.stages.tokenized_rows.tracing import Untraceable
-from sft_pipeline.stages.validated_rows.rows import ROWS
+from sft_pipeline.text.template import ChatTemplate, load_template
+from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,10 @@ class Encoders:
         results = self.by_row.encode(slow) if slow else []
         outcomes, examples = _merged(rows, quick, by_row, results)
         numbers = Counter(
-            by_columns=int(np.count_nonzero(by_columns)), by_rows=len(by_row), by_reference=quick.by_reference if quick else 0
-        )  # fmt: skip
+            by_columns=int(np.count_nonzero(by_columns)),
+            by_rows=len(by_row),
+            by_reference=quick.by_reference if quick else 0,
+        )
         return Done(outcomes, examples, by_columns, numbers, self._why_not), slow, results
 
 
@@ -150,6 +151,10 @@ def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatc
     reasons = outcomes.column("reason").filter(rejected).to_pylist()
     found: list[dict[str, Any]] = []
     for row, reason in zip(rows.filter(rejected).to_pylist(), reasons, strict=True):
-        raw = json.dumps({"messages": row["messages"], "tools": row["tools"]}, ensure_ascii=False, sort_keys=True)  # fmt: skip
-        found.append({**{k: row[k] for k in ("row_id", "source", "file", "line")}, "reasons": [reason], "raw": raw})  # fmt: skip
+        raw = json.dumps(
+            {"messages": row["messages"], "tools": row["tools"]}, ensure_ascii=False, sort_keys=True
+        )
+        found.append(
+            {**{k: row[k] for k in ("row_id", "source", "file", "line")}, "reasons": [reason], "raw": raw}
+        )
     return pa.RecordBatch.from_pylist(found, schema=REJECTS)

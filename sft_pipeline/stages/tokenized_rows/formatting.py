@@ -3,9 +3,9 @@
 from typing import Any
 
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.template import FROZEN_CLOCK, ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 from sft_pipeline.store.files import sha256_json
+from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer
 
 
 def formatting_of(

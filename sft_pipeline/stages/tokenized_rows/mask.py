@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sft_pipeline.stages.tokenized_rows.rendering import Span
-from sft_pipeline.stages.tokenized_rows.tokenizer import Piece, Tokenizer
+from sft_pipeline.text.tokenizer import Piece, Tokenizer
 
 
 @dataclass(frozen=True)

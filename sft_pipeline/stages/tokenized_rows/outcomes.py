@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.schemas import KEY_BYTES
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Accepted, Refused
-from sft_pipeline.stages.validated_rows.rows import KEY_BYTES
 
 OUTCOMES = pa.schema(
     [
@@ -53,8 +53,14 @@ def outcome_of(result: Accepted | Refused) -> Outcome:
     if isinstance(result, Refused):
         return Outcome(0, str(result.reason), result.detail)
     return Outcome(
-        len(result.examples), None, None, *result.inserted, result.marks_agree, result.turns_not_supervised, result.neutralised
-    )  # fmt: skip
+        len(result.examples),
+        None,
+        None,
+        *result.inserted,
+        result.marks_agree,
+        result.turns_not_supervised,
+        result.neutralised,
+    )
 
 
 def to_outcomes(
@@ -69,7 +75,10 @@ def to_outcomes(
         examples: All examples of the rows, in their order.
     """
     columns = list(zip(*outcomes, strict=True)) or [()] * len(Outcome._fields)
-    each = [pa.array(c, OUTCOMES.field(n).type).take(pa.array(which)) for n, c in zip(Outcome._fields, columns, strict=True)]  # fmt: skip
+    each = [
+        pa.array(c, OUTCOMES.field(n).type).take(pa.array(which))
+        for n, c in zip(Outcome._fields, columns, strict=True)
+    ]
     ends = np.cumsum(np.concatenate([[0], each[0].to_numpy()]))  # the first column is `examples`
     return pa.RecordBatch.from_arrays([keys, *each, _spans(examples, ends)], schema=OUTCOMES)
 
@@ -139,7 +148,12 @@ class Tally:
             marks_agree=marks.true_count,
             marks_disagree=marks.false_count,
         )
-        for row in pa.Table.from_batches([outcomes]).group_by(["inserted_before", "inserted_after"]).aggregate([([], "count_all")]).to_pylist():  # fmt: skip
+        for row in (
+            pa.Table.from_batches([outcomes])
+            .group_by(["inserted_before", "inserted_after"])
+            .aggregate([([], "count_all")])
+            .to_pylist()
+        ):
             if row["inserted_before"] is not None:
                 self.inserted[row["inserted_before"], row["inserted_after"]] += row["count_all"]
         for entry in pc.value_counts(outcomes.column("reason").drop_null()).to_pylist():

@@ -11,10 +11,10 @@ split            windows of max_length over the row, each with up to half a wind
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation
-from sft_pipeline.stages.tokenized_rows.reasons import Reason, Rejected
 from sft_pipeline.stages.tokenized_rows.rendering import Span
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.conversation import Conversation
+from sft_pipeline.text.reasons import Reason, Rejected
+from sft_pipeline.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer
 
 SUPERVISED, CONTEXT = "#b7e4c7", "#eceff1"
 _COLUMNS, _TOKENS = 196, 110  # characters in a line, tokens of a row
@@ -42,7 +42,7 @@ def previews_of(tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]]) -> 
 
 def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int) -> None:
     """Histogram of tokens per example, and of supervised tokens per example."""
-    from sft_pipeline.figures import quick_axes, save
+    from sft_pipeline.plots import quick_axes, save
 
     fig, ax = quick_axes(7, 3.2)
     longest = int(lengths.max()) if len(lengths) else 1

@@ -18,17 +18,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages import standby
+from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation, conversation
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused
 from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
 from sft_pipeline.stages.tokenized_rows.formatting import formatting_of
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, outcome_of
 from sft_pipeline.stages.tokenized_rows.pictures import Preview, previews_of
-from sft_pipeline.stages.tokenized_rows.rows import TOKENIZED, to_batch
+from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.stages.tokenized_rows.skew import Skew, auto_tokenizer, find_skew, hide_torch
 from sft_pipeline.stages.workers import Answer, worker_count
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.conversation import Conversation, conversation
 
 if TYPE_CHECKING:
     from sft_pipeline.stages.tokenized_rows.batches import Batch
@@ -145,7 +146,11 @@ class _Bench:
     def _find_skew(self) -> Skew:
         if self._skew is None:
             found = self._compares_skew and self._sample
-            self._skew = find_skew(self._encoders.tokenizer, self._encoders.template, self._sample) if found else Skew()  # fmt: skip
+            self._skew = (
+                find_skew(self._encoders.tokenizer, self._encoders.template, self._sample)
+                if found
+                else Skew()
+            )
         return self._skew
 
     def preview(self, examples: list[dict[str, Any]]) -> list[Preview]:
@@ -171,7 +176,11 @@ class _Bench:
         ]
         for (_, example), prompt in zip(rows, tokenizer.encode_batch(texts), strict=True):
             if example.input_ids[: example.prompt_length].tolist() != prompt.ids:
-                yield {"row_id": example.row_id, "prompt_tokens": len(prompt.ids), "recorded": example.prompt_length}  # fmt: skip
+                yield {
+                    "row_id": example.row_id,
+                    "prompt_tokens": len(prompt.ids),
+                    "recorded": example.prompt_length,
+                }
 
 
 class Referee:

@@ -12,9 +12,9 @@ from typing import Any
 
 import jinja2
 
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation, refusal
-from sft_pipeline.stages.tokenized_rows.reasons import Reason, Rejected
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
+from sft_pipeline.text.conversation import Conversation, refusal
+from sft_pipeline.text.reasons import Reason, Rejected
+from sft_pipeline.text.template import ChatTemplate
 
 Span = tuple[int, int]
 

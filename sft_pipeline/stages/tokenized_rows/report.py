@@ -6,11 +6,11 @@ import numpy as np
 
 from sft_pipeline.stages.stage import Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.reasons import MEANING, Reason
 from sft_pipeline.stages.tokenized_rows.referee import Verdict
 from sft_pipeline.stages.tokenized_rows.seen import Seen
 from sft_pipeline.stages.tokenized_rows.skew import CHECK as SKEW_CHECK
 from sft_pipeline.stages.tokenized_rows.skew import Skew
+from sft_pipeline.text.reasons import MEANING, Reason
 
 MAX_REJECT_RATE = 0.05
 

@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sft_pipeline.stages.schemas import KEY_BYTES, SPLITS, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, mask_of
-from sft_pipeline.stages.tokenized_rows.rows import SIDES, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups, copy_runs
-from sft_pipeline.stages.validated_rows.rows import KEY_BYTES
 from sft_pipeline.store import Artifact
 
 OUTCOMES_FILE = "outcomes.parquet"
@@ -62,7 +61,7 @@ class Earlier:
             missing = missing[~np.isin(missing, keys)]
             outcomes.append(theirs.filter(pa.array(has)))
             first.append(sum(map(len, carried)) + _running(theirs["examples"].to_numpy())[:-1][has])
-            here = [part for side in SIDES for part in artifact.parts(side)]
+            here = [part for side in SPLITS for part in artifact.parts(side)]
             carried += [_read(part, _CARRIED) for part in here]
             parts += here
         self._outcomes = pa.concat_tables(outcomes).combine_chunks()
@@ -93,11 +92,18 @@ class Earlier:
         part = np.arange(len(row)) - first[row]
         old = known[row]
         given = _ranges(self._first[found[known]], each[known])
-        carried = {n: _filled(old, self._carried[n][given], new.examples.column(n).to_numpy()) for n in _CARRIED}  # fmt: skip
+        carried = {
+            n: _filled(old, self._carried[n][given], new.examples.column(n).to_numpy()) for n in _CARRIED
+        }
         begins = _running(carried["length"])
         ids = np.empty(begins[-1], np.int32)
         self._tokens.copy(given, ids, begins[:-1][old])
-        copy_runs(new.examples.column("input_ids").flatten().to_numpy(), _running(carried["length"][~old]), ids, begins[:-1][~old])  # fmt: skip
+        copy_runs(
+            new.examples.column("input_ids").flatten().to_numpy(),
+            _running(carried["length"][~old]),
+            ids,
+            begins[:-1][~old],
+        )
         supervised = mask_of(outcomes.column("spans"), begins[first])
         lists = pa.array(begins.astype(np.int32))
         columns = {
@@ -108,7 +114,9 @@ class Earlier:
             "completion": _completions(rows).take(pa.array(row)),
             **{name: pa.array(values) for name, values in carried.items()},
         }
-        return Given(outcomes, pa.RecordBatch.from_arrays([columns[f.name] for f in TOKENIZED], schema=TOKENIZED))  # fmt: skip
+        return Given(
+            outcomes, pa.RecordBatch.from_arrays([columns[f.name] for f in TOKENIZED], schema=TOKENIZED)
+        )
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from sft_pipeline.stages.tokenized_rows.rendering import Span
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer
 
 Job = tuple[list[int], Span, str]
 """(ids of the row, tokens of the turn, text of the turn)"""

@@ -5,22 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
-
-TOKENIZED = pa.schema(
-    [
-        ("row_id", pa.string()),  # further parts of a split row: "<row_id>/1", "/2", ...
-        ("group", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),  # the input id where it carries loss, else -100
-        ("length", pa.int32()),
-        ("supervised", pa.int32()),  # positions with a label
-        ("prompt_length", pa.int32()),  # tokens of the prompt a server would send before the final turn
-        ("truncated", pa.int32()),  # tokens of the row that are not here
-        ("completion", pa.string()),  # the final assistant message, for graders
-    ]
-)
-SIDES = ("train", "validation", "test")
 
 
 def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:

@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.tokenized_rows.byte_level import ODD_CONTROL
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome
-from sft_pipeline.stages.tokenized_rows.reasons import Rejected
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer, any_of
 from sft_pipeline.stages.tokenized_rows.tracing import Part, Question, Tracer, Untraceable
+from sft_pipeline.text.conversation import Conversation
+from sft_pipeline.text.reasons import Rejected
+from sft_pipeline.text.template import ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -219,7 +219,9 @@ class Skeletons:
             questions += before.questions
             if not _begins_with(whole.parts, before.parts) or _length(before.parts, contents) != begin:
                 return None
-        if rendered.not_supervised or sorted(p for p in whole.parts if isinstance(p, int)) != list(range(len(roles))):  # fmt: skip
+        if rendered.not_supervised or sorted(p for p in whole.parts if isinstance(p, int)) != list(
+            range(len(roles))
+        ):
             return None
         return _Layout(whole.parts, contents, rendered, self._added, self._tokenizer).skeleton(
             roles, tuple(dict.fromkeys(questions))
@@ -230,14 +232,22 @@ class Skeletons:
         found = {(rendered.prompt_end, len(roles) - 1)}
         if self._supervise in ("assistant", "last_turn"):
             asked = max((i for i, r in enumerate(roles) if r == "user"), default=-1)
-            mine = [i for i, r in enumerate(roles) if r == "assistant" and (self._supervise == "assistant" or i > asked)]  # fmt: skip
+            mine = [
+                i
+                for i, r in enumerate(roles)
+                if r == "assistant" and (self._supervise == "assistant" or i > asked)
+            ]
             found |= {(turn[0], index) for turn, index in zip(rendered.turns, mine, strict=False)}
         return sorted(found)
 
 
 def _begins_with(whole: Sequence[Part], beginning: Sequence[Part]) -> bool:
     """Whether the one text begins with the other, whatever the contents are."""
-    if not beginning or len(beginning) > len(whole) or list(whole[: len(beginning) - 1]) != list(beginning[:-1]):  # fmt: skip
+    if (
+        not beginning
+        or len(beginning) > len(whole)
+        or list(whole[: len(beginning) - 1]) != list(beginning[:-1])
+    ):
         return False
     here, there = whole[len(beginning) - 1], beginning[-1]
     return here == there or (isinstance(here, str) and isinstance(there, str) and here.startswith(there))
@@ -251,8 +261,13 @@ class _Layout:
     """Cuts the parts of one rendered row into segments, and finds its places among them."""
 
     def __init__(
-        self, parts: Sequence[Part], contents: Sequence[str], rendered: Rendered, added: re.Pattern[str], tokenizer: Tokenizer,
-    ) -> None:  # fmt: skip
+        self,
+        parts: Sequence[Part],
+        contents: Sequence[str],
+        rendered: Rendered,
+        added: re.Pattern[str],
+        tokenizer: Tokenizer,
+    ) -> None:
         self._contents, self._rendered, self._tokenizer = contents, rendered, tokenizer
         self._segments: list[Segment] = []
         self._starts: list[int] = []  # characters of the rendered row before each segment
@@ -315,10 +330,16 @@ class _Layout:
             self._tokenizer.control[s.text] for s in self._segments if s.text in self._tokenizer.control
         ]
         return Skeleton(
-            roles, questions, tuple(self._segments), self._place(r.prompt_end), self._places(r.final),
-            tuple(map(self._places, r.turns or (r.final,))), tuple(map(self._places, r.loss)), tuple(control),
+            roles,
+            questions,
+            tuple(self._segments),
+            self._place(r.prompt_end),
+            self._places(r.final),
+            tuple(map(self._places, r.turns or (r.final,))),
+            tuple(map(self._places, r.loss)),
+            tuple(control),
             Outcome(1, None, None, *r.inserted, r.marks_agree),
-        )  # fmt: skip
+        )
 
     def _places(self, span: Span) -> tuple[Place, Place]:
         return self._place(span[0]), self._place(span[1])

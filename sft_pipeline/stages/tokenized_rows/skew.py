@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from sft_pipeline.stages.tokenized_rows.conversation import Conversation
-from sft_pipeline.stages.tokenized_rows.template import ChatTemplate
-from sft_pipeline.stages.tokenized_rows.tokenizer import Tokenizer
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.conversation import Conversation
+from sft_pipeline.text.template import ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer
 
 CHECK = "tokenizer_skew"
 _EARLIER = " (found in an earlier build with the same tokenizer, template and versions)"

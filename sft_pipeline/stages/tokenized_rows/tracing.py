@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 
-from sft_pipeline.stages.tokenized_rows.template import MARKS, ChatTemplate, new_environment
+from sft_pipeline.text.template import MARKS, ChatTemplate, new_environment
 
 
 class Untraceable(BaseException):
@@ -127,8 +127,12 @@ class Tracer:
             for i, (role, content) in enumerate(zip(roles, contents, strict=True))
         ]
         text = self._compiled.render(
-            messages=messages, tools=[], documents=None, add_generation_prompt=add_generation_prompt, **self._template.variables
-        )  # fmt: skip
+            messages=messages,
+            tools=[],
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._template.variables,
+        )
         parts = tuple(_merged(text.parts if isinstance(text, Placed) else (text,)))
         # A content that the template read in a way that was not noticed would stand in a literal.
         if any(c in p for p in parts if isinstance(p, str) for c in contents):
@@ -211,7 +215,21 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-_REFUSED = ("__hash__", "__iter__", "__getitem__", "__len__", "__mod__", "__rmod__", "__mul__", "__rmul__", "__format__", "__lt__", "__le__", "__gt__", "__ge__")  # fmt: skip
+_REFUSED = (
+    "__hash__",
+    "__iter__",
+    "__getitem__",
+    "__len__",
+    "__mod__",
+    "__rmod__",
+    "__mul__",
+    "__rmul__",
+    "__format__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+)
 for _name in _QUESTIONS:
     setattr(Placed, _name, _question(_name))
 for _name in (*_REFUSED, *(n for n in dir(str) if not n.startswith("_") and n not in _QUESTIONS)):
@@ -220,9 +238,36 @@ for _name in (*_REFUSED, *(n for n in dir(str) if not n.startswith("_") and n no
 
 # -- the environment ----------------------------------------------------------------------------------------------
 
-_LOOK_AT_ITEMS_ONLY = {"length", "count", "list", "first", "last", "selectattr", "rejectattr", "map", "reverse", "default", "d"}  # fmt: skip
+_LOOK_AT_ITEMS_ONLY = {
+    "length",
+    "count",
+    "list",
+    "first",
+    "last",
+    "selectattr",
+    "rejectattr",
+    "map",
+    "reverse",
+    "default",
+    "d",
+}
 _ON_CONTENT = {"trim", "default", "d", "string"}
-_KINDS = {"string", "iterable", "sequence", "mapping", "none", "defined", "undefined", "number", "boolean", "true", "false", "callable", "integer", "float"}  # fmt: skip
+_KINDS = {
+    "string",
+    "iterable",
+    "sequence",
+    "mapping",
+    "none",
+    "defined",
+    "undefined",
+    "number",
+    "boolean",
+    "true",
+    "false",
+    "callable",
+    "integer",
+    "float",
+}
 _EQUAL = {"eq", "equalto", "==", "ne", "!="}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning import plots
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.trained_checkpoints.budget import Budget, planned_budget, spread
 from sft_pipeline.stages.trained_checkpoints.bundle import NotResumable, checkpoint_folders, read_bundle
@@ -19,6 +18,7 @@ from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsCon
 from sft_pipeline.stages.trained_checkpoints.diagnosis import Finding, Members, diagnose
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
+from sft_pipeline.training import plots
 
 
 def build(b: Build) -> Built:
@@ -50,8 +50,13 @@ def build(b: Build) -> Built:
     _plots(b.out, curves)
     return Built(
         counts={
-            "updates": outcome.done, "updates_planned": outcome.planned, "examples": consumed.examples, "tokens": consumed.tokens,
-            "supervised_tokens": consumed.supervised, "checkpoints": len(checkpoints), "parameters": outcome.loaded.total_parameters,
+            "updates": outcome.done,
+            "updates_planned": outcome.planned,
+            "examples": consumed.examples,
+            "tokens": consumed.tokens,
+            "supervised_tokens": consumed.supervised,
+            "checkpoints": len(checkpoints),
+            "parameters": outcome.loaded.total_parameters,
             "trainable_parameters": outcome.loaded.trainable_parameters,
         },
         checks=(
@@ -62,7 +67,7 @@ def build(b: Build) -> Built:
         ),
         volatile=("plots/", "throughput.parquet", "tensorboard/"),
         evidence=_evidence(outcome, consumed, checkpoints),
-    )  # fmt: skip
+    )
 
 
 def read_data(packed: Artifact, tokenized: Artifact) -> Any:
@@ -82,11 +87,19 @@ def read_data(packed: Artifact, tokenized: Artifact) -> Any:
         ) from error
     hashes = {f.path: f.sha256 for f in packed.manifest.files}
     return Data(
-        train=packed.parts("train"), validation=packed.parts("validation"), heldout=tokenized.parts("validation"),
-        plan=packed.file("plan.parquet"), formatting=formatting,
-        data_manifest={"plan": hashes["plan.parquet"], "train": {p: h for p, h in sorted(hashes.items()) if p.startswith("train/")}},
-        eval_manifest={"validation": {p: h for p, h in sorted(hashes.items()) if p.startswith("validation/")}},
-    )  # fmt: skip
+        train=packed.parts("train"),
+        validation=packed.parts("validation"),
+        heldout=tokenized.parts("validation"),
+        plan=packed.file("plan.parquet"),
+        formatting=formatting,
+        data_manifest={
+            "plan": hashes["plan.parquet"],
+            "train": {p: h for p, h in sorted(hashes.items()) if p.startswith("train/")},
+        },
+        eval_manifest={
+            "validation": {p: h for p, h in sorted(hashes.items()) if p.startswith("validation/")}
+        },
+    )
 
 
 def keep_checkpoints(work: Path, out: Path) -> None:
@@ -180,10 +193,11 @@ def _finite(outcome: Any, members: Callable[[int], Members]) -> Check:
     of = members(step)
     applied = "the weights are spoiled" if outcome.failure.applied else "it was not applied"
     return Check(
-        "finite_loss", False,
+        "finite_loss",
+        False,
         f"{outcome.failure}: {applied}, and the run stopped. Lower training.learning_rate or training.clip, or mend the rows of this update: {of.words}",
         {"update": number(step), "rows": table([{"row_id": r} for r in of.row_ids[:20]])},
-    )  # fmt: skip
+    )
 
 
 def _resumable(out: Path) -> Check:

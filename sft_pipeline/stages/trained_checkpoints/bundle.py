@@ -20,9 +20,18 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.store.files import clear_disk_errors, fsync_tree, remove_tree, sha256_file
 
 ITEMS = (
-    "model", "optimizer", "scheduler", "global_step", "rng", "sampler_position",
-    "tokenizer_version", "chat_template_version", "data_manifest", "eval_manifest", "best_metric",
-)  # fmt: skip
+    "model",
+    "optimizer",
+    "scheduler",
+    "global_step",
+    "rng",
+    "sampler_position",
+    "tokenizer_version",
+    "chat_template_version",
+    "data_manifest",
+    "eval_manifest",
+    "best_metric",
+)
 FORMAT = 1
 BUNDLE = "bundle.json"
 PREFIX = "checkpoint-"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sft_pipeline.config.base import Config
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
 
 
 class TrainedCheckpointsConfig(Config):

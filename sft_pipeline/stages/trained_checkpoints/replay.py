@@ -14,15 +14,6 @@ import numpy as np
 import torch
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.feed import Feed, layout_for
-from sft_pipeline.learning.generate import score_nll
-from sft_pipeline.learning.model import load_for_training, training_device
-from sft_pipeline.learning.progress import NotFinite, UpdateNumbers
-from sft_pipeline.learning.schedule import Schedule
-from sft_pipeline.learning.settings import keep_rng
-from sft_pipeline.learning.setup import be_deterministic, load_tokenizer, make_feed
-from sft_pipeline.learning.shards import Plan, Shards
-from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints.bundle import (
     Bundle,
@@ -34,6 +25,15 @@ from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsCon
 from sft_pipeline.stages.trained_checkpoints.resume import Restore, recipe_items, refuse_foreign
 from sft_pipeline.stages.trained_checkpoints.train import Data
 from sft_pipeline.stages.trained_checkpoints.watch import Curves
+from sft_pipeline.training.feed import Feed, layout_for
+from sft_pipeline.training.generate import score_nll
+from sft_pipeline.training.model import load_for_training, training_device
+from sft_pipeline.training.progress import NotFinite, UpdateNumbers
+from sft_pipeline.training.schedule import Schedule
+from sft_pipeline.training.settings import keep_rng
+from sft_pipeline.training.setup import be_deterministic, load_tokenizer, make_feed
+from sft_pipeline.training.shards import Plan, Shards
+from sft_pipeline.training.trainer import SupervisedTrainer
 
 TEXT = 120
 
@@ -102,10 +102,17 @@ def replay(
         f"going on from {'checkpoint-' + str(start) if start else 'the beginning'}; update {update} is {update - start} updates on"
     )
     examiner = _Examiner(
-        model, feed=feed, validation=None, tokenizer=tokenizer, training=settings.model_copy(update={"report_to": []}),
-        schedule=Schedule.of(settings, config.model), precision=loaded.precision, folder=work, listener=_Progress(start, update, report),
+        model,
+        feed=feed,
+        validation=None,
+        tokenizer=tokenizer,
+        training=settings.model_copy(update={"report_to": []}),
+        schedule=Schedule.of(settings, config.model),
+        precision=loaded.precision,
+        folder=work,
+        listener=_Progress(start, update, report),
         resume=(bundle.path, Restore(bundle, 0, 1, settings.seed)) if bundle else None,
-    )  # fmt: skip
+    )
     examiner.examined = update
     try:
         examiner.run()
@@ -116,9 +123,15 @@ def replay(
     curves = Curves.read(training / "history.parquet")
     loss, norm = (dict(curves.get(name)).get(update) for name in ("loss", "grad_norm"))
     return Replay(
-        update, start, _finite(examiner.found_loss), _finite(examiner.found_norm), settings.clip, loss, norm,
+        update,
+        start,
+        _finite(examiner.found_loss),
+        _finite(examiner.found_norm),
+        settings.clip,
+        loss,
+        norm,
         _rows(feed, update, examiner.row_losses, tokenizer),
-    )  # fmt: skip
+    )
 
 
 def _before(training: Path, update: int, report: Reporter) -> Bundle | None:

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
-from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints import state
 from sft_pipeline.stages.trained_checkpoints.bundle import Bundle
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.trainer import SupervisedTrainer
 
 # Names of folders, which may differ from machine to machine: their content is in the stage's fingerprint.
 NAMES_OF_FOLDERS = ("model.base", "model.tokenizer")

@@ -8,15 +8,6 @@ from typing import Any
 
 import torch
 
-from sft_pipeline.learning.config import ModelConfig, TrainingConfig
-from sft_pipeline.learning.feed import Feed, layout_for
-from sft_pipeline.learning.flops import meter
-from sft_pipeline.learning.model import LoadReport, load_for_training, save_weights, training_device
-from sft_pipeline.learning.progress import NotFinite
-from sft_pipeline.learning.schedule import Schedule
-from sft_pipeline.learning.setup import SAMPLES, be_deterministic, load_tokenizer, make_feed, make_sampler
-from sft_pipeline.learning.shards import Plan, Shards
-from sft_pipeline.learning.trainer import SupervisedTrainer
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.trained_checkpoints import state
 from sft_pipeline.stages.trained_checkpoints.bundle import latest_whole, retire, write_bundle
@@ -29,6 +20,15 @@ from sft_pipeline.stages.trained_checkpoints.resume import (
     refuse_foreign,
 )
 from sft_pipeline.stages.trained_checkpoints.watch import Curves, Watch
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.feed import Feed, layout_for
+from sft_pipeline.training.flops import meter
+from sft_pipeline.training.model import LoadReport, load_for_training, save_weights, training_device
+from sft_pipeline.training.progress import NotFinite
+from sft_pipeline.training.schedule import Schedule
+from sft_pipeline.training.setup import SAMPLES, be_deterministic, load_tokenizer, make_feed, make_sampler
+from sft_pipeline.training.shards import Plan, Shards
+from sft_pipeline.training.trainer import SupervisedTrainer
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class Data:
     def identity(self) -> dict[str, Any]:
         """The items of a bundle that must not change under a resume."""
         return {
-            "tokenizer_version": self.formatting["tokenizer_sha256"], "chat_template_version": self.formatting["template_sha256"],
-            "data_manifest": dict(self.data_manifest), "eval_manifest": dict(self.eval_manifest),
-        }  # fmt: skip
+            "tokenizer_version": self.formatting["tokenizer_sha256"],
+            "chat_template_version": self.formatting["template_sha256"],
+            "data_manifest": dict(self.data_manifest),
+            "eval_manifest": dict(self.eval_manifest),
+        }
 
 
 @dataclass
@@ -114,18 +116,42 @@ def train(
         f"{loaded.trainable_parameters:,} of {loaded.total_parameters:,} parameters are trained ({loaded.parameterization}, {loaded.precision}, {loaded.attention}, layout {feed.layout}); {total:,} updates"
     )
     watch = Watch(
-        total=total, report=report, curves=Curves.read(bundle.path / "curves.parquet") if bundle else None, early_stopping=training.early_stopping,
-        sampler=make_sampler(model, tokenizer, data.heldout, data.formatting, SAMPLES) if rank == 0 and data.heldout else None,
-        mfu=meter(model, torch.cuda.get_device_name(device) if device.type == "cuda" else "", loaded.precision, world),
-        speed_log=work / "throughput.jsonl" if rank == 0 else None, resumed_at=bundle.step if bundle else 0,
-    )  # fmt: skip
+        total=total,
+        report=report,
+        curves=Curves.read(bundle.path / "curves.parquet") if bundle else None,
+        early_stopping=training.early_stopping,
+        sampler=make_sampler(model, tokenizer, data.heldout, data.formatting, SAMPLES)
+        if rank == 0 and data.heldout
+        else None,
+        mfu=meter(
+            model,
+            torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            loaded.precision,
+            world,
+        ),
+        speed_log=work / "throughput.jsonl" if rank == 0 else None,
+        resumed_at=bundle.step if bundle else 0,
+    )
     schedule = Schedule.of(training, model_config)
     trainer = SupervisedTrainer(
-        model, feed=feed, validation=validation if validation is not None and len(validation) else None, tokenizer=tokenizer, training=training,
-        schedule=schedule, precision=loaded.precision, folder=work / "trainer", listener=watch,
-        saver=_Saver(work, model_config, {**data.identity(), "recipe": recipe, "divisions": as_item(divided)}, watch, training.keep_checkpoints),
+        model,
+        feed=feed,
+        validation=validation if validation is not None and len(validation) else None,
+        tokenizer=tokenizer,
+        training=training,
+        schedule=schedule,
+        precision=loaded.precision,
+        folder=work / "trainer",
+        listener=watch,
+        saver=_Saver(
+            work,
+            model_config,
+            {**data.identity(), "recipe": recipe, "divisions": as_item(divided)},
+            watch,
+            training.keep_checkpoints,
+        ),
         resume=(bundle.path, Restore(bundle, rank, world, training.seed)) if bundle else None,
-    )  # fmt: skip
+    )
     failure = None
     try:
         # A run that was killed after it had stopped early must not go on.
@@ -183,9 +209,13 @@ class _Saver:
         if trainer.is_world_process_zero():
             best = self.watch.best
             values = {
-                "global_step": step, "sampler_position": {"update": step, "of": trainer.feed.updates}, **self.of_run,
-                "best_metric": {"name": "val_loss", "value": best[1], "step": best[0]} if best else {"name": "val_loss", "value": None, "step": None},
-            }  # fmt: skip
+                "global_step": step,
+                "sampler_position": {"update": step, "of": trainer.feed.updates},
+                **self.of_run,
+                "best_metric": {"name": "val_loss", "value": best[1], "step": best[0]}
+                if best
+                else {"name": "val_loss", "value": None, "step": None},
+            }
             write_bundle(self.work, step, lambda folder: self._files(trainer, folder, states), values)
             retire(self.work, self.keep, best[0] if best else None)
         trainer.accelerator.wait_for_everyone()

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft_pipeline.learning.config import EarlyStopping
-from sft_pipeline.learning.progress import UpdateNumbers
-from sft_pipeline.learning.used_memory import memory_mb
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.training.config import EarlyStopping
+from sft_pipeline.training.progress import UpdateNumbers
+from sft_pipeline.training.used_memory import memory_mb
 
 CURVE_SCHEMA = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
 Curve = list[tuple[int, float]]
@@ -97,9 +97,12 @@ class Watch:
         self._pace = n.seconds if self._pace is None else 0.9 * self._pace + 0.1 * n.seconds
         seconds = max(n.seconds, 1e-9)
         speed = {
-            "tokens_per_second": n.tokens / seconds, "supervised_tokens_per_second": n.supervised / seconds,
-            "memory_mb": memory_mb(), "seconds": n.seconds, **({"mfu": self._mfu(n)} if self._mfu else {}),
-        }  # fmt: skip
+            "tokens_per_second": n.tokens / seconds,
+            "supervised_tokens_per_second": n.supervised / seconds,
+            "memory_mb": memory_mb(),
+            "seconds": n.seconds,
+            **({"mfu": self._mfu(n)} if self._mfu else {}),
+        }
         self._keep_speed(n.step, speed)
         live = {k: v for k, v in speed.items() if k != "seconds"}
         self.report.metrics(

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 
 from sft_pipeline.stages import charts, tables
 from sft_pipeline.stages.painter import Painter
+from sft_pipeline.stages.schemas import ROWS
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.judge import Judge, Judged
 from sft_pipeline.stages.validated_rows.quarantine import Reason, reason_table, write_report
-from sft_pipeline.stages.validated_rows.rows import ROWS
 from sft_pipeline.stages.validated_rows.seen import Seen
 from sft_pipeline.stages.validated_rows.statistics import Statistics
 from sft_pipeline.stages.workers import ordered_map
@@ -131,14 +131,19 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
         }
     return (
         Check(
-            "reject_rate", rate <= bound, f"{rejected:,} of {read:,} rows ({rate:.2%}) were rejected, at most {bound:.2%} may be{': ' + named if named else ''}", evidence
+            "reject_rate",
+            rate <= bound,
+            f"{rejected:,} of {read:,} rows ({rate:.2%}) were rejected, at most {bound:.2%} may be{': ' + named if named else ''}",
+            evidence,
         ),
         Check(
-            "counts_add_up", accepted + rejected == read, f"{accepted:,} accepted + {rejected:,} quarantined = {accepted + rejected:,} of {read:,} read",
+            "counts_add_up",
+            accepted + rejected == read,
+            f"{accepted:,} accepted + {rejected:,} quarantined = {accepted + rejected:,} of {read:,} read",
             {name: number(counts[name]) for name in ("read", "accepted", "quarantined")},
         ),
         Check("has_rows", accepted > 0, f"{accepted:,} rows were accepted", {"rows": number(accepted)}),
-    )  # fmt: skip
+    )
 
 
 def _evidence(
@@ -154,9 +159,15 @@ def _evidence(
     )
     reasons = reason_table(out / "quarantine.parquet")
     lengths = [
-        {"part": name, "mean": round(float(a.mean()), 1), "median": int(np.median(a)), "longest": int(a.max())}
-        for name, a in (("prompt", prompt), ("completion", completion)) if len(a)
-    ]  # fmt: skip
+        {
+            "part": name,
+            "mean": round(float(a.mean()), 1),
+            "median": int(np.median(a)),
+            "longest": int(a.max()),
+        }
+        for name, a in (("prompt", prompt), ("completion", completion))
+        if len(a)
+    ]
     return {
         "row_count": number(counts["accepted"]),
         "quarantined": number(counts["quarantined"]),

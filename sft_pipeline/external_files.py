@@ -1,0 +1,83 @@
+"""Content digests of files read from outside the store, with a cache so that large files are hashed once."""
+
+import contextlib
+import fnmatch
+import sqlite3
+import time
+from pathlib import Path
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.hub import parse_hub_id
+from sft_pipeline.project import project_path, sft_home
+from sft_pipeline.store.files import sha256_file
+
+# A file changed again within the clock's resolution would keep its modification time: too young to be cached.
+YOUNG_SECONDS = 2.0
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, from the cache where (path, size, modification time, inode) are unchanged.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+        with contextlib.closing(_open_cache()) as cache:
+            row = cache.execute(
+                "SELECT sha256 FROM digests WHERE path=? AND size=? AND mtime=? AND inode=?", key
+            ).fetchone()
+            if row:
+                return row[0]
+            digest = sha256_file(path)
+            if time.time() - status.st_mtime > YOUNG_SECONDS:
+                with cache:
+                    cache.execute("INSERT OR REPLACE INTO digests VALUES (?,?,?,?,?)", (*key, digest))
+            return digest
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _open_cache() -> sqlite3.Connection:
+    home = sft_home()
+    home.mkdir(parents=True, exist_ok=True)
+    cache = sqlite3.connect(home / "digests.db", timeout=60)
+    cache.execute(
+        "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
+    )
+    return cache
+
+
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+"""The files of a model folder that decide what the model computes."""
+
+
+def digest_files(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> dict[str, str]:
+    """The digest of a local file, or of each file of a local folder whose name matches.
+
+    A hub id has no local files to hash; its pinned revision, which is part of the configuration, stands for them.
+
+    Returns:
+        {the file's path in the terms of `path_or_id`: sha256}; {"hub:<id>": "hub:<id>"} for a hub id.
+
+    Raises:
+        InputError: A local path does not exist, or no file of the folder matches.
+    """
+    path = project_path(path_or_id)
+    if path.is_file():
+        return {path_or_id: digest_file(path)}
+    if path.is_dir():
+        names = sorted(
+            p.name
+            for p in path.iterdir()
+            if p.is_file() and any(fnmatch.fnmatch(p.name, x) for x in patterns)
+        )
+        if not names:
+            raise InputError(f"{path}: no file named like {', '.join(patterns)} in this folder")
+        return {f"{path_or_id.rstrip('/')}/{name}": digest_file(path / name) for name in names}
+    if parse_hub_id(path_or_id):
+        return {f"hub:{path_or_id}": f"hub:{path_or_id}"}
+    raise InputError(
+        f"{path} does not exist (given as {path_or_id!r}; relative paths start at the folder of dagster.yaml)"
+    )

@@ -1,0 +1,83 @@
+"""The tables that stages hand to each other, and the key by which a row is recognised in another snapshot."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+KEY_BYTES = 16
+
+MESSAGE = pa.struct(
+    [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
+)
+ROWS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("group", pa.string()),
+        ("messages", pa.list_(MESSAGE)),
+        ("tools", pa.string()),
+        ("time", pa.string()),
+        ("warnings", pa.list_(pa.string())),
+        ("content_key", pa.binary(KEY_BYTES)),
+    ]
+)
+"""`weight` null: the default. `tool_calls`, `tools`: JSON text or null. `time`: as `time_of` writes it, or null.
+`content_key`: equal for rows with the same messages and tools, whatever their file, line, name or group."""
+
+
+TOKENIZED = pa.schema(
+    [
+        ("row_id", pa.string()),  # further parts of a split row: "<row_id>/1", "/2", ...
+        ("group", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),  # the input id where it carries loss, else -100
+        ("length", pa.int32()),
+        ("supervised", pa.int32()),  # positions with a label
+        ("prompt_length", pa.int32()),  # tokens of the prompt a server would send before the final turn
+        ("truncated", pa.int32()),  # tokens of the row that are not here
+        ("completion", pa.string()),  # the final assistant message, for graders
+    ]
+)
+
+REJECTS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reasons", pa.list_(pa.string())),
+        ("raw", pa.string()),
+    ]
+)
+"""rejects.parquet and quarantine.parquet of every stage: where the row came from, all that is wrong, the raw row."""
+
+SPLITS = ("train", "validation", "test")
+
+
+def content_key(messages: Sequence[Mapping[str, Any]], tools: str | None) -> bytes:
+    """128-bit digest of what is said in a row; each message has the fields of `MESSAGE` in their order."""
+    return digest(orjson.dumps([tools, messages]))
+
+
+def digest(data: bytes) -> bytes:
+    """128 bits that stand for the data."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
+
+
+def time_of(value: Any) -> str | None:
+    """An ISO time in UTC, to the microsecond, so that text order is time order; None where the value is no ISO time."""
+    if not isinstance(value, str):
+        return None
+    try:
+        time = datetime.fromisoformat(value.strip())
+        return (time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)).isoformat(
+            timespec="microseconds"
+        )
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,178 @@
+"""A row's messages in the form that chat templates read, and the control tokens that its text must not hold."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from sft_pipeline.text.reasons import Reason, Rejected
+from sft_pipeline.text.template import ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer, any_of
+
+WORD_JOINER = "\u2060"
+"""Put into a literal control token to keep it text: invisible, of no width, and not white space."""
+
+
+# A Unicode noncharacter: it joins with nothing.
+_GAP = "\ufdd2"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row as templates read it.
+
+    Attributes:
+        messages: Dicts of role, content and, where there are any, tool_calls (parsed).
+        weights: Per message; 0 takes its tokens out of the loss, anything else leaves them in.
+        tools: Function descriptions (parsed), or None.
+        completion: The final assistant message's text, as the row has it.
+        neutralised: Literal control tokens that were made plain text.
+    """
+
+    messages: list[dict[str, Any]]
+    weights: list[float]
+    tools: list[Any] | None
+    completion: str
+    neutralised: int = 0
+
+    @property
+    def last(self) -> int:
+        return len(self.messages) - 1
+
+
+def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversation:
+    """A row of `grouped_split` as templates read it.
+
+    Args:
+        system: A system message put before conversations that have none.
+
+    Raises:
+        Rejected: The last message is not the assistant's.
+    """
+    messages, weights = [], []
+    for source in row["messages"]:
+        message: dict[str, Any] = {"role": source["role"]}
+        if source.get("content") is not None:
+            message["content"] = source["content"]
+        if source.get("tool_calls"):
+            message["tool_calls"] = json.loads(source["tool_calls"])
+        messages.append(message)
+        weights.append(1.0 if source.get("weight") is None else float(source["weight"]))
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Rejected(Reason.NO_FINAL_ASSISTANT)
+    if system is not None and not any(m["role"] == "system" for m in messages):
+        messages.insert(0, {"role": "system", "content": system})
+        weights.insert(0, 1.0)
+    tools = json.loads(row["tools"]) if row.get("tools") else None
+    return Conversation(messages, weights, tools or None, messages[-1].get("content", ""))
+
+
+class ForgeryGuard:
+    """Finds text that a tokenizer would turn into a control token.
+
+    In every message: the tokenizer's control tokens. In messages that are not the assistant's: also the added tokens
+    that the template itself writes (<think>, <tool_response>, ...), which an assistant may well write as text.
+
+    Args:
+        mode: "reject", or "neutralise": a word joiner is put after the first character of each, so that it stays text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, mode: str) -> None:
+        self.mode = mode
+        self.template = template
+        self._heads = {t[:i] for t in tokenizer.control for i in range(1, len(t))}
+        self._tails = {t[i:] for t in tokenizer.control for i in range(1, len(t))}
+        self._longest = max((len(t) for t in tokenizer.control), default=1)
+        written = literal_text(template)
+        structural = {t for t in tokenizer.added if t in written} - set(tokenizer.control)
+        self._of_assistant = tokenizer.control_pattern
+        self._of_others = any_of([*tokenizer.control, *structural])
+
+    def check(self, given: Conversation) -> Conversation:
+        """The conversation as it may be rendered.
+
+        Raises:
+            Rejected: It holds a control token literally, and the mode is "reject".
+        """
+        messages = [self._message(m) for m in given.messages]
+        tools, found = self._clean(given.tools, self._of_others) if given.tools else (None, 0)
+        found += sum(n for _, n in messages)
+        if not found:
+            return given
+        if self.mode == "reject":
+            raise Rejected(Reason.CONTROL_TOKEN_IN_TEXT, ", ".join(sorted(set(self._literals(given)))))
+        return Conversation([m for m, _ in messages], given.weights, tools, given.completion, found)
+
+    def check_joints(self, given: Conversation, text: str) -> None:
+        """Looks for control tokens of which the template wrote one half and a message the other.
+
+        Raises:
+            Rejected: There are fewer of them in `text` once messages are set apart from the template.
+        """
+        contents = [m.get("content", "") for m in given.messages]
+        if not any(self._could_join(c) for c in contents):
+            return
+        apart = [{**m, "content": f"{_GAP}{c}{_GAP}"} for m, c in zip(given.messages, contents, strict=True)]
+        try:
+            placed = len(self._of_assistant.findall(self.template.render(apart, given.tools)))
+        except jinja2.TemplateError:
+            placed = -1
+        if placed != len(self._of_assistant.findall(text)):
+            raise Rejected(
+                Reason.CONTROL_TOKEN_IN_TEXT, "a message and the template together spell a control token"
+            )
+
+    def _could_join(self, content: str) -> bool:
+        return any(
+            content[-i:] in self._heads or content[:i] in self._tails
+            for i in range(1, min(self._longest, len(content) + 1))
+        )
+
+    def _message(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        pattern = self._of_assistant if message["role"] == "assistant" else self._of_others
+        content, found = self._clean(message.get("content"), pattern)
+        out = {**message, "content": content} if found else message
+        if "tool_calls" in message:
+            calls, more = self._clean(message["tool_calls"], pattern)
+            out, found = {**out, "tool_calls": calls}, found + more
+        return out, found
+
+    def _clean(self, value: Any, pattern: re.Pattern[str]) -> tuple[Any, int]:
+        """The value with every literal control token broken by a word joiner, and how many there were."""
+        if isinstance(value, str):
+            return pattern.subn(lambda m: m.group()[0] + WORD_JOINER + m.group()[1:], value)
+        if isinstance(value, list):
+            pairs = [self._clean(v, pattern) for v in value]
+            return [v for v, _ in pairs], sum(n for _, n in pairs)
+        if isinstance(value, dict):
+            keys = [self._clean(k, pattern) for k in value]
+            values = [self._clean(v, pattern) for v in value.values()]
+            return {k: v for (k, _), (v, _) in zip(keys, values, strict=True)}, sum(
+                n for _, n in keys + values
+            )
+        return value, 0
+
+    def _literals(self, given: Conversation) -> Iterator[str]:
+        for message in given.messages:
+            pattern = self._of_assistant if message["role"] == "assistant" else self._of_others
+            yield from pattern.findall(json.dumps({**message, "role": ""}, ensure_ascii=False))
+        yield from self._of_others.findall(json.dumps(given.tools, ensure_ascii=False))
+
+
+def literal_text(template: ChatTemplate) -> str:
+    """Every literal of the template's source, apart from each other: what the template itself can write."""
+    found: list[str] = []
+    for text in {template.text, template.tool_text}:
+        tree = template.environment.parse(text)
+        found += [node.data for node in tree.find_all(nodes.TemplateData)]
+        found += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(found)
+
+
+def refusal(error: jinja2.TemplateError) -> Rejected:
+    """A template's refusal as a rejection, in the template's own words."""
+    return Rejected(Reason.TEMPLATE_ERROR, (error.message or type(error).__name__).splitlines()[0])

@@ -1,0 +1,267 @@
+"""Chat templates: the tokenizer's own, a named one, or a Jinja file; rendered as transformers' apply_chat_template does.
+
+https://huggingface.co/docs/transformers/chat_templating
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.ext import loopcontrols as LoopControls
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.project import project_path
+from sft_pipeline.store.files import sha256_json
+from sft_pipeline.text.config import NAMED_TEMPLATES
+from sft_pipeline.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+FROZEN_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
+"""What `strftime_now` says: a row must not depend on the day it was rendered."""
+
+# Unicode noncharacters: they stand for nothing in any text, and mark where {% generation %} begins and ends.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+MARKS = str.maketrans("", "", _BEGIN + _END)
+"""Takes the marks out of a text."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template, and the special tokens it may name.
+
+    Attributes:
+        name: As the recipe gives it.
+        text: Jinja source.
+        tool_text: The source used for rows with tools; most tokenizers have one template for both.
+        variables: "bos_token" and so on.
+        stop: The text that ends an assistant's turn, None where nothing does.
+    """
+
+    name: str
+    text: str
+    tool_text: str
+    variables: Mapping[str, str]
+    stop: str | None = field(default=None, compare=False)
+
+    @property
+    def sha256(self) -> str:
+        return sha256_json([self.text, self.tool_text, dict(self.variables)])
+
+    @property
+    def uses_clock(self) -> bool:
+        return "strftime_now" in self.text + self.tool_text
+
+    @cached_property
+    def has_marks(self) -> bool:
+        """Whether the template says itself which text the assistant generates."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+
+    @cached_property
+    def environment(self) -> jinja2.Environment:
+        return new_environment()
+
+    @cached_property
+    def _compiled(self) -> dict[str, jinja2.Template]:
+        return {text: self.environment.from_string(text) for text in (self.text, self.tool_text)}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of a conversation.
+
+        Raises:
+            jinja2.TemplateError: The template refuses the conversation; its own words are the message.
+        """
+        text = self._render(messages, tools, add_generation_prompt)
+        return text.translate(MARKS) if self.has_marks else text
+
+    def render_marked(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the spans of it that the template's {% generation %} blocks enclose."""
+        text = self._render(messages, tools, False)
+        if not self.has_marks:
+            return text, []
+        parts, spans, length, start = [], [], 0, 0
+        for part in re.split(f"([{_BEGIN}{_END}])", text):
+            if part == _BEGIN:
+                start = length
+            elif part == _END:
+                spans.append((start, length))
+            else:
+                parts.append(part)
+                length += len(part)
+        return "".join(parts), spans
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool
+    ) -> str:
+        template = self._compiled[self.tool_text if tools else self.text]
+        try:
+            return template.render(
+                messages=messages,
+                tools=list(tools or []),
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+        except jinja2.TemplateError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+
+
+def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """Finds a template.
+
+    Args:
+        name: "tokenizer", one of `NAMED_TEMPLATES`, or the path of a Jinja file.
+
+    Raises:
+        InputError: There is no such template, or its Jinja is wrong; the message says where.
+    """
+    if name == "tokenizer":
+        text, tool_text = _own(tokenizer)
+        where = f"{tokenizer.folder}: chat_template"
+    elif name in NAMED_TEMPLATES:
+        text = tool_text = _named(name, tokenizer)
+        where = f"named template {name}"
+    else:
+        path = project_path(name)
+        try:
+            text = tool_text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            names = ", ".join(NAMED_TEMPLATES)
+            raise InputError(
+                f"template.chat_template {name}: neither `tokenizer`, a named template ({names}), nor a readable Jinja file: {error}"
+            ) from None
+        where = str(path)
+    try:
+        template = ChatTemplate(name, text, tool_text, dict(tokenizer.special))
+        return ChatTemplate(name, text, tool_text, dict(tokenizer.special), _find_stop(template, tokenizer))
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"{where}, line {error.lineno}: {error.message}") from None
+
+
+def _own(tokenizer: Tokenizer) -> tuple[str, str]:
+    found = tokenizer.templates
+    if not found:
+        raise InputError(
+            f"tokenizer {tokenizer.source} has no chat template: set template.chat_template to one of {', '.join(NAMED_TEMPLATES)}, or to a Jinja file"
+        )
+    if "default" not in found:
+        raise InputError(
+            f"tokenizer {tokenizer.source} has the chat templates {', '.join(found)} and no default: copy the one you mean to a Jinja file"
+        )
+    return found["default"], found.get("tool_use", found["default"])
+
+
+def _named(name: str, tokenizer: Tokenizer) -> str:
+    """A named template's source with the tokenizer's own eos (and bos, where the tokenizer adds one) written into it.
+
+    Written in, and not passed as variables, so that the text exported beside a model renders alike everywhere.
+    """
+    eos = tokenizer.special.get("eos_token")
+    if eos is None or tokenizer.backend.token_to_id(eos) is None:
+        raise InputError(
+            f"tokenizer {tokenizer.source} names no eos_token, which the named template {name} ends turns with"
+        )
+    bos = tokenizer.special["bos_token"] if tokenizer.adds_bos else ""
+    body = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    values = {"bos": bos, "eos": eos}
+    return (
+        "".join(f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items())
+        + body
+    )
+
+
+def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
+    """What follows the assistant's content: the first control token, else the text up to white space, else nothing."""
+    question, answer = "What is asked", "What is answered"
+    for messages in (
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        [
+            {"role": "system", "content": "Rules"},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ],
+    ):
+        try:
+            rest = template.render(messages).rpartition(answer)[2]
+        except jinja2.TemplateSyntaxError:
+            raise
+        except jinja2.TemplateError:
+            continue
+        if match := tokenizer.control_pattern.search(rest):
+            return rest[: match.end()].lstrip()
+        return rest.strip() or None
+    return None
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: the text in between is kept, with a mark at either end."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Any) -> str:
+        return _BEGIN + caller() + _END
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which remembers what it allows: that depends on nothing but the object's type and the name."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        kind = (type(obj), attr)
+        safe = self._safe.get(kind)
+        if safe is None:
+            safe = self._safe[kind] = super().is_safe_attribute(obj, attr, value)
+        return safe
+
+
+def new_environment() -> jinja2.Environment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = FROZEN_CLOCK.strftime
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which a prompt must not have."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)

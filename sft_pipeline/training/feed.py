@@ -1,0 +1,327 @@
+"""The feed: from the blocks of an update to micro-batches of tensors.
+
+The update plan says which blocks an update holds. They are dealt to the ranks (rank r takes every world-th block), and
+each rank lays its share out as its device likes it. Every layout holds the same examples and gives the same
+gradients; only speed differs.
+
+    packed   one row per block, positions restart at each example, no attention mask   (GPU)
+             | a a a | b b | c c c c |        positions 0 1 2 0 1 0 1 2 3
+    flat     the blocks of a micro-batch in one row, with segment offsets              (GPU, flash attention)
+    rows     one row per example, padded on the right, similar lengths together        (CPU: a block-diagonal mask
+             | a a a . | c c c c |  | b b |                                             costs attention over the block)
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from sft_pipeline.training.loss import IGNORED
+from sft_pipeline.training.shards import Block, Plan, Shards
+
+Layout = Literal["packed", "flat", "rows"]
+T = TypeVar("T")
+
+
+def layout_for(device: torch.device, attention: str) -> Layout:
+    """The fastest layout: examples as rows on a CPU, blocks on a GPU, flattened where attention takes offsets."""
+    if device.type == "cpu":
+        return "rows"
+    return "flat" if attention.startswith("flash_attention") else "packed"
+
+
+def supervised_targets(
+    labels: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray = (0,)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a prediction is scored, and what must be predicted there.
+
+    Position t predicts the token at t + 1. The first token of an example is predicted by nothing: at a boundary inside
+    a block it would be the last token of the example before, which has nothing to do with it.
+
+    Args:
+        labels: [L], -100 where not supervised.
+        starts: First positions of the examples.
+
+    Returns:
+        (positions [N] ascending, targets [N]), int64.
+    """
+    labels = np.array(labels, dtype=np.int64)
+    labels[np.asarray(starts, dtype=np.int64)] = IGNORED
+    at = np.flatnonzero(labels != IGNORED)
+    return at - 1, labels[at]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass takes.
+
+    inputs: keyword arguments of the model (input_ids [B, T], for packed layouts position_ids [B, T]);
+    index, targets: int64 [N], flattened positions that are scored and the ids predicted there;
+    examples, tokens: without padding.
+    """
+
+    inputs: dict[str, Any]
+    index: torch.Tensor
+    targets: torch.Tensor
+    examples: int
+    tokens: int
+
+    def to(self, device: torch.device) -> "Microbatch":
+        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        return Microbatch(
+            {k: move(v) for k, v in self.inputs.items()},
+            move(self.index),
+            move(self.targets),
+            self.examples,
+            self.tokens,
+        )
+
+    def pinned(self) -> "Microbatch":
+        pin = lambda x: x.pin_memory() if isinstance(x, torch.Tensor) else x  # noqa: E731
+        return Microbatch(
+            {k: pin(v) for k, v in self.inputs.items()},
+            pin(self.index),
+            pin(self.targets),
+            self.examples,
+            self.tokens,
+        )
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """One rank's share of one update. `blocks` are all blocks of the update, whatever the rank."""
+
+    update: int
+    blocks: tuple[int, ...]
+    microbatches: tuple[Microbatch, ...] = field(repr=False)
+
+    @property
+    def supervised(self) -> int:
+        return sum(len(m.targets) for m in self.microbatches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(m.tokens for m in self.microbatches)
+
+    @property
+    def examples(self) -> int:
+        return sum(m.examples for m in self.microbatches)
+
+
+def microbatches(
+    blocks: Sequence[Block], *, layout: Layout, per_device_batch: int, max_tokens: int
+) -> list[Microbatch]:
+    """Lays blocks out as micro-batches.
+
+    Args:
+        per_device_batch: Blocks in a micro-batch of the packed layouts.
+        max_tokens: Padded tokens in a micro-batch of the rows layout (at least one example).
+    """
+    if not blocks:
+        return [_nothing()]
+    if layout == "rows":
+        return _rows(blocks, max_tokens)
+    groups = [blocks[i : i + per_device_batch] for i in range(0, len(blocks), per_device_batch)]
+    return [(_flat if layout == "flat" else _packed)(group) for group in groups]
+
+
+def _nothing() -> Microbatch:
+    """What a rank runs when an update has fewer blocks than there are ranks: it must still join the gradient sum."""
+    none = torch.zeros(0, dtype=torch.long)
+    return Microbatch({"input_ids": torch.zeros((1, 2), dtype=torch.long)}, none, none, 0, 0)
+
+
+def _packed(blocks: Sequence[Block]) -> Microbatch:
+    width = max(len(b.input_ids) for b in blocks)
+    ids = np.zeros((len(blocks), width), dtype=np.int64)
+    # Padding counts from 0 again, so that it is a segment of its own, which no real token can see.
+    positions = np.zeros((len(blocks), width), dtype=np.int64)
+    index, targets = [], []
+    for row, block in enumerate(blocks):
+        n = len(block.input_ids)
+        ids[row, :n], positions[row, :n], positions[row, n:] = (
+            block.input_ids,
+            block.position_ids,
+            np.arange(width - n),
+        )
+        at, y = supervised_targets(block.labels, block.starts)
+        index.append(at + row * width)
+        targets.append(y)
+    return _microbatch(
+        blocks,
+        {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)},
+        index,
+        targets,
+    )
+
+
+def _flat(blocks: Sequence[Block]) -> Microbatch:
+    lengths = np.concatenate([b.lengths for b in blocks])
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    longest = int(lengths.max())
+    index, targets, before = [], [], 0
+    for block in blocks:
+        at, y = supervised_targets(block.labels, block.starts)
+        index.append(at + before)
+        targets.append(y)
+        before += len(block.input_ids)
+    inputs = {
+        "input_ids": torch.from_numpy(np.concatenate([b.input_ids for b in blocks]).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate([b.position_ids for b in blocks]).astype(np.int64))[
+            None
+        ],
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return _microbatch(blocks, inputs, index, targets)
+
+
+def _microbatch(
+    blocks: Sequence[Block], inputs: dict[str, Any], index: list[np.ndarray], targets: list[np.ndarray]
+) -> Microbatch:
+    return Microbatch(
+        inputs,
+        torch.from_numpy(np.concatenate(index)),
+        torch.from_numpy(np.concatenate(targets)),
+        examples=sum(len(b.lengths) for b in blocks),
+        tokens=sum(len(b.input_ids) for b in blocks),
+    )
+
+
+def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
+    """Examples by descending length (ties in plan order), grouped so that a padded micro-batch stays in the bound.
+
+    No mask and no positions are needed: to a causal model padding on the right is invisible.
+    """
+    segments = [
+        (b.input_ids[s : s + n], b.labels[s : s + n])
+        for b in blocks
+        for s, n in zip(b.starts, b.lengths, strict=True)
+    ]
+    segments.sort(key=lambda s: -len(s[0]))
+    found: list[Microbatch] = []
+    group: list[tuple[np.ndarray, np.ndarray]] = []
+    for segment in segments:
+        if group and len(group[0][0]) * (len(group) + 1) > max_tokens:
+            found.append(_pad(group))
+            group = []
+        group.append(segment)
+    found.append(_pad(group))
+    return found
+
+
+def _pad(group: list[tuple[np.ndarray, np.ndarray]]) -> Microbatch:
+    width = len(group[0][0])
+    ids = np.zeros((len(group), width), dtype=np.int64)
+    index, targets = [], []
+    for row, (tokens, labels) in enumerate(group):
+        ids[row, : len(tokens)] = tokens
+        at, y = supervised_targets(labels)
+        index.append(at + row * width)
+        targets.append(y)
+    return Microbatch(
+        {"input_ids": torch.from_numpy(ids)},
+        torch.from_numpy(np.concatenate(index)),
+        torch.from_numpy(np.concatenate(targets)),
+        examples=len(group),
+        tokens=sum(len(t) for t, _ in group),
+    )
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Updates in plan order, as this rank's tensors.
+
+    `updates` bounds the plan (training.max_steps); `max_tokens` bounds padded tokens of a rows micro-batch.
+    """
+
+    shards: Shards
+    plan: Plan
+    layout: Layout
+    per_device_batch: int
+    max_tokens: int
+    updates: int
+    rank: int = 0
+    world: int = 1
+
+    def update(self, number: int) -> UpdateBatch:
+        blocks = [int(b) for b in self.plan.blocks(number)]
+        own = [self.shards.block(b) for b in blocks[self.rank :: self.world]]
+        parts = microbatches(
+            own, layout=self.layout, per_device_batch=self.per_device_batch, max_tokens=self.max_tokens
+        )
+        return UpdateBatch(number, tuple(blocks), tuple(parts))
+
+    def iterate(self, start: int) -> Iterator[UpdateBatch]:
+        """Updates start, start + 1, ... to the end, made ahead in a thread."""
+        pin = torch.cuda.is_available()
+
+        def made() -> Iterator[UpdateBatch]:
+            for number in range(start, self.updates):
+                batch = self.update(number)
+                yield (
+                    UpdateBatch(batch.update, batch.blocks, tuple(m.pinned() for m in batch.microbatches))
+                    if pin
+                    else batch
+                )
+
+        return prefetched(made(), depth=4)
+
+    def row_ids(self, update: int) -> list[str]:
+        """Every row of an update."""
+        return [row for block in self.plan.blocks(update) for row in self.shards.row_ids(int(block))]
+
+
+def all_blocks(
+    shards: Shards, *, layout: Layout, per_device_batch: int, max_tokens: int, rank: int = 0, world: int = 1
+) -> Iterator[Microbatch]:
+    """Every block once, for evaluation: this rank's share, laid out 8 micro-batches at a time."""
+    own = range(rank, len(shards), world)
+    step = 8 * per_device_batch
+    for start in range(0, len(own), step):
+        blocks = [shards.block(i) for i in own[start : start + step]]
+        yield from microbatches(
+            blocks, layout=layout, per_device_batch=per_device_batch, max_tokens=max_tokens
+        )
+
+
+def prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The same items, made up to `depth` ahead in a thread, which ends with the consumer."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stop, end = threading.Event(), object()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    threading.Thread(target=work, name="feed", daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()

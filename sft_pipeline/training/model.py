@@ -1,0 +1,309 @@
+"""Loading: the base model, its adapters, and trained checkpoints.
+
+safetensors only, no remote code unless the recipe says so, hub models only at a pinned commit. What was asked for is
+what runs: attention and precision are checked after loading and reported.
+"""
+
+import importlib.util
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.hub import clear_loading_errors
+from sft_pipeline.training.adapters import add_adapter, freeze
+from sft_pipeline.training.base import base_folder
+from sft_pipeline.training.config import ModelConfig, TrainingConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, as it is: recorded in training.json."""
+
+    architecture: str
+    parameterization: str
+    attention: str
+    precision: str
+    weights_dtype: str
+    device: str
+    total_parameters: int
+    trainable_parameters: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def training_device() -> torch.device:
+    """This process's device: the GPU of its local rank, else the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """bf16 where the GPU has it, fp32 on a CPU.
+
+    Raises:
+        InputError: The device cannot do what was asked for.
+    """
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if asked == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if asked == "bf16" and not has_bf16:
+        raise InputError("training.precision bf16: this GPU has no bfloat16. Set fp16 or fp32")
+    if asked == "fp16" and device.type == "cpu":
+        raise InputError("training.precision fp16 needs a GPU. Set bf16 or fp32")
+    return asked
+
+
+def resolve_attention(asked: str, device: torch.device, architecture: Any = None) -> str:
+    """The attention implementation for `auto`: flash attention where it is installed on a GPU, else sdpa, else eager.
+
+    Args:
+        architecture: The model class, whose `_supports_...` say what it has; None for one that has everything.
+    """
+    if asked != "auto":
+        return asked
+    if device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
+        for package, name in (
+            ("flash_attn_interface", "flash_attention_3"),
+            ("flash_attn", "flash_attention_2"),
+        ):
+            if importlib.util.find_spec(package):
+                return name
+    return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The base's transformers configuration; no weights are read.
+
+    Raises:
+        InputError: Unknown or unreachable base.
+    """
+    from transformers import AutoConfig
+
+    folder = base_folder(config)
+    with clear_loading_errors(f"model.base {config.base}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+
+
+def load_base(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None, four_bit: bool = False
+) -> Any:
+    """The base model in evaluation mode, with the attention that was asked for.
+
+    Args:
+        dtype: Of the weights (of the computation where four_bit).
+        four_bit: NF4 with double quantization (Dettmers et al. 2023); needs bitsandbytes.
+
+    Raises:
+        InputError: Unknown base, no safetensors, or an attention implementation that this machine or model lacks.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # progress is reported, not drawn over the log
+    device = device or training_device()
+    folder = base_folder(config)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
+    attention = resolve_attention(config.attention, device, architecture)
+    extra: dict[str, Any] = {}
+    if four_bit:
+        extra = {"quantization_config": _four_bit(dtype), "device_map": {"": device}}
+    with clear_loading_errors(f"model.base {config.base} with attention {attention}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **extra,
+        )
+    _assert_attention(model, attention)
+    if four_bit:
+        _keep_four_bit_weights(model)
+    else:
+        model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def load_for_training(
+    config: ModelConfig,
+    training: TrainingConfig,
+    checkpoint: Path | None = None,
+    *,
+    device: torch.device | None = None,
+) -> tuple[Any, LoadReport]:
+    """The model that will be trained, adapters and freezing applied, in training mode.
+
+    Frozen weights are held in the precision of the computation, trained ones in fp32 (adapters, full fine-tuning),
+    so that small updates are not rounded away.
+
+    Args:
+        checkpoint: Continue from the weights of this folder instead of the base's (resume).
+
+    Raises:
+        InputError: Unknown base, or a precision or attention that this machine or model lacks.
+    """
+    device = device or training_device()
+    if config.attention == "flex_attention" and device.type == "cpu":
+        raise InputError(
+            "model.attention flex_attention has no gradients on a CPU. Set sdpa, or auto, which takes the best there is"
+        )
+    precision = resolve_precision(training.precision, device)
+    adapters = config.parameterization != "full"
+    dtype = DTYPES[precision] if adapters else torch.float32
+    torch.manual_seed(training.seed)  # the adapters' initial weights
+    source = config if adapters or checkpoint is None else _as_base(config, checkpoint)
+    model = load_base(source, dtype=dtype, device=device, four_bit=config.parameterization == "qlora")
+    model.config.use_cache = False
+    if adapters:
+        model = add_adapter(model, config, checkpoint, gradient_checkpointing=training.gradient_checkpointing)
+    else:
+        model.requires_grad_(True)
+        freeze(model, config.freeze)
+    model.train()
+    return model, describe(model, config, precision)
+
+
+def _as_base(config: ModelConfig, checkpoint: Path) -> ModelConfig:
+    """A checkpoint of whole weights takes the base's place."""
+    return config.model_copy(update={"base": str(checkpoint), "revision": None})
+
+
+def load_for_inference(
+    config: ModelConfig,
+    checkpoint: Path | None = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A model to generate or score with, in evaluation mode, gradients off.
+
+    Args:
+        config: The recipe's model section.
+        checkpoint: A `checkpoint-<step>` folder with an adapter or whole weights; None for the base itself.
+        dtype: null: bf16 on a GPU that has it, fp32 on a CPU.
+    """
+    device = device or training_device()
+    dtype = dtype or DTYPES[resolve_precision("auto", device)]
+    if checkpoint is None or (checkpoint / "adapter_config.json").is_file():
+        model = load_base(
+            config,
+            dtype=dtype,
+            device=device,
+            four_bit=config.parameterization == "qlora" and checkpoint is not None,
+        )
+        if checkpoint is not None:
+            model = _with_adapter(model, checkpoint)
+    else:
+        model = load_base(_as_base(config, checkpoint), dtype=dtype, device=device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _with_adapter(model: Any, checkpoint: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=False)
+
+
+def save_weights(model: Any, folder: Path, config: ModelConfig) -> None:
+    """Writes the adapter, or the whole weights, as safetensors; the bytes depend on the weights alone.
+
+    PEFT writes the base's path and an unordered list of modules into adapter_config.json: the path is replaced by
+    the recipe's own name for the base, and lists are sorted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        data = json.loads(adapter.read_text(encoding="utf-8"))
+        data["base_model_name_or_path"] = config.base
+        data["revision"] = config.revision
+        data = {
+            k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
+            for k, v in data.items()
+        }
+        adapter.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    plain = folder / "config.json"
+    if plain.is_file():
+        data = json.loads(plain.read_text(encoding="utf-8"))
+        data.pop("_name_or_path", None)
+        plain.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trained). A 4-bit weight stores two values a byte, so it counts twice."""
+    total = trained = 0
+    for parameter in model.parameters():
+        n = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        total += n
+        trained += n if parameter.requires_grad else 0
+    return total, trained
+
+
+def describe(model: Any, config: ModelConfig, precision: str) -> LoadReport:
+    from sft_pipeline.training.loss import causal_model
+
+    causal = causal_model(model)
+    total, trained = count_parameters(model)
+    return LoadReport(
+        architecture=type(causal).__name__,
+        parameterization=config.parameterization,
+        attention=causal.config._attn_implementation,
+        precision=precision,
+        weights_dtype="nf4"
+        if config.parameterization == "qlora"
+        else str(causal.dtype).removeprefix("torch."),
+        device=causal.device.type,
+        total_parameters=total,
+        trainable_parameters=trained,
+    )
+
+
+def _assert_attention(model: Any, asked: str) -> None:
+    got = model.config._attn_implementation
+    if got != asked:
+        raise InputError(
+            f"model.attention {asked}: {type(model).__name__} loaded with {got} instead. Set model.attention to {got}, or install what {asked} needs"
+        )
+
+
+def _four_bit(compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise InputError(
+            "model.parameterization qlora needs bitsandbytes, which is not installed here. Install it or use lora"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _keep_four_bit_weights(model: nn.Module) -> None:
+    """Switches off bitsandbytes' repacking for CPU inference.
+
+    On a CPU with AVX512-BF16 the first forward in evaluation mode rewrites the weights and rounds their scales to
+    bf16, and fails on widths that 32 does not divide: an evaluation would change the model in the middle of training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
