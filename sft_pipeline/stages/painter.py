@@ -60,7 +60,7 @@ class Painter:
 
 
 def _prepared() -> Callable[[Drawing], None]:
-    from sft_pipeline.plots import blank
+    from sft_pipeline.plots.canvas import blank
 
     blank(1, 1)  # imports what draws
     return _draw

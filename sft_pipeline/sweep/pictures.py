@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.plots import axes, save
+from sft_pipeline.plots.canvas import axes, save
 from sft_pipeline.sweep.grid import shown
 from sft_pipeline.sweep.ranking import JUDGED, Place
 from sft_pipeline.sweep.trial import Result

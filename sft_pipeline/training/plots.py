@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.plots import axes, save
+from sft_pipeline.plots.canvas import axes, save
 
 Curve = list[tuple[int, float]]
 

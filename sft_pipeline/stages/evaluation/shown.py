@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.plots import blank, save
+from sft_pipeline.plots.canvas import blank, save
 from sft_pipeline.stages.evaluation.compare import Comparison, Interval
 from sft_pipeline.stages.evaluation.select import Selection
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.stages import charts
+from sft_pipeline.plots import charts
 from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import OnDisk, SideSummary

@@ -13,7 +13,7 @@ from sft_pipeline.stages.grouped_split.leakage import Straddling
 from sft_pipeline.stages.grouped_split.shingles import texts_of
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import SideSummary
-from sft_pipeline.stages.schemas import ROWS
+from sft_pipeline.stages.schemas import REJECTS, ROWS
 from sft_pipeline.stages.stage import Build
 
 NEAR_DUPLICATE = "near_duplicate_of_held_out"
@@ -42,7 +42,7 @@ def write_sides(
     excerpts = [pa.RecordBatch.from_pylist([], EXCERPT)]
     train, validation, test = (tables.PartWriter(b.out / name, ROWS) for name in SIDES)
     done = 0
-    with train, validation, test, tables.FileWriter(b.out / "rejects.parquet", tables.REJECTS) as rejects:
+    with train, validation, test, tables.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         for batch in tables.read_batches(parts):
             here = slice(done, done + batch.num_rows)
             for i, (name, writer) in enumerate(zip(SIDES, (train, validation, test))):

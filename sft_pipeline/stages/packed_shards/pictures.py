@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sft_pipeline.plots import quick_axes, save
+from sft_pipeline.plots.canvas import quick_axes, save
 
 
 def plot_fill(path: Path, fills: npt.NDArray, lengths: npt.NDArray, max_length: int) -> None:

@@ -20,6 +20,7 @@ from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files
 from sft_pipeline.stages.raw_rows.readers import read_file
 from sft_pipeline.stages.raw_rows.sample import chosen, rank, sizes
 from sft_pipeline.stages.raw_rows.streams import SourceFile
+from sft_pipeline.stages.schemas import REJECTS
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 
 ROWS = pa.schema(
@@ -50,7 +51,7 @@ def build(b: Build) -> Built:
     reading = _Reading(b.report, total=sum(f.bytes for found in files.values() for f in found))
     read: list[int] = []
     ranks: list[np.ndarray] = []
-    with tables.FileWriter(b.out / "rejects.parquet", tables.REJECTS) as rejects:
+    with tables.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         if not sampled:
             with tables.PartWriter(b.out / "rows", ROWS) as rows:
                 for i in range(len(config.sources)):

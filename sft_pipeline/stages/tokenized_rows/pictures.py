@@ -42,7 +42,7 @@ def previews_of(tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]]) -> 
 
 def plot_lengths(path: Path, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int) -> None:
     """Histogram of tokens per example, and of supervised tokens per example."""
-    from sft_pipeline.plots import quick_axes, save
+    from sft_pipeline.plots.canvas import quick_axes, save
 
     fig, ax = quick_axes(7, 3.2)
     longest = int(lengths.max()) if len(lengths) else 1

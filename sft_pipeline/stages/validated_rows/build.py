@@ -9,9 +9,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages import charts, tables
+from sft_pipeline.plots import charts
+from sft_pipeline.stages import tables
 from sft_pipeline.stages.painter import Painter
-from sft_pipeline.stages.schemas import ROWS
+from sft_pipeline.stages.schemas import REJECTS, ROWS
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.judge import Judge, Judged
@@ -40,7 +41,7 @@ def _build(b: Build, painter: Painter) -> Built:
     statistics, seen = Statistics(), Seen()
     with (
         tables.PartWriter(b.out / "rows", ROWS) as rows,
-        tables.FileWriter(quarantine_path, tables.REJECTS) as quarantine,
+        tables.FileWriter(quarantine_path, REJECTS) as quarantine,
         closing(
             ordered_map(Judge, (config, groups), tables.read_batches(raw.parts("rows")))
         ) as judged_batches,
@@ -91,10 +92,10 @@ def rejected_rows(batch: pa.RecordBatch, judged: Judged, new: np.ndarray) -> pa.
     found = batch.take(pa.array(positions[order]))
     arrays = [
         *(found.column(name) for name in PLACE),
-        pa.array([reasons[i] for i in order], tables.REJECTS.field("reasons").type),
+        pa.array([reasons[i] for i in order], REJECTS.field("reasons").type),
         found.column("content"),
     ]
-    return pa.RecordBatch.from_arrays(arrays, schema=tables.REJECTS)
+    return pa.RecordBatch.from_arrays(arrays, schema=REJECTS)
 
 
 def group_columns(paths: list[Path], shapes: Sequence[SourceShape]) -> list[str | None]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft_pipeline.plots import decades, quick_axes, save
+from sft_pipeline.plots.canvas import decades, quick_axes, save
 
 SIZE = (6.4, 3.2)  # inches
 COLOURS = ("#3b6ea8", "#d98b2b", "#4d9a6a", "#a05195", "#777777")
