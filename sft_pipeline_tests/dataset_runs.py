@@ -9,7 +9,6 @@ import pytest
 
 from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.grouped_split.asset import STAGE as GROUPED_SPLIT
 from sft_pipeline.stages.raw_rows.asset import STAGE as RAW_ROWS
 from sft_pipeline.stages.raw_rows.locate import snapshots
@@ -17,6 +16,7 @@ from sft_pipeline.stages.run import Outcome, Run, run_stage
 from sft_pipeline.stages.stage import Branch, Stage
 from sft_pipeline.stages.validated_rows.asset import STAGE as VALIDATED_ROWS
 from sft_pipeline.store import Artifact, Store
+from sft_pipeline.tables import parquet
 
 STAGES = {s.name: s for s in (RAW_ROWS, VALIDATED_ROWS, GROUPED_SPLIT)}
 
@@ -51,7 +51,7 @@ def run(
 def rows(artifact: Artifact, name: str) -> list[dict[str, Any]]:
     """The rows of a folder of parts, or of one file."""
     path = artifact.file(name)
-    return list(tables.read_rows(artifact.parts(name) if path.is_dir() else [path]))
+    return list(parquet.read_rows(artifact.parts(name) if path.is_dir() else [path]))
 
 
 def check(outcome: Outcome, name: str) -> dict[str, Any]:

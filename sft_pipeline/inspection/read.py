@@ -8,9 +8,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.inspection.view import IGNORE, BlockView, Inspection, RowView, Segment
-from sft_pipeline.stages.tables import read_batches
+from sft_pipeline.inspection.view import BlockView, Inspection, RowView, Segment
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.parquet import read_batches
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 PACKED_SIDES = ("train", "validation")
@@ -155,7 +156,7 @@ def _segments(values: dict) -> Iterator[Segment]:
     start = 0
     for row_id, length in zip(values["row_ids"], values["lengths"], strict=True):
         stop = start + length
-        supervised = sum(label != IGNORE for label in values["labels"][start:stop])
+        supervised = sum(label != IGNORE_LABEL for label in values["labels"][start:stop])
         positions = values["position_ids"]
         yield Segment(row_id, length, supervised, positions[start], positions[stop - 1])
         start = stop

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-IGNORE = -100
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class RowView:
 
     @property
     def supervised(self) -> int:
-        return sum(label != IGNORE for label in self.labels)
+        return sum(label != IGNORE_LABEL for label in self.labels)
 
     def kind(self, index: int) -> str:
         """ "supervised", "special" (a control token without loss) or "context"."""
-        if self.labels[index] != IGNORE:
+        if self.labels[index] != IGNORE_LABEL:
             return "supervised"
         return "special" if self.special[index] else "context"
 

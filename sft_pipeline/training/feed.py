@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from sft_pipeline.training.loss import IGNORED
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.training.shards import Block, Plan, Shards
 
 Layout = Literal["packed", "flat", "rows"]
@@ -50,8 +50,8 @@ def supervised_targets(
         (positions [N] ascending, targets [N]), int64.
     """
     labels = np.array(labels, dtype=np.int64)
-    labels[np.asarray(starts, dtype=np.int64)] = IGNORED
-    at = np.flatnonzero(labels != IGNORED)
+    labels[np.asarray(starts, dtype=np.int64)] = IGNORE_LABEL
+    at = np.flatnonzero(labels != IGNORE_LABEL)
     return at - 1, labels[at]
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
+
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 

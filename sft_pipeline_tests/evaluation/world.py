@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.schemas import REJECTS, ROWS, content_key
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import FileWriter, PartWriter
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import sha256_file, sha256_json
+from sft_pipeline.tables.parquet import FileWriter, PartWriter
+from sft_pipeline.tables.schemas import REJECTS, ROWS, content_key
 from sft_pipeline.training.config import ModelConfig
 
 TEMPLATE = (

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.grouped_split import near_duplicates
 from sft_pipeline.stages.grouped_split.build import build
 from sft_pipeline.stages.grouped_split.config import SplitConfig
@@ -23,6 +22,7 @@ from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.validated_rows.asset import STAGE as VALIDATED_ROWS
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.manifest import data_version, list_files
+from sft_pipeline.tables import parquet
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
 
 __all__ = ["project"]
@@ -201,7 +201,7 @@ def test_files_that_hold_other_rows_than_were_dealt_are_found(project: Path) -> 
     path = write_jsonl(project / "rows.jsonl", [case(f"g{i}") for i in range(30)])
     artifact = run(dataset(path), project / "home")["grouped_split"].artifact
     handed = SideSummary()
-    for batch in tables.read_batches(artifact.parts("train"), batch_rows=4):
+    for batch in parquet.read_batches(artifact.parts("train"), batch_rows=4):
         handed.add(batch)
     held = on_disk(artifact.parts("train"))
     assert held.row_ids == handed.row_ids and held.rows == handed.rows > 1

@@ -14,13 +14,13 @@ from sft_pipeline.stages.packed_shards.asset import STAGE
 from sft_pipeline.stages.packed_shards.blocks import BLOCKS, position_ids
 from sft_pipeline.stages.packed_shards.build import build
 from sft_pipeline.stages.packed_shards.config import PackedShardsConfig, PackingConfig
-from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import PartWriter, read_rows
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
+from sft_pipeline.stages.tokenized_rows.encode import Example
 from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.manifest import data_version, list_files
+from sft_pipeline.tables.parquet import PartWriter, read_rows
+from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.training.shards import Plan, Shards
 
 
@@ -31,7 +31,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
         length = int(rng.integers(4, 60))
         ids = rng.integers(0, 1000, length).astype(np.int32)
         prompt = int(rng.integers(1, length - 1))
-        labels = np.where(np.arange(length) >= prompt, ids, IGNORE).astype(np.int32)
+        labels = np.where(np.arange(length) >= prompt, ids, IGNORE_LABEL).astype(np.int32)
         out.append(Example(f"{i:032x}", f"g{i}", ids, labels, prompt, 0, "x"))
     return out
 

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import read_rows
 from sft_pipeline.stages.tokenized_rows.asset import STAGE
 from sft_pipeline.stages.tokenized_rows.build import build
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
 from sft_pipeline.store.manifest import data_version, list_files
+from sft_pipeline.tables.parquet import read_rows
+from sft_pipeline.tables.schemas import TOKENIZED
 from sft_pipeline_tests.tokenized_rows.tiny import MARKED, row, save_tokenizer, split_artifact
 
 TRAIN = [

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.encode import Example, Refused, RowEncoder
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SHORT, row, tiny_tokenizer
@@ -29,7 +30,7 @@ def learnt(e: RowEncoder, x: Example) -> list[str]:
     """The text of each supervised stretch."""
     out, current = [], []
     for token, label in zip(x.input_ids.tolist(), x.labels.tolist(), strict=True):
-        if label != IGNORE:
+        if label != IGNORE_LABEL:
             current.append(token)
         elif current:
             out, current = [*out, e.tokenizer.decode(current)], []
@@ -42,14 +43,16 @@ def test_five_prefix_tokens_and_two_target_tokens_end_of_turn_included_give_5_ma
     start, end = e.tokenizer.control["<|im_start|>"], e.tokenizer.control["<|im_end|>"]
     letters = [e.tokenizer.ids(c)[0] for c in "xyzq"]
     assert x.input_ids.tolist() == [start, *letters[:3], end, letters[3], end]
-    assert x.labels.tolist() == [IGNORE] * 5 + [letters[3], end]
+    assert x.labels.tolist() == [IGNORE_LABEL] * 5 + [letters[3], end]
 
 
 def test_golden_ids_of_a_chat_row():
     e = encoder()
     x = example(e, row(("user", "who may read the report"), ("assistant", "the user")))
     assert x.input_ids.tolist() == GOLDEN_IDS
-    assert x.labels.tolist() == [IGNORE] * x.prompt_length + GOLDEN_IDS[x.prompt_length : -1] + [IGNORE]
+    assert x.labels.tolist() == [IGNORE_LABEL] * x.prompt_length + GOLDEN_IDS[x.prompt_length : -1] + [
+        IGNORE_LABEL
+    ]
     assert (
         e.tokenizer.decode(GOLDEN_IDS)
         == "<|im_start|>user\nwho may read the report<|im_end|>\n<|im_start|>assistant\nthe user<|im_end|>\n"
@@ -87,7 +90,7 @@ def test_modes(supervise, expected, template):
 def test_all_supervises_everything_but_the_first_position_and_weight_0_messages():
     e = encoder(supervise="all")
     x = example(e, row(*MULTI))
-    assert (x.labels[1:] == x.input_ids[1:]).all() and x.labels[0] == IGNORE
+    assert (x.labels[1:] == x.input_ids[1:]).all() and x.labels[0] == IGNORE_LABEL
     weightless = learnt(e, example(e, row(*MULTI, weights=[None, 0.0, 0.0])))
     assert not any("one?" in t or "first" in t for t in weightless) and any("second" in t for t in weightless)
 
@@ -191,7 +194,7 @@ def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(
     plain = [{"role": r, "content": c} for r, c in messages]
     prompt = e.tokenizer.ids(e.template.render(plain[:-1], add_generation_prompt=True))
     assert x.input_ids[: len(prompt)].tolist() == prompt and x.prompt_length == len(prompt)
-    supervised = x.labels != IGNORE
+    supervised = x.labels != IGNORE_LABEL
     assert (x.labels[supervised] == x.input_ids[supervised]).all() and not supervised[0]
     if supervise == "completion":
         assert not supervised[: len(prompt)].any()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.tokenized_rows.tiny import row, tiny_tokenizer
@@ -44,7 +45,7 @@ def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
         [LONG_ANSWER]
     )  # only the newline after the stop is lost
     (x,) = outcome.examples
-    assert x.truncated == 0 and (x.labels != IGNORE).sum() == (full.labels != IGNORE).sum()
+    assert x.truncated == 0 and (x.labels != IGNORE_LABEL).sum() == (full.labels != IGNORE_LABEL).sum()
     (refused,) = encoder(len(full.input_ids) - 2, "reject").encode([LONG_ANSWER])
     assert isinstance(refused, Refused) and refused.reason is Reason.TOO_LONG
 
@@ -102,10 +103,11 @@ def test_split_learns_every_supervised_token_once(limit):
     parts = e.encode([LONG_ANSWER])[0].examples
     assert [p.row_id for p in parts] == ["r", *(f"r/{i}" for i in range(1, len(parts)))]
     assert all(
-        len(p.input_ids) <= limit and (p.labels != IGNORE).any() and p.labels[0] == IGNORE for p in parts
+        len(p.input_ids) <= limit and (p.labels != IGNORE_LABEL).any() and p.labels[0] == IGNORE_LABEL
+        for p in parts
     )
-    learnt = np.concatenate([p.labels[p.labels != IGNORE] for p in parts])
-    assert learnt.tolist() == full.labels[full.labels != IGNORE].tolist()
+    learnt = np.concatenate([p.labels[p.labels != IGNORE_LABEL] for p in parts])
+    assert learnt.tolist() == full.labels[full.labels != IGNORE_LABEL].tolist()
     assert (
         parts[0].input_ids[: parts[0].prompt_length].tolist() == full.input_ids[: full.prompt_length].tolist()
     )

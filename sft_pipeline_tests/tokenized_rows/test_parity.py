@@ -8,8 +8,9 @@ import pytest
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.tokenized_rows.config import NAMED_TEMPLATES, TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
 from sft_pipeline.stages.tokenized_rows.skew import find_skew
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.conversation import conversation
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
@@ -84,8 +85,8 @@ def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
         assert not isinstance(outcome, Refused), (given["messages"], outcome)
         (x,) = outcome.examples
         assert x.input_ids[: x.prompt_length].tolist() == prompt
-        learnt = tokenizer.decode(x.labels[x.labels != IGNORE].tolist())
-        assert learnt.endswith(template.stop or "") and (x.labels[: x.prompt_length] == IGNORE).all()
+        learnt = tokenizer.decode(x.labels[x.labels != IGNORE_LABEL].tolist())
+        assert learnt.endswith(template.stop or "") and (x.labels[: x.prompt_length] == IGNORE_LABEL).all()
         assert "".join(plain.completion.split()) in "".join(learnt.split())
         joined = other(text, add_special_tokens=False)["input_ids"]
         if joined[: len(prompt)] == prompt and not plain.completion[:1].isspace():
@@ -105,7 +106,7 @@ def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(
     for given, outcome in zip(ROWS, e.encode(ROWS), strict=True):
         assert not isinstance(outcome, Refused), (given["messages"], outcome)
         (x,) = outcome.examples
-        learnt = x.labels[x.labels != IGNORE]
+        learnt = x.labels[x.labels != IGNORE_LABEL]
         assert learnt[-1] == tokenizer.id_of("eos_token") and x.input_ids.max() < tokenizer.vocab_size
         assert (x.input_ids[:1].tolist() == [tokenizer.id_of("bos_token")]) or not tokenizer.adds_bos
         prompt = named.render(conversation(given).messages[:-1], add_generation_prompt=True)

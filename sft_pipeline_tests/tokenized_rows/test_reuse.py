@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import read_rows
 from sft_pipeline.stages.tokenized_rows import batches, token_groups
 from sft_pipeline.stages.tokenized_rows import build as room
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, mask_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups
 from sft_pipeline.store.manifest import data_version, list_files
+from sft_pipeline.tables.parquet import read_rows
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, FakeArtifact, row, save_tokenizer, split_artifact
 
 LONG = row(("user", "who"), ("assistant", "user " * 90), row_id="a" * 32)
@@ -168,7 +168,7 @@ def test_what_is_supervised_is_told_by_its_spans(rows):
     """Rows of examples of tokens, each supervised or not."""
     examples = [mask for row in rows for mask in row]
     flat = np.array([on for mask in examples for on in mask], dtype=bool)
-    labels = [[7 if on else IGNORE for on in mask] for mask in examples]
+    labels = [[7 if on else IGNORE_LABEL for on in mask] for mask in examples]
     batch = pa.RecordBatch.from_arrays(
         [pa.array(list(map(len, examples)), pa.int32()), pa.array(labels, pa.list_(pa.int32()))],
         ["length", "labels"],

@@ -10,10 +10,10 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from sft_pipeline.stages.schemas import ROWS as SPLIT
-from sft_pipeline.stages.schemas import content_key
-from sft_pipeline.stages.tables import PartWriter
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.parquet import PartWriter
+from sft_pipeline.tables.schemas import ROWS as SPLIT
+from sft_pipeline.tables.schemas import content_key
 from sft_pipeline.text.tokenizer import Tokenizer, make_tokenizer
 
 CHATML = (

@@ -32,11 +32,11 @@ from sft_pipeline.stages.evaluation.verdicts import (
     replies_end,
     selection_explained,
 )
-from sft_pipeline.stages.held_out import chosen_positions, held_out_rows
 from sft_pipeline.stages.stage import Build, Built, markdown, number, plot, table, text
-from sft_pipeline.stages.tables import count_rows
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tables.held_out import chosen_positions, held_out_rows
+from sft_pipeline.tables.parquet import count_rows
 from sft_pipeline.text.reply import Speech, speech_of
 
 

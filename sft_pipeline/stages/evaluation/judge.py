@@ -11,8 +11,8 @@ import numpy as np
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
-from sft_pipeline.stages.held_out import HeldOut, held_out_rows
-from sft_pipeline.stages.tables import count_rows, read_batches
+from sft_pipeline.tables.held_out import HeldOut, held_out_rows
+from sft_pipeline.tables.parquet import count_rows, read_batches
 from sft_pipeline.text.reply import Speech
 from sft_pipeline.training.generate import Reply, generate, score_nll
 from sft_pipeline.training.threads import threads_for

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sft_pipeline.stages.tables import FileWriter
+from sft_pipeline.tables.parquet import FileWriter
 
 BASE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply", "expected", "finished")
 

@@ -7,8 +7,8 @@ from sft_pipeline.stages.evaluation.judge import judge
 from sft_pipeline.stages.evaluation.models import Models
 from sft_pipeline.stages.evaluation.samples import SamplesWriter
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import count_rows
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tables.parquet import count_rows
 from sft_pipeline.text.reply import speech_of
 
 

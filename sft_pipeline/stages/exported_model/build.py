@@ -35,9 +35,9 @@ from sft_pipeline.stages.exported_model.proof import (
     probe_rows,
 )
 from sft_pipeline.stages.exported_model.tokenizer_files import write_tokenizer
-from sft_pipeline.stages.held_out import HeldOut
 from sft_pipeline.stages.stage import Build, Built, Check, markdown, number, table
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.held_out import HeldOut
 from sft_pipeline.text.reply import formatting_of, speech_of, tokenizer_of
 from sft_pipeline.text.template import load_template
 from sft_pipeline.training.config import ModelConfig

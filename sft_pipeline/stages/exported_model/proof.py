@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from sft_pipeline.stages.exported_model.parity import Difference, first_difference, served_prompt
-from sft_pipeline.stages.held_out import HeldOut, chosen_positions, held_out_rows
 from sft_pipeline.stages.stage import Check, number, table
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.held_out import HeldOut, chosen_positions, held_out_rows
 from sft_pipeline.text.conversation import ForgeryGuard, conversation
 from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer

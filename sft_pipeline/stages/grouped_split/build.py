@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.grouped_split.leakage import Straddling, leaked, straddling
 from sft_pipeline.stages.grouped_split.near_duplicates import ShingleSets
@@ -18,20 +17,21 @@ from sft_pipeline.stages.grouped_split.summary import on_disk
 from sft_pipeline.stages.grouped_split.write import write_sides
 from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built
+from sft_pipeline.tables import parquet
 
 
 def build(b: Build) -> Built:
     """Deals the groups to sides, drops near-duplicates of held-out rows, and writes the sides, rejects and split.json."""
     config: SplitConfig = b.config
     parts = b.inputs["validated_rows"].parts("rows")
-    total = tables.count_rows(parts)
+    total = parquet.count_rows(parts)
     near = config.near_duplicates
     b.report.log(
         f"dealing {total:,} rows to sides"
         + (f" and searching near-duplicates at {near.threshold:g}" if near else "")
     )
     sides = Sides(
-        config, first_times(tables.read_batches(parts, ["group", "time"])) if config.time_cutoff else None
+        config, first_times(parquet.read_batches(parts, ["group", "time"])) if config.time_cutoff else None
     )
     side = _deal(sides, parts)
     dropped = np.zeros(total, bool)
@@ -52,7 +52,7 @@ def build(b: Build) -> Built:
     held = {name: on_disk(sorted((b.out / name).glob("*.parquet"))) for name in SIDES}
     outcome = Outcome(
         read=total,
-        rejects=tables.count_rows([b.out / "rejects.parquet"]),
+        rejects=parquet.count_rows([b.out / "rejects.parquet"]),
         near_duplicates=len(found.row),
         handed=handed,
         held=held,
@@ -69,13 +69,13 @@ def build(b: Build) -> Built:
 
 def _deal(sides: Sides, parts: list[Path]) -> np.ndarray:
     """The side of each row (int8)."""
-    dealt = [sides.of_rows(batch.column("group")) for batch in tables.read_batches(parts, ["group"])]
+    dealt = [sides.of_rows(batch.column("group")) for batch in parquet.read_batches(parts, ["group"])]
     return np.concatenate([np.zeros(0, np.int8), *dealt])
 
 
 def _texts(b: Build, parts: list[Path], total: int) -> Iterator[pa.Array]:
     done = 0
-    for batch in tables.read_batches(parts, ["messages"]):
+    for batch in parquet.read_batches(parts, ["messages"]):
         yield texts_of(batch.column("messages"))
         done += batch.num_rows
         b.report.progress("shingle", done, total, "rows")

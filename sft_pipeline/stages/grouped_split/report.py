@@ -10,9 +10,9 @@ from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import OnDisk, SideSummary
 from sft_pipeline.stages.painter import Painter
-from sft_pipeline.stages.schemas import ROWS
 from sft_pipeline.stages.stage import Check, Evidence, number, plot, table
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tables.schemas import ROWS
 
 
 @dataclass(frozen=True)

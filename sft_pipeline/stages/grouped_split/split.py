@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.grouped_split.config import SplitConfig
-from sft_pipeline.stages.schemas import time_of
+from sft_pipeline.tables.schemas import time_of
 
 SIDES = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)

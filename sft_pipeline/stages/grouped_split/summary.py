@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.grouped_split.shingles import is_system
+from sft_pipeline.tables import parquet
 
 MAX_LABELS = 100
 _MERGE_GROUPS = 64  # batches after which their distinct groups are joined
@@ -97,7 +97,7 @@ class OnDisk:
 def on_disk(paths: Iterable[Path]) -> OnDisk:
     """Reads one side's files back, a batch at a time."""
     groups, ids, rows = [pa.array([], pa.string())], RowIds(), 0
-    for batch in tables.read_batches(paths, ["row_id", "group"], tables.ROW_GROUP):
+    for batch in parquet.read_batches(paths, ["row_id", "group"], parquet.ROW_GROUP):
         rows += batch.num_rows
         ids.add(batch.column("row_id"))
         groups.append(pc.unique(batch.column("group")))

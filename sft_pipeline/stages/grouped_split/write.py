@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.grouped_split.leakage import Straddling
 from sft_pipeline.stages.grouped_split.shingles import texts_of
 from sft_pipeline.stages.grouped_split.split import SIDES
 from sft_pipeline.stages.grouped_split.summary import SideSummary
-from sft_pipeline.stages.schemas import REJECTS, ROWS
 from sft_pipeline.stages.stage import Build
+from sft_pipeline.tables import parquet
+from sft_pipeline.tables.schemas import REJECTS, ROWS
 
 NEAR_DUPLICATE = "near_duplicate_of_held_out"
 EXCERPT = pa.schema([(name, pa.string()) for name in ("row_id", "group", "side", "text")])
@@ -40,10 +40,10 @@ def write_sides(
     handed = {name: SideSummary() for name in SIDES}
     shown = np.unique(np.concatenate([found.row, found.near]))
     excerpts = [pa.RecordBatch.from_pylist([], EXCERPT)]
-    train, validation, test = (tables.PartWriter(b.out / name, ROWS) for name in SIDES)
+    train, validation, test = (parquet.PartWriter(b.out / name, ROWS) for name in SIDES)
     done = 0
-    with train, validation, test, tables.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
-        for batch in tables.read_batches(parts):
+    with train, validation, test, parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
+        for batch in parquet.read_batches(parts):
             here = slice(done, done + batch.num_rows)
             for i, (name, writer) in enumerate(zip(SIDES, (train, validation, test))):
                 rows = batch.filter(pa.array((side[here] == i) & ~dropped[here]))
@@ -96,9 +96,9 @@ def _write_pairs(
             columns |= {f"{of}{name}": taken[name] for name in EXCERPT.names}
         return pa.table(columns, schema=PAIRS)
 
-    with tables.FileWriter(path, PAIRS) as out:
-        for first in range(0, len(found.row), tables.ROW_GROUP):
-            out.write(pairs(np.arange(first, min(first + tables.ROW_GROUP, len(found.row)))))
+    with parquet.FileWriter(path, PAIRS) as out:
+        for first in range(0, len(found.row), parquet.ROW_GROUP):
+            out.write(pairs(np.arange(first, min(first + parquet.ROW_GROUP, len(found.row)))))
     worst = pairs(np.lexsort((found.row, -found.similarity))[:WORST_PAIRS]).to_pylist()
     return [
         {k: v[:WORST_TEXT] if k.endswith("text") else v for k, v in pair.items()}

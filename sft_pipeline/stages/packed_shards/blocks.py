@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.packed_shards.packing import Packing
-from sft_pipeline.stages.tables import Behind, PartWriter, read_batches
+from sft_pipeline.tables.parquet import Behind, PartWriter, read_batches
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 
-IGNORE = -100
 GROUP_TOKENS = 1 << 15  # in a row group, about
 GROUP_BLOCKS = 4_096  # in a row group, at most
 GROUPS_PER_PART = 128
@@ -89,7 +89,7 @@ def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
             ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
             offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
             offsets -= offsets[0]
-            counts = labels != IGNORE
+            counts = labels != IGNORE_LABEL
             wrong += int(np.count_nonzero(counts & (labels != ids)))
             wrong += int(np.count_nonzero(counts[offsets[:-1]]))
             np.where(counts, ids | _SUPERVISED, ids).tofile(file)
@@ -149,7 +149,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
             ends = np.cumsum(lengths) - 1
             examples += len(lengths)
             tokens += len(positions)
-            supervised += int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE))
+            supervised += int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE_LABEL))
             bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(
                 int(np.count_nonzero(positions == 0)) - len(lengths)
             )
@@ -175,7 +175,7 @@ def _batch(rows: FlatRows, packing: Packing, first: int, stop: int) -> pa.Record
     position = position_ids(lengths)
     stored = rows.tokens[np.repeat(begin, lengths) + position]
     ids = stored & ~_SUPERVISED
-    labels = np.where(stored < 0, ids, np.int32(IGNORE))
+    labels = np.where(stored < 0, ids, np.int32(IGNORE_LABEL))
     segments = _offsets(per_block)
     tokens = _offsets(np.add.reduceat(lengths, segments[:-1]))
     return pa.RecordBatch.from_arrays(

@@ -17,8 +17,8 @@ from sft_pipeline.stages.packed_shards.pictures import plot_fill, plot_updates
 from sft_pipeline.stages.packed_shards.plan import UpdatePlan, plan_updates
 from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, plot, table
-from sft_pipeline.stages.tables import FileWriter, count_rows
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tables.parquet import FileWriter, count_rows
 
 MIN_EFFICIENCY, ENOUGH_BLOCKS = 0.90, 50
 MAX_CV = 0.10

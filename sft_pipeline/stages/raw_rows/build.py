@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.raw_rows.config import RawRowsConfig
 from sft_pipeline.stages.raw_rows.decode import Bad, Rows, gather
 from sft_pipeline.stages.raw_rows.hub import is_hub, read_hub
@@ -20,8 +19,9 @@ from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files
 from sft_pipeline.stages.raw_rows.readers import read_file
 from sft_pipeline.stages.raw_rows.sample import chosen, rank, sizes
 from sft_pipeline.stages.raw_rows.streams import SourceFile
-from sft_pipeline.stages.schemas import REJECTS
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
+from sft_pipeline.tables import parquet
+from sft_pipeline.tables.schemas import REJECTS
 
 ROWS = pa.schema(
     [
@@ -51,16 +51,16 @@ def build(b: Build) -> Built:
     reading = _Reading(b.report, total=sum(f.bytes for found in files.values() for f in found))
     read: list[int] = []
     ranks: list[np.ndarray] = []
-    with tables.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
+    with parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         if not sampled:
-            with tables.PartWriter(b.out / "rows", ROWS) as rows:
+            with parquet.PartWriter(b.out / "rows", ROWS) as rows:
                 for i in range(len(config.sources)):
                     read.append(
                         len(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=False))
                     )
         else:
             for i in range(len(config.sources)):
-                with tables.PartWriter(spool / str(i), ROWS) as rows:
+                with parquet.PartWriter(spool / str(i), ROWS) as rows:
                     ranks.append(
                         _read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=True)
                     )
@@ -68,7 +68,7 @@ def build(b: Build) -> Built:
     kept = read
     if sampled:
         kept = sizes(read, [s.limit for s in config.sources], [s.weight for s in config.sources])
-        with tables.PartWriter(b.out / "rows", ROWS) as rows:
+        with parquet.PartWriter(b.out / "rows", ROWS) as rows:
             for i in range(len(config.sources)):
                 _copy_chosen(sorted((spool / str(i)).glob("*.parquet")), chosen(ranks[i], kept[i]), rows)
         shutil.rmtree(spool)
@@ -76,7 +76,7 @@ def build(b: Build) -> Built:
             b.report.log(
                 f"{source.path}: {kept[i]:,} of {read[i]:,} rows taken (limit {source.limit}, weight {source.weight:g})"
             )
-    bad = tables.count_rows([b.out / "rejects.parquet"])
+    bad = parquet.count_rows([b.out / "rejects.parquet"])
     if not sum(read) and not bad:
         raise InputError(
             f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in config.sources)}. Add rows, or remove the snapshot's folder"
@@ -120,8 +120,8 @@ def _read_source(
     config: RawRowsConfig,
     source: int,
     files: list[SourceFile],
-    rows: tables.PartWriter,
-    rejects: tables.FileWriter,
+    rows: parquet.PartWriter,
+    rejects: parquet.FileWriter,
     reading: _Reading,
     *,
     ranked: bool,
@@ -201,18 +201,18 @@ class _Rejected:
         return rows
 
 
-def _copy_chosen(paths: list[Path], mask: np.ndarray, rows: tables.PartWriter) -> None:
+def _copy_chosen(paths: list[Path], mask: np.ndarray, rows: parquet.PartWriter) -> None:
     start = 0
-    for batch in tables.read_batches(paths):
+    for batch in parquet.read_batches(paths):
         rows.write(batch.filter(pa.array(mask[start : start + batch.num_rows])))
         start += batch.num_rows
 
 
 def _checks(out: Path, counts: dict[str, int]) -> tuple[Check, ...]:
-    offenders = tables.first_offenders(out / "rejects.parquet")
+    offenders = parquet.first_offenders(out / "rejects.parquet")
     evidence: dict[str, Evidence] = {"rejects": number(counts["rejects"])}
     if offenders:
-        reasons = tables.count_reasons([out / "rejects.parquet"])
+        reasons = parquet.count_reasons([out / "rejects.parquet"])
         evidence |= {
             "reasons": table([{"reason": k, "rows": v} for k, v in reasons.items()]),
             "first": table(list(offenders)),

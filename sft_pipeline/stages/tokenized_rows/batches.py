@@ -18,13 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.schemas import SPLITS
-from sft_pipeline.stages.tables import count_rows, read_batches
 from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
 from sft_pipeline.stages.tokenized_rows.referee import SAMPLE, Referee
 from sft_pipeline.stages.tokenized_rows.reuse import Earlier
 from sft_pipeline.stages.workers import Answer, ordered_map, threaded_map, worker_count
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.parquet import count_rows, read_batches
+from sft_pipeline.tables.schemas import SPLITS
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways; where there are not twice as many, all rows go the slow way

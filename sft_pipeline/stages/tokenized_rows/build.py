@@ -6,9 +6,7 @@ from contextlib import closing
 import numpy as np
 
 from sft_pipeline.stages.painter import Painter
-from sft_pipeline.stages.schemas import REJECTS, SPLITS, TOKENIZED
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tables import Behind, FileWriter, PartWriter, count_rows
 from sft_pipeline.stages.tokenized_rows.batches import BATCH, Batches, encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encoding import Encoders, reject_rows
@@ -20,6 +18,8 @@ from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Given
 from sft_pipeline.stages.tokenized_rows.seen import Seen
 from sft_pipeline.stages.tokenized_rows.skew import Skew
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tables.parquet import Behind, FileWriter, PartWriter, count_rows
+from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
 
 
 class Differs(Exception):

@@ -13,12 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.byte_level import ODD_CONTROL
 from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder, Ints, text_bytes
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.skeleton import Place, Skeleton, Skeletons
+from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
@@ -328,7 +327,7 @@ def _examples(
     messages = rows.column("messages")
     last = messages.offsets.to_numpy()[1:] - 1 - messages.offsets[0].as_py()
     offsets = pa.array(grid.starts.astype(np.int32))
-    labels = np.where(supervised, ids, np.int32(IGNORE))
+    labels = np.where(supervised, ids, np.int32(IGNORE_LABEL))
     return pa.RecordBatch.from_arrays(
         [
             rows.column("row_id"),

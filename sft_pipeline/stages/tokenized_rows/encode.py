@@ -22,13 +22,11 @@ from sft_pipeline.stages.tokenized_rows.mask import (
 from sft_pipeline.stages.tokenized_rows.overflow import Cut, shorten_prompt, truncate_answer, windows
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
 from sft_pipeline.stages.tokenized_rows.roundtrip import Job, decodes_to
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.conversation import Conversation, ForgeryGuard, conversation
 from sft_pipeline.text.reasons import Reason, Rejected
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
-
-IGNORE = -100
-"""The label of a position without loss, as torch's cross_entropy and transformers have it."""
 
 Row: TypeAlias = Mapping[str, Any]
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -41,7 +39,7 @@ class Example:
     Attributes:
         row_id: The row's; further parts of a row that was split have "/1", "/2", ... appended.
         input_ids: int32 (length,).
-        labels: int32 (length,): the input id where it carries loss, else IGNORE.
+        labels: int32 (length,): the input id where it carries loss, else IGNORE_LABEL.
         prompt_length: Tokens of the prompt that a server would send before the final turn.
         truncated: Tokens of the row that are not in this example.
     """
@@ -244,7 +242,7 @@ class RowEncoder:
 def _accepted(masked: _Masked, cuts: Sequence[Cut]) -> Accepted | Refused:
     prepared = masked.prepared
     examples = tuple(_example(masked, cut, part) for part, cut in enumerate(cuts))
-    if not all((e.labels != IGNORE).any() for e in examples):  # only position 0 was left to supervise
+    if not all((e.labels != IGNORE_LABEL).any() for e in examples):  # only position 0 was left to supervise
         return Refused(prepared.row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
     return Accepted(
         examples,
@@ -258,12 +256,12 @@ def _accepted(masked: _Masked, cuts: Sequence[Cut]) -> Accepted | Refused:
 def _example(masked: _Masked, cut: Cut, part: int) -> Example:
     row = masked.prepared.row
     ids = np.asarray(masked.ids, dtype=np.int32)
-    labels = np.full(len(ids), IGNORE, dtype=np.int32)
+    labels = np.full(len(ids), IGNORE_LABEL, dtype=np.int32)
     for start, stop in masked.loss:
         labels[start:stop] = ids[start:stop]
     labels = labels[cut.start : cut.stop].copy()
     labels[: max(cut.new_from - cut.start, 1)] = (
-        IGNORE  # position 0 is never predicted; overlap is learnt once
+        IGNORE_LABEL  # position 0 is never predicted; overlap is learnt once
     )
     supervised_lost = masked.loss[-1][1] > cut.stop
     return Example(

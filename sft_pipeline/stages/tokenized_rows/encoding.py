@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sft_pipeline.stages.schemas import REJECTS, ROWS, TOKENIZED
 from sft_pipeline.stages.tokenized_rows.byte_level import Unsupported
 from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder, Encoded
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
@@ -20,6 +19,7 @@ from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused
 from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.stages.tokenized_rows.tracing import Untraceable
+from sft_pipeline.tables.schemas import REJECTS, ROWS, TOKENIZED
 from sft_pipeline.text.template import ChatTemplate, load_template
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 

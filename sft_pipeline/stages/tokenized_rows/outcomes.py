@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.schemas import KEY_BYTES
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Accepted, Refused
+from sft_pipeline.stages.tokenized_rows.encode import Accepted, Refused
+from sft_pipeline.tables.schemas import IGNORE_LABEL, KEY_BYTES
 
 OUTCOMES = pa.schema(
     [
@@ -86,7 +86,7 @@ def to_outcomes(
 def _spans(examples: pa.RecordBatch, ends: npt.NDArray[np.int64]) -> pa.ListArray:
     """What is supervised of each row, given how many examples there are before it (and in all)."""
     starts = np.concatenate([[0], np.cumsum(examples.column("length").to_numpy(), dtype=np.int64)])[ends]
-    on = examples.column("labels").flatten().to_numpy() != IGNORE
+    on = examples.column("labels").flatten().to_numpy() != IGNORE_LABEL
     inner = np.ones(len(on) + 1, dtype=bool)  # places between two tokens of a row
     inner[starts] = False
     padded = np.concatenate([[False], on, [False]])

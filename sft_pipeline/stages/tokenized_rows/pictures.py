@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.tokenizer import Tokenizer
 
 SUPERVISED, CONTEXT = "#b7e4c7", "#eceff1"
@@ -33,7 +33,7 @@ def previews_of(tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]]) -> 
         Preview(
             title=f"row {e['row_id'][:12]}: {e['length']} tokens, {e['supervised']} supervised (green)",
             tokens=[tokenizer.decode([i]) for i in e["input_ids"]],
-            supervised=[label != IGNORE for label in e["labels"]],
+            supervised=[label != IGNORE_LABEL for label in e["labels"]],
             special=[i in tokenizer.control_ids for i in e["input_ids"]],
         )
         for e in examples

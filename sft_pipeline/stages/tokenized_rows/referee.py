@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages import standby
-from sft_pipeline.stages.schemas import TOKENIZED
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.encode import Accepted, Example, Refused
 from sft_pipeline.stages.tokenized_rows.encoding import Done, Encoders
@@ -29,6 +28,7 @@ from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.stages.tokenized_rows.skew import Skew, auto_tokenizer, find_skew, hide_torch
 from sft_pipeline.stages.workers import Answer, worker_count
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.schemas import TOKENIZED
 from sft_pipeline.text.conversation import Conversation, conversation
 
 if TYPE_CHECKING:

@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft_pipeline.stages.schemas import KEY_BYTES, SPLITS, TOKENIZED
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, mask_of
 from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups, copy_runs
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.schemas import IGNORE_LABEL, KEY_BYTES, SPLITS, TOKENIZED
 
 OUTCOMES_FILE = "outcomes.parquet"
 Ints = npt.NDArray[np.int64]
@@ -110,7 +109,9 @@ class Earlier:
             "row_id": _named(rows.column("row_id").take(pa.array(row)), part),
             "group": rows.column("group").take(pa.array(row)),
             "input_ids": pa.ListArray.from_arrays(lists, pa.array(ids)),
-            "labels": pa.ListArray.from_arrays(lists, pa.array(np.where(supervised, ids, np.int32(IGNORE)))),
+            "labels": pa.ListArray.from_arrays(
+                lists, pa.array(np.where(supervised, ids, np.int32(IGNORE_LABEL)))
+            ),
             "completion": _completions(rows).take(pa.array(row)),
             **{name: pa.array(values) for name, values in carried.items()},
         }

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from sft_pipeline.stages.schemas import TOKENIZED
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE, Example
+from sft_pipeline.stages.tokenized_rows.encode import Example
+from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 
 
 def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
@@ -19,7 +19,7 @@ def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
         pa.ListArray.from_arrays(offsets, pa.array(_flat(e.input_ids for e in examples))),
         pa.ListArray.from_arrays(offsets, pa.array(_flat(e.labels for e in examples))),
         pa.array(lengths),
-        pa.array(np.array([np.count_nonzero(e.labels != IGNORE) for e in examples], dtype=np.int32)),
+        pa.array(np.array([np.count_nonzero(e.labels != IGNORE_LABEL) for e in examples], dtype=np.int32)),
         pa.array(np.array([e.prompt_length for e in examples], dtype=np.int32)),
         pa.array(np.array([e.truncated for e in examples], dtype=np.int32)),
         pa.array([e.completion for e in examples], pa.string()),

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.tokenized_rows.encode import IGNORE
 from sft_pipeline.stages.tokenized_rows.encoding import Done
 from sft_pipeline.stages.tokenized_rows.outcomes import Tally
 from sft_pipeline.stages.tokenized_rows.reuse import Given
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 PREVIEWS = 2
 EXAMPLES_PER_REASON = 3
@@ -82,7 +82,7 @@ class Seen:
         ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
         starts = batch.column("labels").offsets.to_numpy()[:-1]
         starts = starts - starts[0]
-        supervised = labels != IGNORE
+        supervised = labels != IGNORE_LABEL
         counted = batch.column("supervised").to_numpy()
         self.broken["nothing supervised"] += int(np.count_nonzero(counted == 0))
         self.broken["position 0 supervised"] += int(np.count_nonzero(supervised[starts]))

@@ -10,9 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.plots import charts
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.painter import Painter
-from sft_pipeline.stages.schemas import REJECTS, ROWS
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.judge import Judge, Judged
@@ -20,6 +18,8 @@ from sft_pipeline.stages.validated_rows.quarantine import Reason, reason_table, 
 from sft_pipeline.stages.validated_rows.seen import Seen
 from sft_pipeline.stages.validated_rows.statistics import Statistics
 from sft_pipeline.stages.workers import ordered_map
+from sft_pipeline.tables import parquet
+from sft_pipeline.tables.schemas import REJECTS, ROWS
 
 GROUP_COLUMNS = ("group", "group_id", "thread_id", "conversation_id")
 PLACE = ("row_id", "source", "file", "line")
@@ -35,18 +35,18 @@ def _build(b: Build, painter: Painter) -> Built:
     config: ValidatedRowsConfig = b.config
     raw = b.inputs["raw_rows"]
     raw_rejects = [raw.file("rejects.parquet")]
-    undecodable, decoded = tables.count_rows(raw_rejects), tables.count_rows(raw.parts("rows"))
+    undecodable, decoded = parquet.count_rows(raw_rejects), parquet.count_rows(raw.parts("rows"))
     quarantine_path = b.out / "quarantine.parquet"
     groups = group_columns(raw.parts("rows"), config.shapes)
     statistics, seen = Statistics(), Seen()
     with (
-        tables.PartWriter(b.out / "rows", ROWS) as rows,
-        tables.FileWriter(quarantine_path, REJECTS) as quarantine,
+        parquet.PartWriter(b.out / "rows", ROWS) as rows,
+        parquet.FileWriter(quarantine_path, REJECTS) as quarantine,
         closing(
-            ordered_map(Judge, (config, groups), tables.read_batches(raw.parts("rows")))
+            ordered_map(Judge, (config, groups), parquet.read_batches(raw.parts("rows")))
         ) as judged_batches,
     ):
-        for batch in tables.read_batches(raw_rejects):
+        for batch in parquet.read_batches(raw_rejects):
             quarantine.write(batch)
         for batch, judged in judged_batches:
             new = seen.add(judged.keys)
@@ -57,8 +57,8 @@ def _build(b: Build, painter: Painter) -> Built:
             b.report.progress("validate", rows.rows + quarantine.rows - undecodable, decoded, "rows")
     counts = {
         "read": undecodable + decoded,
-        "accepted": tables.count_rows(sorted((b.out / "rows").glob("*.parquet"))),
-        "quarantined": tables.count_rows([quarantine_path]),
+        "accepted": parquet.count_rows(sorted((b.out / "rows").glob("*.parquet"))),
+        "quarantined": parquet.count_rows([quarantine_path]),
         "undecodable": undecodable,
         "warned": statistics.warned,
         "groups": statistics.groups,
@@ -105,7 +105,7 @@ def group_columns(paths: list[Path], shapes: Sequence[SourceShape]) -> list[str 
     if not unknown:
         return found
     key = f'"(?:{"|".join(GROUP_COLUMNS)})":'
-    for batch in tables.read_batches(paths, ["source", "content"]):
+    for batch in parquet.read_batches(paths, ["source", "content"]):
         if not unknown:
             break
         hits = batch.filter(pc.match_substring_regex(batch.column("content"), key))
@@ -128,7 +128,7 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
     if reasons:
         evidence |= {
             "reasons": table(list(reasons)),
-            "first": table(list(tables.first_offenders(quarantine))),
+            "first": table(list(parquet.first_offenders(quarantine))),
         }
     return (
         Check(

@@ -12,11 +12,11 @@ import orjson
 import pyarrow as pa
 
 from sft_pipeline.stages.raw_rows.lines import has_huge_number
-from sft_pipeline.stages.schemas import KEY_BYTES, MESSAGE, ROWS, content_key, digest, time_of
 from sft_pipeline.stages.validated_rows.config import ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.contract import group_of, judge, may_warn, warnings_of
 from sft_pipeline.stages.validated_rows.formats import Conversation, look_up, normalise
 from sft_pipeline.stages.validated_rows.quarantine import Reason
+from sft_pipeline.tables.schemas import KEY_BYTES, MESSAGE, ROWS, content_key, digest, time_of
 
 JUDGED = pa.schema(
     [ROWS.field(name) for name in ("group", "messages", "tools", "time", "warnings", "content_key")]

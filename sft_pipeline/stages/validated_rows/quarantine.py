@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from sft_pipeline.stages import tables
 from sft_pipeline.stages.raw_rows.decode import ExplainedEnum, Undecodable
+from sft_pipeline.tables import parquet
 
 EXAMPLES = 3
 
@@ -70,7 +70,7 @@ def reason_table(path: Path) -> list[dict[str, str | int]]:
     """Rows per reason, most frequent first, with explanations. A row with two reasons counts twice."""
     return [
         {"reason": name, "rows": count, "meaning": _MEANING[name]}
-        for name, count in tables.count_reasons([path]).items()
+        for name, count in parquet.count_reasons([path]).items()
     ]
 
 
@@ -81,10 +81,10 @@ def write_report(path: Path, quarantine: Path, read: int, warnings: dict[str, in
         read: Rows of the snapshot.
         warnings: Rows per warning; these rows were accepted.
     """
-    rows = tables.count_rows([quarantine])
+    rows = parquet.count_rows([quarantine])
     found = reason_table(quarantine)
     examples: dict[str, list[str]] = {str(entry["reason"]): [] for entry in found}
-    for row in tables.read_rows([quarantine]):
+    for row in parquet.read_rows([quarantine]):
         for reason in row["reasons"]:
             if len(examples[reason]) < EXAMPLES:
                 examples[reason].append(f"- `{row['file']}:{row['line']}` {_code(row['raw'])}")

@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_pipeline.stages import tables
-from sft_pipeline.stages.schemas import REJECTS
-from sft_pipeline.stages.tables import (
+from sft_pipeline.tables import parquet
+from sft_pipeline.tables.parquet import (
     FileWriter,
     PartWriter,
     count_reasons,
@@ -17,6 +16,7 @@ from sft_pipeline.stages.tables import (
     read_batches,
     read_rows,
 )
+from sft_pipeline.tables.schemas import REJECTS
 
 SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.list_(pa.string()))])
 TABLE = pa.table({"a": range(1000), "b": [[str(i)] * (i % 3) for i in range(1000)]}, schema=SCHEMA)
@@ -37,7 +37,7 @@ def test_parts_do_not_depend_on_how_rows_are_handed_over(tmp_path: Path, step: i
 
 
 def test_huge_rows_end_a_row_group_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "ROW_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 10_000)
     with FileWriter(tmp_path / "x.parquet", REJECTS) as writer:
         writer.append([{"row_id": str(i), "raw": "x" * 4_000} for i in range(10)])
     metadata = pq.read_metadata(tmp_path / "x.parquet")

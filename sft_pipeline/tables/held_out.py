@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_pipeline.stages.tables import read_batches
+from sft_pipeline.tables.parquet import read_batches
 
 
 @dataclass(frozen=True)

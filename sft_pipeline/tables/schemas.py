@@ -10,6 +10,9 @@ import pyarrow as pa
 
 KEY_BYTES = 16
 
+IGNORE_LABEL = -100
+"""The label of a position without loss, as torch's cross_entropy and transformers have it."""
+
 MESSAGE = pa.struct(
     [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
 )

@@ -6,8 +6,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.stages.schemas import content_key
 from sft_pipeline.stages.validated_rows.asset import STAGE
+from sft_pipeline.tables.schemas import content_key
 from sft_pipeline_tests.dataset_runs import dataset, project, rows, run, write_jsonl
 
 __all__ = ["project"]
