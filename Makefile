@@ -3,14 +3,17 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers whatever the machine: each holds torch and a few tiny models, and the tests start processes of their own.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+WORKERS ?= 2
 export SFT_HOME ?= $(CURDIR)/.sft
 export DAGSTER_HOME := $(CURDIR)
 
-.PHONY: help install demo test ui lint bench data clean
+.PHONY: help install demo test test-all ui lint bench data clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (a few minutes the first time)"
@@ -25,8 +28,11 @@ demo: install  ## the embedded default, from raw rows to an exported model
 	@echo "== sft run access_policy_lora (results in $(SFT_HOME))"
 	@$(BIN)/sft run access_policy_lora
 
-test: install  ## every test
-	@$(BIN)/python -m pytest
+test: install  ## every promise at least once, in about eight minutes on 2 cores
+	@$(PYTEST) -m "not slow"
+
+test-all: install  ## every test, the slow ones too: the whole demo, all of GSM8K, many kills
+	@$(PYTEST)
 
 ui: install  ## the Dagster and MLflow UIs on loopback
 	@$(BIN)/sft ui
