@@ -456,7 +456,7 @@ def full_name(rng: random.Random) -> str:
 
 
 def draw_facts(rng: random.Random, case: Case, often: float = 1.0) -> dict[str, bool]:
-    """Random truth of every fact that can apply to this kind of request; `often` scales how often it is in trouble."""
+    """Random truth of each fact that can apply to such a request; `often` scales how often it is bad."""
     service = case.role == "service"
     chance = {"gone service" if service else "gone": 0.1}  # of trouble
     chance |= {} if service else {"trained": 0.3}
@@ -886,9 +886,13 @@ def card(files: dict[str, bytes]) -> str:
     example = parsed(second["keys.jsonl"])[0]
     return f"""# access_policy: requests to an access desk
 
-License: Apache-2.0. Synthetic; every person, firm and id is invented. Written by `data/make_access_policy.py` (seed {SEED}).
+License: Apache-2.0. Synthetic; every person, firm and id is invented. Written by \
+`data/make_access_policy.py` (seed {SEED}).
 
-An access desk gets requests in plain English: may this person or service use, renew or extend this door badge, key, data export or account? The answer follows from a written policy of ten rules, [`data/access_policy.md`](../../access_policy.md), of which the first that applies decides. The requests hold the facts and never the rules, so a model has to learn the policy.
+An access desk gets requests in plain English: may this person or service use, renew or extend this door \
+badge, key, data export or account? The answer follows from a written policy of ten rules, \
+[`data/access_policy.md`](../../access_policy.md), of which the first that applies decides. The requests \
+hold the facts and never the rules, so a model has to learn the policy.
 
 ## Rows
 
@@ -900,16 +904,21 @@ Each snapshot is a folder of JSONL files, one per desk. A row:
 
 | field | type | meaning |
 | --- | --- | --- |
-| `thread_id` | string | the incident; its later rows are follow-up questions, each complete in itself. The group that must not leak |
+| `thread_id` | string | the incident; its later rows are follow-up questions, each complete in itself. The \
+group that must not leak |
 | `prompt` | string | the request |
-| `completion` | string | compact JSON with `decision` (approve, deny, escalate), `policy` (AP-01 to AP-09), `subject` (the id that the request names) |
-| `opened` | string | the day on which the thread was opened, or for a later row of an old thread the day of that row |
+| `completion` | string | compact JSON with `decision` (approve, deny, escalate), `policy` (AP-01 to AP-09), \
+`subject` (the id that the request names) |
+| `opened` | string | the day on which the thread was opened, or for a later row of an old thread the day of \
+that row |
 
 ## Counts
 
 {counts}
 
-{SECOND} holds every line of {FIRST} but {len(old - new)}, which it corrects under the same thread: {CORRECTED_REPLIES} replies that cited the wrong rule and {CORRECTED_PROMPTS} prompts with a typo. It adds {LATER_TURNS} later turns to threads of {FIRST}, and new threads.
+{SECOND} holds every line of {FIRST} but {len(old - new)}, which it corrects under the same thread: \
+{CORRECTED_REPLIES} replies that cited the wrong rule and {CORRECTED_PROMPTS} prompts with a typo. It adds \
+{LATER_TURNS} later turns to threads of {FIRST}, and new threads.
 
 {rules}
 
@@ -917,11 +926,16 @@ Each snapshot is a folder of JSONL files, one per desk. A row:
 
 {planted}
 
-Each broken row has one defect and, but for the duplicates, a thread id that no other row has. A near-copy repeats a row of another thread with one weekday, city or month changed, and the same reply. Similarity here is the Jaccard index of the sets of lowercase word 3-grams of prompt + space + completion: it is at least 0.85 for each near-copy and its original, and below {CEILING} for any two other sound rows of different threads.
+Each broken row has one defect and, but for the duplicates, a thread id that no other row has. A near-copy \
+repeats a row of another thread with one weekday, city or month changed, and the same reply. Similarity here \
+is the Jaccard index of the sets of lowercase word 3-grams of prompt + space + completion: it is at least \
+0.85 for each near-copy and its original, and below {CEILING} for any two other sound rows of different \
+threads.
 
 ## Regenerate
 
-`python data/make_access_policy.py` rewrites these files byte for byte; with `--check` it writes nothing and verifies the files, the counts and the similarities above.
+`python data/make_access_policy.py` rewrites these files byte for byte; with `--check` it writes nothing and \
+verifies the files, the counts and the similarities above.
 """
 
 
@@ -944,8 +958,8 @@ def check(files: dict[str, bytes]) -> None:
         highest = max(s for s in similar if s < CEILING)
         mean = sum(similar) / len(similar)
         print(
-            f"{snapshot}: {len(rows)} sound rows, {copies} near-copies from {min(near):.2f} up; closest other pair "
-            f"{highest:.2f}, mean closest {mean:.2f}"
+            f"{snapshot}: {len(rows)} sound rows, {copies} near-copies from {min(near):.2f} up; "
+            f"closest other pair {highest:.2f}, mean closest {mean:.2f}"
         )
     rules = set(re.findall(r"\*\*(AP-\d\d)", (HERE / "access_policy.md").read_text()))
     cited = {json.loads(str(row["completion"]))["policy"] for row in rows}

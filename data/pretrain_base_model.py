@@ -34,12 +34,9 @@ from transformers import (
 
 SEED = 7
 VOCABULARY = 1280
-COPYING, MIXTURE, CONVERSATIONS, THREADS = (
-    300,
-    1000,
-    48,
-    2,
-)  # updates of each phase, rows of an update, threads
+COPYING, MIXTURE = 300, 1000  # updates of each phase
+CONVERSATIONS = 48  # in an update
+THREADS = 2
 PROMPT_WEIGHT = 0.1  # of the loss at a prompt's tokens, against 1 at a reply's
 OUTPUT = Path(__file__).resolve().parent / "base_model"
 CHAT_TEMPLATE = (
@@ -405,7 +402,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: list[Turn]) -> tuple[list[
 def batches(
     tokenizer: PreTrainedTokenizerFast, draw: Callable[[], list[Turn]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and weights, each (CONVERSATIONS, longest), right-padded; conversations of like length share a batch."""
+    """Ids and weights, each (CONVERSATIONS, longest), right-padded; a batch holds similar lengths."""
     shuffle = random.Random(SEED).shuffle
     while True:
         pool = sorted((encode(tokenizer, draw()) for _ in range(CONVERSATIONS * 16)), key=lambda e: len(e[0]))
@@ -511,7 +508,8 @@ def card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dic
     )
     return f"""# base_model: a small chat model to fine-tune
 
-License: Apache-2.0. Pretrained from scratch on synthetic text by `data/pretrain_base_model.py`; made for demonstrations and tests, of no other use.
+License: Apache-2.0. Pretrained from scratch on synthetic text by `data/pretrain_base_model.py`; made for \
+demonstrations and tests, of no other use.
 
 ## Architecture
 
@@ -519,25 +517,39 @@ License: Apache-2.0. Pretrained from scratch on synthetic text by `data/pretrain
 | --- | --- |
 | class | `{type(model).__name__}`, fp32, tied embeddings |
 | parameters | {model.num_parameters():,} |
-| layers, heads, hidden, intermediate | {c.num_hidden_layers}, {c.num_attention_heads}, {c.hidden_size}, {c.intermediate_size} |
+| layers, heads, hidden, intermediate | {c.num_hidden_layers}, {c.num_attention_heads}, {c.hidden_size}, \
+{c.intermediate_size} |
 | longest context | {c.max_position_embeddings} positions (the training texts have at most about 300 tokens) |
 
 ## Tokenizer
 
-Byte-level BPE with {len(tokenizer)} tokens, trained on the pretraining mixture. Digits and newlines always stand alone. Control tokens: {", ".join(f"`{t}`" for t in tokenizer.all_special_tokens)}; `{tokenizer.eos_token}` ends a turn and stops generation, `{tokenizer.pad_token}` pads (on the left by default). The chat template is ChatML with `{{% generation %}}` around each reply and its `{tokenizer.eos_token}`; the prompt with `add_generation_prompt=True` is an exact prefix of the full conversation.
+Byte-level BPE with {len(tokenizer)} tokens, trained on the pretraining mixture. Digits and newlines always \
+stand alone. Control tokens: {", ".join(f"`{t}`" for t in tokenizer.all_special_tokens)}; \
+`{tokenizer.eos_token}` ends a turn and stops generation, `{tokenizer.pad_token}` pads (on the left by \
+default). The chat template is ChatML with `{{% generation %}}` around each reply and its \
+`{tokenizer.eos_token}`; the prompt with `add_generation_prompt=True` is an exact prefix of the full \
+conversation.
 
 ## Training
 
-{COPYING} updates of repeating words, then {MIXTURE} of the mixture below, each of {CONVERSATIONS} conversations ({facts["tokens"]:,} tokens in all). Muon for the matrices of the layers, AdamW for the rest, loss weight {PROMPT_WEIGHT} at prompts and 1 at replies, seed {SEED}, {facts["minutes"]:.1f} minutes on {THREADS} CPU threads.
+{COPYING} updates of repeating words, then {MIXTURE} of the mixture below, each of {CONVERSATIONS} \
+conversations ({facts["tokens"]:,} tokens in all). Muon for the matrices of the layers, AdamW for the rest, \
+loss weight {PROMPT_WEIGHT} at prompts and 1 at replies, seed {SEED}, {facts["minutes"]:.1f} minutes on \
+{THREADS} CPU threads.
 
-- 25 % general tasks: repeating words, first or last word, looking up a fact of a name, comparing numbers, membership, counting, turning named pairs into JSON. The words are those of the access dataset, its JSON keys, decisions and rule ids among others, drawn at random.
-- 75 % notes: shuffled sentences about an invented request, in the phrases of the access dataset, with questions about single things they state (the id, the person, the place, the wish, the days, whether a fact holds, which facts are bad, or some of these as JSON).
+- 25 % general tasks: repeating words, first or last word, looking up a fact of a name, comparing numbers, \
+membership, counting, turning named pairs into JSON. The words are those of the access dataset, its JSON \
+keys, decisions and rule ids among others, drawn at random.
+- 75 % notes: shuffled sentences about an invented request, in the phrases of the access dataset, with \
+questions about single things they state (the id, the person, the place, the wish, the days, whether a fact \
+holds, which facts are bad, or some of these as JSON).
 
 No text relates a request to a decision or a rule: the access policy is unknown to this model.
 
 ## Probe
 
-40 fresh prompts of each task, greedy: the fraction of replies that ended with the stop token, that ended and were on format, and that were exactly right.
+40 fresh prompts of each task, greedy: the fraction of replies that ended with the stop token, that ended \
+and were on format, and that were exactly right.
 
 | task | ended | on format | right |
 | --- | --- | --- | --- |
