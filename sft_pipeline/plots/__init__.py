@@ -1,1 +1,1 @@
-"""Every picture that the pipeline draws. Nothing here is part of a code version: a plot changes no artifact."""
+"""Every plot of the pipeline, one module per area. No code version covers them: a plot changes no data."""

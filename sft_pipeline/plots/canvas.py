@@ -7,7 +7,7 @@ DPI = 110
 
 
 def blank(width: float, height: float, *, laid_out: bool = True) -> Any:
-    """An empty figure; inches. Laying out its parts costs as much as drawing it."""
+    """An empty figure; inches. A constrained layout costs as much as the drawing itself."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ def axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def quick_axes(width: float, height: float) -> tuple[Any, Any]:
-    """The same in half the time: around the axes is fixed room for a title, and for labels of seven characters."""
+    """The same in half the time: fixed margins, for a title and labels of seven characters."""
     figure = blank(width, height, laid_out=False)
     place = (0.95 / width, 0.6 / height, 1 - 1.15 / width, 1 - 0.95 / height)
     return figure, _without_a_frame(figure.add_axes(place))
@@ -35,7 +35,7 @@ def _without_a_frame(found: Any) -> Any:
 
 
 def decades(axis: Any, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis at powers of ten, written out. The usual small ticks cost most of the drawing."""
+    """Ticks of a logarithmic axis at powers of ten, written out. Minor ticks cost most of the drawing."""
     from math import ceil, floor, log10
 
     ticks = [10.0**e for e in range(ceil(log10(low)), floor(log10(high)) + 1)]

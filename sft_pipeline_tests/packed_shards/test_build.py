@@ -1,6 +1,7 @@
 """Blocks on disk: every row once, boundaries kept, the same bytes twice."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +16,17 @@ from sft_pipeline.stages.packed_shards.blocks import BLOCKS, position_ids
 from sft_pipeline.stages.packed_shards.build import build
 from sft_pipeline.stages.packed_shards.config import PackedShardsConfig, PackingConfig
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tokenized_rows.encode import Example
-from sft_pipeline.stages.tokenized_rows.rows import to_batch
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline.tables.parquet import PartWriter, read_rows
 from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.training.shards import Plan, Shards
+
+
+class Example(NamedTuple):
+    row_id: str
+    input_ids: np.ndarray
+    labels: np.ndarray
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -32,15 +37,24 @@ def examples(count: int, seed: int = 0) -> list[Example]:
         ids = rng.integers(0, 1000, length).astype(np.int32)
         prompt = int(rng.integers(1, length - 1))
         labels = np.where(np.arange(length) >= prompt, ids, IGNORE_LABEL).astype(np.int32)
-        out.append(Example(f"{i:032x}", f"g{i}", ids, labels, prompt, 0, "x"))
+        out.append(Example(f"{i:032x}", ids, labels))
     return out
 
 
 def tokenized(folder: Path, train: list[Example], validation: list[Example] = ()) -> Artifact:
-    for side, rows in (("train", train), ("validation", validation), ("test", ())):
-        with PartWriter(folder / side, TOKENIZED, rows_per_part=64, row_group=16) as out:
-            if rows:
-                out.write(to_batch(list(rows)))
+    for split, rows in (("train", train), ("validation", validation), ("test", ())):
+        with PartWriter(folder / split, TOKENIZED, rows_per_part=64, row_group=16) as out:
+            out.append(
+                [
+                    {
+                        "row_id": row.row_id,
+                        "input_ids": row.input_ids.tolist(),
+                        "labels": row.labels.tolist(),
+                        "length": len(row.input_ids),
+                    }
+                    for row in rows
+                ]
+            )
     return Artifact(folder)
 
 
@@ -78,8 +92,8 @@ def test_every_accepted_row_is_exactly_once_in_the_packs_whole_and_with_its_boun
     built, out = run(tmp_path, tokenized(tmp_path / "in", train, validation), strategy=strategy)
     assert all(c.passed for c in built.checks), [c.description for c in built.checks]
     assert sorted(c.name for c in built.checks) == sorted(c.name for c in STAGE.checks)
-    for side, given in (("train", train), ("validation", validation)):
-        parts = sorted((out / side).glob("*.parquet"))
+    for split, given in (("train", train), ("validation", validation)):
+        parts = sorted((out / split).glob("*.parquet"))
         assert pq.read_schema(parts[0]).equals(BLOCKS)
         by_id = {e.row_id: e for e in given}
         seen = []
@@ -151,7 +165,7 @@ def test_no_training_rows_is_a_clear_error(tmp_path):
         run(tmp_path, tokenized(tmp_path / "in", []))
 
 
-def test_an_empty_validation_side_is_fine(tmp_path):
+def test_an_empty_validation_split_is_fine(tmp_path):
     built, out = run(tmp_path, tokenized(tmp_path / "in", examples(30)))
     assert built.counts["validation_blocks"] == 0 and all(c.passed for c in built.checks)
     assert pq.read_table(out / "validation").num_rows == 0

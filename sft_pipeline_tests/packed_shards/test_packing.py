@@ -1,4 +1,4 @@
-"""Best-fit-decreasing on the histogram is exactly best-fit-decreasing, and what is packed never takes more blocks."""
+"""On the histogram it is exactly best-fit-decreasing, and a packing never takes more blocks than that."""
 
 from bisect import bisect_left, insort
 
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.stages.packed_shards.exact_fill import exact_fill, lower_bound
-from sft_pipeline.stages.packed_shards.packing import pack, plan_patterns
+from sft_pipeline.stages.packed_shards.packing import exact_fill, lower_bound, pack, plan_patterns
 
 
 def exact_bfd(lengths: list[int], max_length: int) -> int:
@@ -53,7 +52,7 @@ def log_normal(rows: int, sigma: float, longest: int, seed: int = 0) -> np.ndarr
 
 
 def narrow(rows: int, longest: int, seed: int = 0) -> np.ndarray:
-    """Like GSM8K: much the same length, few short ones, so that best-fit-decreasing cannot close its blocks."""
+    """Like GSM8K: much the same length, few short ones, so best-fit-decreasing cannot fill its blocks."""
     lengths = np.random.default_rng(seed).normal(190, 55, rows)
     return np.clip(lengths, 70, longest).astype(np.int64)
 

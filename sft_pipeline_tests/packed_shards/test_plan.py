@@ -1,4 +1,4 @@
-"""Updates hold every block once per epoch, and nearly the same number of supervised tokens."""
+"""Updates hold every block once per epoch and nearly as many supervised tokens each; what budgets report."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.packed_shards.packing import pack
-from sft_pipeline.stages.packed_shards.plan import plan_updates
+from sft_pipeline.stages.packed_shards.plan import PlanBudget, plan_budget, plan_updates
+from sft_pipeline.training.config import TrainingConfig
+
+LENGTHS = [180, 95, 310, 150, 220, 60, 400, 130, 275, 200]
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,7 +56,7 @@ def test_supervised_tokens_vary_by_at_most_2_percent(strategy, sigma, per_update
 def test_a_hundred_updates_of_eight_blocks_or_more_vary_by_at_most_2_percent(
     seed, per_update, spare, kind, spread
 ):
-    """Of packed examples. (Lone examples of two very unlike lengths cannot always be dealt out evenly.)"""
+    """Of packed examples. (Lone examples of two very unlike lengths cannot always be spread evenly.)"""
     rng = np.random.default_rng(seed)
     rows = 110 * per_update * 7
     if kind == "log-normal":
@@ -96,3 +99,77 @@ def test_the_same_seed_gives_the_same_plan():
 def test_fewer_blocks_than_an_update_make_one_update():
     plan = plan_updates(np.array([5, 6, 7]), 8, 2, 0)
     assert plan.updates == 2 and plan.sizes().tolist() == [3, 3]
+
+
+# -- the worked examples of the field, as the budget reports them
+
+
+def planned(per_device: int, accumulation: int, processes: int) -> int:
+    return TrainingConfig(
+        per_device_batch=per_device, gradient_accumulation=accumulation, processes=processes
+    ).planned_blocks
+
+
+def budget_of(supervised: list[int], blocks_per_update: int) -> PlanBudget:
+    """Of examples with as many supervised tokens, not packed."""
+    counts = np.array(supervised)
+    return plan_budget(
+        counts + 1,
+        counts,
+        max_length=8192,
+        strategy="none",
+        blocks_per_update=blocks_per_update,
+        epochs=1,
+        seed=0,
+    )
+
+
+def test_per_device_4_accumulation_8_world_4_is_128_examples():
+    assert planned(4, 8, 4) == 128
+
+
+def test_eight_microbatches_on_four_ranks_are_6240_supervised_tokens():
+    microbatches = [180, 212, 164, 220, 198, 204, 175, 207]
+    found = budget_of(microbatches * 4, planned(1, 8, 4)).supervised_tokens_per_update
+    assert found.mean == found.min == found.max == 6_240
+
+
+def test_4_8_4_against_2_16_8_is_a_ratio_of_2():
+    assert planned(2, 16, 8) / planned(4, 8, 4) == 2
+
+
+def test_equal_examples_are_not_equal_supervised_tokens():
+    assert planned(3, 12, 2) == planned(6, 6, 2) == 72
+    assert budget_of([5_200] * 2, 2).supervised_tokens_per_update.mean == 10_400
+    assert budget_of([4_300] * 2, 2).supervised_tokens_per_update.mean == 8_600
+
+
+def test_padding_ten_examples_to_2048_wastes_90_percent_and_packing_fits_one_block():
+    budget = plan_budget(
+        np.array(LENGTHS),
+        np.array(LENGTHS) // 2,
+        max_length=2048,
+        strategy="bfd",
+        blocks_per_update=4,
+        epochs=1,
+        seed=0,
+    )
+    assert budget.padding_waste == pytest.approx(0.901, abs=5e-4)
+    assert (budget.blocks, budget.updates, budget.examples) == (1, 1, 10)
+    assert budget.packing_efficiency == pytest.approx(2020 / 2048, abs=1e-6) and sum(LENGTHS) == 2020
+
+
+def test_without_packing_an_update_holds_that_many_examples():
+    budget = plan_budget(
+        np.array(LENGTHS),
+        np.array(LENGTHS) // 2,
+        max_length=2048,
+        strategy="none",
+        blocks_per_update=5,
+        epochs=3,
+        seed=0,
+    )
+    assert budget.updates == 6 and budget.examples_per_update.mean == 5 and budget.examples_per_update.cv == 0
+    supervised = budget.supervised_tokens_per_update.mean * 6
+    assert supervised == pytest.approx(3 * budget.supervised_tokens, rel=1e-3)
+    assert set(budget.to_json()["supervised_tokens_per_update"]) == {"mean", "min", "max", "cv"}

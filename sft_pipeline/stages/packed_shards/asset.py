@@ -1,11 +1,11 @@
-"""The asset `packed_shards`: whole examples packed into blocks, and the plan of which blocks form each update."""
+"""packed_shards as an asset: whole examples packed into blocks, and which blocks form each update."""
 
 from sft_pipeline.stages.packed_shards.config import PackedShardsConfig
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> PackedShardsConfig:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return PackedShardsConfig(
         packing=recipe.packing,
         max_length=recipe.tokens.max_length,
@@ -15,13 +15,20 @@ def _config(branch: Branch) -> PackedShardsConfig:
     )
 
 
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.packed_shards.build import build as build_packed_shards
+
+    return build_packed_shards(build)
+
+
 STAGE = Stage(
     name="packed_shards",
-    description="Whole examples packed into blocks with their boundaries, and the update plan of all epochs, balanced by supervised tokens.",
+    description="Whole examples packed into blocks with their boundaries, and the update plan of all epochs, "
+    "balanced by supervised tokens.",
     kinds=frozenset({"parquet"}),
     inputs=("tokenized_rows",),
     config=_config,
-    build="sft_pipeline.stages.packed_shards.build:build",
+    build=_build,
     checks=(
         CheckSpec("every_row_packed_once", True, "every tokenized row is in exactly one block"),
         CheckSpec("boundaries_restart", True, "position ids restart at 0 at each example"),
@@ -41,7 +48,8 @@ STAGE = Stage(
         CheckSpec(
             "balanced_updates",
             False,
-            "supervised tokens per update vary by at most 10 % (coefficient of variation over updates of equal size)",
+            "supervised tokens per update vary by at most 10 % (coefficient of variation over updates of "
+            "equal size)",
         ),
     ),
 )

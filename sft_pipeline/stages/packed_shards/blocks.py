@@ -6,9 +6,9 @@
     lengths        4 3
     row_ids        a b
 
-A dataset's tokens are never held as Python objects: they lie in one flat scratch file that is read through the page
-cache, and blocks are gathered from it with array indices. Training reads blocks in random order, a row group at a
-time; so row groups are small, and so are parts, whose footers it reads before anything else.
+A dataset's tokens are never held as Python objects: they lie in one flat scratch file that is read through
+the page cache, and blocks are gathered from it with array indices. Training reads blocks in random order, a
+row group at a time; so row groups are small, and so are parts, whose footers it reads before anything else.
 """
 
 import mmap
@@ -24,11 +24,11 @@ from sft_pipeline.stages.packed_shards.packing import Packing
 from sft_pipeline.tables.parquet import Behind, PartWriter, read_batches
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 
-GROUP_TOKENS = 1 << 15  # in a row group, about
-GROUP_BLOCKS = 4_096  # in a row group, at most
+GROUP_TOKENS = 1 << 15  # about so many in a row group
+GROUP_BLOCKS = 4_096  # at most so many in a row group
 GROUPS_PER_PART = 128
 CHUNK_TOKENS = 1 << 20  # gathered at a time
-RESIDENT_BYTES = 1 << 30  # a larger scratch file is let go of after each chunk
+RESIDENT_BYTES = 1 << 30  # the pages of a larger scratch file are released after each chunk
 _SUPERVISED = np.int32(-(1 << 31))  # the sign bit of a stored token id
 
 BLOCKS = pa.schema(
@@ -45,15 +45,17 @@ BLOCKS = pa.schema(
 
 @dataclass(frozen=True)
 class FlatRows:
-    """All examples of one side, end to end.
+    """All examples of one split, end to end.
 
     Attributes:
-        tokens: int32 (tokens,), memory-mapped: input ids, with the sign bit set where the position carries loss.
+        tokens: int32 (tokens,), memory-mapped: input ids, with the sign bit set where a position is
+            supervised.
         starts: int64 (examples + 1,).
         supervised: int64 (examples,): supervised tokens.
         row_ids: One per example.
-        wrong_labels: Positions whose label is neither -100 nor the input id, or that are supervised at an example's start.
-        mapped: What `tokens` looks into; None where there are none.
+        wrong_labels: Positions whose label is neither -100 nor the input id, or that are supervised at an
+            example's start.
+        mapped: The map that `tokens` is a view of; None where there are none.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -68,7 +70,7 @@ class FlatRows:
         """Tokens per example."""
         return np.diff(self.starts)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Takes the pages of a large file out of this process's memory; they are mapped again when read."""
         if self.mapped is not None and len(self.mapped) > RESIDENT_BYTES:
             self.mapped.madvise(mmap.MADV_DONTNEED)
@@ -96,7 +98,10 @@ def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
             lengths.append(np.diff(offsets))
             supervised.append(np.add.reduceat(counts, offsets[:-1], dtype=np.int64))
             row_ids.append(batch.column("row_id"))
-    mapped = _map(scratch / "tokens.bin")
+    mapped = None
+    if (scratch / "tokens.bin").stat().st_size:  # an empty file cannot be mapped
+        with (scratch / "tokens.bin").open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return FlatRows(
         tokens=np.frombuffer(mapped or b"", np.int32),
         starts=np.cumsum(np.concatenate(lengths)),
@@ -107,15 +112,8 @@ def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
     )
 
 
-def _map(path: Path) -> mmap.mmap | None:
-    if not path.stat().st_size:
-        return None
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 @dataclass(frozen=True)
-class Written:
+class WrittenBlocks:
     """What was found while blocks were written.
 
     Attributes:
@@ -131,8 +129,8 @@ class Written:
     bad_boundaries: int
 
 
-def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
-    """Writes the blocks of one side as Parquet parts, about a million tokens at a time."""
+def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlocks:
+    """Writes the blocks of one split as Parquet parts, about a million tokens at a time."""
     examples = tokens = supervised = bad = 0
     mean = len(rows.tokens) // max(packing.blocks, 1)
     group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
@@ -153,7 +151,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> Written:
             bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(
                 int(np.count_nonzero(positions == 0)) - len(lengths)
             )
-    return Written(out.rows, examples, tokens, supervised, bad)
+    return WrittenBlocks(out.rows, examples, tokens, supervised, bad)
 
 
 def gather(rows: FlatRows, packing: Packing) -> Iterator[pa.RecordBatch]:
@@ -163,7 +161,7 @@ def gather(rows: FlatRows, packing: Packing) -> Iterator[pa.RecordBatch]:
     while first < packing.blocks:
         stop = max(int(np.searchsorted(ends, done + CHUNK_TOKENS, side="right")), first + 1)
         yield _batch(rows, packing, first, stop)
-        rows.let_go()
+        rows.release()
         first, done = stop, int(ends[stop - 1])
 
 

@@ -2,21 +2,19 @@
 
 import contextlib
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.packed_shards.blocks import FlatRows, Written, flatten, write_blocks
-from sft_pipeline.stages.packed_shards.budget import Budget, budget_of
+from sft_pipeline.stages.packed_shards.blocks import FlatRows, WrittenBlocks, flatten, write_blocks
 from sft_pipeline.stages.packed_shards.config import PackedShardsConfig
 from sft_pipeline.stages.packed_shards.packing import Packing, pack
-from sft_pipeline.stages.packed_shards.pictures import plot_fill, plot_updates
-from sft_pipeline.stages.packed_shards.plan import UpdatePlan, plan_updates
-from sft_pipeline.stages.painter import Painter
-from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, plot, table
+from sft_pipeline.stages.packed_shards.plan import PlanBudget, UpdatePlan, budget_of, plan_updates
+from sft_pipeline.stages.packed_shards.report import evidence
+from sft_pipeline.stages.stage import Build, Built, Check, number
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables.parquet import FileWriter, count_rows
 
@@ -37,54 +35,57 @@ PLAN = pa.schema(
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One side, packed in thought."""
+class PackedSplit:
+    """One split, packed and written.
 
-    name: str
+    Attributes:
+        expected: Rows of the split in tokenized_rows.
+        written: What was found while its blocks were written.
+        on_disk: Blocks in its files, read back.
+    """
+
     rows: FlatRows
     packing: Packing
     expected: int
-
-
-@dataclass(frozen=True)
-class Side(Packed):
-    """One side, packed and written."""
-
-    written: Written
+    written: WrittenBlocks
     on_disk: int
 
 
 def build(b: Build) -> Built:
-    """Packs train and validation, and plans the updates of all epochs."""
+    """Packs train and validation, and plans the updates of all epochs.
+
+    Raises:
+        InputError: The train split has no rows.
+    """
     config: PackedShardsConfig = b.config
     scratch = b.work / "flat"
     try:
-        with Painter() as painter:
-            packed = [_pack(b, config, name, scratch / name) for name in ("train", "validation")]
-            if not packed[0].packing.blocks:
-                raise InputError(
-                    f"{b.asset}: the train side of tokenized_rows has no rows, so there is nothing to pack"
-                )
-            rows, packing = packed[0].rows, packed[0].packing
-            supervised = packing.sums(rows.supervised)
-            plan = plan_updates(supervised, config.blocks_per_update, config.epochs, config.seed)
-            fills = packing.sums(rows.lengths)
-            painter.draw(
-                plot_fill, b.out / "plots" / "block_fill.png", fills, rows.lengths, config.max_length
+        train = _pack(b, "train", scratch)
+        if not train.packing.blocks:
+            raise InputError(
+                f"{b.asset}: the train split of tokenized_rows has no rows, so there is nothing to pack"
             )
-            painter.draw(plot_updates, b.out / "plots" / "updates.png", plan.sums(supervised))
-            train, validation = (_write(b, config, side) for side in packed)
-            budget = budget_of(packing, plan, rows.lengths, rows.supervised, config.max_length)
-            _write_plan(b.out / "plan.parquet", plan, train)
-            write_json(
-                b.out / "budget.json",
-                {**budget.to_json(), "blocks_per_update": config.blocks_per_update, "epochs": config.epochs},
-            )
+        validation = _pack(b, "validation", scratch)
+        rows, packing = train.rows, train.packing
+        plan = plan_updates(
+            packing.sums(rows.supervised), config.blocks_per_update, config.epochs, config.seed
+        )
+        budget = budget_of(packing, plan, rows.lengths, rows.supervised, config.max_length)
+        per_block = {
+            "tokens": packing.sums(rows.lengths),
+            "supervised": packing.sums(rows.supervised),
+            "examples": np.diff(packing.starts),
+        }
+        _write_plan(b.out / "plan.parquet", plan, per_block)
+        write_json(
+            b.out / "budget.json",
+            {**budget.to_json(), "blocks_per_update": config.blocks_per_update, "epochs": config.epochs},
+        )
         return Built(
             counts={
                 "rows_read": train.expected + validation.expected,
                 "rows_packed": train.written.examples + validation.written.examples,
-                "blocks": train.packing.blocks,
+                "blocks": packing.blocks,
                 "validation_blocks": validation.packing.blocks,
                 "updates": budget.updates,
                 "examples": budget.examples,
@@ -97,7 +98,7 @@ def build(b: Build) -> Built:
             },
             checks=_checks(config, train, validation, plan, budget),
             volatile=("plots/",),
-            evidence=_evidence(config, train, plan, supervised, budget),
+            evidence=evidence(b.out, rows.lengths, per_block, plan, budget, config.max_length),
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -105,28 +106,22 @@ def build(b: Build) -> Built:
             b.work.rmdir()
 
 
-def _pack(b: Build, config: PackedShardsConfig, side: str, scratch: Path) -> Packed:
-    parts = b.inputs["tokenized_rows"].parts(side)
-    rows = flatten(parts, scratch)
+def _pack(b: Build, split: str, scratch: Path) -> PackedSplit:
+    """Packs one split and writes its blocks."""
+    config: PackedShardsConfig = b.config
+    parts = b.inputs["tokenized_rows"].parts(split)
+    rows = flatten(parts, scratch / split)
     packing = pack(rows.lengths, config.max_length, config.packing.strategy, config.seed)
-    return Packed(side, rows, packing, count_rows(parts))
-
-
-def _write(b: Build, config: PackedShardsConfig, side: Packed) -> Side:
-    written = write_blocks(side.rows, side.packing, b.out / side.name)
+    written = write_blocks(rows, packing, b.out / split)
     b.report.log(
-        f"packed_shards: {written.examples} {side.name} examples in {written.blocks} blocks of {config.max_length}"
+        f"packed_shards: {written.examples} {split} examples in {written.blocks} blocks of "
+        f"{config.max_length} tokens"
     )
-    on_disk = count_rows(sorted((b.out / side.name).glob("*.parquet")))
-    return Side(side.name, side.rows, side.packing, side.expected, written, on_disk)
+    on_disk = count_rows(sorted((b.out / split).glob("*.parquet")))
+    return PackedSplit(rows, packing, count_rows(parts), written, on_disk)
 
 
-def _write_plan(path: Path, plan: UpdatePlan, train: Side) -> None:
-    per_block = {
-        "tokens": train.packing.sums(train.rows.lengths),
-        "supervised": train.packing.sums(train.rows.supervised),
-        "examples": np.diff(train.packing.starts),
-    }
+def _write_plan(path: Path, plan: UpdatePlan, per_block: dict[str, np.ndarray]) -> None:
     columns = {"update": plan.update, "position": plan.position, "block": plan.block, "epoch": plan.epoch}
     columns |= {name: values[plan.block] for name, values in per_block.items()}
     with FileWriter(path, PLAN) as out:
@@ -134,32 +129,44 @@ def _write_plan(path: Path, plan: UpdatePlan, train: Side) -> None:
 
 
 def _checks(
-    config: PackedShardsConfig, train: Side, validation: Side, plan: UpdatePlan, budget: Budget
+    config: PackedShardsConfig,
+    train: PackedSplit,
+    validation: PackedSplit,
+    plan: UpdatePlan,
+    budget: PlanBudget,
 ) -> tuple[Check, ...]:
-    sides = {"train": train, "validation": validation}
-    once = all(_packed_once(s) for s in sides.values())
-    numbers = ", ".join(f"{name}: {s.expected} rows in {s.on_disk} blocks" for name, s in sides.items())
-    bad = sum(s.written.bad_boundaries for s in sides.values())
+    splits = {"train": train, "validation": validation}
+    bad = sum(s.written.bad_boundaries for s in splits.values())
     wrong = sum(
-        s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised.sum())) for s in sides.values()
+        s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised.sum()))
+        for s in splits.values()
     )
-    covered = _covers(plan, train.packing.blocks, config.epochs)
+    uses = np.zeros((config.epochs, budget.blocks), dtype=np.int64)
+    np.add.at(uses, (plan.epoch, plan.block), 1)
+    covered = bool((uses == 1).all() and (np.diff(plan.update) >= 0).all() and (plan.sizes() > 0).all())
     full = (
         budget.packing_efficiency >= MIN_EFFICIENCY
         or budget.blocks < ENOUGH_BLOCKS
         or config.packing.strategy == "none"
     )
+    supervised = budget.supervised_tokens_per_update
     return (
-        Check("every_row_packed_once", once, numbers),
+        Check(
+            "every_row_packed_once",
+            all(map(_packed_once, splits.values())),
+            ", ".join(f"{name}: {s.expected} rows in {s.on_disk} blocks" for name, s in splits.items()),
+        ),
         Check(
             "boundaries_restart",
             bad == 0,
-            f"{train.written.examples + validation.written.examples} examples, {bad} with position ids that do not run from 0",
+            f"{train.written.examples + validation.written.examples} examples, {bad} with position ids that "
+            "do not run from 0",
         ),
         Check(
             "labels_match_inputs",
             wrong == 0,
-            f"{train.written.supervised} supervised training tokens, {wrong} labels that do not belong",
+            f"{train.written.supervised} supervised training tokens, {wrong} labels that are "
+            "neither -100 nor the input id, or stand at an example's start",
         ),
         Check(
             "plan_covers_every_block",
@@ -169,7 +176,8 @@ def _checks(
         Check(
             "packing_efficiency",
             full,
-            f"blocks are {budget.packing_efficiency:.1%} full; padding each example to {config.max_length} would waste {budget.padding_waste:.1%}",
+            f"blocks are {budget.packing_efficiency:.1%} full; padding each example to {config.max_length} "
+            f"would waste {budget.padding_waste:.1%}",
             {
                 "packing_efficiency": number(budget.packing_efficiency),
                 "padding_waste": number(budget.padding_waste),
@@ -178,69 +186,18 @@ def _checks(
         Check(
             "balanced_updates",
             budget.balance_cv <= MAX_CV,
-            f"supervised tokens per update: mean {budget.supervised_tokens_per_update.mean:,.0f}, {budget.supervised_tokens_per_update.min:,} to "
-            f"{budget.supervised_tokens_per_update.max:,}; variation {budget.balance_cv:.2%} over updates of equal size",
+            f"supervised tokens per update: mean {supervised.mean:,.0f}, {supervised.min:,} to "
+            f"{supervised.max:,}; variation {budget.balance_cv:.2%} over updates of equal size",
             {"cv": number(budget.balance_cv)},
         ),
     )
 
 
-def _packed_once(side: Side) -> bool:
-    """Every example's index occurs once in the packing, and as many examples and blocks lie on the disk."""
-    times = np.bincount(side.packing.order, minlength=side.expected)
+def _packed_once(split: PackedSplit) -> bool:
+    """Every example's index occurs once in the packing, and its files hold as many examples and blocks."""
+    times = np.bincount(split.packing.order, minlength=split.expected)
     return (
         bool((times == 1).all())
-        and len(times) == side.expected == side.written.examples
-        and side.on_disk == side.packing.blocks
+        and len(times) == split.expected == split.written.examples
+        and split.on_disk == split.packing.blocks
     )
-
-
-def _covers(plan: UpdatePlan, blocks: int, epochs: int) -> bool:
-    times = np.zeros((epochs, blocks), dtype=np.int64)
-    np.add.at(times, (plan.epoch, plan.block), 1)
-    return (
-        bool((times == 1).all())
-        and bool((np.diff(plan.update) >= 0).all())
-        and len(plan.sizes()) == plan.updates
-        and bool((plan.sizes() > 0).all())
-    )
-
-
-def _evidence(
-    config: PackedShardsConfig, train: Side, plan: UpdatePlan, supervised: np.ndarray, budget: Budget
-) -> dict[str, Evidence]:
-    tokens, examples = (
-        plan.sums(train.packing.sums(train.rows.lengths)),
-        plan.sums(np.diff(train.packing.starts)),
-    )
-    per_update = plan.sums(supervised)
-    first = [
-        {
-            "update": u,
-            "blocks": int(plan.sizes()[u]),
-            "examples": int(examples[u]),
-            "tokens": int(tokens[u]),
-            "supervised tokens": int(per_update[u]),
-        }
-        for u in range(min(10, plan.updates))
-    ]
-    spreads = ("examples_per_update", "supervised_tokens_per_update", "tokens_per_update")
-    return {
-        "row_count": number(budget.examples),
-        "blocks": number(budget.blocks),
-        "updates": number(budget.updates),
-        "packing_efficiency": number(budget.packing_efficiency),
-        "padding_waste": number(budget.padding_waste),
-        "budget": table(
-            [
-                {
-                    "per update": name.removesuffix("_per_update").replace("_", " "),
-                    **asdict(getattr(budget, name)),
-                }
-                for name in spreads
-            ]
-        ),
-        "first_updates": table(first),
-        "block_fill_plot": plot("plots/block_fill.png"),
-        "updates_plot": plot("plots/updates.png"),
-    }

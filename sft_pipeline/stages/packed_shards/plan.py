@@ -1,21 +1,24 @@
-"""The update plan: which blocks form each optimizer update, over all epochs.
+"""The update plan: which blocks form each optimizer update over all epochs, and what every update holds.
 
-Every epoch deals all blocks anew into updates of `blocks_per_update`; blocks that are left over are spread one per
-update. Within an epoch, updates have nearly the same number of supervised tokens, so that every gradient is an average
-over about as much evidence, whatever the lengths. The plan knows nothing of devices: another world size re-divides the
-same updates and changes no membership and no order.
+In every epoch all blocks are assigned anew to updates of `blocks_per_update`; blocks that are left over are
+spread, one per update. Within an epoch, updates have nearly the same number of supervised tokens, so that
+every gradient is an average over about as much evidence, whatever the lengths. (Not all global batches of
+equal size are equal: 3 x 12 x 2 and 6 x 6 x 2 are both 72 examples per update, but with 5,200 and 4,300
+supervised tokens per rank they hold 10,400 and 8,600 supervised tokens.) The plan knows nothing of devices:
+another world size re-divides the same updates and changes no membership and no order. Pure numbers, light
+imports: `sft check` uses it before any training.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.integer]
+from sft_pipeline.stages.packed_shards.packing import Ints, Packing, pack
 
-_ROUNDS = 60  # of swaps; a few do where blocks are packed, more where lengths are wild and nothing is packed
-_CLOSE = 0.004  # two updates this close, as a share of the mean, are let be
-_SWAP_CELLS = 8_000_000  # differences looked at in one round: bounds the memory
+_ROUNDS = 60  # of swaps; a few suffice for packed blocks, more for lone examples of widely varying lengths
+_CLOSE = 0.004  # two updates this close, as a share of the mean, are not evened out further
+_SWAP_CELLS = 8_000_000  # differences computed in one round: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class UpdatePlan:
 
     Attributes:
         update: 0, 0, ..., 1, 1, ... over all epochs.
-        position: Place of the block within its update.
+        position: Index of the block within its update.
         block: Index of the block.
         epoch: 0, 1, ...
     """
@@ -60,7 +63,7 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
     done = 0
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
-        update, block = _deal(np.asarray(supervised), blocks_per_update, rng)
+        update, block = _plan_epoch(np.asarray(supervised), blocks_per_update, rng)
         parts.append((update + done, block, np.full(len(block), epoch)))
         done += int(update[-1]) + 1 if len(update) else 0
     update = np.concatenate([p[0] for p in parts])
@@ -71,12 +74,12 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
     )
 
 
-def _deal(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """One epoch: (update, block) with updates ascending.
 
-    Blocks are cut into layers by their supervised tokens; each update gets one block of each layer. Some layers are
-    dealt by chance, so that epochs differ; each later one gives its richest block to the update that has the least
-    so far. What one block per layer cannot even out, swaps do.
+    Blocks are cut into layers by their supervised tokens; each update gets one block of each layer. Some
+    layers are assigned by chance, so that epochs differ; each later one gives its richest block to the update
+    that has the least so far. What one block per layer cannot even out, swaps do.
     """
     count = len(supervised)
     updates = max(count // per_update, 1)
@@ -84,28 +87,27 @@ def _deal(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[
     ranked = ranked[np.argsort(supervised[ranked], kind="stable")]
     spare = count - updates * (count // updates)
     chosen = rng.choice(updates, size=spare, replace=False)
-    extra, ranked = (
-        ranked[:spare],
-        ranked[spare:],
-    )  # the poorest blocks are the ones left over: they disturb least
+    # The blocks left over are those with the fewest supervised tokens: they disturb the balance least.
+    extra, ranked = ranked[:spare], ranked[spare:]
     layers = ranked.reshape(-1, updates) if updates else ranked.reshape(0, 0)
     totals = np.zeros(updates)
     totals[chosen] += supervised[extra]
     members = np.empty_like(layers)  # (layer, update)
     by_chance, by_need = _order(supervised, layers)
-    for place in [*by_chance, *by_need]:
-        if place in by_chance:
+    for layer in [*by_chance, *by_need]:
+        if layer in by_chance:
             owner = rng.permutation(updates)
         else:  # the poorest update (first in ascending order) takes the richest block
             owner = np.argsort(totals + rng.random(updates) * 1e-3, kind="stable")[::-1]
-        totals[owner] += supervised[layers[place]]
-        members[place, owner] = layers[place]
+        totals[owner] += supervised[layers[layer]]
+        members[layer, owner] = layers[layer]
     _swap(supervised, members, totals)
     owner = np.concatenate([chosen, np.tile(np.arange(updates), len(layers))])
     block = np.concatenate([extra, members.ravel()])
-    mixed = rng.permutation(len(block))  # the order within an update must not tell its lengths
-    place_of = rng.permutation(updates)  # nor the order of updates
-    owner, block = place_of[owner[mixed]], block[mixed]
+    # Neither the order within an update nor the order of updates may depend on lengths: both are shuffled.
+    mixed = rng.permutation(len(block))
+    new_number = rng.permutation(updates)
+    owner, block = new_number[owner[mixed]], block[mixed]
     ordered = np.argsort(owner, kind="stable")
     return owner[ordered], block[ordered]
 
@@ -113,7 +115,8 @@ def _deal(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[
 def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
     """The layers that are dealt by chance, and those that even things out, in the order of dealing.
 
-    By chance: the layer whose blocks differ most (somebody must have them), and a third of those that differ little.
+    By chance: the layer whose blocks differ most (somebody must have them), and a third of those that differ
+        little.
     The others follow, those that differ most first, so that the finest corrections come last.
     """
     spread = [int(supervised[layer[-1]]) - int(supervised[layer[0]]) for layer in layers]
@@ -125,8 +128,9 @@ def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
 
 
 def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> None:
-    """Evens out what is left, in place: the richest update swaps a block with the poorest, the second richest with the
-    second poorest, and so on, each pair the two blocks that bring them closest; until all are close or nothing helps."""
+    """Evens out what is left, in place: the richest update swaps a block with the poorest, the second richest
+    with the second poorest, and so on, each pair the two blocks that bring them closest; until all are close
+    or nothing helps."""
     layers, updates = members.shape
     for _ in range(_ROUNDS):
         ranked = np.argsort(totals, kind="stable")
@@ -136,9 +140,8 @@ def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> N
         if not pairs:
             return
         poor, rich = ranked[:pairs], ranked[::-1][:pairs]
-        given = (
-            supervised[members[:, rich]].T[:, :, None] - supervised[members[:, poor]].T[:, None, :]
-        )  # (pair, of rich, of poor)
+        # (pair, block of the rich one, block of the poor one)
+        given = supervised[members[:, rich]].T[:, :, None] - supervised[members[:, poor]].T[:, None, :]
         off = np.abs(given - gap[:pairs, None, None] / 2).reshape(pairs, -1)
         best = off.argmin(axis=1)
         helps = off[np.arange(pairs), best] < gap[:pairs] / 2
@@ -150,3 +153,99 @@ def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> N
         members[of_rich, rich], members[of_poor, poor] = members[of_poor, poor], members[of_rich, rich]
         totals[rich] -= moved
         totals[poor] += moved
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number per update, summarized. `cv`: standard deviation over mean."""
+
+    mean: float
+    min: int
+    max: int
+    cv: float
+
+
+def spread(values: npt.NDArray) -> Spread:
+    if not len(values):
+        return Spread(0.0, 0, 0, 0.0)
+    mean = float(np.mean(values))
+    return Spread(
+        round(mean, 2),
+        int(np.min(values)),
+        int(np.max(values)),
+        round(float(np.std(values)) / mean, 5) if mean else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class PlanBudget:
+    """What a training will consist of.
+
+    Attributes:
+        updates: Optimizer updates over all epochs.
+        blocks: Training blocks.
+        tokens, supervised_tokens: In one epoch.
+        balance_cv: Variation of supervised tokens over the updates of the most frequent size.
+        packing_efficiency: Share of the blocks' positions that hold tokens.
+        padding_waste: What padding every example to max_length would waste instead.
+    """
+
+    updates: int
+    blocks: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    examples_per_update: Spread
+    supervised_tokens_per_update: Spread
+    tokens_per_update: Spread
+    balance_cv: float
+    packing_efficiency: float
+    padding_waste: float
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def budget_of(
+    packing: Packing, plan: UpdatePlan, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int
+) -> PlanBudget:
+    """The budget of a packing and its plan.
+
+    Args:
+        lengths: Tokens per example.
+        supervised: Supervised tokens per example.
+    """
+    per_update = plan.sums(packing.sums(supervised))
+    sizes = plan.sizes()
+    usual = np.bincount(sizes).argmax() if len(sizes) else 0
+    tokens = int(np.sum(lengths))
+    return PlanBudget(
+        updates=plan.updates,
+        blocks=packing.blocks,
+        examples=len(lengths),
+        tokens=tokens,
+        supervised_tokens=int(np.sum(supervised)),
+        examples_per_update=spread(plan.sums(np.diff(packing.starts))),
+        supervised_tokens_per_update=spread(per_update),
+        tokens_per_update=spread(plan.sums(packing.sums(lengths))),
+        balance_cv=spread(per_update[sizes == usual]).cv,
+        packing_efficiency=round(tokens / (packing.blocks * max_length), 6) if packing.blocks else 0.0,
+        padding_waste=round(1 - tokens / (len(lengths) * max_length), 6) if len(lengths) else 0.0,
+    )
+
+
+def plan_budget(
+    lengths: npt.NDArray,
+    supervised: npt.NDArray,
+    *,
+    max_length: int,
+    strategy: str,
+    blocks_per_update: int,
+    epochs: int,
+    seed: int,
+) -> PlanBudget:
+    """The budget of a training on examples of these lengths, as `packed_shards` would plan it (`sft
+    check`)."""
+    packing = pack(lengths, max_length, strategy, seed)
+    plan = plan_updates(packing.sums(supervised), blocks_per_update, epochs, seed)
+    return budget_of(packing, plan, lengths, supervised, max_length)
