@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plane.report import machine, table
+from report import machine, table
 from results.build import READERS, Branch, branches, build, write_config
 from results.compare import compare, other_files
 
@@ -60,7 +60,7 @@ def _options() -> argparse.Namespace:
 
 
 def _compare(branch: Branch, options: argparse.Namespace, kept: Path, fresh: Path) -> list[str]:
-    """Builds both sides of one branch and prints what came of it; returns the differences."""
+    """Builds one branch with both checkouts and prints what came of it; returns the differences."""
     old = build(branch, options.old.resolve(), kept / "config", kept / _commit(options.old))
     print(f"\n### {branch.folder}\n\nold: {old['status']}, {len(old['artifacts'])} artifacts", flush=True)
     if options.old_only:

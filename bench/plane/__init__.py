@@ -1,1 +1,1 @@
-"""The parts of the data plane benchmark: rows, the sides that are measured, how they are measured, and the report."""
+"""The parts of data_plane.py: rows, the systems that are measured, one measurement, the comparisons."""

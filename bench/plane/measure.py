@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from plane.sides import Job
+from plane.systems import Job
 
 BENCH = Path(__file__).resolve().parents[1]
 EVERY = 0.05  # seconds between samples of the resident size
@@ -22,20 +23,22 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run of a side took.
+    """What one run of a system took.
 
     Attributes:
-        seconds: Wall seconds of the work; what it imports while it works is in them.
-        with_imports: Wall seconds from the start of the process to the end of the work.
-        rss: Peak of the resident sizes of the process tree, summed (MiB): what forked processes share counts for each.
-        pss: The same with shared pages divided among their users (MiB), so close to what the machine must have; None
+        seconds: Wall seconds of the work; what it imports while it works is in them. with_imports: Wall
+        seconds from the start of the process to the end of the work. cpu: User and system seconds of the
+        process and of those it started and waited for, imports included. rss: Peak of the resident sizes of
+        the process tree, summed (MiB): what forked processes share counts for each. pss: The same with shared
+        pages divided among their users (MiB), so close to what the machine must have; None
             where the system does not tell.
         rss_before: Resident size after the imports, when the work began (MiB).
-        figures: What the side reports of its own.
+        figures: What the system reports of its own.
     """
 
     seconds: float
     with_imports: float
+    cpu: float
     rss: float
     pss: float | None
     rss_before: float
@@ -52,17 +55,17 @@ class Sample:
 
 
 def measure(job: Job) -> Measured:
-    """Runs the job's side in a fresh process.
+    """Runs the job's system in a fresh process.
 
     Raises:
-        RuntimeError: The side failed; with the end of what it wrote.
+        RuntimeError: The system failed; with the end of what it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
         with log.open("wb") as stream:
-            launched = time.time()
+            launched, before_cpu = time.time(), children_cpu()
             child = subprocess.Popen(
-                [sys.executable, "-m", "plane.sides", str(result)],
+                [sys.executable, "-m", "plane.systems", str(result)],
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
@@ -79,9 +82,10 @@ def measure(job: Job) -> Measured:
             child.stdin.write(json.dumps(asdict(job)).encode())
             child.stdin.close()
             samples = _watch(child)
+            cpu = children_cpu() - before_cpu
         if child.returncode or not result.is_file():
             raise RuntimeError(
-                f"{job.side} failed with {child.returncode}:\n{log.read_text(errors='replace')[-3000:]}"
+                f"{job.system} failed with {child.returncode}:\n{log.read_text(errors='replace')[-3000:]}"
             )
         figures = json.loads(result.read_text())
     started, ended = figures.pop("started"), figures.pop("ended")
@@ -91,11 +95,18 @@ def measure(job: Job) -> Measured:
     return Measured(
         seconds=figures.pop("seconds"),
         with_imports=ended - launched,
+        cpu=cpu,
         rss=max((s.rss for s in during), default=before[-1]) / MIB,
         pss=max(shares) / MIB if shares else None,
         rss_before=before[-1] / MIB,
         figures=figures,
     )
+
+
+def children_cpu() -> float:
+    """Of all processes that ended so far below this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(child: subprocess.Popen) -> list[Sample]:

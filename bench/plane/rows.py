@@ -1,20 +1,22 @@
 """Rows that look like the public data sets in size and shape, made from a seed.
 
-Words follow Zipf's law over some 35,000 forms: common English words first, then stems with prefixes and endings. With
-a vocabulary trained on real text such a word takes about as many tokens as a word of a real answer.
+Words follow Zipf's law over some 35,000 forms: common English words first, then stems with prefixes and
+endings. With a vocabulary trained on real text such a word takes about as many tokens as a word of a real
+answer.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
 
 Pair = tuple[str, str]
+Pairs = Iterator[Pair]
 SEED = 20
 CHUNK = 5_000  # rows drawn at a time
 
@@ -81,7 +83,7 @@ def _lognormal(rng: np.random.Generator, mean: float, spread: float, count: int)
     return np.maximum(drawn, 3).astype(np.int64)
 
 
-def _prose_pairs(seed: int, prompt: tuple[float, float], completion: tuple[float, float]) -> Iterator[Pair]:
+def _prose_pairs(seed: int, prompt: tuple[float, float], completion: tuple[float, float]) -> Pairs:
     """Endless prompts and completions; each length is (mean, spread of its logarithm) in words."""
     rng = np.random.default_rng(seed)
     prose = Prose(rng)
@@ -93,17 +95,17 @@ def _prose_pairs(seed: int, prompt: tuple[float, float], completion: tuple[float
         )
 
 
-def alpaca_like(seed: int) -> Iterator[Pair]:
+def alpaca_like(seed: int) -> Pairs:
     """Short instructions, answers of a paragraph."""
     return _prose_pairs(seed, (18, 0.5), (48, 0.8))
 
 
-def sixty_words(seed: int) -> Iterator[Pair]:
+def sixty_words(seed: int) -> Pairs:
     """About 60 words per row."""
     return _prose_pairs(seed, (20, 0.4), (40, 0.4))
 
 
-def dolly_like(seed: int) -> Iterator[Pair]:
+def dolly_like(seed: int) -> Pairs:
     """Instructions, three in ten with a long context whose length has a heavy tail."""
     rng = np.random.default_rng(seed)
     prose = Prose(rng)
@@ -113,8 +115,8 @@ def dolly_like(seed: int) -> Iterator[Pair]:
         yield from zip(asked, prose.texts(_lognormal(rng, 52, 0.9, CHUNK)), strict=True)
 
 
-def gsm8k_like(seed: int) -> Iterator[Pair]:
-    """Word problems with worked answers; names, things, numbers and order vary, so that no row nearly repeats another."""
+def gsm8k_like(seed: int) -> Pairs:
+    """Word problems with worked answers; names, things, numbers, order vary: no row nearly repeats one."""
     rng = np.random.default_rng(seed)
     things = Prose(rng).words[len(COMMON) :]
     while True:
@@ -127,12 +129,14 @@ def _problem(rng: np.random.Generator, things: list[str]) -> Pair:
     n, m, k = (int(v) for v in rng.integers(2, 97, 3))
     price = int(rng.integers(2, 40))
     asked = [
-        f"{who[0]} sold {n} {what[0]} to {who[1]} in the {what[3]} and then {m} more {what[0]} in the week after.",
+        f"{who[0]} sold {n} {what[0]} to {who[1]} in the {what[3]} "
+        f"and then {m} more {what[0]} in the week after.",
         f"Each of the {what[1]} costs ${price}, and {who[1]} needs {k} of them for the {what[4]}.",
         f"In {1900 + n} there were {k * 10} {what[2]} at the {what[4]}, and {who[2]} took {n}% of them home.",
         f"A box holds {m} {what[1]} while the {what[3]} can only carry {k} of the {what[2]}.",
         f"{who[2]} works {k} hours a day and earns ${price} per hour at the {what[3]}.",
-        f"It takes {who[0]} {n} minutes to walk to the {what[4]} and {m} minutes to come back with the {what[1]}.",
+        f"It takes {who[0]} {n} minutes to walk to the {what[4]} "
+        f"and {m} minutes to come back with the {what[1]}.",
         f"{who[1]} has twice as many {what[2]} as {who[0]}, who has {k} fewer than {who[2]}.",
     ]
     order = rng.permutation(len(asked))[: int(rng.integers(2, 5))]
@@ -144,8 +148,10 @@ def _problem(rng: np.random.Generator, things: list[str]) -> Pair:
     steps = [
         f"{who[0]} has {n}+{m} = <<{n}+{m}={total}>>{total} {what[0]}.",
         f"The {what[1]} cost {price}*{k} = $<<{price}*{k}={cost}>>{cost} for {who[1]}.",
-        f"So {who[2]} keeps {total}*3-{k} = <<{total}*3-{k}={rest}>>{rest} of the {what[2]} at the {what[4]}.",
-        f"That leaves {cost}-{n} = <<{cost}-{n}={cost - n}>>{cost - n} {what[int(rng.integers(3))]} in the {what[3]}.",
+        f"So {who[2]} keeps {total}*3-{k} = <<{total}*3-{k}={rest}>>{rest} "
+        f"of the {what[2]} at the {what[4]}.",
+        f"That leaves {cost}-{n} = <<{cost}-{n}={cost - n}>>{cost - n} "
+        f"{what[int(rng.integers(3))]} in the {what[3]}.",
     ]
     worked = "\n".join(steps[int(i)] for i in rng.permutation(len(steps))[: int(rng.integers(2, 5))])
     return question, f"{worked}\n#### {rest}"
@@ -157,7 +163,7 @@ class DataSet:
 
     name: str
     rows: int
-    make: Callable[[int], Iterator[Pair]]
+    make: Callable[[int], Pairs]
 
 
 DATA_SETS = {
@@ -172,12 +178,12 @@ DATA_SETS = {
 }
 
 
-def synthetic(name: str, rows: int) -> Iterator[Pair]:
+def synthetic(name: str, rows: int) -> Pairs:
     """That many rows of a data set."""
     return islice(DATA_SETS[name].make(SEED), rows)
 
 
-def question_answer(path: Path) -> Iterator[Pair]:
+def question_answer(path: Path) -> Pairs:
     """The rows of a JSON Lines file with question and answer (or of the folder's train.jsonl)."""
     path = path / "train.jsonl" if path.is_dir() else path
     with path.open(encoding="utf-8") as stream:
@@ -186,36 +192,30 @@ def question_answer(path: Path) -> Iterator[Pair]:
             yield row["question"], row["answer"]
 
 
-def edited(rows: Iterator[Pair], every: int) -> Iterator[Pair]:
+def edited(rows: Pairs, every: int) -> Pairs:
     """The rows with one in `every` changed."""
     for i, (prompt, completion) in enumerate(rows):
         yield prompt, f"{completion} Edited in revision {i}." if i % every == 0 else completion
 
 
-def write(rows: Iterator[Pair], folder: Path) -> int:
-    """Writes rows as JSON Lines in the shapes that the sides read; returns how many.
+def write(rows: Pairs, folder: Path, *, messages: bool = True) -> int:
+    """Writes rows as JSON Lines in the shapes that the systems read; returns how many.
 
-    flat.jsonl has prompt and completion as text; messages.jsonl has them as lists of messages, which is what makes
-    TRL render them with the chat template.
+    flat.jsonl has prompt and completion as text; messages.jsonl, which can be left out, has them as lists of
+    messages, which is what makes TRL render them with the chat template.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    names = ["flat.jsonl", *(["messages.jsonl"] if messages else [])]
     count = 0
-    with (
-        (folder / "flat.jsonl").open("w", encoding="utf-8") as flat,
-        (folder / "messages.jsonl").open("w", encoding="utf-8") as messages,
-    ):
+    with ExitStack() as stack:
+        flat, *lists = [stack.enter_context((folder / name).open("w", encoding="utf-8")) for name in names]
         for prompt, completion in rows:
-            _line(flat, {"prompt": prompt, "completion": completion})
-            _line(
-                messages,
-                {
+            flat.write(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n")
+            for stream in lists:
+                row = {
                     "prompt": [{"role": "user", "content": prompt}],
                     "completion": [{"role": "assistant", "content": completion}],
-                },
-            )
+                }
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
-
-
-def _line(stream: TextIO, row: object) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -27,6 +27,7 @@ class Branch:
         dataset: Names the generated dataset file and rows; None for the demo, which the project brings along.
         tokenizer: A folder below `tokenizers/` of the public data.
         supervise: The mask's mode.
+        max_length: Tokens per block; longer rows are rejected.
         until: The last stage; None builds all.
         updates: Cuts the training after so many updates; None trains as the recipe says.
     """
@@ -35,6 +36,7 @@ class Branch:
     dataset: str | None = None
     tokenizer: str = ""
     supervise: str = ""
+    max_length: int = 0
     until: str | None = "packed_shards"
     updates: int | None = None
 
@@ -51,7 +53,9 @@ def branches(datasets: tuple[str, ...], until: str | None, updates: int | None) 
     for number, name in enumerate(READERS):
         if name in datasets:
             for tokenizer, mode in zip(pairs[number % 2], ("completion", "assistant"), strict=True):
-                found.append(Branch(f"same_{name}_{tokenizer}_{mode}", name, tokenizer, mode))
+                most = MAX_LENGTH[name]
+                recipe = f"same_{name}_{tokenizer}_{mode}_{most}"
+                found.append(Branch(recipe, name, tokenizer, mode, most))
     return found
 
 
@@ -120,7 +124,7 @@ def write_config(folder: Path, data: Path, wanted: list[Branch]) -> None:
                 "name": branch.recipe,
                 "dataset": f"same_{branch.dataset}",
                 "model": {"base": str(data / "tokenizers" / branch.tokenizer)},
-                "tokens": {"max_length": 256, "supervise": branch.supervise},
+                "tokens": {"max_length": branch.max_length, "supervise": branch.supervise},
             }
             (folder / "recipes" / f"{branch.recipe}.yaml").write_text(json.dumps(recipe, indent=1))
 
@@ -151,6 +155,7 @@ def multidogo(data: Path) -> Iterator[dict[str, Any]]:
             yield {"conversation": group, "messages": messages}
 
 
+MAX_LENGTH = {"gsm8k": 256, "banking77": 256, "multidogo": 1024}  # some rows of gsm8k are longer
 READERS = {"gsm8k": gsm8k, "banking77": banking77, "multidogo": multidogo}
 SHAPES: dict[str, dict[str, Any]] = {
     "gsm8k": {"format": "prompt_completion", "columns": {"prompt": "question", "completion": "answer"}},

@@ -24,7 +24,7 @@ class ContentFinding:
     """One thing that was compared.
 
     Attributes:
-        old, new: Its size on each side, in words.
+        old, new: Its size in each build, in words.
         difference: The first one, None where the contents are equal.
     """
 
@@ -43,8 +43,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[ContentFinding]:
     findings = [_values("status", old["status"], new["status"])]
     for asset in dict.fromkeys([*old["artifacts"], *new["artifacts"]]):
         if asset not in old["artifacts"] or asset not in new["artifacts"]:
-            side = "old" if asset in old["artifacts"] else "new"
-            findings.append(ContentFinding(asset, "", "", f"only the {side} side has it"))
+            owner = "old" if asset in old["artifacts"] else "new"
+            findings.append(ContentFinding(asset, "", "", f"only the {owner} build has it"))
             continue
         one, two = Path(old["artifacts"][asset]), Path(new["artifacts"][asset])
         for name in _names(one, "*.parquet"):
@@ -53,16 +53,16 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[ContentFinding]:
             name = weights.relative_to(one)
             findings.append(_tensors(f"{asset}/{name}", weights, two / name))
         if asset == "evaluation":
-            scores = [json.loads((side / "evaluation.json").read_text()) for side in (one, two)]
+            scores = [json.loads((path / "evaluation.json").read_text()) for path in (one, two)]
             findings.append(_scores("evaluation/evaluation.json", *scores))
         if asset == "exported_model":
             findings += [_exported(asset, folder, one, two) for folder in ("adapter", "merged")]
         accepted = (_manifest(path)["accepted"] for path in (one, two))
         findings.append(_values(f"{asset} is accepted", *accepted))
-    passed = [{(c["asset"], c["name"]): c["passed"] for c in side["checks"]} for side in (old, new)]
+    passed = [{(c["asset"], c["name"]): c["passed"] for c in build["checks"]} for build in (old, new)]
     common = [name for name in passed[0] if name in passed[1]]
     wrong = [f"{'/'.join(n)} {passed[0][n]}, {passed[1][n]}" for n in common if passed[0][n] != passed[1][n]]
-    sizes = [f"{sum(side[n] for n in common)} of {len(common)} passed" for side in passed]
+    sizes = [f"{sum(build[n] for n in common)} of {len(common)} passed" for build in passed]
     findings.append(ContentFinding("checks that both have", *sizes, "; ".join(wrong) or None))
     return findings
 
@@ -71,9 +71,9 @@ def other_files(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     """Per artifact what differs outside the compared contents, so that no difference goes unmentioned."""
     for asset in [a for a in old["artifacts"] if a in new["artifacts"]]:
         one, two = Path(old["artifacts"][asset]), Path(new["artifacts"][asset])
-        files = [{f["path"]: f for f in _manifest(side)["files"]} for side in (one, two)]
-        kept = [{path for path, f in side.items() if not f.get("volatile")} for side in files]
-        versions = [_manifest(side)["data_version"] for side in (one, two)]
+        files = [{f["path"]: f for f in _manifest(path)["files"]} for path in (one, two)]
+        kept = [{path for path, f in build.items() if not f.get("volatile")} for build in files]
+        versions = [_manifest(path)["data_version"] for path in (one, two)]
         if versions[0] == versions[1]:
             yield f"{asset}: same data_version {versions[0][:12]}"
         else:
@@ -82,20 +82,20 @@ def other_files(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
                 if files[0][path]["sha256"] != files[1][path]["sha256"]:
                     yield f"  {path}: {_why(one / path, two / path)}"
             for path in sorted(kept[0] ^ kept[1]):
-                side, other = ("old", 1) if path in kept[0] else ("new", 0)
+                owner, other = ("old", 1) if path in kept[0] else ("new", 0)
                 volatile = " (volatile on the other)" if path in files[other] else ""
-                yield f"  {path}: counts in the data_version of the {side} side only{volatile}"
+                yield f"  {path}: counts in the data_version of the {owner} build only{volatile}"
         gone, added = (sorted(files[a].keys() - files[1 - a].keys() - kept[a]) for a in (0, 1))
         if gone or added:
             yield f"{asset}: volatile files only old: {gone}, only new: {added}"
-        counts = [_manifest(side)["counts"] for side in (one, two)]
+        counts = [_manifest(path)["counts"] for path in (one, two)]
         if counts[0] != counts[1]:
             differing = sorted(
                 k for k in counts[0].keys() | counts[1].keys() if counts[0].get(k) != counts[1].get(k)
             )
             told = (f"{k} {counts[0].get(k)}, {counts[1].get(k)}" for k in differing)
             yield f"{asset}: counts in the manifest (old, new): {'; '.join(told)}"
-    names = [{f"{c['asset']}/{c['name']}" for c in side["checks"]} for side in (old, new)]
+    names = [{f"{c['asset']}/{c['name']}" for c in build["checks"]} for build in (old, new)]
     if names[0] != names[1]:
         yield f"checks only old: {sorted(names[0] - names[1])}, only new: {sorted(names[1] - names[0])}"
 
@@ -127,12 +127,12 @@ def _tables(what: str, old: Path, new: Path) -> ContentFinding:
     """Row by row, in the order of the files."""
     one = _read(old)
     if not new.exists():
-        return ContentFinding(what, f"{len(one):,} rows", "", "the new side has none")
+        return ContentFinding(what, f"{len(one):,} rows", "", "the new build has none")
     two = _read(new)
     missing = [name for name in one.column_names if name not in two.column_names]
-    difference = f"the new side has no column {', '.join(missing)}" if missing else _first_row(one, two)
+    difference = f"the new build has no column {', '.join(missing)}" if missing else _first_row(one, two)
     if difference is None and len(one) != len(two):
-        difference = "the rows that both have are equal; the longer side has further ones at its end"
+        difference = "the rows that both have are equal; the longer table has further ones at its end"
     return ContentFinding(what, f"{len(one):,} rows", f"{len(two):,} rows", difference)
 
 
@@ -164,7 +164,7 @@ def _tensors(what: str, old: Path, new: Path) -> ContentFinding:
     """Tensor by tensor, bit for bit."""
     one = _load(old)
     if not new.is_file():
-        return ContentFinding(what, f"{len(one)} tensors", "", "the new side has none")
+        return ContentFinding(what, f"{len(one)} tensors", "", "the new build has none")
     two = _load(new)
     wrong = [name for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)]
     difference = f"{len(wrong)} tensors differ, the first is {wrong[0]}" if wrong else None
@@ -210,15 +210,15 @@ def _exported(asset: str, folder: str, old: Path, new: Path) -> ContentFinding:
     """Byte by byte: configurations, tokenizer, template. The weights have their own, a card is words."""
     one, two = (
         {
-            str(p.relative_to(side / folder)): p.read_bytes()
-            for p in sorted((side / folder).rglob("*"))
+            str(p.relative_to(build / folder)): p.read_bytes()
+            for p in sorted((build / folder).rglob("*"))
             if p.is_file()
         }
-        for side in (old, new)
+        for build in (old, new)
     )
     names = [n for n in dict.fromkeys([*one, *two]) if not n.endswith((".safetensors", *DRAWN))]
     wrong = [name for name in names if one.get(name) != two.get(name)]
-    sizes = [f"{sum(name in side for name in names)} files" for side in (one, two)]
+    sizes = [f"{sum(name in build for name in names)} files" for build in (one, two)]
     return ContentFinding(f"{asset}/{folder}, beside the weights", *sizes, ", ".join(wrong) or None)
 
 

@@ -1,1 +1,1 @@
-"""The parts of the kill benchmark: the branch that is trained, one attempt, the strikes, and the verdict."""
+"""The parts of kills.py: one attempt at the training, the kills, and what is compared afterwards."""

@@ -1,1 +1,1 @@
-"""The parts of the training benchmark: settings, rows, the sides that are measured, how they take turns, the report."""
+"""The parts of train.py: the setting and its rows, the systems that are measured, the comparison."""

@@ -1,25 +1,48 @@
-"""What is trained: shapes of randomly initialised Llama-style models, and how much of the rows an update holds."""
+"""What is trained: a randomly initialised Llama-style model, and the shards and update plan that all read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 VOCABULARIES = {"1k": 1_024, "49k": 49_152, "152k": 151_936}
 KINDS = ("lora", "full")
+SHORTEST = 24
+EVENNESS = 4.0  # of the Dirichlet distribution that divides a block: lengths vary by about 40 %
+IGNORED = -100
+
+INTS = pa.list_(pa.int32())
+BLOCKS = pa.schema(
+    [
+        ("block", pa.int32()),
+        ("input_ids", INTS),
+        ("labels", INTS),
+        ("position_ids", INTS),
+        ("lengths", INTS),
+        ("row_ids", pa.list_(pa.string())),
+    ]
+)
+PLAN = pa.schema([("update", pa.int32()), ("position", pa.int32()), ("block", pa.int32())])
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and one way of training it. The rows follow from it (`rows.write`).
+    """One model and one way of training it. The rows follow from it (`write_rows`).
 
     Attributes:
         name: As the report calls it.
         parameterization: "lora" or "full".
         tied: The output projection is the embedding's transpose, as in the 1B of the family.
-        tokens: In a block: a micro-batch of the packed sides, and on average of the padded ones.
+        tokens: In a block: a micro-batch of the packed systems, on average one of the padded ones.
         examples: In a block.
         supervised: Share of an example's tokens that is scored.
         blocks: In an update, hence the steps of gradient accumulation where a micro-batch is a block.
         precision: "fp32" or "bf16".
-        checkpointing: Activations are computed again in the backward pass, on all sides.
+        checkpointing: Activations are computed again in the backward pass, in all systems.
     """
 
     name: str
@@ -86,3 +109,72 @@ def gpu_settings(hidden: int | None, tokens: int | None) -> list[Setting]:
             for s in found
         ]
     return [replace(s, tokens=tokens) for s in found] if tokens else found
+
+
+def write_rows(setting: Setting, updates: int, folder: Path) -> dict[str, float]:
+    """Writes `train.parquet` and `plan.parquet`.
+
+    Every block is full and holds the same number of examples, so that packing wastes nothing and that padded
+    batches of so many examples make the very same updates.
+
+    Returns:
+        tokens and supervised (positions that are scored), per update.
+    """
+    blocks = list(_blocks(setting, updates * setting.blocks))
+    pq.write_table(pa.Table.from_pylist(blocks, schema=BLOCKS), folder / "train.parquet", row_group_size=16)
+    plan = [
+        {"update": i // setting.blocks, "position": i % setting.blocks, "block": i}
+        for i in range(len(blocks))
+    ]
+    pq.write_table(pa.Table.from_pylist(plan, schema=PLAN), folder / "plan.parquet")
+    return {
+        "tokens": float(setting.tokens * setting.blocks),
+        "supervised": sum(t != IGNORED for b in blocks for t in b["labels"]) / updates,
+    }
+
+
+def _blocks(setting: Setting, count: int) -> Iterator[dict[str, Any]]:
+    draw = np.random.default_rng(setting.seed)
+    for number in range(count):
+        lengths = _lengths(draw, setting)
+        ids = draw.integers(3, setting.vocabulary, setting.tokens)
+        labels = np.concatenate(
+            [np.arange(n) >= n - max(1, round(n * setting.supervised)) for n in lengths]
+        ) * (ids - IGNORED) + (IGNORED)
+        yield {
+            "block": number,
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": np.concatenate([np.arange(n) for n in lengths]),
+            "lengths": lengths,
+            "row_ids": [f"{number}.{i}" for i in range(len(lengths))],
+        }
+
+
+def _lengths(draw: np.random.Generator, setting: Setting) -> np.ndarray:
+    """Lengths of a block's examples, which sum to its size."""
+    shortest = min(SHORTEST, setting.tokens // setting.examples)
+    spare = setting.tokens - shortest * setting.examples
+    cuts = np.floor(np.cumsum(draw.dirichlet([EVENNESS] * setting.examples)) * spare + 1e-6).astype(int)
+    return shortest + np.diff(cuts, prepend=0)
+
+
+def padded(blocks: list[dict[str, Any]], setting: Setting) -> list[dict[str, Any]]:
+    """The examples, update by update, longest first within an update: what grouping by length aims at."""
+    found = []
+    for start in range(0, len(blocks), setting.blocks):
+        examples = [e for block in blocks[start : start + setting.blocks] for e in _examples(block)]
+        found += sorted(examples, key=lambda e: -len(e["input_ids"]))
+    return found
+
+
+def _examples(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    start = 0
+    for length in block["lengths"]:
+        yield {name: block[name][start : start + length] for name in ("input_ids", "labels")}
+        start += length
+
+
+def packed(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks as TRL's collator reads them."""
+    return [{"input_ids": b["input_ids"], "labels": b["labels"], "seq_lengths": b["lengths"]} for b in blocks]

@@ -1,7 +1,7 @@
-"""The trainings that are measured. Each runs in a process of its own: `python -m training.sides RESULT`.
+"""The trainings that are measured. Each runs in a process of its own: `python -m training.systems RESULT`.
 
-A side imports everything, puts what it reads where it likes it best, and is ready. Then the clock starts: the model is
-built, the trainer is constructed, and the updates are made.
+A system imports everything, puts what it reads where it likes it best, and is ready. Then the clock starts:
+the model is built, the trainer is constructed, and the updates are made.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.setting import Setting
+from training.setting import Setting, packed, padded
 
 RATE = 1e-4
 Work = Callable[[], Any]  # builds and trains, and hands back what must stay alive
@@ -25,13 +25,13 @@ class Job:
     """One measurement.
 
     Attributes:
-        side: A key of `SIDES`.
+        system: A key of `SYSTEMS`.
         setting: As a dict, as it comes through JSON.
-        rows: The folder that `rows.write` filled.
+        rows: The folder that `write_rows` filled.
         updates: How many are made.
     """
 
-    side: str
+    system: str
     setting: dict[str, Any]
     rows: str
     updates: int
@@ -66,10 +66,11 @@ class Record:
 
 def ours(job: Job, record: Record) -> Work:
     """This pipeline's trainer, from the packed shards, set up as the stage trained_checkpoints does it."""
-    from sft_pipeline.training.config import ModelConfig, TrainingConfig
-    from sft_pipeline.training.feed import layout_for
-    from sft_pipeline.training.schedule import Schedule
     from sft_pipeline.training.setup import be_deterministic, make_feed
+
+    from sft_pipeline.training.config import ModelConfig, TrainingConfig
+    from sft_pipeline.training.data import layout_for
+    from sft_pipeline.training.schedule import Schedule
     from sft_pipeline.training.shards import Plan, Shards
     from sft_pipeline.training.trainer import SupervisedTrainer
 
@@ -127,9 +128,11 @@ def trl(job: Job, record: Record, *, pack: bool, fused: bool, liger: bool = Fals
     """TRL's SFTTrainer on the same rows, which are in memory already and not prepared again.
 
     Args:
-        pack: Blocks with `packing` and `padding_free`; else padded batches of as many examples as a block holds.
-        fused: Its own output projection with the loss; else the model's whole logits and transformers' loss, as its
-            documentation advises to do it, by overriding `compute_loss`. Entropy and accuracy fall away with it.
+        pack: Blocks with `packing` and `padding_free`; else padded batches of as many examples as a block
+        holds. fused: Its own output projection with the loss; else the model's whole logits and transformers'
+        loss, as its
+            documentation advises to do it, by overriding `compute_loss`. Entropy and accuracy fall away with
+            it.
         liger: The kernels of Liger for the layers.
     """
     import pyarrow.parquet as pq
@@ -137,11 +140,9 @@ def trl(job: Job, record: Record, *, pack: bool, fused: bool, liger: bool = Fals
     from transformers import Trainer
     from trl import SFTConfig, SFTTrainer
 
-    from training import rows
-
     setting = Setting(**job.setting)
     blocks = pq.read_table(Path(job.rows) / "train.parquet").to_pylist()
-    dataset = Dataset.from_list(rows.packed(blocks) if pack else rows.padded(blocks, setting))
+    dataset = Dataset.from_list(packed(blocks) if pack else padded(blocks, setting))
     tokenizer = _tokenizer()
     cpu = not _on_gpu()
 
@@ -190,30 +191,29 @@ def trl(job: Job, record: Record, *, pack: bool, fused: bool, liger: bool = Fals
     return work
 
 
-SIDES: dict[str, Callable[[Job, Record], Work]] = {
+SYSTEMS: dict[str, Callable[[Job, Record], Work]] = {
     "sft_pipeline": ours,
     "TRL packed, fused loss": lambda job, record: trl(job, record, pack=True, fused=True),
     "TRL packed, whole logits": lambda job, record: trl(job, record, pack=True, fused=False),
     "TRL padded, fused loss": lambda job, record: trl(job, record, pack=False, fused=True),
     "TRL padded, whole logits": lambda job, record: trl(job, record, pack=False, fused=False),
 }
-LIGER_SIDES: dict[str, Callable[[Job, Record], Work]] = {
+LIGER_SYSTEMS: dict[str, Callable[[Job, Record], Work]] = {
     "TRL packed, fused loss, Liger": lambda job, record: trl(job, record, pack=True, fused=True, liger=True),
     "TRL padded, fused loss, Liger": lambda job, record: trl(job, record, pack=False, fused=True, liger=True),
 }
 
 
 def build_model(setting: Setting) -> Any:
-    """The model of a setting, on its device, ready to be trained; the same weights on every side.
+    """The model of a setting, on its device, ready to be trained; the same weights in every system.
 
     As the pipeline holds them: frozen weights in the precision of the computation, trained ones in fp32.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sft_pipeline.training.adapters import add_adapter
     from sft_pipeline.training.config import LoraConfig, ModelConfig
-    from sft_pipeline.training.model import DTYPES, resolve_attention, training_device
+    from sft_pipeline.training.model import DTYPES, add_adapter, resolve_attention, training_device
 
     device = training_device()
     config = LlamaConfig(
@@ -269,7 +269,7 @@ def _synchronize() -> None:
 
 
 def _flops(model: Any, setting: Setting) -> float:
-    """What an update must compute, whatever a side really computes."""
+    """What an update must compute, whatever a system really computes."""
     from sft_pipeline.training.flops import arithmetic
 
     counted = arithmetic(model)
@@ -295,7 +295,7 @@ def _main() -> None:
 
     job = Job(**json.load(sys.stdin))
     record = Record()
-    work = (SIDES | LIGER_SIDES)[job.side](job, record)
+    work = (SYSTEMS | LIGER_SYSTEMS)[job.system](job, record)
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda")  # its context is no part of a training
     before = _peak()
@@ -311,7 +311,7 @@ def _main() -> None:
         "peak": _peak(),
         "before": before,
         "threads": torch.get_num_threads(),
-        "layout": trainer.feed.layout if job.side == "sft_pipeline" else "",
+        "layout": trainer.feed.layout if job.system == "sft_pipeline" else "",
         "flops": _flops(trainer.model, Setting(**job.setting)),
         "attention": trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation,
     }

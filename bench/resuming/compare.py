@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from resuming.attempt import STAGE
-from resuming.branch import branch, use_home
+from resuming.attempt import STAGE, branch, use_home
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.files import sha256_file
@@ -20,7 +19,7 @@ CURVES = ("loss", "learning_rate", "grad_norm", "val_loss")
 
 
 @dataclass(frozen=True)
-class Finding:
+class RunFinding:
     """One thing that must hold, whether it does, and what was found."""
 
     what: str
@@ -28,7 +27,7 @@ class Finding:
     found: str
 
 
-def judge(whole: Path, killed: Path, kind: str, rows: Path) -> list[Finding]:
+def compare(whole: Path, killed: Path, kind: str, rows: Path) -> list[RunFinding]:
     """Compares the stores of the undisturbed and the killed run."""
     return [
         *_weights(_artifact(whole, kind, rows), _artifact(killed, kind, rows)),
@@ -45,7 +44,7 @@ def _artifact(home: Path, kind: str, rows: Path, stage: str = STAGE) -> Artifact
     return found
 
 
-def _weights(whole: Artifact, killed: Artifact) -> Iterator[Finding]:
+def _weights(whole: Artifact, killed: Artifact) -> Iterator[RunFinding]:
     def weights(artifact: Artifact) -> dict[str, str]:
         names = ("model.safetensors", "adapter_model.safetensors")
         return {
@@ -57,7 +56,7 @@ def _weights(whole: Artifact, killed: Artifact) -> Iterator[Finding]:
     one, two = weights(whole), weights(killed)
     same = one == two
     last = max(one, key=lambda p: int(p.partition("/")[0].rpartition("-")[2]))
-    yield Finding(
+    yield RunFinding(
         "the weights are bit-identical",
         same,
         f"{', '.join(p.partition('/')[0] for p in one)}; SHA-256 of the last {one[last][:12]}"
@@ -67,7 +66,7 @@ def _weights(whole: Artifact, killed: Artifact) -> Iterator[Finding]:
     different = {f.path: f.sha256 for f in whole.manifest.files if not f.volatile}.items() ^ {
         f.path: f.sha256 for f in killed.manifest.files if not f.volatile
     }.items()
-    yield Finding(
+    yield RunFinding(
         "the whole artifact is: optimizer, random states, curves",
         a == b,
         f"data version {a[:12]}"
@@ -76,13 +75,13 @@ def _weights(whole: Artifact, killed: Artifact) -> Iterator[Finding]:
     )
 
 
-def _rows(killed: Artifact, packed: Artifact) -> Iterator[Finding]:
-    """What each update held, as it was recorded when it was made, against the plan; then the plan against the rows."""
+def _rows(killed: Artifact, packed: Artifact) -> Iterator[RunFinding]:
+    """What each update held, as it was recorded, against the plan; then the plan against the rows."""
     plan, shards = Plan(packed.file("plan.parquet")), Shards(packed.parts("train"))
     history = pq.read_table(killed.file("history.parquet")).to_pylist()
     recorded = {name: [(r["step"], r["value"]) for r in history if r["name"] == name] for name in COUNTED}
     steps = [step for step, _ in recorded["examples"]]
-    yield Finding(
+    yield RunFinding(
         "every update was made once, in order",
         steps == list(range(1, len(plan) + 1)),
         f"{len(steps)} updates recorded, {len(plan)} planned",
@@ -97,7 +96,7 @@ def _rows(killed: Artifact, packed: Artifact) -> Iterator[Finding]:
         for a, b in zip(COUNTED, FROM_PLAN)
         for i in range(len(plan))
     )
-    yield Finding(
+    yield RunFinding(
         "each held the examples, tokens and supervised tokens of its blocks",
         wrong == 0,
         f"{wrong} of {3 * len(plan)} counts differ",
@@ -105,14 +104,14 @@ def _rows(killed: Artifact, packed: Artifact) -> Iterator[Finding]:
     times = Counter(row for step in steps for b in plan.blocks(step - 1) for row in shards.row_ids(int(b)))
     rows = [row for block in range(len(shards)) for row in shards.row_ids(block)]
     epochs = set(times.values())
-    yield Finding(
+    yield RunFinding(
         "no row was trained twice in an epoch or skipped",
         sorted(times) == sorted(rows) and len(epochs) == 1,
         f"{len(times)} of {len(rows)} rows, each {'/'.join(map(str, sorted(epochs)))} times",
     )
 
 
-def _tracking(home: Path, kind: str, killed: Artifact) -> Iterator[Finding]:
+def _tracking(home: Path, kind: str, killed: Artifact) -> Iterator[RunFinding]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
@@ -120,7 +119,7 @@ def _tracking(home: Path, kind: str, killed: Artifact) -> Iterator[Finding]:
     assert experiment
     runs = client.search_runs([experiment.experiment_id])
     own = killed.manifest.mlflow_run_id
-    yield Finding(
+    yield RunFinding(
         "MLflow has one run",
         [r.info.run_id for r in runs] == [own] and runs[0].info.status == "FINISHED",
         f"{len(runs)} run, {runs[0].info.status}, the manifest's: {runs[0].info.run_id == own}",
@@ -130,7 +129,7 @@ def _tracking(home: Path, kind: str, killed: Artifact) -> Iterator[Finding]:
         true = [(r["step"], r["value"]) for r in history if r["name"] == name]
         points = sorted(client.get_metric_history(own, name), key=lambda m: (m.timestamp, m.step))
         logged = [(m.step, m.value) for m in points]
-        yield Finding(f"its curve of {name} is continuous", logged == true, _gaps(true, logged))
+        yield RunFinding(f"its curve of {name} is continuous", logged == true, _gaps(true, logged))
 
 
 def _gaps(true: list[tuple[int, float]], logged: list[tuple[int, float]]) -> str:
@@ -138,8 +137,8 @@ def _gaps(true: list[tuple[int, float]], logged: list[tuple[int, float]]) -> str
     missing = [step for step, _ in true if step not in steps]
     twice = [step for step, count in steps.items() if count > 1]
     other = sorted({step for step, value in set(logged) - set(true)})
-    told = [f"{len(logged)} points of {len(true)}"]
-    told += [f"missing: {missing}"] if missing else []
-    told += [f"more than once: {twice}"] if twice else []
-    told += [f"of another value: {other}"] if other else []
-    return "; ".join(told)
+    message = [f"{len(logged)} points of {len(true)}"]
+    message += [f"missing: {missing}"] if missing else []
+    message += [f"more than once: {twice}"] if twice else []
+    message += [f"of another value: {other}"] if other else []
+    return "; ".join(message)

@@ -1,4 +1,4 @@
-"""Kills: which process, when, and how it is made sure that the moment is the one that was meant."""
+"""Kills: which process is killed and when, at the moment that was planned."""
 
 import json
 import os
@@ -34,14 +34,15 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Strike:
+class PlannedKill:
     """One kill, as drawn.
 
     Attributes:
-        moment: "start-up": uniformly between the start of the attempt and its first update. "training": an update that
-            is drawn uniformly, and a uniform moment after it. "save": while the first checkpoint after that update is being
-            written, at a uniform moment of it.
-        victim: "trainer": the process that trains. "supervisor": the one above it. "whole run": the one that tells MLflow.
+        moment: "start-up": uniformly between the start of the attempt and its first update. "training": an
+            update that is drawn uniformly, and a uniform moment after it. "save": while the first checkpoint
+            after that update is being written, at a uniform moment of it.
+        victim: "trainer": the process that trains. "supervisor": the one above it. "whole run": the one that
+            logs to MLflow.
         after: The kill comes after this update.
         fraction: Where in the span of the moment, 0 to 1.
     """
@@ -53,7 +54,7 @@ class Strike:
 
 
 @dataclass(frozen=True)
-class Struck:
+class Kill:
     """One kill, as it came.
 
     Attributes:
@@ -63,7 +64,7 @@ class Struck:
         resumed_at: Where the training went on after it; None until an attempt has come so far.
     """
 
-    strike: Strike
+    planned: PlannedKill
     seconds: float
     reached: int
     saving: str
@@ -74,8 +75,8 @@ class Missed(RuntimeError):
     """The attempt was over before the moment came."""
 
 
-def draw(kills: int, seed: int, updates: int) -> list[Strike]:
-    """The plan of kills: a third in saves, a tenth in start-ups, the rest in training; later ones after later updates."""
+def plan_kills(kills: int, seed: int, updates: int) -> list[PlannedKill]:
+    """A third in saves, a tenth in start-ups, the rest in training; later kills come after later updates."""
     random_ = random.Random(seed)
     saves, starts = max(1, kills // 3), kills // 10
     moments = ["save"] * saves + ["start-up"] * starts + ["training"] * (kills - saves - starts)
@@ -83,12 +84,12 @@ def draw(kills: int, seed: int, updates: int) -> list[Strike]:
     after = sorted(random_.randint(1, int(updates * (1 - LAST_UPDATES))) for _ in moments)
     return [
         # In a save it is the trainer that is stopped first, to be sure that it is one.
-        Strike(m, "trainer" if m == "save" else random_.choice(VICTIMS), u, random_.random())
+        PlannedKill(m, "trainer" if m == "save" else random_.choice(VICTIMS), u, random_.random())
         for m, u in zip(moments, after, strict=True)
     ]
 
 
-def watch(home: Path, kind: str, rows: Path, log: Path) -> Pace:
+def run_undisturbed(home: Path, kind: str, rows: Path, log: Path) -> Pace:
     """A run that is left alone.
 
     Raises:
@@ -112,7 +113,7 @@ def watch(home: Path, kind: str, rows: Path, log: Path) -> Pace:
     return Pace(first - began, (last - first) / max(1, seen - 1), typical, seen)
 
 
-def attack(home: Path, kind: str, rows: Path, log: Path, strike: Strike, pace: Pace) -> Struck:
+def kill_attempt(home: Path, kind: str, rows: Path, log: Path, planned: PlannedKill, pace: Pace) -> Kill:
     """One attempt, killed at its moment.
 
     Raises:
@@ -124,28 +125,28 @@ def attack(home: Path, kind: str, rows: Path, log: Path, strike: Strike, pace: P
     assert process.pid
     run = psutil.Process(process.pid)
     saving = ""
-    if strike.moment == "start-up":
-        _until(lambda: time.monotonic() - began > strike.fraction * pace.start_up, process)
+    if planned.moment == "start-up":
+        _until(lambda: time.monotonic() - began > planned.fraction * pace.start_up, process)
     else:
-        # The speed log is cut back to the resumed update when training begins; until then it shows the attempt before.
+        # The speed log is cut back to the resumed update when training begins; before, it is the last attempt's.
         _until(lambda: find(run, "trainer") is not None, process)
         _until(lambda: _began(log), process)
-        _until(lambda: reached(home) >= strike.after, process)
-        if strike.moment == "save":
-            saving = _stop_in_save(home, since, run, process, strike.fraction * pace.save)
+        _until(lambda: reached(home) >= planned.after, process)
+        if planned.moment == "save":
+            saving = _stop_in_save(home, since, run, process, planned.fraction * pace.save)
         else:
-            time.sleep(strike.fraction * 2 * pace.update)
-    victim = run if strike.victim == "whole run" else find(run, strike.victim)
+            time.sleep(planned.fraction * 2 * pace.update)
+    victim = run if planned.victim == "whole run" else find(run, planned.victim)
     if not process.is_alive():
         raise Missed(f"the attempt ended before its kill:\n{log.read_text()[-2000:]}")
     (victim or run).kill()
-    struck = Struck(strike, time.monotonic() - began, max(before, reached(home)), saving)
-    # Where it was another one that was killed, the trainer had a moment more, in which it may have finished its save.
-    if not saving and strike.victim == "trainer" and (found := partial(home, since)):
-        struck = Struck(strike, struck.seconds, struck.reached, _name(found))
+    kill = Kill(planned, time.monotonic() - began, max(before, reached(home)), saving)
+    # Where another process was killed, the trainer had a moment more, in which it may have finished its save.
+    if not saving and planned.victim == "trainer" and (found := partial(home, since)):
+        kill = Kill(planned, kill.seconds, kill.reached, _name(found))
     process.join()
     _gone(home)
-    return struck
+    return kill
 
 
 def reached(home: Path, default: int = 0) -> int:
@@ -161,18 +162,18 @@ def reached(home: Path, default: int = 0) -> int:
 
 
 def partial(home: Path, since: float = 0.0) -> Path | None:
-    """The checkpoint that is being written; what was left unfinished before `since` (Unix seconds) is none."""
+    """The checkpoint being written; what was left unfinished before `since` (Unix seconds) does not count."""
     for path in home.glob(PARTIAL):
         try:
             if path.stat().st_mtime > since:
                 return path
-        except FileNotFoundError:  # it was finished between the listing and the look
+        except FileNotFoundError:  # it was finished between the listing and this call
             continue
     return None
 
 
 def resumed_at(log: Path) -> int | None:
-    """Where an attempt went on, as it told; None where it was killed before."""
+    """Where an attempt went on, by its log; None where it was killed before."""
     found = re.findall(r"resuming after update (\d+)", log.read_text())
     return int(found[-1]) if found else 0 if _began(log) else None
 
@@ -191,14 +192,14 @@ def find(run: psutil.Process, who: str) -> psutil.Process | None:
 
 
 def _began(log: Path) -> bool:
-    """The attempt has told what it trains, after which the speed log is its own."""
+    """The attempt has logged what it trains, after which the speed log is its own."""
     return "parameters are trained" in log.read_text()
 
 
 def _stop_in_save(
     home: Path, since: float, run: psutil.Process, process: ForkServerProcess, delay: float
 ) -> str:
-    """Stops the trainer while a checkpoint is being written; where the save was over sooner, tries at the next one."""
+    """Stops the trainer while a checkpoint is written; where the save was over sooner, at the next one."""
     while True:
         _until(lambda: partial(home, since) is not None, process)
         time.sleep(delay)

@@ -1,9 +1,10 @@
-"""The work that is measured, one function per side. Each runs in a process of its own: `python -m plane.sides`.
+"""The work that is measured, one function per system, each in a process of its own: `-m plane.systems`.
 
-A side imports what it needs, then hands back its work as a function, so that only the work is timed; the work in turn
-hands back a function that counts what came out, which is not timed either.
+A system imports what it needs, then hands back its work as a function, so that only the work is timed; the
+work in turn hands back a function that counts what came out, which is not timed either.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -23,16 +24,15 @@ class Job:
     """One measurement.
 
     Attributes:
-        side: A key of `SIDES`.
-        rows: The folder that `rows.write` filled; for snapshots, the folder that holds one such folder per snapshot.
-        tokenizer: A tokenizer's folder.
-        scratch: A folder for everything that the side writes: a fresh one each time, except where a store is to be
+        system: A key of `SYSTEMS`. rows: The folder that `rows.write` filled; for snapshots, the folder that
+        holds one such folder per snapshot. tokenizer: A tokenizer's folder. scratch: A folder for everything
+        that the system writes: a fresh one each time, except where a store is to be
             used again.
         max_length: Tokens per block; what is longer is truncated.
-        options: Of `ours` only: `near_duplicates` and `snapshot`.
+        options: Of `pipeline` only: `near_duplicates` and `snapshot`.
     """
 
-    side: str
+    system: str
     rows: str
     tokenizer: str
     scratch: str
@@ -40,29 +40,26 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def ours(job: Job) -> Work:
-    """raw_rows to packed_shards in the store at `scratch`, by the plain functions, in this process and its pool."""
+def pipeline(job: Job) -> Work:
+    """raw_rows to packed_shards into the store at `scratch`, in this process and its workers."""
     from sft_pipeline.config.dataset import DatasetConfig
     from sft_pipeline.config.recipe import RecipeConfig
     from sft_pipeline.reporting import Reporter
     from sft_pipeline.stages.graph import STAGES
     from sft_pipeline.stages.raw_rows.locate import snapshots
-    from sft_pipeline.stages.run import Run, load_build, needed_for
+    from sft_pipeline.stages.run import Run, needed_for, run_until
     from sft_pipeline.stages.stage import Branch
-    from sft_pipeline.stages.until import run_until
     from sft_pipeline.store import Store
 
     snapshot = job.options.get("snapshot")
     split: dict[str, Any] = {
         "validation": 0.1,
         "test": 0,
-    }  # no test side: every row is packed, as by the peer
+    }  # no test split: every row is packed, as by the peer
     if not job.options.get("near_duplicates", True):
         split["near_duplicates"] = None
-    path = job.rows if snapshot else f"{job.rows}/flat.jsonl"
-    dataset = DatasetConfig.model_validate(
-        {"name": "bench", "sources": [{"path": path, "static": snapshot is None}], "split": split}
-    )
+    source = {"path": job.rows if snapshot else f"{job.rows}/flat.jsonl", "static": snapshot is None}
+    dataset = DatasetConfig.model_validate({"name": "bench", "sources": [source], "split": split})
     recipe = RecipeConfig.model_validate(
         {
             "name": "bench_recipe",
@@ -72,7 +69,7 @@ def ours(job: Job) -> Work:
         }
     )
     for name in needed_for("packed_shards", STAGES):
-        load_build(STAGES[name])  # imports the stage
+        importlib.import_module(f"sft_pipeline.stages.{name}.build")
 
     class Clock(Reporter):
         """Seconds per stage."""
@@ -108,7 +105,7 @@ def ours(job: Job) -> Work:
 
 
 def trl(job: Job) -> Work:
-    """The JSON Lines through `load_dataset` and the preparation of an SFTTrainer with packing, all caches in `scratch`."""
+    """`load_dataset` of the JSON Lines and SFTTrainer's preparation with packing; caches in `scratch`."""
     import datasets
     import pyarrow.compute as pc
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -150,8 +147,8 @@ def trl(job: Job) -> Work:
     return work
 
 
-def bare(job: Job) -> Work:
-    """`encode_batch` of the Rust tokenizer over the texts, which are in memory: nothing read, rendered, masked or written."""
+def encode_batch(job: Job) -> Work:
+    """The Rust tokenizer alone over texts in memory: nothing read, rendered, masked or written."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(f"{job.tokenizer}/tokenizer.json")
@@ -169,13 +166,13 @@ def bare(job: Job) -> Work:
     return work
 
 
-SIDES: dict[str, Callable[[Job], Work]] = {"ours": ours, "trl": trl, "encode_batch": bare}
+SYSTEMS: dict[str, Callable[[Job], Work]] = {"pipeline": pipeline, "trl": trl, "encode_batch": encode_batch}
 
 
 def _main() -> None:
     """Reads a job from standard input; writes its figures to the file named by the first argument."""
     job = Job(**json.load(sys.stdin))
-    work = SIDES[job.side](job)
+    work = SYSTEMS[job.system](job)
     started = time.time()
     figures = work()
     ended = time.time()
