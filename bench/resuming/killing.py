@@ -128,7 +128,7 @@ def kill_attempt(home: Path, kind: str, rows: Path, log: Path, planned: PlannedK
     if planned.moment == "start-up":
         _until(lambda: time.monotonic() - began > planned.fraction * pace.start_up, process)
     else:
-        # The speed log is cut back to the resumed update when training begins; before, it is the last attempt's.
+        # Training cuts the speed log back to the resumed update; before that, it shows the last attempt.
         _until(lambda: find(run, "trainer") is not None, process)
         _until(lambda: _began(log), process)
         _until(lambda: reached(home) >= planned.after, process)
