@@ -12,7 +12,7 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.grouped_split.asset import STAGE as GROUPED_SPLIT
 from sft_pipeline.stages.raw_rows.asset import STAGE as RAW_ROWS
 from sft_pipeline.stages.raw_rows.locate import snapshots
-from sft_pipeline.stages.run import Outcome, Run, run_stage
+from sft_pipeline.stages.run import Run, StageOutcome, run_stage
 from sft_pipeline.stages.stage import Branch, Stage
 from sft_pipeline.stages.validated_rows.asset import STAGE as VALIDATED_ROWS
 from sft_pipeline.store import Artifact, Store
@@ -37,7 +37,7 @@ def dataset(*sources: dict[str, Any] | Path, **rest: Any) -> DatasetConfig:
 
 def run(
     config: DatasetConfig, home: Path, until: Stage = GROUPED_SPLIT, snapshot: str | None = None
-) -> dict[str, Outcome]:
+) -> dict[str, StageOutcome]:
     """Builds the dataset's stages up to `until`. An unaccepted one raises BlockedError in the next."""
     branch = Branch(config, snapshot or snapshots(config)[-1])
     outcomes = {}
@@ -54,7 +54,7 @@ def rows(artifact: Artifact, name: str) -> list[dict[str, Any]]:
     return list(parquet.read_rows(artifact.parts(name) if path.is_dir() else [path]))
 
 
-def check(outcome: Outcome, name: str) -> dict[str, Any]:
+def check(outcome: StageOutcome, name: str) -> dict[str, Any]:
     return next(c for c in outcome.artifact.manifest.checks if c["name"] == name)
 
 

@@ -15,14 +15,13 @@ from sft_pipeline.cli.console import sparkline
 from sft_pipeline.cli.prepare import prepared
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.packed_shards.budget import Budget, plan_budget
-from sft_pipeline.stages.run import environment
+from sft_pipeline.stages.environment import accelerator
+from sft_pipeline.stages.packed_shards.plan import PlanBudget, plan_budget
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact
-from sft_pipeline.training.advice import Place, advise
 from sft_pipeline.training.base import base_folder
-from sft_pipeline.training.cpu_time import training_seconds
-from sft_pipeline.training.memory import MemoryEstimate, estimate
+from sft_pipeline.training.flops import training_seconds
+from sft_pipeline.training.memory import DeviceBudget, MemoryEstimate, advise, estimate
 from sft_pipeline.training.schedule import Schedule, sampled, warm_up
 
 
@@ -36,8 +35,8 @@ def check_recipe(
         InputError: Bad configuration or data.
     """
     _, branch = find_branch(recipe, snapshot, overrides)
-    config = branch.the_recipe()
-    gpu = environment()["accelerator"] is not None
+    config = branch.require_recipe()
+    gpu = accelerator() is not None
     with prepared(branch, "packed_shards", console) as outcomes:
         artifacts = {name: outcome.artifact for name, outcome in outcomes.items()}
         budget = _budget(branch, artifacts["tokenized_rows"])
@@ -67,7 +66,7 @@ def check_recipe(
             memory,
             config.model,
             config.training,
-            Place(_device_bytes(gpu), gpu),
+            DeviceBudget(_device_bytes(gpu), gpu),
             tokens=tokens,
             supervised=supervised,
         ),
@@ -76,9 +75,9 @@ def check_recipe(
     }
 
 
-def _budget(branch: Branch, tokenized: Artifact) -> Budget:
+def _budget(branch: Branch, tokenized: Artifact) -> PlanBudget:
     table = pq.read_table(tokenized.file("train"), columns=["length", "supervised"])
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return plan_budget(
         np.asarray(table["length"]),
         np.asarray(table["supervised"]),
@@ -92,7 +91,7 @@ def _budget(branch: Branch, tokenized: Artifact) -> Budget:
 
 def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
     """Where tokenizer, context and model do not fit each other."""
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     path = base_folder(recipe.model) / "config.json"
     model = json.loads(path.read_text(encoding="utf-8"))
     model = {**model, **model.get("text_config", {})}
@@ -128,7 +127,7 @@ def _device_bytes(gpu: bool) -> int:
     return psutil.virtual_memory().total
 
 
-def _cpu_seconds(memory: MemoryEstimate, budget: Budget, epochs: int, updates: int) -> float:
+def _cpu_seconds(memory: MemoryEstimate, budget: PlanBudget, epochs: int, updates: int) -> float:
     tokens = min(budget.tokens * epochs, int(budget.tokens_per_update.mean * updates))
     return round(training_seconds(memory.parameters, tokens), 1)
 

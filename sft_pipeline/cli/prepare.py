@@ -8,15 +8,14 @@ from rich.console import Console
 
 from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Outcome, Run
+from sft_pipeline.stages.run import Run, StageOutcome, run_until
 from sft_pipeline.stages.stage import Branch
-from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 from sft_pipeline.store.files import remove_tree
 
 
 @contextmanager
-def prepared(branch: Branch, last: str, console: Console) -> Iterator[dict[str, Outcome]]:
+def prepared(branch: Branch, last: str, console: Console) -> Iterator[dict[str, StageOutcome]]:
     """The artifacts up to `last`, built where they are missing. No ref of the store moves.
 
     Raises:

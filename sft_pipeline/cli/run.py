@@ -11,15 +11,13 @@ from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.cli.console import ConsoleReporter
-from sft_pipeline.errors import InputError, Interrupted
-from sft_pipeline.reporting import Tee
+from sft_pipeline.config.load import Catalog
+from sft_pipeline.errors import BlockedError, InputError, Interrupted
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import checks_of, failed_blocking, needed_for
-from sft_pipeline.stages.stage import Branch
-from sft_pipeline.stages.until import Ahead
 from sft_pipeline.store import Artifact, Store
 
-EXIT_CODES = {"exported": 0, "materialized": 0, "failed": 1, "blocked": 3, "interrupted": 4}
+STATUS_OF_EXIT = {BlockedError.exit_code: "blocked", Interrupted.exit_code: "interrupted"}
 
 
 @dataclass
@@ -64,14 +62,10 @@ class RunResult:
         """The result for people: the table of base and tuned, what blocked, and where to look."""
         metrics = self.metrics
         if metrics["base"] and metrics["tuned"]:
-            table = Table(title="test side: base against tuned")
-            for column, justify in (
-                ("", "left"),
-                ("base", "right"),
-                ("tuned", "right"),
-                ("difference", "right"),
-            ):
-                table.add_column(column, justify=justify)  # type: ignore[arg-type]
+            table = Table(title="test split: base against tuned")
+            table.add_column("")
+            for column in ("base", "tuned", "difference"):
+                table.add_column(column, justify="right")
             for name, tuned in metrics["tuned"].items():
                 base = metrics["base"].get(name)
                 if isinstance(tuned, (int, float)) and isinstance(base, (int, float)):
@@ -80,73 +74,64 @@ class RunResult:
         console.print(f"status: {self.status}")
         if self.error:
             console.print(self.error, style="red", markup=False, soft_wrap=True)
-        if self.exported_model:
-            console.print(f"exported model: {self.exported_model}", soft_wrap=True, markup=False)
-            console.print(
-                f"  its card:     {self.exported_model / 'README.md'}", soft_wrap=True, markup=False
-            )
-            console.print(
-                f"  its lineage:  sft lineage {self.exported_model} --verify", soft_wrap=True, markup=False
-            )
+        if export := self.exported_model:
+            for line in (
+                f"exported model: {export}",
+                f"  its card:     {export / 'README.md'}",
+                f"  its lineage:  sft lineage {export} --verify",
+            ):
+                console.print(line, soft_wrap=True, markup=False)
         console.print("look at it: sft ui (Dagster and MLflow)")
 
 
 def run_recipe(
     recipe: str, *, snapshot: str | None, until: str | None, overrides: Sequence[str], console: Console
 ) -> RunResult:
-    """Materializes a branch.
+    """Materializes a branch, up to the asset `until`.
 
     Raises:
         InputError: The recipe, dataset, snapshot or asset name is not there.
+        Interrupted: The user or a signal stopped the run.
     """
     _, branch = find_branch(recipe, snapshot, overrides)
     last = until or list(STAGES)[-1]
     if last not in STAGES:
         raise InputError(f"--until {last}: no such asset; take one of {', '.join(STAGES)}")
     Store().sweep()
-    with ConsoleReporter(console) as reporter:
-        return _execute(recipe, branch, last, overrides, reporter)
 
-
-def _execute(
-    recipe_argument: str, branch: Branch, last: str, overrides: Sequence[str], reporter: ConsoleReporter
-) -> RunResult:
+    # Importing Dagster takes a second: a mistake above is reported before.
     import dagster as dg
 
-    from sft_pipeline.config.load import Catalog
     from sft_pipeline.definitions import build_definitions
     from sft_pipeline.launch.reaper import reap_dead_runs
     from sft_pipeline.orchestration.assets import RECIPE_TAG, SET_TAG, partitions_of
 
-    recipe, names = branch.the_recipe(), needed_for(last, STAGES)
-    definitions = build_definitions(
-        Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={recipe.name: recipe}),
-        Tee(reporter, Ahead([STAGES[name] for name in names], branch, Store())),
-    )
-    with dg.DagsterInstance.get() as instance:
+    config = branch.require_recipe()
+    catalog = Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={config.name: config})
+    tags = {RECIPE_TAG: recipe} | ({SET_TAG: json.dumps(list(overrides))} if overrides else {})
+    with ConsoleReporter(console) as reporter, dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
             reporter.log(message, "warning")
         instance.add_dynamic_partitions(partitions_of(branch.dataset).name or "", [branch.snapshot])
-        keys = [dg.AssetKey(STAGES[name].asset(branch).split("/")) for name in names]
-        tags = {RECIPE_TAG: recipe_argument}
-        if overrides:
-            tags[SET_TAG] = json.dumps(list(overrides))
-        job = definitions.resolve_job_def(f"{recipe.name}_job")
+        job = build_definitions(catalog, reporter).resolve_job_def(f"{config.name}_job")
         try:
             result = job.execute_in_process(
                 instance=instance,
                 partition_key=branch.snapshot,
-                asset_selection=keys,
+                asset_selection=[
+                    dg.AssetKey(STAGES[name].asset(branch).split("/")) for name in needed_for(last, STAGES)
+                ],
                 tags=tags,
                 raise_on_error=False,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
             raise Interrupted("interrupted; run the same command again to go on") from None
-    return _result(result, branch, last)
+    return _result(result, last)
 
 
-def _result(result: Any, branch: Branch, last: str) -> RunResult:
+def _result(result: Any, last: str) -> RunResult:
+    """What the events of a Dagster run say of it."""
     artifacts: dict[str, Artifact] = {}
     cached: list[str] = []
     failures = []
@@ -160,29 +145,25 @@ def _result(result: Any, branch: Branch, last: str) -> RunResult:
         elif event.event_type_value == "STEP_FAILURE":
             failures.append(event.event_specific_data)
     blocked = failed_blocking(list(artifacts.values()))
-    if result.success and not blocked:
-        status = "exported" if last == "exported_model" else "materialized"
-        return RunResult(status, 0, result.run_id, artifacts, cached)
+    error: str | None = None
     if blocked:
-        return RunResult(
-            "blocked",
-            3,
-            result.run_id,
-            artifacts,
-            cached,
-            "stopped by a blocking check: " + "; ".join(blocked),
-        )
-    code, message = _explain(failures)
-    status = {3: "blocked", 4: "interrupted"}.get(code, "failed")
-    return RunResult(status, code, result.run_id, artifacts, cached, message)
+        code, error = BlockedError.exit_code, "stopped by a blocking check: " + "; ".join(blocked)
+    elif not result.success:
+        code, error = _explain(failures)
+    else:
+        code = 0
+    done = "exported" if last == "exported_model" else "materialized"
+    return RunResult(
+        STATUS_OF_EXIT.get(code, "failed") if code else done, code, result.run_id, artifacts, cached, error
+    )
 
 
 def _explain(failures: list[Any]) -> tuple[int, str]:
     """The exit code and message of the first failure that is not a mere consequence of another."""
     for failure in failures:
-        told = failure.user_failure_data
-        if told is not None and "exit_code" in told.metadata:
-            return int(told.metadata["exit_code"].value), told.description or "failed"
+        data = failure.user_failure_data
+        if data is not None and "exit_code" in data.metadata:
+            return int(data.metadata["exit_code"].value), data.description or "failed"
     if failures and failures[0].error:
         error = failures[0].error
         cause = error.cause or error

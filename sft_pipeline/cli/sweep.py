@@ -40,7 +40,7 @@ def sweep_recipe(
 
 def _isolate(point: Point) -> Isolate:
     """Every stage of a trial in a supervised child, as in a run of the branch."""
-    processes = point.branch.the_recipe().training.processes
+    processes = point.branch.require_recipe().training.processes
     return lambda stage, build: run_isolated(
         stage, build, processes=processes if stage.name == "trial_training" else 1
     )
@@ -48,7 +48,7 @@ def _isolate(point: Point) -> Isolate:
 
 def show_plan(plan: SweepPlan, console: Console) -> None:
     """What will be trained, before it is."""
-    recipe, budget = plan.branch.the_recipe(), plan.budget
+    recipe, budget = plan.branch.require_recipe(), plan.budget
     names = short_names(list(plan.points[0].values))
     table = Table(title=f"sweep {plan.name} on {plan.branch.dataset.name} {plan.branch.snapshot}")
     for column in ("point", *names.values(), "updates", "supervised tokens"):
@@ -81,7 +81,7 @@ def show_plan(plan: SweepPlan, console: Console) -> None:
 
 def show_sweep(sweep: Sweep, console: Console) -> None:
     """The ranked table, what to paste into the recipe, and where to look."""
-    rule = sweep.plan.branch.the_recipe().evaluation
+    rule = sweep.plan.branch.require_recipe().evaluation
     names = short_names(list(sweep.plan.points[0].values))
     graders = [g.name for g in rule.graders]
     table = Table(title=f"{sweep.plan.name}: ranked by {', '.join([*rule.gates, *rule.rank_by])}")

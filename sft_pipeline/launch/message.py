@@ -30,7 +30,8 @@ class Order:
         out, work: See `Build`.
         events: The FileReporter's file.
         result: Where rank 0 puts its result; another rank that fails puts its own beside it.
-        import_path: The parent's sys.path: what can be imported there, for example a user's grader, can be here.
+        import_path: The parent's sys.path: what can be imported there, for example a user's grader, can be
+            here.
     """
 
     build: str
@@ -49,7 +50,7 @@ class Order:
     def of(cls, stage: Stage, build: Build, *, events: Path, result: Path, import_path: list[str]) -> "Order":
         kind = type(build.config)
         return cls(
-            build=stage.build,
+            build=f"{stage.build.__module__}:{stage.build.__qualname__}",
             config_class=f"{kind.__module__}:{kind.__qualname__}" if isinstance(build.config, Config) else "",
             config=build.config.model_dump(mode="json", by_alias=True)
             if isinstance(build.config, Config)
@@ -99,7 +100,8 @@ class Failed:
     """Why a child did not build.
 
     Attributes:
-        expected: It is an error of `sft_pipeline.errors`; its message stands for itself and no traceback is shown.
+        expected: It is an error of `sft_pipeline.errors`; its message stands for itself and no traceback is
+            shown.
         time: Unix seconds. The first rank that failed made the others fail.
     """
 

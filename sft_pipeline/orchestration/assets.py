@@ -1,11 +1,10 @@
-"""One Dagster asset per stage and branch. The body finds the branch, runs the stage, and shows what came out."""
+"""One Dagster asset per stage and branch. Its body finds the branch, runs the stage, and yields its results."""
 
 import json
 import multiprocessing
 import os
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
@@ -15,11 +14,11 @@ from sft_pipeline.config.load import find_recipe, load_catalog
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
 from sft_pipeline.launch.reaper import WORKER_TAG, process_identity
-from sft_pipeline.orchestration.metadata import to_metadata
+from sft_pipeline.orchestration.metadata import DagsterReporter, to_metadata
 from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Outcome, Run, read_report, run_stage
+from sft_pipeline.stages.run import Run, StageOutcome, read_report, run_stage
 from sft_pipeline.stages.stage import Branch, Build, Built, Stage
 from sft_pipeline.store import Store
 from sft_pipeline.store.files import sha256_json
@@ -27,7 +26,6 @@ from sft_pipeline.store.files import sha256_json
 GPU_POOL = "gpu"
 SET_TAG = "sft/set"  # JSON list of "a.b=value": the overrides of this run
 RECIPE_TAG = "sft/recipe_source"  # the recipe's name or file, as given to `sft run`
-
 CRASH_RETRIES = 1
 DEFAULT_OWNER = "team:sft"
 
@@ -44,7 +42,7 @@ def stage_asset(
 
     Args:
         recipe: None for the dataset's own stages.
-        listener: Hears everything the stage reports, beside Dagster's log.
+        listener: Gets everything the stage reports, beside Dagster's log.
     """
     branch = Branch(dataset, "", recipe)
     key = stage.asset(branch).split("/")
@@ -66,40 +64,37 @@ def stage_asset(
             for c in stage.checks
         ],
     )
-    def _asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
-        yield from _materialize(context, stage, dataset, recipe, listener)
+    def materialize(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        _tag_worker(context)
+        try:
+            overridden, run = _run_of(context, recipe, listener)
+            outcome = run_stage(stage, STAGES, Branch(dataset, context.partition_key, overridden), run)
+        except SftError as error:
+            # A crash of the child is tried again, which resumes; what would fail again in the same way is not.
+            # A retry policy would also retry a step that somebody interrupted.
+            crashed = stage.isolated and not isinstance(error, (InputError, BlockedError, Interrupted))
+            if crashed and context.retry_number < CRASH_RETRIES:
+                context.log.warning(str(error))
+                raise dg.RetryRequested(max_retries=CRASH_RETRIES) from error
+            metadata = {"exit_code": error.exit_code}
+            raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error
+        yield from _results(stage, outcome)
 
-    return _asset
-
-
-def _materialize(
-    context: dg.AssetExecutionContext,
-    stage: Stage,
-    dataset: DatasetConfig,
-    recipe: RecipeConfig | None,
-    listener: Reporter,
-) -> Iterator[Any]:
-    _tag_worker(context)
-    try:
-        outcome = _run(context, stage, dataset, recipe, listener)
-    except SftError as error:
-        # A crash of the child is tried again, which resumes; what would fail again in the same way is not. A retry policy
-        # would also retry a step that somebody interrupted.
-        crashed = stage.isolated and not isinstance(error, (InputError, BlockedError, Interrupted))
-        if crashed and context.retry_number < CRASH_RETRIES:
-            context.log.warning(str(error))
-            raise dg.RetryRequested(max_retries=CRASH_RETRIES) from error
-        raise dg.Failure(str(error), metadata={"exit_code": error.exit_code}, allow_retries=False) from error
-    yield from _results(stage, outcome)
+    return materialize
 
 
-def _run(
-    context: dg.AssetExecutionContext,
-    stage: Stage,
-    dataset: DatasetConfig,
-    recipe: RecipeConfig | None,
-    listener: Reporter,
-) -> Outcome:
+def _tag_worker(context: dg.AssetExecutionContext) -> None:
+    """Names the process that works on the run, so that a run whose worker died can be told from a running one."""
+    parent = multiprocessing.parent_process()
+    identity = process_identity(parent.pid if parent and parent.pid else os.getpid())
+    if context.run.tags.get(WORKER_TAG) != identity:
+        context.instance.add_run_tags(context.run.run_id, {WORKER_TAG: identity})
+
+
+def _run_of(
+    context: dg.AssetExecutionContext, recipe: RecipeConfig | None, listener: Reporter
+) -> tuple[RecipeConfig | None, Run]:
+    """The recipe with this Dagster run's overrides, and how the stage runs in it."""
     from sft_pipeline.tracking.mlflow import MlflowTracker
 
     overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
@@ -112,15 +107,15 @@ def _run(
         earlier_run_ids=tuple(r for r in (context.run.parent_run_id, context.run.root_run_id) if r),
         current=not overrides,
         tracker=MlflowTracker(context.run.run_id, current=not overrides),
-        isolate=lambda s, b: _isolate(context, s, b, recipe),
+        isolate=lambda stage, build: _isolate(context, stage, build, recipe),
     )
-    return run_stage(stage, STAGES, Branch(dataset, context.partition_key, recipe), run)
+    return recipe, run
 
 
 def _isolate(
     context: dg.AssetExecutionContext, stage: Stage, build: Build, recipe: RecipeConfig | None
 ) -> Built:
-    """Runs a build in a supervised child that speaks Dagster Pipes; it dies with this step and with the run's worker."""
+    """Runs a build in a supervised child within Dagster Pipes; it ends with this step and with the run's worker."""
     from sft_pipeline.launch.launcher import run_isolated
 
     processes = recipe.training.processes if recipe and stage.name == "trained_checkpoints" else 1
@@ -138,14 +133,7 @@ def _isolate(
         )
 
 
-def _tag_worker(context: dg.AssetExecutionContext) -> None:
-    parent = multiprocessing.parent_process()
-    identity = process_identity(parent.pid if parent and parent.pid else os.getpid())
-    if context.run.tags.get(WORKER_TAG) != identity:
-        context.instance.add_run_tags(context.run.run_id, {WORKER_TAG: identity})
-
-
-def _results(stage: Stage, outcome: Outcome) -> Iterator[Any]:
+def _results(stage: Stage, outcome: StageOutcome) -> Iterator[Any]:
     artifact, manifest = outcome.artifact, outcome.artifact.manifest
     report = read_report(artifact)
     metadata: dict[str, Any] = {
@@ -168,35 +156,3 @@ def _results(stage: Stage, outcome: Outcome) -> Iterator[Any]:
             description=check["description"],
             metadata=to_metadata(report["checks"].get(check["name"], {}), artifact),
         )
-
-
-class DagsterReporter(Reporter):
-    """Dagster's event log: every log line, and progress and metrics now and then."""
-
-    def __init__(self, context: dg.AssetExecutionContext, every_seconds: float = 10.0) -> None:
-        self._log = context.log
-        self._every = every_seconds
-        self._last: dict[str, float] = {}
-
-    def _due(self, what: str) -> bool:
-        now = time.monotonic()
-        if now - self._last.get(what, float("-inf")) < self._every:
-            return False
-        self._last[what] = now
-        return True
-
-    def log(self, message: str, level: str = "info") -> None:
-        getattr(self._log, level)(message)
-
-    def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
-        if self._due(f"progress {name}") or done == total:
-            share = f" ({done / total:.0%})" if total else ""
-            self._log.info(f"{name}: {done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}{share}")
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        if "val_loss" in values or self._due("metrics"):
-            self._log.info(f"update {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-
-    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        lines = [f"  {r.get('prompt', '')!s:.120} -> {r.get('reply', '')!s:.200}" for r in rows[:3]]
-        self._log.info(f"samples at update {step}:\n" + "\n".join(lines))

@@ -1,85 +1,189 @@
-"""The code version of a stage: a hash of the source of its room and of the shared modules it imports.
+"""The code version of a stage: a hash of what its code does, not of how it is written.
 
-Never the git commit: a changed comment in another stage must not invalidate this one.
+It covers the modules of the stage's package and all modules of this package that they import, also inside functions.
+Of each module the syntax tree counts, so that comments and layout do not, without what only speaks to people:
+docstrings, `description=` texts, and calls of a report's `log` and `progress`. Left out are modules that cannot change
+what is in an artifact (`is_counted`). It is never the git commit: a change to one stage must not invalidate another.
 """
 
+import ast
+import contextlib
 import hashlib
-import re
-from functools import cache, lru_cache
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from sft_pipeline.project import PACKAGE_DIR
+from sft_pipeline.project import PACKAGE_DIR, sft_home
+from sft_pipeline.store.files import write_json
 
-# Modules that move artifacts about and cannot change what is in one.
-PLUMBING = (
-    "sft_pipeline.stages.stage",
-    "sft_pipeline.stages.run",
-    "sft_pipeline.stages.code_version",
-    "sft_pipeline.stages.workers",
-    "sft_pipeline.stages.painter",
-    "sft_pipeline.stages.standby",
-    "sft_pipeline.store",
-    "sft_pipeline.reporting",
-    "sft_pipeline.errors",
-    "sft_pipeline.project",
-    "sft_pipeline.external_files",
-    "sft_pipeline.launch",
-    "sft_pipeline.plots",
-    "sft_pipeline.tracking",
-    "sft_pipeline.config",
-    "sft_pipeline.lineage",
+# They move artifacts about, draw and log, or read files whose digests are in the fingerprint themselves.
+NOT_COUNTED = (
+    "cli",
+    "config",
+    "definitions",
+    "errors",
+    "external_files",
+    "hub",
+    "inspection",
+    "launch",
+    "lineage",
+    "orchestration",
+    "plots",
+    "project",
+    "reporting",
+    "stages.code_version",
+    "stages.environment",
+    "stages.graph",
+    "stages.run",
+    "stages.stage",
+    "stages.workers",
+    "store",
+    "sweep",
+    "tracking",
 )
+# Modules of these names report and diagnose; `asset` only declares, and what it declares (the configuration, the
+# digests of outside files, package versions, blocking checks) is in the fingerprint itself.
+NOT_COUNTED_NAMES = ("report", "diagnosis", "asset")
+
+TEMPLATES = {"text.template": "text/templates/"}  # module -> the folder of templates that it reads
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of the package, or one template.
+
+    Attributes:
+        digest: SHA-256 of what it does.
+        imports: What it imports of this package, also lazily: modules, and names within them.
+    """
+
+    digest: str
+    imports: tuple[str, ...]
 
 
 @lru_cache
-def code_version(stage_name: str) -> str:
-    """The first 16 hex digits of the SHA-256 over (module name, source) of everything the stage is made of."""
-    room = PACKAGE_DIR / "stages" / stage_name
-    todo = [_module_name(p) for p in sorted(room.rglob("*.py"))]
-    seen: dict[str, bytes] = {}
-    while todo:
-        module = todo.pop()
-        path = _module_path(module)
-        if module in seen or path is None or module.startswith(PLUMBING):
-            continue
-        seen[module] = path.read_bytes()
-        todo.extend(_imports(seen[module]))
+def code_version(stage: str) -> str:
+    """The code version of a stage of this package.
+
+    Args:
+        stage: The name of a package under `stages`.
+    """
+    return version_of(stage, _this_package())
+
+
+def version_of(stage: str, modules: Mapping[str, Module]) -> str:
+    """The first 16 hex digits of the SHA-256 over (name, digest) of all modules that a stage is made of.
+
+    Args:
+        modules: Those of the whole package, by name.
+    """
     digest = hashlib.sha256()
-    for module in sorted(seen):
-        digest.update(module.encode() + b"\0" + seen[module] + b"\0")
-    for path in sorted(room.rglob("*.jinja")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in sorted(counted(stage, modules)):
+        digest.update(f"{name}\0{modules[name].digest}\0".encode())
     return digest.hexdigest()[:16]
 
 
-_IMPORT = re.compile(
-    rb"^[ \t]*(?:import[ \t]+(sft_pipeline[\w.]*)|from[ \t]+(sft_pipeline[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*))",
-    re.M,
-)
+def counted(stage: str, modules: Mapping[str, Module]) -> set[str]:
+    """The names of the modules and templates that a stage is made of."""
+    todo = [name for name in modules if f"{name}.".startswith(f"stages.{stage}.")]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in modules and name not in found and is_counted(name):
+            found.add(name)
+            todo += modules[name].imports
+            if name in TEMPLATES:
+                todo += [other for other in modules if other.startswith(TEMPLATES[name])]
+    return found
 
 
-@cache
-def _imports(source: bytes) -> tuple[str, ...]:
-    """The modules of this package that a source imports, found twenty times as fast as by parsing it.
+def is_counted(module: str) -> bool:
+    return module.rpartition(".")[2] not in NOT_COUNTED_NAMES and not any(
+        f"{module}.".startswith(f"{left_out}.") for left_out in NOT_COUNTED
+    )
 
-    What only looks like an import, in a text, counts too: a file too many in the hash does no harm.
+
+@lru_cache
+def _this_package() -> dict[str, Module]:
+    """This package, from the cache where a source is unchanged: parsing all of it costs 0.8 s of CPU."""
+    rule = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    sources = read_sources(PACKAGE_DIR)
+    keys = {name: hashlib.sha256(rule.encode() + source).hexdigest() for name, source in sources.items()}
+    path = sft_home() / "code_digests.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    modules = {
+        name: Module(known[key][0], tuple(known[key][1])) if key in known else parse(name, sources[name])
+        for name, key in keys.items()
+    }
+    if not known.keys() >= set(keys.values()):
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+            write_json(path, {keys[name]: [m.digest, m.imports] for name, m in modules.items()})
+    return modules
+
+
+def read_sources(package: Path) -> dict[str, bytes]:
+    """{name: source} of all modules ("text.template") and templates ("text/templates/chatml.jinja") of a folder."""
+    sources = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_bytes()
+    for path in sorted(package.rglob("*.jinja")):
+        sources[path.relative_to(package).as_posix()] = path.read_bytes()
+    return sources
+
+
+def parse(name: str, source: bytes) -> Module:
+    """One module from its source; a template counts by its bytes.
+
+    Raises:
+        SyntaxError: The source is no Python.
     """
-    found: list[str] = []
-    for module, package, names in _IMPORT.findall(source):
-        parent = (module or package).decode()
-        each = re.findall(r"(\w+)(?:\s+as\s+\w+)?", re.sub(rb"#[^\n]*", b"", names).decode())
-        found += [parent, *(f"{parent}.{name}" for name in each)]
-    return tuple(name for name in found if name.startswith("sft_pipeline."))
+    if name.endswith(".jinja"):
+        return Module(hashlib.sha256(source).hexdigest(), ())
+    tree = ast.parse(source)
+    prefix = f"{PACKAGE_DIR.name}."
+    imports: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imports.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    found = sorted(i.removeprefix(prefix) for i in imports if i.startswith(prefix))
+    return Module(hashlib.sha256(repr(_plain(tree)).encode()).hexdigest(), tuple(found))
 
 
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE_DIR.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def _plain(node: Any) -> Any:
+    """A syntax tree as nested tuples, without positions and without what only speaks to people.
+
+    Fields that are absent or empty are left out, so that Python versions that add fields give the same tree.
+    """
+    if isinstance(node, list):
+        return tuple(_plain(item) for item in node if not _only_speaks(item))
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, getattr(node, name, None)) for name in node._fields)
+    return (
+        type(node).__name__,
+        *((name, _plain(value)) for name, value in fields if value not in (None, [])),
+    )
 
 
-def _module_path(module: str) -> Path | None:
-    base = PACKAGE_DIR.parent.joinpath(*module.split("."))
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            return path
-    return None
+def _only_speaks(node: Any) -> bool:
+    """A docstring (any statement that is only a text), a `description=`, or a line for a report."""
+    if isinstance(node, ast.keyword):
+        return node.arg == "description"
+    if not isinstance(node, ast.Expr):
+        return False
+    value = node.value
+    if isinstance(value, ast.Constant):
+        return isinstance(value.value, str)
+    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute)):
+        return False
+    receiver = value.func.value
+    name = receiver.attr if isinstance(receiver, ast.Attribute) else getattr(receiver, "id", "")
+    return value.func.attr in ("log", "progress") and name.strip("_") == "report"

@@ -1,26 +1,23 @@
 """Runs one stage against the store: fingerprint, reuse, build, commit, refs. The only way an artifact is made."""
 
-import importlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from sft_pipeline.errors import BlockedError, InputError
-from sft_pipeline.project import PACKAGE_DIR
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.code_version import code_version
+from sft_pipeline.stages.environment import environment, package_version
 from sft_pipeline.stages.stage import Branch, Build, Built, Evidence, Stage
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import clear_disk_errors, sha256_json, write_json
 
 REPORT = "report.json"
+MOST_EARLIER = 3  # artifacts that a stage may take rows over from
+
 Isolate = Callable[[Stage, Build], Built]
 
 
@@ -30,9 +27,9 @@ class Tracked:
 
     Attributes:
         run_id: The tracking run, recorded in the manifest.
-        report: Who listens to the build.
+        report: Where the build reports to.
         evidence: Added to the artifact's evidence, for example a link to the tracking run.
-        committed: Told the finished artifact.
+        committed: Called with the finished artifact.
     """
 
     run_id: str | None
@@ -78,7 +75,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageOutcome:
     """An artifact, and whether it was there already."""
 
     artifact: Artifact
@@ -87,6 +84,84 @@ class Outcome:
     @property
     def evidence(self) -> dict[str, Evidence]:
         return read_report(self.artifact)["evidence"]
+
+
+def run_until(last: str, stages: Mapping[str, Stage], branch: Branch, run: Run) -> dict[str, StageOutcome]:
+    """Brings a stage and its ancestors up to date, in order, in this process.
+
+    Raises:
+        BlockedError: A blocking check failed on the way.
+        InputError: Bad data or configuration.
+    """
+    outcomes = {}
+    for name in needed_for(last, stages):
+        outcomes[name] = run_stage(stages[name], stages, branch, run)
+        failed = failed_blocking([outcomes[name].artifact])
+        if failed:
+            raise BlockedError("; ".join(failed))
+    return outcomes
+
+
+def needed_for(last: str, stages: Mapping[str, Stage]) -> list[str]:
+    """A stage and its ancestors, in graph order."""
+    wanted = {last}
+    for name in reversed(list(stages)):
+        if name in wanted:
+            wanted.update(stages[name].inputs, stages[name].acceptance)
+    return [name for name in stages if name in wanted]
+
+
+def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run) -> StageOutcome:
+    """Brings one asset up to date: reuses the artifact of this fingerprint, or builds and commits it.
+
+    Args:
+        stages: All stages by name, to find the inputs' owners.
+
+    Raises:
+        BlockedError: An input is missing its acceptance.
+        InputError: An input is not built, damaged, or the stage's own input is bad.
+    """
+    asset = stage.asset(branch)
+    run.report.stage(asset, "started")
+    try:
+        inputs = resolve_inputs(stage, stages, branch, run)
+        fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
+        artifact = _reusable(stage, run.store, fingerprint)
+        cached = artifact is not None
+        if artifact is None:
+            waiting = f"{asset}: another process is building it; waiting"
+            with run.store.building(fingerprint, on_wait=lambda: run.report.log(waiting)) as out:
+                # Another process may have built it while this one waited for the lock.
+                artifact = _reusable(stage, run.store, fingerprint)
+                cached = artifact is not None
+                if artifact is None:
+                    with (
+                        clear_disk_errors(f"building {asset}"),
+                        run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
+                    ):
+                        build = Build(
+                            config=stage.config(branch),
+                            inputs=inputs.data,
+                            out=out,
+                            work=run.store.work(fingerprint),
+                            report=tracked.report,
+                            snapshot=branch.snapshot,
+                            asset=asset,
+                            earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
+                        )
+                        if stage.isolated and run.isolate:
+                            built = run.isolate(stage, build)
+                        else:
+                            built = stage.build(build)
+                        artifact = _commit(stage, built, build, parts, inputs, run, tracked)
+                        tracked.committed(artifact)
+        run.store.set_ref(artifact, run_id=run.run_id, current=run.current)
+    except BaseException:
+        run.report.stage(asset, "failed")
+        raise
+    accepted = artifact.manifest.accepted
+    run.report.stage(asset, ("cached" if cached else "built") if accepted else "not accepted")
+    return StageOutcome(artifact, cached)
 
 
 @dataclass(frozen=True)
@@ -102,225 +177,135 @@ class Inputs:
         }
 
 
-def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run) -> Outcome:
-    """Brings one asset up to date.
-
-    Args:
-        stages: All stages by name, to find the inputs' owners.
+def resolve_inputs(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run) -> Inputs:
+    """The artifacts that the stage reads: this run's own, else the current ones; intact and accepted.
 
     Raises:
-        BlockedError: An input is missing its acceptance.
-        InputError: An input is not built, damaged, or the stage's own input is bad.
+        BlockedError: One is not accepted, or its acceptance was given for something else.
+        InputError: One is not built, or damaged.
     """
     asset = stage.asset(branch)
-    run.report.stage(asset, "started")
-    try:
-        outcome = _bring_up_to_date(stage, stages, branch, run)
-    except BaseException:
-        run.report.stage(asset, "failed")
-        raise
-    run.report.stage(
-        asset,
-        ("cached" if outcome.cached else "built") if outcome.artifact.manifest.accepted else "not accepted",
-    )
-    return outcome
-
-
-def needed_for(last: str, stages: Mapping[str, Stage]) -> list[str]:
-    """A stage and its ancestors, in graph order."""
-    wanted = {last}
-    for name in reversed(list(stages)):
-        if name in wanted:
-            wanted.update(stages[name].inputs, stages[name].acceptance)
-    return [name for name in stages if name in wanted]
-
-
-def _bring_up_to_date(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run) -> Outcome:
-    inputs = resolve_inputs(stage, stages, branch, run)
-    fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
-    artifact = _reusable(stage, run, fingerprint)
-    cached = artifact is not None
-    if artifact is None:
-        with run.store.building(
-            fingerprint,
-            lambda: run.report.log(f"{stage.asset(branch)}: another process is building it; waiting"),
-        ) as out:
-            artifact = _reusable(
-                stage, run, fingerprint
-            )  # somebody else may have built it while this one waited
-            cached = artifact is not None
-            if artifact is None:
-                artifact = _build(stage, branch, run, inputs, fingerprint, parts, out)
-    run.store.set_ref(artifact, run_id=run.run_id, current=run.current)
-    return Outcome(artifact, cached)
-
-
-def resolve_inputs(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run) -> Inputs:
-    """The artifacts that the stage reads: this run's own, else the current ones; each must be intact and accepted."""
+    run_ids = (*([run.run_id] if run.run_id else []), *run.earlier_run_ids)
     found = {}
     for name in (*stage.inputs, *stage.acceptance):
-        asset = stages[name].asset(branch)
-        artifact = run.store.resolve(
-            asset, branch.snapshot, (*([run.run_id] if run.run_id else []), *run.earlier_run_ids)
-        )
+        upstream = stages[name].asset(branch)
+        artifact = run.store.resolve(upstream, branch.snapshot, run_ids)
         if artifact is None:
             raise InputError(
-                f"{stage.asset(branch)} reads {asset}, which is not built for snapshot {branch.snapshot}: materialize it first"
+                f"{asset} reads {upstream}, which is not built for snapshot {branch.snapshot}: "
+                "materialize it first"
             )
         artifact.verify()
         if not artifact.manifest.accepted:
-            failed = [
-                f"{c['name']} ({c['description']})"
-                for c in artifact.manifest.checks
-                if c["blocking"] and not c["passed"]
-            ]
             raise BlockedError(
-                f"{stage.asset(branch)} refuses its input: {asset} of snapshot {branch.snapshot} is not accepted. Failed: {'; '.join(failed)}"
+                f"{asset} refuses its input: {upstream} of snapshot {branch.snapshot} is not accepted. "
+                f"Failed: {'; '.join(failed_blocking([artifact]))}"
             )
         found[name] = artifact
-    inputs = Inputs({n: found[n] for n in stage.inputs}, {n: found[n] for n in stage.acceptance})
-    for name, artifact in inputs.acceptance.items():
-        _must_be_about(stage, stages[name], stages, branch, run, artifact)
-    return inputs
-
-
-def _must_be_about(
-    stage: Stage, gate: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run, artifact: Artifact
-) -> None:
-    """An acceptance counts only for the very inputs and configuration it was given for."""
-    expected, _ = fingerprint_of(gate, branch, resolve_inputs(gate, stages, branch, run).data)
-    if artifact.manifest.fingerprint != expected:
-        raise BlockedError(
-            f"{stage.asset(branch)} refuses: {gate.asset(branch)} was made for other inputs or another configuration of this recipe. Materialize it again first"
-        )
+    for name in stage.acceptance:
+        # An acceptance counts only for the very inputs and configuration it was given for.
+        gate = stages[name]
+        expected, _ = fingerprint_of(gate, branch, resolve_inputs(gate, stages, branch, run).data)
+        if found[name].manifest.fingerprint != expected:
+            raise BlockedError(
+                f"{asset} refuses: {gate.asset(branch)} was made for other inputs or another configuration "
+                "of this recipe. Materialize it again first"
+            )
+    return Inputs({n: found[n] for n in stage.inputs}, {n: found[n] for n in stage.acceptance})
 
 
 def fingerprint_of(
     stage: Stage, branch: Branch, inputs: Mapping[str, Artifact]
 ) -> tuple[str, dict[str, Any]]:
-    """The fingerprint of what the stage would build, and the parts it is made of; `config` there is the whole one."""
+    """The fingerprint of what the stage would build, and the parts it is made of, with the whole config."""
     config = stage.config(branch)
     parts: dict[str, Any] = {
         "asset": stage.asset(branch),
         "partition": branch.snapshot,
-        "code_version": code_version(stage.room or stage.name),
+        "code_version": code_version(stage.package or stage.name),
         "config": config.model_dump(mode="json", by_alias=True),
         "inputs": {name: artifact.manifest.data_version for name, artifact in inputs.items()},
         "outside": stage.outside(branch),
-        "packages": {name: _version(name) for name in stage.packages},
+        "packages": {name: package_version(name) for name in stage.packages},
+        # Which checks block decides what is accepted. The module that declares them is in no code version.
+        "blocking": sorted(c.name for c in stage.checks if c.blocking),
     }
     return sha256_json(parts | {"config": config.identity()}), parts
 
 
-def _reusable(stage: Stage, run: Run, fingerprint: str) -> Artifact | None:
-    artifact = run.store.get(fingerprint)
+def _reusable(stage: Stage, store: Store, fingerprint: str) -> Artifact | None:
+    artifact = store.get(fingerprint)
     if artifact is None or not (stage.reuse_unaccepted or artifact.manifest.accepted):
         return None
     artifact.verify()
     return artifact
 
 
-def _build(
-    stage: Stage, branch: Branch, run: Run, inputs: Inputs, fingerprint: str, parts: dict[str, Any], out: Any
-) -> Artifact:
-    asset = stage.asset(branch)
-    with (
-        clear_disk_errors(f"building {asset}"),
-        run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
-    ):
-        build = Build(
-            config=stage.config(branch),
-            inputs=inputs.data,
-            out=out,
-            work=run.store.work(fingerprint),
-            report=tracked.report,
-            snapshot=branch.snapshot,
-            asset=asset,
-            earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
-        )
-        built = run.isolate(stage, build) if stage.isolated and run.isolate else load_build(stage)(build)
-        checks = [
-            {
-                "name": spec.name,
-                "blocking": spec.blocking,
-                "passed": bool(check.passed),
-                "description": check.description,
-            }
-            for spec, check in _pair_checks(stage, built)
-        ]
-        write_report(out, replace(built, evidence={**built.evidence, **tracked.evidence}))
-        artifact = run.store.commit(
-            out,
-            volatile=(*built.volatile, REPORT),
-            fill=lambda _: {
-                "asset": asset,
-                "partition": branch.snapshot,
-                "code_version": parts["code_version"],
-                "config": parts["config"],
-                "outside": parts["outside"],
-                "packages": parts["packages"],
-                "inputs": inputs.entries(),
-                "accepted": all(c["passed"] for c in checks if c["blocking"]),
-                "counts": dict(built.counts),
-                "checks": checks,
-                "environment": environment(),
-                "dagster_run_id": run.run_id,
-                "mlflow_run_id": tracked.run_id,
-            },
-        )
-        tracked.committed(artifact)
-        return artifact
-
-
-EARLIER = 3
-_SAME = ("code_version", "config", "outside", "packages")
-
-
 def earlier_builds(stage: Stage, store: Store, branch: Branch) -> tuple[Artifact, ...]:
     """The newest intact artifacts of a stage that differ in their inputs only."""
     _, parts = fingerprint_of(stage, branch, {})
-    found = []
+    found: list[Artifact] = []
     for artifact in reversed(store.all()):
         manifest = artifact.manifest
-        of_stage = manifest.asset.endswith(f"/{stage.name}")
-        if (
-            of_stage
-            and all(getattr(manifest, k) == parts[k] for k in _SAME)
-            and not artifact.damage(deep=False)
-        ):
+        same = manifest.asset.endswith(f"/{stage.name}") and all(
+            getattr(manifest, k) == parts[k] for k in ("code_version", "config", "outside", "packages")
+        )
+        if same and not artifact.damage(deep=False):
             found.append(artifact)
-        if len(found) == EARLIER:
+        if len(found) == MOST_EARLIER:
             break
     return tuple(found)
 
 
-def load_build(stage: Stage) -> Callable[[Build], Built]:
-    return load_function(stage.build)
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """The function named by "module:function"."""
-    module, function = path.split(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _pair_checks(stage: Stage, built: Built) -> list[tuple[Any, Any]]:
+def _commit(
+    stage: Stage,
+    built: Built,
+    build: Build,
+    parts: Mapping[str, Any],
+    inputs: Inputs,
+    run: Run,
+    tracked: Tracked,
+) -> Artifact:
+    """Writes the report and the manifest of what was built, and makes the staged folder an artifact."""
     by_name = {c.name: c for c in built.checks}
-    names = [s.name for s in stage.checks]
-    assert sorted(by_name) == sorted(names) and len(built.checks) == len(names), (
-        f"{stage.name} declares the checks {names}, built {list(by_name)}"
+    declared = [s.name for s in stage.checks]
+    assert sorted(c.name for c in built.checks) == sorted(declared), (
+        f"{stage.name} declares the checks {declared}, built {list(by_name)}"
     )
-    return [(spec, by_name[spec.name]) for spec in stage.checks]
+    checks = [
+        {
+            "name": spec.name,
+            "blocking": spec.blocking,
+            "passed": bool(by_name[spec.name].passed),
+            "description": by_name[spec.name].description,
+        }
+        for spec in stage.checks
+    ]
+    write_report(build.out, {**built.evidence, **tracked.evidence}, built)
+    return run.store.commit(
+        build.out,
+        volatile=(*built.volatile, REPORT),
+        fields={
+            **{k: parts[k] for k in ("asset", "partition", "code_version", "config", "outside", "packages")},
+            "inputs": inputs.entries(),
+            "accepted": all(c["passed"] for c in checks if c["blocking"]),
+            "counts": dict(built.counts),
+            "checks": checks,
+            "environment": environment(),
+            "dagster_run_id": run.run_id,
+            "mlflow_run_id": tracked.run_id,
+        },
+    )
 
 
 # -- the report: evidence for people, kept with the artifact so that a cached one shows it again --------------------
 
 
-def write_report(out: Any, built: Built) -> None:
+def write_report(out: Path, evidence: Mapping[str, Evidence], built: Built) -> None:
     write_json(
         out / REPORT,
         {
-            "evidence": {k: asdict(v) for k, v in built.evidence.items()},
+            "evidence": {k: asdict(v) for k, v in evidence.items()},
             "checks": {c.name: {k: asdict(v) for k, v in c.evidence.items()} for c in built.checks},
         },
     )
@@ -328,86 +313,15 @@ def write_report(out: Any, built: Built) -> None:
 
 def read_report(artifact: Artifact) -> dict[str, Any]:
     """{"evidence": {name: Evidence}, "checks": {check name: {name: Evidence}}}"""
-    data = json.loads(artifact.file(REPORT).read_text())
+    data = json.loads(artifact.file(REPORT).read_text(encoding="utf-8"))
+
+    def evidence(entries: dict[str, Any]) -> dict[str, Evidence]:
+        return {name: Evidence(**entry) for name, entry in entries.items()}
+
     return {
-        "evidence": {k: Evidence(**v) for k, v in data["evidence"].items()},
-        "checks": {
-            name: {k: Evidence(**v) for k, v in found.items()} for name, found in data["checks"].items()
-        },
+        "evidence": evidence(data["evidence"]),
+        "checks": {name: evidence(entries) for name, entries in data["checks"].items()},
     }
-
-
-# -- the environment ----------------------------------------------------------------------------------------------
-
-RECORDED_PACKAGES = (
-    "sft-pipeline",
-    "dagster",
-    "mlflow",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "trl",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "pyarrow",
-    "numpy",
-    "flash-attn",
-)
-
-
-@lru_cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def environment() -> dict[str, Any]:
-    """What the artifact was built with. Nothing here is part of a data version, and no path or secret is recorded."""
-    return {
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in RECORDED_PACKAGES if (found := _version(name))},
-        "platform": f"{platform.system()}-{platform.machine()}",
-        "cpus": os.cpu_count(),
-        "accelerator": _accelerator(),
-    }
-
-
-@lru_cache
-def _accelerator() -> str | None:
-    try:
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else None
-
-
-@lru_cache
-def _git_commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(PACKAGE_DIR), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-        dirty = subprocess.run(
-            ["git", "-C", str(PACKAGE_DIR), "status", "--porcelain", "--", "."],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return (
-        found.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "") if found.returncode == 0 else None
-    )
 
 
 def checks_of(artifact: Artifact, asset: str) -> list[dict[str, Any]]:
@@ -416,6 +330,7 @@ def checks_of(artifact: Artifact, asset: str) -> list[dict[str, Any]]:
 
 
 def failed_blocking(artifacts: Sequence[Artifact]) -> list[str]:
+    """The blocking checks that failed, one line each: asset, check and its description."""
     return [
         f"{a.manifest.asset}: {c['name']}: {c['description']}"
         for a in artifacts

@@ -23,7 +23,7 @@ class Branch:
     snapshot: str
     recipe: RecipeConfig | None = None
 
-    def the_recipe(self) -> RecipeConfig:
+    def require_recipe(self) -> RecipeConfig:
         if self.recipe is None:
             raise AssertionError("a dataset stage does not read a recipe")
         return self.recipe
@@ -107,23 +107,23 @@ def _nothing(_: Branch) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its room declares it in `asset.py`.
+    """A stage as its package declares it in `asset.py`.
 
     Attributes:
-        name: The asset's short name, which is also the room's.
+        name: The asset's short name, which is also the package's.
         inputs: Names of the stages whose artifacts are read. Their data versions go into the fingerprint.
         acceptance: Names of stages that must have accepted this very input and configuration; nothing is read of them.
         config: From a branch, only what this stage reads. Its `identity()` goes into the fingerprint.
-        build: "module:function" of the plain build function (imported when it runs, so that declaring is light).
+        build: The plain build function. A function of an importable module, since a child process finds it by name;
+            it imports what it needs when it runs, so that declaring is light.
         checks: The checks that `build` reports.
-        ahead: "module:function" of what starts the processes that `build` will want, given its configuration and
-            earlier builds; called while earlier stages of the same run are built. None where empty.
         outside: From a branch, {what: sha256} for every file read from outside the store.
         packages: Distributions whose version shapes the output.
         isolated: Runs in a supervised child process: it loads a model.
         reuses_rows: Its build may take rows over from earlier artifacts instead of making them again.
-        reuse_unaccepted: False: a verdict of "not accepted" is never reused.
-        room: The folder whose source it is made of; where empty, the one of its name.
+        reuse_unaccepted: False: a result that was not accepted is never reused.
+        of_dataset: Belongs to the dataset and reads no recipe.
+        package: The package under `stages` whose code it is made of; where empty, the one of its name.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Stage:
     kinds: frozenset[str]
     inputs: tuple[str, ...]
     config: Callable[[Branch], Config]
-    build: str
+    build: Callable[[Build], Built]
     checks: tuple[CheckSpec, ...]
     acceptance: tuple[str, ...] = ()
     outside: Callable[[Branch], dict[str, str]] = _nothing
@@ -140,12 +140,11 @@ class Stage:
     reuses_rows: bool = False
     reuse_unaccepted: bool = True
     of_dataset: bool = False
-    room: str = ""
-    ahead: str = ""
+    package: str = ""
 
     def asset(self, branch: Branch) -> str:
         """The asset key, for example `access_policy_lora/packed_shards`."""
-        owner = branch.dataset.name if self.of_dataset else branch.the_recipe().name
+        owner = branch.dataset.name if self.of_dataset else branch.require_recipe().name
         return f"{owner}/{self.name}"
 
 

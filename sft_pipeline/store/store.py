@@ -9,7 +9,7 @@ work/<fingerprint>/                 resumable training
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,23 +74,22 @@ class Store:
                 files.remove_tree(folder)
 
     def commit(
-        self, folder: Path, *, volatile: Sequence[str], fill: Callable[[str], dict[str, Any]]
+        self, folder: Path, *, volatile: Sequence[str], fields: Mapping[str, Any]
     ) -> Artifact:
         """Makes a staged folder an artifact: files flushed, manifest last, one rename.
 
         Args:
             folder: A staging folder that `building` gave, named by its fingerprint.
             volatile: Paths left out of the data version.
-            fill: From the data version, the rest of the manifest's fields.
+            fields: The rest of the manifest's fields.
         """
         entries = list_files(folder, tuple(volatile))
-        version = data_version(entries)
         manifest = Manifest(
             files=entries,
             fingerprint=folder.name,
-            data_version=version,
+            data_version=data_version(entries),
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            **fill(version),
+            **fields,
         )
         files.fsync_tree(folder)
         files.write_json(folder / MANIFEST_NAME, manifest.to_json())

@@ -9,15 +9,15 @@ from typing import Any
 from sft_pipeline.config.load import Catalog, find_recipe
 from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.run import Run, environment
+from sft_pipeline.stages.environment import accelerator
+from sft_pipeline.stages.run import Run, run_until
 from sft_pipeline.stages.stage import Branch
-from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.files import remove_tree, sha256_json
 from sft_pipeline.sweep.budget import Budget, PlannedUpdates, budget_of, updates_within, within_budget
 from sft_pipeline.sweep.grid import Grid, label_of, values_of
 from sft_pipeline.sweep.stages import TRIAL_STAGES
-from sft_pipeline.training.cpu_time import training_seconds
+from sft_pipeline.training.flops import training_seconds
 from sft_pipeline.training.memory import estimate
 
 DATA_CONFIGS = ("tokenized_rows", "packed_shards")
@@ -73,11 +73,11 @@ class SweepPlan:
 
     def seconds(self) -> float | None:
         """A very rough forecast of all trainings on this machine's CPUs; None on a GPU."""
-        if environment()["accelerator"] is not None:
+        if accelerator() is not None:
             return None
         total = 0.0
         for point in self.points:
-            recipe = point.branch.the_recipe()
+            recipe = point.branch.require_recipe()
             parameters = estimate(recipe.model, recipe.training, tokens=1).parameters
             total += training_seconds(parameters, point.tokens)
         return total
@@ -110,13 +110,13 @@ def planned(
     try:
         own, _ = data.of(branch)
         plan = PlannedUpdates.read(own["packed_shards"])
-        budget = budget_of(plan, branch.the_recipe().training.max_steps, updates)
+        budget = budget_of(plan, branch.require_recipe().training.max_steps, updates)
         points = tuple(
             _point(number, values_of(options), Branch(branch.dataset, branch.snapshot, found), budget, data)
             for number, (options, found) in enumerate(zip(grid.points(), recipes), 1)
         )
         yield SweepPlan(
-            f"{branch.the_recipe().name}-{_digest(branch, points)}",
+            f"{branch.require_recipe().name}-{_digest(branch, points)}",
             branch,
             budget,
             len(plan),
@@ -165,7 +165,7 @@ def _point(number: int, values: dict[str, Any], branch: Branch, budget: Budget, 
         raise InputError(f"point {number} ({label_of(values)}): {error}") from error
     plan = PlannedUpdates.read(artifacts["packed_shards"])
     updates = updates_within(plan, budget)
-    trial = Branch(branch.dataset, branch.snapshot, within_budget(branch.the_recipe(), updates))
+    trial = Branch(branch.dataset, branch.snapshot, within_budget(branch.require_recipe(), updates))
     return Point(
         number,
         values,
@@ -186,5 +186,5 @@ def _rows_digest(tokenized: Artifact) -> str:
 
 
 def _digest(branch: Branch, points: tuple[Point, ...]) -> str:
-    recipes = [p.branch.the_recipe().model_dump(mode="json", by_alias=True) for p in points]
+    recipes = [p.branch.require_recipe().model_dump(mode="json", by_alias=True) for p in points]
     return sha256_json([branch.dataset.name, branch.snapshot, recipes])[:8]

@@ -49,7 +49,7 @@ class Sweep:
         return self.plan.store.home / "sweeps" / self.plan.name
 
     def places(self) -> dict[int, Place]:
-        rule = self.plan.branch.the_recipe().evaluation
+        rule = self.plan.branch.require_recipe().evaluation
         return places({number: r.end for number, r in self.results.items()}, rule)
 
     def ranked(self) -> list[tuple[Result, Place]]:
@@ -68,11 +68,11 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         plan, found, best = self.plan, self.places(), self.best()
-        rule = plan.branch.the_recipe().evaluation
+        rule = plan.branch.require_recipe().evaluation
         return {
             "status": self.status,
             "name": plan.name,
-            "recipe": plan.branch.the_recipe().name,
+            "recipe": plan.branch.require_recipe().name,
             "dataset": plan.branch.dataset.name,
             "snapshot": plan.branch.snapshot,
             "budget": {
@@ -156,7 +156,7 @@ def _finish(sweep: Sweep, tracker: SweepTracker) -> None:
     plot_curves(sweep.folder / "curves.png", [r for r, _ in sweep.ranked()])
     if best:
         plot_ranking(
-            sweep.folder / "ranking.png", sweep.ranked(), sweep.plan.branch.the_recipe().evaluation.rank_by
+            sweep.folder / "ranking.png", sweep.ranked(), sweep.plan.branch.require_recipe().evaluation.rank_by
         )
     write_json(sweep.folder / "sweep.json", sweep.to_json())
     ranks = {r.mlflow_run_id: place.rank for r, place in sweep.ranked() if r.mlflow_run_id}

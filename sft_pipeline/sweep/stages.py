@@ -20,7 +20,7 @@ from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.sanity_check.asset import PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.asset import STAGE as SANITY_CHECK
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
-from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.stage import Branch, Build, Built
 from sft_pipeline.stages.trained_checkpoints.asset import STAGE as TRAINED_CHECKPOINTS
 
 JUDGED_ROWS = 200
@@ -41,7 +41,7 @@ def _probe_config(branch: Branch) -> SanityCheckConfig:
 
 def _judgement_config(branch: Branch) -> EvaluationStageConfig:
     """Without gates and ranking: they are applied to what was measured, and measure nothing."""
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     judged = recipe.evaluation.model_copy(
         update={
             "max_rows": min(JUDGED_ROWS, recipe.evaluation.max_rows or JUDGED_ROWS),
@@ -53,20 +53,32 @@ def _judgement_config(branch: Branch) -> EvaluationStageConfig:
     return EvaluationStageConfig(evaluation=judged, model=recipe.model)
 
 
+def _probe(build: Build) -> Built:
+    from sft_pipeline.stages.sanity_check.probe_only import build as build_probe
+
+    return build_probe(build)
+
+
+def _judge(build: Build) -> Built:
+    from sft_pipeline.stages.evaluation.build import build_trial_judgement
+
+    return build_trial_judgement(build)
+
+
 PROBE = replace(
     SANITY_CHECK,
     name="trial_probe",
-    room="sanity_check",
+    package="sanity_check",
     description="Before a sweep's trials: labels, vocabulary, and the boundary probe on the real model.",
     config=_probe_config,
-    build="sft_pipeline.stages.sanity_check.probe_only:build",
+    build=_probe,
     checks=PROBE_CHECKS,
 )
 
 TRAINING = replace(
     TRAINED_CHECKPOINTS,
     name="trial_training",
-    room="trained_checkpoints",
+    package="trained_checkpoints",
     description="One point of a sweep: a short training with a complete schedule.",
     acceptance=("trial_probe",),
 )
@@ -74,11 +86,11 @@ TRAINING = replace(
 JUDGEMENT = replace(
     EVALUATION,
     name="trial_judgement",
-    room="evaluation",
+    package="evaluation",
     description="One point of a sweep: its last checkpoint judged on the validation side. The test side is not read.",
     inputs=("tokenized_rows", "trial_training"),
     config=_judgement_config,
-    build="sft_pipeline.stages.evaluation.validation_only:build",
+    build=_judge,
     checks=(),
 )
 

@@ -98,7 +98,7 @@ class MlflowTracker:
                 "sft.dagster_run_id": self._dagster_run_id,
                 "sft.dagster_run": links.dagster_run_url(self._dagster_run_id),
             }
-        recipe = branch.the_recipe()
+        recipe = branch.require_recipe()
         shown = recipe.model_dump(
             mode="json", include={"model", "template", "tokens", "packing", "training", "dataset"}
         )
@@ -154,7 +154,7 @@ def experiment_of(client: Any, recipe: str) -> str:
 
 
 def _open_run(client: Any, branch: Branch, training_fingerprint: str) -> tuple[str, str]:
-    recipe = branch.the_recipe().name
+    recipe = branch.require_recipe().name
     experiment_id = experiment_of(client, recipe)
     found = client.search_runs(
         [experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{training_fingerprint}'", max_results=1

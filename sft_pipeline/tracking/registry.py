@@ -21,11 +21,11 @@ def register(
     Returns:
         What happened, in words.
     """
-    name = branch.the_recipe().name
+    name = branch.require_recipe().name
     manifest = export.manifest
     evaluation = manifest.inputs["evaluation"].fingerprint
     with contextlib.suppress(Exception):
-        client.create_registered_model(name, description=branch.the_recipe().description)
+        client.create_registered_model(name, description=branch.require_recipe().description)
     same = [
         v
         for v in client.search_model_versions(f"name='{name}'")
@@ -70,7 +70,7 @@ def _beats_champion(
         return True, "the first version"
     if str(champion.version) == str(version.version):
         return False, "it is the champion already"
-    term = branch.the_recipe().evaluation.rank_by[0]
+    term = branch.require_recipe().evaluation.rank_by[0]
     theirs, ours = store.get(champion.tags.get("sft.evaluation", "")), store.get(evaluation)
     if theirs is None or ours is None:
         return (

@@ -33,7 +33,7 @@ class SweepTracker:
 
     def __init__(self, name: str, branch: Branch) -> None:
         self._client = connect()
-        recipe = branch.the_recipe().name
+        recipe = branch.require_recipe().name
         self._experiment = experiment_of(self._client, recipe)
         self._name = name
         self._tags = {
@@ -122,7 +122,7 @@ class SweepTracker:
     def child(self, label: str, branch: Branch, training: str) -> str:
         """The run of the point whose training has this fingerprint."""
         run_id = self._open(label, {TRIAL_TAG: training, PARENT_TAG: self.run_id})
-        shown = branch.the_recipe().model_dump(mode="json", include=set(DESCRIBED))
+        shown = branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED))
         self._log_params(run_id, flatten(shown))
         return run_id
 

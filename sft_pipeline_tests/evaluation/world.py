@@ -155,7 +155,7 @@ class World:
             return self.store.commit(
                 staging,
                 volatile=built.volatile,
-                fill=lambda _: {
+                fields={
                     "asset": f"{owner}/{name}",
                     "partition": SNAPSHOT,
                     "code_version": "c0de",

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +16,16 @@ from sft_pipeline.launch.launcher import run_isolated
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, Stage
 from sft_pipeline.store import Artifact
+from sft_pipeline_tests.launch import builds
 from sft_pipeline_tests.launch.builds import Inner, Toy
 from sft_pipeline_tests.launch.helpers import clean_up, pids_in, running, wait_until
 
 pytestmark = pytest.mark.skipif(not processes.LINUX, reason="supervision of whole trees is for Linux")
-STAGE = Stage("toy", "a toy", frozenset(), (), lambda _: Toy(), "sft_pipeline_tests.launch.builds:build", ())
+STAGE = Stage("toy", "a toy", frozenset(), (), lambda _: Toy(), builds.build, ())
 
 
 class Kept(Reporter):
-    """Keeps what it is told, with the time."""
+    """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.heard: list[tuple] = []
@@ -119,15 +119,16 @@ def test_a_child_that_is_asked_to_stop_is_an_interruption(tmp_path: Path, number
 
 
 class Interrupting(Kept):
-    """Raises in the launcher as soon as the child is up, as Dagster's termination does: nothing but a BaseException."""
+    """Raises in the launcher as soon as the child is up, as Dagster's termination does: nothing but a
+    BaseException.
+    """
 
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__()
-        self.folder, self.count, self.tree, self.at = folder, count, [], 0.0
+        self.folder, self.count, self.tree = folder, count, []
 
     def log(self, message, level="info"):
         self.tree = pids_in(self.folder / "pids", self.count)
-        self.at = time.monotonic()
         raise KeyboardInterrupt
 
 
@@ -146,7 +147,6 @@ def test_an_interruption_here_ends_a_hung_child_first(
         with pytest.raises(KeyboardInterrupt):
             run_isolated(STAGE, replace(a_build(tmp_path, "hang"), report=reporter))
         assert not running(reporter.tree)
-        assert time.monotonic() - reporter.at < 5
     finally:
         clean_up(reporter.tree)
 
@@ -261,7 +261,7 @@ class TestRanks:
         tree = [*ranks, processes.token(torchrun), processes.token(supervisor)]
         try:
             os.kill(parent.pid if victim == "launcher" else supervisor, signal.SIGKILL)
-            assert wait_until(lambda: not running(tree)) < 4
+            wait_until(lambda: not running(tree))
         finally:
             parent.kill()
             parent.wait()

@@ -70,7 +70,7 @@ def test_a_materialization_carries_the_artifacts_version_and_its_checks(
     instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
     result = materialize(instance, catalog(tmp_path), "small/raw_rows", "small/validated_rows")
-    assert result.success
+    assert result.success, message(result)
     event = next(e for e in result.asset_materializations_for_node("small__validated_rows"))
     manifest = json.loads((Path(event.metadata["path"].value) / "manifest.json").read_text())
     assert event.tags["dagster/data_version"] == manifest["data_version"]

@@ -9,9 +9,8 @@ from sft_pipeline.config.base import Config
 from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.run import Run, needed_for, run_stage
+from sft_pipeline.stages.run import Run, needed_for, run_stage, run_until
 from sft_pipeline.stages.stage import Branch, Build, Built, Check, CheckSpec, Stage, number
-from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 
 BUILT: list[str] = []
@@ -49,7 +48,7 @@ def stage(name: str, value: int = 1, **more) -> Stage:
         description=name,
         kinds=frozenset(),
         config=lambda _: Numbers(value=value),
-        build=f"{__name__}:build_{name}",
+        build=globals()[f"build_{name}"],
         **({"inputs": (), "checks": (), "of_dataset": True} | more),
     )
 
@@ -165,25 +164,3 @@ def test_an_error_leaves_no_object(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_needed_for_lists_ancestors_in_order() -> None:
     assert needed_for("last", graph()) == ["first", "gate", "last"]
     assert needed_for("gate", graph()) == ["first", "gate"]
-
-
-AHEAD: list[tuple[int, int]] = []
-
-
-def go_ahead(config: Numbers, earlier: tuple) -> None:
-    AHEAD.append((config.value, len(earlier)))
-
-
-def test_what_a_later_stage_wants_is_started_when_an_earlier_one_had_to_be_built(run: Run) -> None:
-    AHEAD.clear()
-    stages = graph(last=7)
-    stages["last"] = stage("last", 7, inputs=("first",), acceptance=("gate",), ahead=f"{__name__}:go_ahead")
-    run_until("first", stages, BRANCH, run)
-    assert AHEAD == []  # it is no part of that run
-    run_until("last", stages, BRANCH, run)
-    assert AHEAD == [(7, 0)]  # at the gate, which had to be built
-    run_until("last", stages, BRANCH, run)
-    assert len(AHEAD) == 1  # everything is reused
-    stages["first"] = stage("first", 2, checks=(CheckSpec("good", True, ""),))
-    run_until("last", stages, BRANCH, run)
-    assert AHEAD[1] == (7, 1)  # what it has made before is known

@@ -17,17 +17,16 @@ from sft_pipeline.store.files import clear_disk_errors
 FINGERPRINT = "f" * 64
 
 
-def fill(_: str) -> dict:
-    return {
-        "asset": "a/rows",
-        "partition": "s1",
-        "code_version": "c",
-        "config": {},
-        "inputs": {},
-        "accepted": True,
-        "counts": {"rows": 1},
-        "environment": {},
-    }
+FIELDS = {
+    "asset": "a/rows",
+    "partition": "s1",
+    "code_version": "c",
+    "config": {},
+    "inputs": {},
+    "accepted": True,
+    "counts": {"rows": 1},
+    "environment": {},
+}
 
 
 def put(store: Store, fingerprint: str = FINGERPRINT, content: str = "one", log: str = "now"):
@@ -35,7 +34,7 @@ def put(store: Store, fingerprint: str = FINGERPRINT, content: str = "one", log:
         (folder / "rows").mkdir()
         (folder / "rows" / "part.txt").write_text(content)
         (folder / "log.txt").write_text(log)
-        return store.commit(folder, volatile=("log.txt",), fill=fill)
+        return store.commit(folder, volatile=("log.txt",), fields=FIELDS)
 
 
 def test_a_committed_artifact_is_found_intact_and_its_staging_is_gone(tmp_path: Path) -> None:
@@ -62,11 +61,12 @@ def test_the_data_version_covers_what_is_not_volatile(tmp_path: Path) -> None:
 def test_a_changed_byte_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     artifact = put(Store(tmp_path))
     target = artifact.file("rows/part.txt")
-    time.sleep(0.02)
     target.write_text("onf")
+    later = artifact.file("manifest.json").stat().st_mtime + 10
+    os.utime(target, (later, later))
     with pytest.raises(InputError, match=r"rows/part\.txt"):
         artifact.verify()
-    before = artifact.file("manifest.json").stat().st_mtime - 10
+    before = later - 20
     os.utime(target, (before, before))  # the same size and an old time: only the hash tells
     artifact.verify()
     with pytest.raises(InputError, match=r"rows/part\.txt"):
@@ -114,28 +114,28 @@ def test_a_killed_builder_leaves_no_object_and_its_staging_is_swept(tmp_path: Pa
     assert not list(store.staging.iterdir())
 
 
-def _build_slowly(home: str, started: str) -> None:
+def _build_once_somebody_waits(home: str, started: str, waiting: str) -> None:
     with Store(Path(home)).building(FINGERPRINT) as folder:
         Path(started).touch()
-        time.sleep(1.0)
+        while not Path(waiting).exists():
+            time.sleep(0.01)
         (folder / "a.txt").write_text("a")
-        Store(Path(home)).commit(folder, volatile=(), fill=fill)
+        Store(Path(home)).commit(folder, volatile=(), fields=FIELDS)
 
 
 def test_a_second_builder_waits_and_nothing_in_use_is_swept(tmp_path: Path) -> None:
-    store, started = Store(tmp_path / "home"), tmp_path / "started"
+    store, started, waiting = Store(tmp_path / "home"), tmp_path / "started", tmp_path / "waiting"
     process = multiprocessing.get_context("spawn").Process(
-        target=_build_slowly, args=(str(store.home), str(started))
+        target=_build_once_somebody_waits, args=(str(store.home), str(started), str(waiting))
     )
     process.start()
     while not started.exists():
         time.sleep(0.01)
     assert store.sweep() == []
-    waited = []
-    with store.building(FINGERPRINT, lambda: waited.append(True)):
+    with store.building(FINGERPRINT, waiting.touch):
         assert store.get(FINGERPRINT) is not None
     process.join(60)
-    assert waited == [True]
+    assert process.exitcode == 0 and waiting.exists()
 
 
 def test_refs_prefer_what_this_run_made(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.launch.launcher import run_isolated
 from sft_pipeline.project import set_environment
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.run import load_build
 from sft_pipeline.stages.stage import Build, Built, Stage
 from sft_pipeline.store import Store
 from sft_pipeline.sweep.grid import parse_grid
@@ -100,7 +99,7 @@ class StopsInSecondPoint(Reporter):
 
 
 def judged_in_child(stage: Stage, build: Build) -> Built:
-    return run_isolated(stage, build) if stage.name == "trial_judgement" else load_build(stage)(build)
+    return run_isolated(stage, build) if stage.name == "trial_judgement" else stage.build(build)
 
 
 @dataclass
@@ -211,7 +210,7 @@ def test_points_with_other_updates_get_the_same_tokens(project: Path) -> None:
         two, four = found.points
         assert (two.updates, four.updates) == (8, 4)
         assert abs(two.supervised - four.supervised) < four.supervised / four.updates
-        assert two.branch.the_recipe().training.max_steps == 8
+        assert two.branch.require_recipe().training.max_steps == 8
     assert not list((Store().refs / ".runs").glob("*"))
 
 

@@ -55,7 +55,7 @@ def put(
         return store.commit(
             folder,
             volatile=(),
-            fill=lambda _: {
+            fields={
                 "asset": asset,
                 "partition": snapshot,
                 "code_version": "c",

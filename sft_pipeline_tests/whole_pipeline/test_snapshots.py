@@ -11,10 +11,9 @@ from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages import workers
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Outcome, Run
+from sft_pipeline.stages.run import Run, StageOutcome, run_until
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.stages.tokenized_rows import batches as tokenizing
-from sft_pipeline.stages.until import run_until
 from sft_pipeline.store import Store
 
 WORDS = [
@@ -57,7 +56,7 @@ def write(folder: Path, snapshot: str, rows: list[dict[str, str]], files: int = 
         (folder / snapshot / f"rows-{i}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def run(folder: Path, snapshot: str, store: Path, **tokens) -> dict[str, Outcome]:
+def run(folder: Path, snapshot: str, store: Path, **tokens) -> dict[str, StageOutcome]:
     dataset = DatasetConfig(name="words", sources=[{"path": str(folder), "format": "prompt_completion"}])
     recipe = RecipeConfig(
         name="words_recipe",
@@ -69,7 +68,7 @@ def run(folder: Path, snapshot: str, store: Path, **tokens) -> dict[str, Outcome
     return run_until("packed_shards", STAGES, branch, Run(Store(store), Reporter()))
 
 
-def versions(outcomes: dict[str, Outcome]) -> dict[str, str]:
+def versions(outcomes: dict[str, StageOutcome]) -> dict[str, str]:
     return {name: outcomes[name].artifact.manifest.data_version for name in DATA_STAGES}
 
 

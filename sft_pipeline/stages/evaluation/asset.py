@@ -1,4 +1,4 @@
-"""The asset `evaluation`: every checkpoint judged on held-out behaviour, the winner compared with the base once."""
+"""The asset `evaluation`: every checkpoint judged on held-out behaviour, the best compared with the base."""
 
 import ast
 import importlib.util
@@ -9,17 +9,17 @@ from sft_pipeline.external_files import MODEL_FILES, digest_file, digest_files
 from sft_pipeline.hub import without_revision
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig, JsonSchemaGrader, PythonGrader
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> EvaluationStageConfig:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return EvaluationStageConfig(evaluation=recipe.evaluation, model=recipe.model)
 
 
 def _outside(branch: Branch) -> dict[str, str]:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
         without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
@@ -66,7 +66,8 @@ def grader_sources(grader: PythonGrader) -> dict[str, Path]:
             raise InputError(f"grader {grader.name}: {module} cannot be imported ({error})") from error
         if spec is None:
             raise InputError(
-                f"grader {grader.name}: there is no module {module} in the project root {root} or among the installed packages"
+                f"grader {grader.name}: there is no module {module} in the project root {root} "
+                "or among the installed packages"
             )
         if spec.origin and Path(spec.origin).is_file():
             found[module] = Path(spec.origin)
@@ -95,19 +96,28 @@ def _imported(path: Path, name: str) -> list[str]:
     return [f for f in found if f and not f.startswith("sft_pipeline.")]
 
 
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.evaluation.build import build as build_evaluation
+
+    return build_evaluation(build)
+
+
 STAGE = Stage(
     name="evaluation",
-    description="Every checkpoint generates replies to held-out prompts, graders score them; gates and ranking choose; the winner meets the base once on the test side.",
+    description=(
+        "Every checkpoint generates replies to held-out prompts, and graders score them; gates and ranking "
+        "choose; the chosen one is compared with the base once, on the test split."
+    ),
     kinds=frozenset({"pytorch", "python"}),
     inputs=("tokenized_rows", "trained_checkpoints"),
     config=_config,
-    build="sft_pipeline.stages.evaluation.build:build",
+    build=_build,
     checks=(
-        CheckSpec("gates_passed", True, "The chosen checkpoint passes every gate on the validation side."),
+        CheckSpec("gates_passed", True, "The chosen checkpoint passes every gate on the validation split."),
         CheckSpec(
             "improvement",
             True,
-            "On the test side the chosen checkpoint is strictly better than the base on the first ranking term.",
+            "On the test split the chosen checkpoint beats the base in the first ranking term, strictly.",
         ),
         CheckSpec(
             "selection_explained",

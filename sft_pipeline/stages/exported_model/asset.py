@@ -3,22 +3,28 @@
 from sft_pipeline.external_files import MODEL_FILES, digest_files
 from sft_pipeline.hub import without_revision
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> ExportedModelConfig:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return ExportedModelConfig(
         export=recipe.export, model=recipe.model, recipe=recipe.name, dataset=recipe.dataset
     )
 
 
 def _outside(branch: Branch) -> dict[str, str]:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
         without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
+
+
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.exported_model.build import build as build_exported_model
+
+    return build_exported_model(build)
 
 
 STAGE = Stage(
@@ -27,7 +33,7 @@ STAGE = Stage(
     kinds=frozenset({"pytorch", "safetensors"}),
     inputs=("grouped_split", "tokenized_rows", "trained_checkpoints", "evaluation"),
     config=_config,
-    build="sft_pipeline.stages.exported_model.build:build",
+    build=_build,
     checks=(
         CheckSpec(
             "merged_equals_adapter",

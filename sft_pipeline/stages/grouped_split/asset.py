@@ -1,6 +1,12 @@
 """grouped_split as an asset."""
 
-from sft_pipeline.stages.stage import CheckSpec, Stage
+from sft_pipeline.stages.stage import Build, Built, CheckSpec, Stage
+
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.grouped_split.build import build as build_grouped_split
+
+    return build_grouped_split(build)
+
 
 STAGE = Stage(
     name="grouped_split",
@@ -8,7 +14,7 @@ STAGE = Stage(
     kinds=frozenset({"parquet"}),
     inputs=("validated_rows",),
     config=lambda branch: branch.dataset.split,
-    build="sft_pipeline.stages.grouped_split.build:build",
+    build=_build,
     checks=(
         CheckSpec(
             "group_overlap",

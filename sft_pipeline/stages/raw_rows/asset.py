@@ -2,7 +2,7 @@
 
 from sft_pipeline.stages.raw_rows.config import RawRowsConfig, RawSource
 from sft_pipeline.stages.raw_rows.locate import source_digests
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> RawRowsConfig:
@@ -14,13 +14,19 @@ def _config(branch: Branch) -> RawRowsConfig:
     )
 
 
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.raw_rows.build import build as build_raw_rows
+
+    return build_raw_rows(build)
+
+
 STAGE = Stage(
     name="raw_rows",
     description="Every row of the snapshot as it lies in the source files, with source, file and line. Nothing is judged; what cannot be decoded is kept in `rejects.parquet`.",
     kinds=frozenset({"parquet"}),
     inputs=(),
     config=_config,
-    build="sft_pipeline.stages.raw_rows.build:build",
+    build=_build,
     checks=(
         CheckSpec("undecodable_rows", blocking=False, description="Every line of every file can be decoded"),
         CheckSpec("has_rows", blocking=True, description="The snapshot has at least one row"),

@@ -3,12 +3,12 @@
 from sft_pipeline.external_files import MODEL_FILES, digest_files
 from sft_pipeline.hub import without_revision
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.text.config import NAMED_TEMPLATES, TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> SanityCheckConfig:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return SanityCheckConfig(
         sanity=recipe.sanity,
         model=recipe.model,
@@ -21,12 +21,18 @@ def _config(branch: Branch) -> SanityCheckConfig:
 
 
 def _outside(branch: Branch) -> dict[str, str]:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
         without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
     template = recipe.template.chat_template
     return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)
+
+
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.sanity_check.build import build as build_sanity_check
+
+    return build_sanity_check(build)
 
 
 STAGE = Stage(
@@ -35,7 +41,7 @@ STAGE = Stage(
     kinds=frozenset({"pytorch"}),
     inputs=("tokenized_rows", "packed_shards"),
     config=_config,
-    build="sft_pipeline.stages.sanity_check.build:build",
+    build=_build,
     checks=(
         CheckSpec(
             "ids_in_vocabulary",

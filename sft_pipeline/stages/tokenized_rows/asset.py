@@ -2,13 +2,13 @@
 
 from sft_pipeline.external_files import digest_files
 from sft_pipeline.hub import without_revision
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.text.config import NAMED_TEMPLATES, TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> TokenizedRowsConfig:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return TokenizedRowsConfig(
         tokenizer=recipe.tokenizer,
         revision=recipe.model.revision,
@@ -18,12 +18,18 @@ def _config(branch: Branch) -> TokenizedRowsConfig:
 
 
 def _outside(branch: Branch) -> dict[str, str]:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     digests = digest_files(without_revision(recipe.tokenizer), TOKENIZER_FILES)
     template = recipe.template.chat_template
     if template != "tokenizer" and template not in NAMED_TEMPLATES:
         digests |= digest_files(template)
     return digests
+
+
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.tokenized_rows.build import build as build_tokenized_rows
+
+    return build_tokenized_rows(build)
 
 
 STAGE = Stage(
@@ -32,7 +38,7 @@ STAGE = Stage(
     kinds=frozenset({"parquet", "huggingface"}),
     inputs=("grouped_split",),
     config=_config,
-    build="sft_pipeline.stages.tokenized_rows.build:build",
+    build=_build,
     checks=(
         CheckSpec(
             "supervised_everywhere", True, "every row has a supervised token, and position 0 never is one"
@@ -59,7 +65,7 @@ STAGE = Stage(
             "fingerprints_recorded", True, "template, tokenizer and mask fingerprints are in formatting.json"
         ),
         CheckSpec("counts_add_up", True, "rows read = rows accepted + rows rejected"),
-        CheckSpec("sides_not_empty", True, "no side that had rows has lost them all, and train has some"),
+        CheckSpec("splits_not_empty", True, "no split that had rows has lost them all, and train has some"),
         CheckSpec("reject_rate", False, "at most 5 % of the rows are rejected or truncated"),
         CheckSpec(
             "tokenizer_skew",
@@ -73,7 +79,6 @@ STAGE = Stage(
         ),
     ),
     outside=_outside,
-    ahead="sft_pipeline.stages.tokenized_rows.referee:stand_by",
     reuses_rows=True,
     packages=("tokenizers", "jinja2", "transformers"),
 )

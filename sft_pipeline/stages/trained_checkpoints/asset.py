@@ -2,21 +2,27 @@
 
 from sft_pipeline.external_files import MODEL_FILES, digest_files
 from sft_pipeline.hub import without_revision
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
 from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> TrainedCheckpointsConfig:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return TrainedCheckpointsConfig(model=recipe.model, training=recipe.training)
 
 
 def _outside(branch: Branch) -> dict[str, str]:
-    recipe = branch.the_recipe()
+    recipe = branch.require_recipe()
     return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
         without_revision(recipe.tokenizer), TOKENIZER_FILES
     )
+
+
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.trained_checkpoints.build import build as build_trained_checkpoints
+
+    return build_trained_checkpoints(build)
 
 
 STAGE = Stage(
@@ -26,7 +32,7 @@ STAGE = Stage(
     inputs=("tokenized_rows", "packed_shards"),
     acceptance=("sanity_check",),
     config=_config,
-    build="sft_pipeline.stages.trained_checkpoints.build:build",
+    build=_build,
     checks=(
         CheckSpec("finite_loss", True, "No update had a loss or gradient that is NaN or infinite."),
         CheckSpec(

@@ -1,6 +1,6 @@
 """validated_rows as an asset."""
 
-from sft_pipeline.stages.stage import Branch, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 
 
@@ -12,13 +12,19 @@ def _config(branch: Branch) -> ValidatedRowsConfig:
     )
 
 
+def _build(build: Build) -> Built:
+    from sft_pipeline.stages.validated_rows.build import build as build_validated_rows
+
+    return build_validated_rows(build)
+
+
 STAGE = Stage(
     name="validated_rows",
     description="Conversations that keep the row contract. Every other row of the snapshot is in `quarantine.parquet` with all its reasons; `quarantine.md` sums them up.",
     kinds=frozenset({"parquet"}),
     inputs=("raw_rows",),
     config=_config,
-    build="sft_pipeline.stages.validated_rows.build:build",
+    build=_build,
     checks=(
         CheckSpec(
             "reject_rate",
