@@ -72,7 +72,7 @@ def _compare(branch: Branch, options: argparse.Namespace, kept: Path, fresh: Pat
     print(table(("", "old", "new", "equal"), lines) + "\n", flush=True)
     different = [f"{f.what}: {f.difference}" for f in findings if f.difference is not None]
     print("\n".join(f"- DIFFERENT {line}" for line in different))
-    print("\n".join(f"- {line}" for line in other_files(old, new)), flush=True)
+    print("\n".join(f"- {line}" for line in other_files(old, new, findings)), flush=True)
     return different
 
 

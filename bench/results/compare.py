@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 RENAMED = {"lengths": "seq_lengths", "side": "split", "of_side": "of_split"}
 # tokenized_rows keeps there what it needs to take rows over into the next snapshot: its own business.
 PRIVATE = {"outcomes.parquet"}
-KEYS = ("row_id", "block", "update", "step")  # the first of them that a table has names its rows
+# The JSON files whose numbers are results: scores, random states, the schedule, the loop's state.
+NUMBERS = {"evaluation.json", "rng.json", "scheduler.json", "trainer_state.json"}
+KEYS = ("row_id", "update", "block", "step")  # the first of them that a table has names its rows
 DRAWN = (".png", ".html", ".md")
 SHOWN = 200  # characters of a value in a message
 
@@ -47,14 +49,14 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[ContentFinding]:
             findings.append(ContentFinding(asset, "", "", f"only the {owner} build has it"))
             continue
         one, two = Path(old["artifacts"][asset]), Path(new["artifacts"][asset])
-        for name in _names(one, "*.parquet"):
+        for name in _table_names(one):
             findings.append(_tables(f"{asset}/{name}", one / name, two / name))
         for weights in sorted(one.rglob("*.safetensors")):
             name = weights.relative_to(one)
             findings.append(_tensors(f"{asset}/{name}", weights, two / name))
-        if asset == "evaluation":
-            scores = [json.loads((path / "evaluation.json").read_text()) for path in (one, two)]
-            findings.append(_scores("evaluation/evaluation.json", *scores))
+        for numbers in sorted(p for p in one.rglob("*.json") if p.name in NUMBERS):
+            name = numbers.relative_to(one)
+            findings.append(_numbers(f"{asset}/{name}", numbers, two / name))
         if asset == "exported_model":
             findings += [_exported(asset, folder, one, two) for folder in ("adapter", "merged")]
         accepted = (_manifest(path)["accepted"] for path in (one, two))
@@ -67,8 +69,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[ContentFinding]:
     return findings
 
 
-def other_files(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+def other_files(old: dict[str, Any], new: dict[str, Any], findings: list[ContentFinding]) -> Iterator[str]:
     """Per artifact what differs outside the compared contents, so that no difference goes unmentioned."""
+    different = {f.what for f in findings if f.difference is not None}
     for asset in [a for a in old["artifacts"] if a in new["artifacts"]]:
         one, two = Path(old["artifacts"][asset]), Path(new["artifacts"][asset])
         files = [{f["path"]: f for f in _manifest(path)["files"]} for path in (one, two)]
@@ -80,7 +83,10 @@ def other_files(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"{asset}: data_version {versions[0][:12]} is now {versions[1][:12]}:"
             for path in sorted(kept[0] & kept[1]):
                 if files[0][path]["sha256"] != files[1][path]["sha256"]:
-                    yield f"  {path}: {_why(one / path, two / path)}"
+                    name = str(Path(path).parent) if Path(path).name.startswith("part-") else path
+                    counted = f"{asset}/{name}" in different
+                    why = "its content differs, see above" if counted else _why(one / path, two / path)
+                    yield f"  {path}: {why}"
             for path in sorted(kept[0] ^ kept[1]):
                 owner, other = ("old", 1) if path in kept[0] else ("new", 0)
                 volatile = " (volatile on the other)" if path in files[other] else ""
@@ -93,8 +99,8 @@ def other_files(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             differing = sorted(
                 k for k in counts[0].keys() | counts[1].keys() if counts[0].get(k) != counts[1].get(k)
             )
-            told = (f"{k} {counts[0].get(k)}, {counts[1].get(k)}" for k in differing)
-            yield f"{asset}: counts in the manifest (old, new): {'; '.join(told)}"
+            listed = (f"{k} {counts[0].get(k)}, {counts[1].get(k)}" for k in differing)
+            yield f"{asset}: counts in the manifest (old, new): {'; '.join(listed)}"
     names = [{f"{c['asset']}/{c['name']}" for c in build["checks"]} for build in (old, new)]
     if names[0] != names[1]:
         yield f"checks only old: {sorted(names[0] - names[1])}, only new: {sorted(names[1] - names[0])}"
@@ -104,9 +110,10 @@ def _manifest(artifact: Path) -> dict[str, Any]:
     return json.loads((artifact / "manifest.json").read_text())
 
 
-def _names(artifact: Path, pattern: str) -> list[str]:
-    """Tables of an artifact: a folder of part files is one, named by the folder."""
-    found = (path.relative_to(artifact) for path in sorted(artifact.rglob(pattern)))
+def _table_names(artifact: Path) -> list[str]:
+    """Tables of an artifact, but for volatile ones (speed); a folder of part files is one, named by the folder."""
+    kept = (Path(f["path"]) for f in _manifest(artifact)["files"] if not f.get("volatile"))
+    found = sorted(path for path in kept if path.suffix == ".parquet")
     names = (str(p.parent if p.name.startswith("part-") else p) for p in found)
     return [name for name in dict.fromkeys(names) if name not in PRIVATE]
 
@@ -190,9 +197,12 @@ def _load(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     }
 
 
-def _scores(what: str, old: Any, new: Any) -> ContentFinding:
+def _numbers(what: str, old: Path, new: Path) -> ContentFinding:
     """Every number and truth value below every key; words may be put otherwise."""
-    one, two = dict(_leaves(old)), dict(_leaves(new))
+    one = dict(_leaves(json.loads(old.read_text())))
+    if not new.is_file():
+        return ContentFinding(what, f"{len(one)} values", "", "the new build has none")
+    two = dict(_leaves(json.loads(new.read_text())))
     wrong = [key for key in one if key not in two or repr(one[key]) != repr(two[key])]
     difference = f"{wrong[0]}: {one[wrong[0]]} is now {two.get(wrong[0])}" if wrong else None
     return ContentFinding(what, f"{len(one)} values", f"{len(two)} values", difference)
@@ -229,10 +239,10 @@ def _why(old: Path, new: Path) -> str:
         renamed = [f"{a} is {b}" for a, b in RENAMED.items() if a in one.names and b in two.names]
         changed = sorted(set(one.names) ^ set(two.names))
         if renamed or changed:
-            return f"columns: {', '.join(renamed or changed)}; all other contents are compared above"
-        return "the schema is the same: encoding, row groups or metadata" + (
-            " (kept for the next snapshot, not compared)" if old.name in PRIVATE else ""
-        )
+            return f"columns: {', '.join(renamed or changed)}; the contents are equal, see above"
+        if old.name in PRIVATE:
+            return "not compared: only the next snapshot's build reads it"
+        return "the contents are equal, see above; encoding, row groups or metadata differ"
     if old.suffix == ".json":
         one, two = (dict(_leaves(json.loads(p.read_text()), words=True)) for p in (old, new))
         keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
