@@ -49,7 +49,7 @@ SHARE_OF_ENCODE_BATCH = 0.15
 SMALL_ROWS, SMALL_CPU_SECONDS, CACHED_SECONDS = 60, 8.0, 5.0
 SMALL_RECIPE: dict[str, Any] = {
     "name": "bench_small",
-    "dataset": "bench_small",
+    "dataset": "bench_rows",
     "model": {"base": "data/base_model"},
     "tokens": {"max_length": 512, "overflow": "truncate_answer"},
     "sanity": {"skip": True},
@@ -225,7 +225,7 @@ def measure_small(rounds: int) -> dict[str, list[tuple[float, float]]]:
         folder = Path(name)
         rows.write(rows.synthetic("gsm8k_like", SMALL_ROWS), folder / "rows")
         dataset = {
-            "name": "bench_small",
+            "name": "bench_rows",
             "sources": [{"path": str(folder / "rows" / "flat.jsonl"), "static": True}],
             "split": {"validation": 0.2, "test": 0.2},
         }

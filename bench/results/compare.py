@@ -111,7 +111,7 @@ def _manifest(artifact: Path) -> dict[str, Any]:
 
 
 def _table_names(artifact: Path) -> list[str]:
-    """Tables of an artifact, but for volatile ones (speed); a folder of part files is one, named by the folder."""
+    """Tables of an artifact but for volatile ones (speed); a folder of part files is one, named by it."""
     kept = (Path(f["path"]) for f in _manifest(artifact)["files"] if not f.get("volatile"))
     found = sorted(path for path in kept if path.suffix == ".parquet")
     names = (str(p.parent if p.name.startswith("part-") else p) for p in found)
