@@ -1,4 +1,4 @@
-"""The held-out rows: which are generated, and in what order they come."""
+"""Held-out rows of a split: which are generated, and reading them."""
 
 import hashlib
 import heapq
@@ -10,13 +10,14 @@ from sft_pipeline.tables.parquet import read_batches
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutRow:
     """One tokenized row.
 
     Attributes:
-        position: Its place on its side, from 0.
+        position: Its number in the split, from 0.
         prompt: Ids of the prompt that a server would send.
         target: Ids that follow the prompt in the row: what was, or would have been, learned.
+        completion: The text that is expected as the reply.
     """
 
     position: int
@@ -28,11 +29,11 @@ class HeldOut:
 
 
 def chosen_positions(parts: Sequence[Path], limit: int | None) -> list[int]:
-    """The rows of a side that are generated, in their order: all, or `limit` of them.
+    """The rows of a split that are generated, in their order: all, or `limit` of them.
 
-    The sample is the rows with the smallest SHA-256 of their row_id: the same for every checkpoint and every recipe
-    with this limit, and mostly the same in a later snapshot. Further parts of a row that was split ("<row_id>/1")
-    begin in the middle of it: nobody would send that as a prompt, and they are not generated.
+    The sample is the rows with the smallest SHA-256 of their row_id: the same for every checkpoint and every
+    recipe with this limit, and mostly the same in a later snapshot. Further parts of a row that was split
+    ("<row_id>/1") begin in the middle of it: nobody would send that as a prompt, and they are not generated.
     """
     position = 0
     keyed: list[tuple[bytes, int]] = []
@@ -48,7 +49,7 @@ def chosen_positions(parts: Sequence[Path], limit: int | None) -> list[int]:
     return sorted(p for _, p in keyed)
 
 
-def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[HeldOut]:
+def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[HeldOutRow]:
     """The rows at these ascending positions."""
     wanted = iter(positions)
     following = next(wanted, None)
@@ -57,7 +58,7 @@ def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[H
         while following is not None and following < start + batch.num_rows:
             row = batch.slice(following - start, 1).to_pylist()[0]
             n = row["prompt_length"]
-            yield HeldOut(
+            yield HeldOutRow(
                 following,
                 row["row_id"],
                 row["group"],

@@ -1,4 +1,4 @@
-"""How a branch speaks: what ends a reply, and text from ids, as tokenized_rows recorded them."""
+"""From generated ids to a reply's text: what ends a reply, and what the template puts around it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,25 +10,8 @@ from sft_pipeline.store import Artifact
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 
-@dataclass(frozen=True)
-class Speech:
-    """How prompts become replies.
-
-    Attributes:
-        stop_ids: Tokens that end a reply.
-        stop_text: Where a template ends turns with text of several tokens: that text; the reply is cut before it.
-        pad_id: Any id of the vocabulary.
-        decode: Ids as text, special tokens left out, as servers show it.
-    """
-
-    stop_ids: frozenset[int]
-    pad_id: int
-    decode: Callable[[Sequence[int]], str]
-    stop_text: str | None = None
-
-
 def formatting_of(tokenized: Artifact) -> dict[str, Any]:
-    """formatting.json."""
+    """formatting.json of tokenized_rows."""
     return json.loads(tokenized.file("formatting.json").read_text(encoding="utf-8"))
 
 
@@ -40,27 +23,69 @@ def tokenizer_of(tokenized: Artifact) -> Tokenizer:
     """
     source = tokenized.manifest.config["tokenizer"]
     tokenizer = load_tokenizer(source, tokenized.manifest.config["revision"])
-    recorded = formatting_of(tokenized)["tokenizer_sha256"]
-    if tokenizer.sha256 != recorded:
+    if tokenizer.sha256 != formatting_of(tokenized)["tokenizer_sha256"]:
         raise InputError(
-            f"tokenizer {source}: its files are not those that {tokenized.manifest.asset} was made with; materialize it again"
+            f"tokenizer {source}: its files are not those that {tokenized.manifest.asset} was made with; "
+            "materialize it again"
         )
     return tokenizer
 
 
-def speech_of(tokenized: Artifact) -> Speech:
-    """How the rows of this artifact are spoken.
+@dataclass(frozen=True)
+class ReplyDecoder:
+    """Decodes replies to the prompts of tokenized rows.
 
-    Raises:
-        InputError: The tokenizer's files have changed since.
+    Attributes:
+        stop_ids: Tokens that end a reply.
+        pad_id: Any id of the vocabulary.
+        decode: Ids as text, special tokens left out, as servers show it.
+        stop_text: Where a template ends turns with text of several tokens: that text; the reply is cut before
+            it.
     """
-    formatting = formatting_of(tokenized)
-    backend = tokenizer_of(tokenized).backend
-    stop_ids = frozenset(formatting["stop_token_ids"])
-    pad = formatting["pad_token_id"]
-    return Speech(
-        stop_ids=stop_ids,
-        pad_id=pad if pad is not None else min(stop_ids, default=0),
-        decode=lambda ids: backend.decode(list(ids), skip_special_tokens=True),
-        stop_text=formatting["stop_text"] if formatting["stop_token_id"] is None else None,
-    )
+
+    stop_ids: frozenset[int]
+    pad_id: int
+    decode: Callable[[Sequence[int]], str]
+    stop_text: str | None = None
+
+    @classmethod
+    def of(cls, tokenized: Artifact) -> "ReplyDecoder":
+        """The decoder for the rows of a tokenized_rows artifact.
+
+        Raises:
+            InputError: The tokenizer's files have changed since.
+        """
+        formatting = formatting_of(tokenized)
+        backend = tokenizer_of(tokenized).backend
+        stop_ids = frozenset(formatting["stop_token_ids"])
+        pad = formatting["pad_token_id"]
+        return cls(
+            stop_ids=stop_ids,
+            pad_id=pad if pad is not None else min(stop_ids, default=0),
+            decode=lambda ids: backend.decode(list(ids), skip_special_tokens=True),
+            stop_text=formatting["stop_text"] if formatting["stop_token_id"] is None else None,
+        )
+
+    def reply(
+        self, ids: Sequence[int], finished: bool, *, target: Sequence[int], completion: str
+    ) -> tuple[str, bool]:
+        """(the reply as text, whether it ended by itself).
+
+        What the template itself puts around every answer (an empty thinking block, say) is removed: the model
+        has learned to write it, and the expected completion is without it.
+
+        Args:
+            ids: What was generated, without the stop token.
+            finished: Whether a stop token ended it.
+            target: The ids that follow the prompt in the training row.
+            completion: The expected reply, which `target` contains.
+        """
+        text = self.decode(ids)
+        if self.stop_text and self.stop_text in text:
+            text, finished = text.partition(self.stop_text)[0], True
+        before, found, after = self.decode(target).partition(completion)
+        if found and before.strip():
+            text = text.removeprefix(before)
+        if found and after.strip():
+            text = text.removesuffix(after)
+        return text, finished

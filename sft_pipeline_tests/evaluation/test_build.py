@@ -22,9 +22,9 @@ FULL = {"base": "base", "parameterization": "full"}
 LORA = {"base": "base", "parameterization": "lora", "lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
 
 
-class Heard(Reporter):
+class RecordingReporter(Reporter):
     def __init__(self):
-        self.lines, self.numbers, self.bars, self.shown = [], {}, set(), []
+        self.lines, self.numbers, self.bars, self.sampled = [], {}, set(), []
 
     def log(self, message, level="info"):
         self.lines.append(message)
@@ -37,7 +37,7 @@ class Heard(Reporter):
         self.numbers.setdefault(step, {}).update(values)
 
     def samples(self, rows, step):
-        self.shown += rows
+        self.sampled += rows
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def run(project, rows, trained, settings, report=None):
 
 @pytest.fixture(scope="module")
 def evaluated(project, rows, learned):
-    heard = Heard()
+    heard = RecordingReporter()
     return *run(project, rows, learned, config(gates=["format_pass_rate >= 0.9"]), heard), heard
 
 
@@ -115,9 +115,9 @@ def test_the_learned_checkpoint_is_chosen_and_beats_the_base(evaluated):
     assert heard.numbers[60]["validation/policy_pass_rate"] == pytest.approx(
         found["checkpoints"][1]["policy_pass_rate"], abs=1e-6
     )
-    assert {"evaluating step 10", "evaluating step 60", "test side, base"} <= heard.bars and heard.shown[0][
-        "base_reply"
-    ] is not None
+    assert {"evaluating step 10", "evaluating step 60", "test split, base"} <= heard.bars and heard.sampled[
+        0
+    ]["base_reply"] is not None
 
 
 def test_every_row_stays_in_the_denominator_and_cut_replies_are_counted(evaluated):
@@ -193,9 +193,9 @@ def test_without_graders_the_loss_alone_ranks_and_must_improve(project, rows, le
 
 @pytest.mark.parametrize("merges", [True, False], ids=["merged, as on a CPU", "exchanged, as on a GPU"])
 def test_adapters_are_judged_as_if_each_had_been_loaded_by_itself(project, rows, monkeypatch, merges):
-    from sft_pipeline.stages.evaluation.models import Models
+    from sft_pipeline.stages.evaluation.judge import CheckpointModels
 
-    monkeypatch.setattr(Models, "_merges", merges)
+    monkeypatch.setattr(CheckpointModels, "_merges", merges)
     from sft_pipeline.training.generate import score_nll
     from sft_pipeline.training.model import load_for_inference
 
@@ -248,7 +248,7 @@ def test_no_improvement_blocks_with_the_numbers(project, rows, learned):
     assert found["chosen_step"] == 10  # a tie: the earliest
 
 
-def test_an_empty_validation_side_blocks_with_the_remedy(project, learned):
+def test_an_empty_validation_split_blocks_with_the_remedy(project, learned):
     world = _sub(project)
     split = w.dataset(world, {"train": w.rows_of(0, 4), "test": w.rows_of(4, 2)})
     rows = w.tokenized(world, split["grouped_split"])
@@ -261,7 +261,7 @@ def test_an_empty_validation_side_blocks_with_the_remedy(project, learned):
 
 
 def test_a_grader_that_does_not_fit_the_data_stops_before_any_model_is_loaded(project, rows, learned):
-    heard = Heard()
+    heard = RecordingReporter()
     with pytest.raises(InputError, match="grader sum: no expected completion can be graded against"):
         run(
             project,

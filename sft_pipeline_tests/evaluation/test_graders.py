@@ -5,8 +5,8 @@ from pydantic import TypeAdapter
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.evaluation import graders as g
-from sft_pipeline.stages.evaluation.config import Grader as GraderConfig
-from sft_pipeline.stages.evaluation.parsing import (
+from sft_pipeline.stages.evaluation.config import GraderConfig
+from sft_pipeline.stages.evaluation.graders import (
     Unparsable,
     first_number_after,
     json_equal,

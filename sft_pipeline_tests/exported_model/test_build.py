@@ -7,9 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sft_pipeline.stages.exported_model.merge import load_exact
-from sft_pipeline.stages.exported_model.parity import difference, greedy, logits, reload_model
-from sft_pipeline.stages.exported_model.proof import probe_rows
+from sft_pipeline.stages.exported_model.lineage import machine_paths, portable, safetensors_only
+from sft_pipeline.stages.exported_model.merge import load_exact, write_tokenizer
+from sft_pipeline.stages.exported_model.verify import (
+    difference,
+    greedy,
+    logits,
+    probe_rows,
+    reload_model,
+    reload_tokenizer,
+    served_prompt,
+)
 from sft_pipeline.store import Store
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline_tests.evaluation import world as w
@@ -205,7 +213,9 @@ def test_a_trained_qlora_model_merged_in_bf16_answers_as_its_adapter_does(projec
 
 
 def test_weights_that_were_not_merged_are_found(project, inputs, monkeypatch):
-    monkeypatch.setattr("sft_pipeline.stages.exported_model.merge.merge", lambda model: model.unload())
+    monkeypatch.setattr(
+        "sft_pipeline.stages.exported_model.build.merge_adapter", lambda model: model.unload()
+    )
     checks, _, _ = export(project, inputs, LORA)
     assert (
         not checks["merged_equals_adapter"].passed
@@ -236,7 +246,6 @@ def test_a_machine_path_and_a_pickle_are_found(tmp_path):
     from safetensors.torch import save_file
 
     from sft_pipeline.project import project_root
-    from sft_pipeline.stages.exported_model.portable import machine_paths, portable, unsafe_files
 
     (tmp_path / "adapter_config.json").write_text('{\n "base": "/home/somebody/models/x"}')
     (tmp_path / "README.md").write_text(
@@ -249,7 +258,8 @@ def test_a_machine_path_and_a_pickle_are_found(tmp_path):
     )
     found = [(f["file"], f["line"]) for f in machine_paths(tmp_path)]
     assert found == [("README.md", 2), ("adapter_config.json", 2), ("model.safetensors", 1)]
-    assert unsafe_files(tmp_path) == ["optimizer.pt"]
+    unsafe = safetensors_only(tmp_path)
+    assert not unsafe.passed and unsafe.description.endswith("hide weights: optimizer.pt")
     value = {
         "base": f"{project_root()}/data/base",
         f"{project_root()}/data/x": "h",
@@ -270,8 +280,6 @@ def test_a_machine_path_and_a_pickle_are_found(tmp_path):
 @pytest.mark.parametrize("name", ["smollm2", "phi-3-mini", "qwen3", "minimind-6400", "gpt2"])
 def test_real_tokenizers_are_served_as_trained(shared_data, tmp_path, name):
     """AutoTokenizer drops SmolLM2's digit splitting and rebuilds Phi-3's from its class; the export must not."""
-    from sft_pipeline.stages.exported_model.parity import reload_tokenizer, served_prompt
-    from sft_pipeline.stages.exported_model.tokenizer_files import write_tokenizer
     from sft_pipeline.text.template import load_template
     from sft_pipeline.text.tokenizer import load_tokenizer
 

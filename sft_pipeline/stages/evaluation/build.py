@@ -1,290 +1,75 @@
-"""Builds evaluation: judges every checkpoint on the validation side, chooses, and compares with the base on the test side."""
+"""Builds evaluation: judges every checkpoint on the validation split, chooses one, compares it with the base
+on test.
+
+The test split is read once, for the chosen checkpoint and the base, after the choice.
+"""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.evaluation.compare import Comparison, compare
+from sft_pipeline.stages.evaluation import report
+from sft_pipeline.stages.evaluation.compare import PairedComparison, compare
 from sft_pipeline.stages.evaluation.config import EvaluationConfig, EvaluationStageConfig
 from sft_pipeline.stages.evaluation.graders import Grader, check_expected, make_graders
-from sft_pipeline.stages.evaluation.judge import Judgement, Side, judge
-from sft_pipeline.stages.evaluation.models import Models
-from sft_pipeline.stages.evaluation.samples import SamplesWriter
-from sft_pipeline.stages.evaluation.select import Candidate, Gate, Selection, select
-from sft_pipeline.stages.evaluation.shown import (
-    checkpoint_rows,
-    comparison_markdown,
-    plot_checkpoints,
-    plot_comparison,
-    some_samples,
+from sft_pipeline.stages.evaluation.judge import (
+    CheckpointModels,
+    HeldOutSplit,
+    Judge,
+    Judgement,
+    SamplesWriter,
+    checkpoints_of,
 )
-from sft_pipeline.stages.evaluation.verdicts import (
-    TEST_LOSS,
-    gates_passed,
-    graded_rows,
-    improvement,
-    replies_end,
-    selection_explained,
-)
-from sft_pipeline.stages.stage import Build, Built, markdown, number, plot, table, text
-from sft_pipeline.store import Artifact
+from sft_pipeline.stages.evaluation.select import Candidate, Gate, Selection, better, select
+from sft_pipeline.stages.stage import Build, Built, Check, number, table
 from sft_pipeline.store.files import write_json
-from sft_pipeline.tables.held_out import chosen_positions, held_out_rows
-from sft_pipeline.tables.parquet import count_rows
-from sft_pipeline.text.reply import Speech, speech_of
+from sft_pipeline.tables.held_out import held_out_rows
+from sft_pipeline.text.reply import ReplyDecoder
+
+TEST_LOSS = "test_loss"  # on the test split, what is `val_loss` on the validation split
+MAX_UNFINISHED = 0.05
 
 
 def build(b: Build) -> Built:
+    """Writes evaluation.json and samples.parquet."""
     stage_config: EvaluationStageConfig = b.config
     config = stage_config.evaluation
     tokenized = b.inputs["tokenized_rows"]
     checkpoints = checkpoints_of(b.inputs["trained_checkpoints"])
     graders = make_graders(config.graders)
-    validation, test = (side_of(tokenized, name, config, bool(graders)) for name in ("validation", "test"))
-    ungradable = {s.name: check_side(s, graders, b.report) for s in (validation, test)}
-    speech = speech_of(tokenized)
-    models = Models(stage_config.model, checkpoints, b.report)
-    samples = SamplesWriter(b.out / "samples.parquet", [g.name for g in graders])
-    try:
-        judged = _judge_checkpoints(models, validation, config, graders, speech, samples, b.report)
-        selection = _choose(judged, config)
+    validation, test = (HeldOutSplit.of(tokenized, name, config) for name in ("validation", "test"))
+    ungradable = {s.name: _ungradable(s, graders, b.report) for s in (validation, test)}
+    decoder = ReplyDecoder.of(tokenized)
+    models = CheckpointModels(stage_config.model, checkpoints)
+    with SamplesWriter(b.out / "samples.parquet", graders) as samples:
+        judge = Judge(config, graders, decoder, samples, b.report).judge
+        judged: dict[int, Judgement] = {}
+        for step in checkpoints:
+            judged[step] = judge(models.tuned(step), validation, step, f"evaluating step {step}")
+            report.checkpoint_judged(b.report, step, judged[step])
+        candidates = [Candidate(step, j.measures()) for step, j in judged.items()]
+        selection = select(candidates, [Gate.parse(g) for g in config.gates], config.rank_by)
         b.report.log(f"chosen: {selection.why}")
-        tuned, base, shown = _judge_test(
-            models, selection.step, test, config, graders, speech, samples, b.report
-        )
-    finally:
-        samples.close()
-    comparisons = compare_sides(base, tuned, test, graders, config)
-    _report_test(comparisons, selection.step, shown, b.report)
-    groups = {s.name: _groups(s.parts) for s in (validation, test)}
-    write_json(
-        b.out / "evaluation.json",
-        rounded(
-            _summary(
-                config, judged, selection, base, tuned, comparisons, (validation, test), groups, ungradable
-            )
-        ),
-    )
-    return Built(
-        counts={
-            "checkpoints": len(judged),
-            "validation_rows": count_rows(validation.parts),
-            "validation_generated": len(validation.positions),
-            "test_rows": count_rows(test.parts),
-            "test_groups": len(set(groups["test"])),
-            "test_generated": len(test.positions),
-            "unfinished_base": base.unfinished,
-            "unfinished_tuned": tuned.unfinished,
-            "chosen_step": selection.step,
-        },
-        checks=(
-            gates_passed(selection, config, count_rows(validation.parts)),
-            improvement({c.name: c for c in comparisons}, config),
-            selection_explained(selection),
-            replies_end(tuned.unfinished, len(test.positions), config),
-        ),
-        volatile=("plots/",),
-        evidence={
-            **_plots(b.out, comparisons, selection),
-            "base_vs_tuned": markdown(comparison_markdown(comparisons)),
-            "checkpoints": table(checkpoint_rows(selection)),
-            "choice": text(selection.why),
-            "samples": table(shown),
-            **{
-                f"tuned_{c.name}": number(c.tuned.value) for c in comparisons if not math.isnan(c.tuned.value)
-            },
-            **{f"base_{c.name}": number(c.base.value) for c in comparisons if not math.isnan(c.base.value)},
-        },
-    )
-
-
-def checkpoints_of(trained: Artifact) -> dict[int, Path]:
-    """{step: folder} of the checkpoints of a training, by step.
-
-    Raises:
-        InputError: There are none.
-    """
-    found = {
-        int(p.name.removeprefix("checkpoint-")): p
-        for p in trained.path.glob("checkpoint-*")
-        if (p / "bundle.json").is_file()
-    }
-    if not found:
-        raise InputError(f"{trained.manifest.asset}: no checkpoint in {trained.path}; materialize it again")
-    return dict(sorted(found.items()))
-
-
-def side_of(tokenized: Artifact, name: str, config: EvaluationConfig, generated: bool) -> Side:
-    """A held-out side; without graders nothing is generated."""
-    parts = tokenized.parts(name)
-    return Side(name, parts, chosen_positions(parts, config.max_rows) if generated else [])
-
-
-def check_side(side: Side, graders: Sequence[Grader], report: Reporter) -> dict[str, int]:
-    """For each grader, how many expected completions it cannot grade against; told as a warning."""
-    if not side.positions:
-        return {}
-    counts = check_expected(
-        graders, [(r.row_id, r.completion) for r in held_out_rows(side.parts, side.positions)]
-    )
-    if line := graded_rows(counts, len(side.positions)):
-        report.log(f"{side.name}: {line}", level="warning")
-    return counts
-
-
-def _judge_checkpoints(
-    models: Models,
-    side: Side,
-    config: EvaluationConfig,
-    graders: Sequence[Grader],
-    speech: Speech,
-    samples: SamplesWriter,
-    report: Reporter,
-) -> dict[int, Judgement]:
-    judged = {}
-    for step in models.checkpoints:
-        found = judge(
-            models.tuned(step),
-            side,
-            config,
-            graders,
-            speech,
-            report,
-            name=f"evaluating step {step}",
-            keep=samples.keeper(side.name, step),
-        )
-        judged[step] = found
-        values = {"val_loss": found.loss, **found.means()}
-        report.metrics({f"validation/{k}": v for k, v in values.items() if not math.isnan(v)}, step=step)
-        report.log(
-            f"step {step}: "
-            + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
-            + (f", {found.unfinished} replies cut" if found.unfinished else "")
-        )
-    return judged
-
-
-def _choose(judged: Mapping[int, Judgement], config: EvaluationConfig) -> Selection:
-    candidates = [Candidate(step, {**j.means(), "val_loss": j.loss}) for step, j in judged.items()]
-    return select(candidates, [Gate.parse(g) for g in config.gates], config.rank_by)
-
-
-def _judge_test(
-    models: Models,
-    step: int,
-    side: Side,
-    config: EvaluationConfig,
-    graders: Sequence[Grader],
-    speech: Speech,
-    samples: SamplesWriter,
-    report: Reporter,
-) -> tuple[Judgement, Judgement, list[dict[str, Any]]]:
-    """(tuned, base, a few samples with both replies)."""
-    kept: list[dict[str, Any]] = []
-    keep = samples.keeper(side.name, step)
-
-    def keep_tuned(rows: list[dict[str, Any]]) -> None:
-        keep(rows)
-        kept.extend(rows if len(kept) < 1000 else [])
-
-    tuned = judge(
-        models.tuned(step),
-        side,
-        config,
-        graders,
-        speech,
-        report,
-        name=f"test side, step {step}",
-        keep=keep_tuned,
-    )
-    shown = some_samples(kept)
-    wanted = {s["row_id"]: s for s in shown}
-    keep_base = samples.keeper(side.name, None)
-
-    def add_base(rows: list[dict[str, Any]]) -> None:
-        keep_base(rows)
-        for row in rows:
-            if row["row_id"] in wanted:
-                wanted[row["row_id"]]["base_reply"] = row["reply"]
-
-    with models.base() as model:
-        base = judge(model, side, config, graders, speech, report, name="test side, base", keep=add_base)
-    return tuned, base, shown
-
-
-def compare_sides(
-    base: Judgement, tuned: Judgement, side: Side, graders: Sequence[Grader], config: EvaluationConfig
-) -> list[Comparison]:
-    """One comparison for each grader, on the generated rows, and one of the loss, on all rows."""
-    groups = _groups(side.parts)
-    generated = [groups[p] for p in side.positions]
-    found = [
-        compare(g.name, base.scores[g.name], tuned.scores[g.name], generated, seed=config.decoding.seed)
-        for g in graders
-    ]
-    loss = compare(
-        TEST_LOSS,
-        base.nll,
-        tuned.nll,
-        groups,
-        weights=base.tokens,
-        lower_is_better=True,
-        seed=config.decoding.seed,
-    )
-    return [*found, loss]
-
-
-def _groups(parts: Sequence[Path]) -> list[str]:
-    import pyarrow.parquet as pq
-
-    return [g for part in parts for g in pq.read_table(part, columns=["group"]).column(0).to_pylist()]
-
-
-def _report_test(
-    comparisons: Sequence[Comparison], step: int, shown: list[dict[str, Any]], report: Reporter
-) -> None:
-    values: dict[str, float] = {}
-    for c in comparisons:
-        values |= {
-            f"test/base_{c.name}": c.base.value,
-            f"test/tuned_{c.name}": c.tuned.value,
-            f"test/difference_{c.name}": c.difference.value,
-        }
-    report.metrics({k: v for k, v in values.items() if not math.isnan(v)}, step=step)
-    if shown:
-        report.samples(shown, step=step)
-
-
-def _summary(
-    config: EvaluationConfig,
-    judged: Mapping[int, Judgement],
-    selection: Selection,
-    base: Judgement,
-    tuned: Judgement,
-    comparisons: Sequence[Comparison],
-    sides: Sequence[Side],
-    groups: Mapping[str, list[str]],
-    ungradable: Mapping[str, dict[str, int]],
-) -> dict[str, Any]:
-    """evaluation.json. Numbers that could not be measured are null."""
+        step = selection.step
+        tuned = judge(models.tuned(step), test, step, f"test split, step {step}")
+        with models.base() as model:
+            base = judge(model, test, None, "test split, base")
+    comparisons = _compare_on_test(base, tuned, test, graders, config)
+    groups = {s.name: len(set(s.groups())) for s in (validation, test)}
     found = {c.name: c.to_json() for c in comparisons}
-    table_rows = {r["step"]: r for r in checkpoint_rows(selection)}
-    return {
+    rows = {r["step"]: r for r in selection.to_json()}
+    evaluation = {
         "format": 1,
-        "chosen_step": selection.step,
+        "chosen_step": step,
         "why": selection.why,
         "gates": list(config.gates),
         "gates_passed": selection.passed,
         "rank_by": list(config.rank_by),
         "lowest_val_loss_step": selection.lowest_loss,
         "checkpoints": [
-            {**table_rows[step], "unfinished": j.unfinished, "supervised_tokens": int(j.tokens.sum())}
+            {**rows[step], "unfinished": j.unfinished, "supervised_tokens": int(j.tokens.sum())}
             for step, j in judged.items()
         ],
         "base": {name: c["base"]["value"] for name, c in found.items()},
@@ -293,34 +78,185 @@ def _summary(
         "comparison": found,
         "sides": {
             s.name: {
-                "rows": count_rows(s.parts),
-                "groups": len(set(groups[s.name])),
+                "rows": s.rows,
+                "groups": groups[s.name],
                 "generated": len(s.positions),
                 "ungradable": ungradable[s.name],
             }
-            for s in sides
+            for s in (validation, test)
         },
         "unfinished": {"base": base.unfinished, "tuned": tuned.unfinished},
         "decoding": json.loads(config.decoding.model_dump_json()),
         "max_new_tokens": config.max_new_tokens,
     }
+    write_json(b.out / "evaluation.json", _rounded(evaluation))
+    return Built(
+        counts={
+            "checkpoints": len(judged),
+            "validation_rows": validation.rows,
+            "validation_generated": len(validation.positions),
+            "test_rows": test.rows,
+            "test_groups": groups["test"],
+            "test_generated": len(test.positions),
+            "unfinished_base": base.unfinished,
+            "unfinished_tuned": tuned.unfinished,
+            "chosen_step": selection.step,
+        },
+        checks=(
+            gates_passed(selection, config, validation.rows),
+            improvement({c.name: c for c in comparisons}, config),
+            selection_explained(selection),
+            replies_end(tuned.unfinished, len(test.positions), config),
+        ),
+        volatile=("plots/",),
+        evidence=report.evidence(b.out, comparisons, selection, b.report),
+    )
 
 
-def rounded(value: Any) -> Any:
+def build_trial_judgement(b: Build) -> Built:
+    """Judges one training's last checkpoint on the validation split: what a sweep compares. Test is not read.
+
+    Writes judgement.json (null for what could not be measured) and samples.parquet.
+    """
+    stage_config: EvaluationStageConfig = b.config
+    config = stage_config.evaluation
+    tokenized = b.inputs["tokenized_rows"]
+    checkpoints = checkpoints_of(b.inputs["trial_training"])
+    step = max(checkpoints)
+    graders = make_graders(config.graders)
+    split = HeldOutSplit.of(tokenized, "validation", config)
+    ungradable = _ungradable(split, graders, b.report)
+    decoder = ReplyDecoder.of(tokenized)
+    model = CheckpointModels(stage_config.model, checkpoints).tuned(step)
+    with SamplesWriter(b.out / "samples.parquet", graders) as samples:
+        judge = Judge(config, graders, decoder, samples, b.report)
+        judgement = judge.judge(model, split, step, "judging on the validation split")
+    measures = {k: None if math.isnan(v) else v for k, v in judgement.measures().items()}
+    found = {
+        "format": 1,
+        "step": step,
+        "scores": measures,
+        "rows": split.rows,
+        "generated": len(split.positions),
+        "unfinished": judgement.unfinished,
+        "ungradable": ungradable,
+    }
+    write_json(b.out / "judgement.json", _rounded(found))
+    return Built(
+        counts={
+            "validation_rows": split.rows,
+            "validation_generated": len(split.positions),
+            "unfinished": judgement.unfinished,
+            "step": step,
+        }
+    )
+
+
+def _ungradable(split: HeldOutSplit, graders: Sequence[Grader], reporter: Reporter) -> dict[str, int]:
+    """For each grader, how many expected completions it cannot grade against; logged as a warning."""
+    if not split.positions:
+        return {}
+    rows = held_out_rows(split.parts, split.positions)
+    counts = check_expected(graders, [(r.row_id, r.completion) for r in rows])
+    if found := [f"{name} {n}" for name, n in counts.items() if n]:
+        reporter.log(
+            f"{split.name}: expected completions that a grader cannot grade against (they score 0), "
+            f"of {len(split.positions)}: {', '.join(found)}",
+            "warning",
+        )
+    return counts
+
+
+def _compare_on_test(
+    base: Judgement, tuned: Judgement, test: HeldOutSplit, graders: Sequence[Grader], config: EvaluationConfig
+) -> list[PairedComparison]:
+    """One comparison for each grader, on the generated rows, and one of the loss, on all rows."""
+    groups, seed = test.groups(), config.decoding.seed
+    generated = [groups[p] for p in test.positions]
+    found = [
+        compare(g.name, base.scores[g.name], tuned.scores[g.name], generated, seed=seed) for g in graders
+    ]
+    loss = compare(
+        TEST_LOSS, base.nll, tuned.nll, groups, weights=base.tokens, lower_is_better=True, seed=seed
+    )
+    return [*found, loss]
+
+
+def _rounded(value: Any) -> Any:
     """Floats to six decimals: what lies behind them depends on how many threads summed."""
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [rounded(v) for v in value]
+        return [_rounded(v) for v in value]
     return round(value, 6) if isinstance(value, float) else value
 
 
-def _plots(out: Path, comparisons: Sequence[Comparison], selection: Selection) -> dict[str, Any]:
-    plot_checkpoints(out / "plots" / "checkpoints.png", selection)
-    found = {"scores_over_steps": plot("plots/checkpoints.png")}
-    if any(np.isfinite(c.tuned.value) for c in comparisons):
-        plot_comparison(
-            out / "plots" / "base_vs_tuned.png", [c for c in comparisons if np.isfinite(c.tuned.value)]
+def gates_passed(selection: Selection, config: EvaluationConfig, rows: int) -> Check:
+    """Blocking: the chosen checkpoint passes every gate, measured on the validation split of so many rows."""
+    chosen = next(r for r in selection.table if r["step"] == selection.step)
+    gates = ", ".join(config.gates)
+    if not config.gates:
+        description = f"no gates are set; step {selection.step} was chosen: {selection.why}"
+    elif not rows:
+        description = (
+            f"the validation split has no rows, so that no checkpoint can be judged against {gates}: "
+            "raise split.validation"
         )
-        found = {"base_vs_tuned_plot": plot("plots/base_vs_tuned.png"), **found}
-    return found
+    elif selection.passed:
+        names = dict.fromkeys(g.split()[0] for g in config.gates)
+        scores = ", ".join(f"{name} {chosen[name]:.4g}" for name in names)
+        description = f"step {selection.step} passes {gates} with {scores}"
+    else:
+        description = selection.why
+    return Check("gates_passed", selection.passed, description, {"checkpoints": table(selection.table)})
+
+
+def improvement(comparisons: Mapping[str, PairedComparison], config: EvaluationConfig) -> Check:
+    """Blocking: the chosen checkpoint is strictly better than the base on the first ranking term, on test."""
+    term = config.rank_by[0]
+    name = term.lstrip("-")
+    found = comparisons[TEST_LOSS if name == "val_loss" else name]
+    base, tuned, difference = found.base, found.tuned, found.difference
+    if math.isnan(tuned.value):
+        passed, evidence = False, {}
+        description = f"{found.name} cannot be measured: the test split has no rows. Raise split.test"
+    else:
+        passed = better(tuned.value, base.value, term)
+        values = found.to_json()
+        row = {"measure": found.name, **values["difference"], "p_value": values["p_value"]}
+        row |= {"wins": found.wins, "losses": found.losses, "ties": found.ties}
+        evidence = {"base": number(base.value), "tuned": number(tuned.value), "difference": table([row])}
+        word = "below" if found.lower_is_better else "above"
+        description = (
+            f"tuned {tuned.value:.4g} is {'' if passed else 'not '}{word} "
+            f"base {base.value:.4g} on {found.name} ({found.rows} test rows, {found.groups} groups; "
+            f"difference {difference.value:+.4g}, "
+            f"95 % interval {difference.low:+.4g} to {difference.high:+.4g}; "
+            f"{found.wins} better, {found.losses} worse, p = {found.p_value:.2g})"
+        )
+    if not config.require_improvement:
+        passed = True
+        description = f"not required (evaluation.require_improvement is false): {description}"
+    return Check("improvement", passed, description, evidence)
+
+
+def selection_explained(selection: Selection) -> Check:
+    """Informational: the choice in words, and whether the lowest loss would have chosen differently."""
+    note = "; it also has the lowest val_loss" if selection.lowest_loss == selection.step else ""
+    return Check("selection_explained", True, selection.why + note, {"checkpoints": table(selection.table)})
+
+
+def replies_end(unfinished: int, generated: int, config: EvaluationConfig) -> Check:
+    """A warning: replies that were cut are graded as they are, so that a limit too low costs score."""
+    share = unfinished / generated if generated else 0.0
+    description = (
+        f"{unfinished} of {generated} test replies of the tuned model were cut "
+        f"at max_new_tokens {config.max_new_tokens}"
+    )
+    if share > MAX_UNFINISHED:
+        description += (
+            "; they were graded as they are. Raise evaluation.max_new_tokens, "
+            "or see whether the model learned to stop"
+        )
+    evidence = {"unfinished": number(unfinished), "share": number(share)}
+    return Check("replies_end", share <= MAX_UNFINISHED, description, evidence)

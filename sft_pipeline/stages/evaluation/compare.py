@@ -1,8 +1,8 @@
 """Base and tuned on the same rows: means, their difference, confidence intervals and an exact paired test.
 
-Rows of one group are not independent, so the bootstrap draws whole groups with replacement (a cluster bootstrap;
-Cameron, Gelbach and Miller 2008), both models by the same draw. The paired test is the exact two-sided sign test on
-the rows where the two differ; for pass/fail scores this is McNemar's exact test.
+Rows of one group are not independent, so the bootstrap draws whole groups with replacement (a cluster
+bootstrap; Cameron, Gelbach and Miller 2008), both models by the same draw. The paired test is the exact
+two-sided sign test on the rows where the two differ; for pass/fail scores this is McNemar's exact test.
 """
 
 import math
@@ -18,8 +18,8 @@ _CELLS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % confidence interval (percentiles of the bootstrap); all NaN where there are no rows."""
+class ConfidenceInterval:
+    """A value with its 95 % confidence interval (percentiles of the bootstrap); all NaN without rows."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """One measure of both models on the same rows.
 
     Attributes:
@@ -41,9 +41,9 @@ class Comparison:
     lower_is_better: bool
     rows: int
     groups: int
-    base: Interval
-    tuned: Interval
-    difference: Interval
+    base: ConfidenceInterval
+    tuned: ConfidenceInterval
+    difference: ConfidenceInterval
     p_value: float
     wins: int
     losses: int
@@ -70,7 +70,7 @@ def compare(
     lower_is_better: bool = False,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> Comparison:
+) -> PairedComparison:
     """Compares two models, paired by row.
 
     Args:
@@ -84,8 +84,8 @@ def compare(
     names, member = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     n_groups = len(names)
     if len(a) == 0 or w.sum() == 0:
-        nothing = Interval(math.nan, math.nan, math.nan)
-        return Comparison(
+        nothing = ConfidenceInterval(math.nan, math.nan, math.nan)
+        return PairedComparison(
             name, lower_is_better, len(a), n_groups, nothing, nothing, nothing, math.nan, 0, 0, 0
         )
     per_group = np.stack(
@@ -102,7 +102,7 @@ def compare(
     row_a, row_b = (x / np.where(w > 0, w, 1) for x in (a, b))
     higher, lower = int((row_b > row_a).sum()), int((row_b < row_a).sum())
     wins, losses = (lower, higher) if lower_is_better else (higher, lower)
-    return Comparison(
+    return PairedComparison(
         name=name,
         lower_is_better=lower_is_better,
         rows=len(a),
@@ -129,30 +129,31 @@ def _resampled(per_group: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     return np.concatenate(sums, axis=1)
 
 
-def _interval(value: float, drawn: np.ndarray) -> Interval:
+def _interval(value: float, drawn: np.ndarray) -> ConfidenceInterval:
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
-    return Interval(float(value), float(low), float(high))
+    return ConfidenceInterval(float(value), float(low), float(high))
 
 
-def _widened(found: Interval, scores: np.ndarray, groups: int) -> Interval:
-    """Where every row passes, or every row fails, a bootstrap sees no uncertainty at all: the exact binomial interval
-    (Clopper and Pearson 1934) with the groups as trials takes its place."""
+def _widened(found: ConfidenceInterval, scores: np.ndarray, groups: int) -> ConfidenceInterval:
+    """Where every row passes, or every row fails, a bootstrap sees no uncertainty at all: the exact binomial
+    interval (Clopper and Pearson 1934) with the groups as trials takes its place."""
     slack = 1 - 0.025 ** (1 / groups)
     if (scores == 1).all():
-        return Interval(found.value, 1 - slack, 1.0)
+        return ConfidenceInterval(found.value, 1 - slack, 1.0)
     if (scores == 0).all():
-        return Interval(found.value, 0.0, slack)
+        return ConfidenceInterval(found.value, 0.0, slack)
     return found
 
 
-def _difference(base: Interval, tuned: Interval, drawn: np.ndarray) -> Interval:
-    """The bootstrap's interval, or where it has no width the two models' own ones combined (Newcombe 1998)."""
+def _difference(base: ConfidenceInterval, tuned: ConfidenceInterval, drawn: np.ndarray) -> ConfidenceInterval:
+    """The bootstrap's interval, or where it has no width the two models' own ones combined (Newcombe
+    1998)."""
     found = _interval(tuned.value - base.value, drawn)
     if found.low != found.high or math.isnan(found.low):
         return found
     below = math.hypot(tuned.value - tuned.low, base.high - base.value)
     above = math.hypot(tuned.high - tuned.value, base.value - base.low)
-    return Interval(found.value, found.value - below, found.value + above)
+    return ConfidenceInterval(found.value, found.value - below, found.value + above)
 
 
 def sign_test(wins: int, losses: int) -> float:

@@ -61,7 +61,7 @@ class PythonGrader(Config):
     callable: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", description="module:function")]
 
 
-Grader = Annotated[
+GraderConfig = Annotated[
     JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader,
     Field(discriminator="kind"),
 ]
@@ -76,16 +76,16 @@ class DecodingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """The judgement on held-out behaviour."""
+    """How checkpoints are judged on held-out behaviour, and how one is chosen."""
 
-    graders: list[Grader] = []
+    graders: list[GraderConfig] = []
     gates: Annotated[list[str], Field(description='for example "format_pass_rate >= 0.98"')] = []
     rank_by: Annotated[
         list[str], Field(min_length=1, description="names in order of weight; a minus means lower is better")
     ] = ["-val_loss"]
     require_improvement: bool = True
     max_rows: Annotated[
-        int | None, Field(ge=1, description="rows per side that are generated; null: all")
+        int | None, Field(ge=1, description="rows per split that are generated; null: all")
     ] = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -97,19 +97,16 @@ class EvaluationConfig(Config):
         if len(set(names)) != len(names):
             raise ValueError(f"two graders share a name: {names}")
         known = {*names, "val_loss"}
+        listed = ", ".join(sorted(known))
         for gate in self.gates:
             words = gate.split()
             if len(words) != 3 or words[1] not in (">=", ">", "<=", "<", "==") or not _is_number(words[2]):
                 raise ValueError(f'gate "{gate}": write it as "NAME >= NUMBER" (also >, <=, <, ==)')
             if words[0] not in known:
-                raise ValueError(
-                    f'gate "{gate}": no grader is named {words[0]}; known: {", ".join(sorted(known))}'
-                )
+                raise ValueError(f'gate "{gate}": no grader is named {words[0]}; known: {listed}')
         for term in self.rank_by:
             if term.lstrip("-") not in known:
-                raise ValueError(
-                    f"rank_by {term}: no grader is named {term.lstrip('-')}; known: {', '.join(sorted(known))}"
-                )
+                raise ValueError(f"rank_by {term}: no grader is named {term.lstrip('-')}; known: {listed}")
         return self
 
 

@@ -1,9 +1,9 @@
 """Graders: a reply and the expected completion in, a score out.
 
-What holds for every kind: an empty reply scores 0 and stays in the denominator; so does one that cannot be parsed.
-A reply that was cut at `max_new_tokens` is graded as it is. What the user can mend (a schema that is none, an import
-that fails, an exception inside a Python grader, expected completions that cannot be graded) raises InputError naming
-the grader, and the row where there is one; it is never a silent 0.
+What holds for every kind: an empty reply scores 0 and stays in the denominator; so does one that cannot be
+parsed. A reply that was cut at `max_new_tokens` is graded as it is. What the user can fix (an invalid schema,
+a failing import, an exception inside a Python grader, expected completions that cannot be graded) raises
+InputError naming the grader, and the row where there is one; it is never a silent 0.
 """
 
 import importlib
@@ -19,27 +19,16 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import (
     ExactMatchGrader,
+    GraderConfig,
     JsonFieldsGrader,
     JsonSchemaGrader,
     NumericAnswerGrader,
     PythonGrader,
     RegexGrader,
 )
-from sft_pipeline.stages.evaluation.parsing import (
-    MISSING,
-    Unparsable,
-    field_of,
-    first_number_after,
-    json_equal,
-    last_number,
-    parse_json,
-)
 
-GraderConfig = (
-    JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader
-)
 Row = Mapping[str, Any]
-"""What a Python grader sees of a row: row_id, group, prompt (text), completion."""
+"""What a Python grader is given of a row: row_id, group, prompt (text), completion."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,8 @@ class Grader:
     Attributes:
         score: (reply, completion, row) -> score; never called with an empty reply.
         expects: From a completion, why it cannot be graded against, or None where it can.
-        lacks: From a completion, what the grader asks for and does not find; must not be lacking everywhere.
+        lacks: From a completion, the fields that the grader reads and that are absent; a field that is absent
+            from every completion is an error.
     """
 
     name: str
@@ -82,8 +72,8 @@ def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, s
         completions: (row_id, expected completion).
 
     Raises:
-        InputError: A grader can grade none of them, or asks for a field that none of them has: it does not fit this
-            dataset, and its scores would say nothing.
+        InputError: A grader can grade none of them, or asks for a field that none of them has: it does not
+            fit this dataset, and its scores would say nothing.
     """
     counts = {}
     for grader in graders:
@@ -98,22 +88,24 @@ def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, s
             row_id, why = bad[0]
             raise InputError(
                 f"grader {grader.name}: no expected completion can be graded against; row {row_id}: {why}. "
-                "Mend the grader in the recipe, or take one which fits these completions"
+                "Fix the grader in the recipe, or use one that fits these completions"
             )
         lacking = set.intersection(*(set(grader.lacks(c)) for c in usable)) if usable else set()
         if lacking:
             raise InputError(
-                f"grader {grader.name}: no expected completion has the field {sorted(lacking)[0]!r}; is it misspelt?"
+                f"grader {grader.name}: no expected completion has the field {sorted(lacking)[0]!r}; "
+                "is it misspelt?"
             )
         counts[grader.name] = len(bad)
     return counts
 
 
-# -- the kinds ---------------------------------------------------------------------------------------------------
+# The kinds of graders.
 
 
 def _json_schema(config: JsonSchemaGrader) -> Grader:
-    """JSON Schema, in the draft which the schema names (2020-12 by default). `format` is an annotation, as there."""
+    """JSON Schema, in the draft which the schema names (2020-12 by default). `format` is an annotation, as
+    there."""
     import jsonschema
     import referencing
     import referencing.exceptions
@@ -126,7 +118,8 @@ def _json_schema(config: JsonSchemaGrader) -> Grader:
         raise InputError(
             f"grader {config.name}: not a JSON Schema: {error.message} (at {error.json_path})"
         ) from error
-    # An empty registry: a `$ref` to elsewhere is an error, never a download that the fingerprint does not cover.
+    # An empty registry: a `$ref` to elsewhere is an error, never a download that the fingerprint does not
+    # cover.
     validator = kind(schema, registry=referencing.Registry())
 
     def score(reply: str, _completion: str, _row: Row) -> float:
@@ -136,7 +129,8 @@ def _json_schema(config: JsonSchemaGrader) -> Grader:
             return 0.0
         except referencing.exceptions.Unresolvable as error:
             raise InputError(
-                f"grader {config.name}: the schema refers to {error.ref!r}, which is not inside it: put it under $defs"
+                f"grader {config.name}: the schema refers to {error.ref!r}, which is not inside it: "
+                "put it under $defs"
             ) from error
 
     return Grader(config.name, score)
@@ -178,7 +172,8 @@ def _json_fields(config: JsonFieldsGrader) -> Grader:
             got, want = parse_json(reply), parse_json(completion)
         except Unparsable:
             return 0.0
-        # Absent on both sides is agreement: fields may be optional. `lacks` catches a field that exists nowhere.
+        # Absent on both sides is agreement: fields may be optional. `lacks` catches a field that exists
+        # nowhere.
         return float(all(json_equal(field_of(got, f), field_of(want, f)) for f in config.fields))
 
     return Grader(config.name, score, expects, lacks)
@@ -236,6 +231,7 @@ def _numeric_answer(config: NumericAnswerGrader) -> Grader:
 def _python(config: PythonGrader) -> Grader:
     module_name, _, function_name = config.callable.partition(":")
     root = str(project_root())
+    # Process-wide, and on purpose: the grader's own imports of project modules must be found too.
     if root not in sys.path:
         sys.path.insert(0, root)
     try:
@@ -254,7 +250,8 @@ def _python(config: PythonGrader) -> Grader:
             value = function(reply, completion, dict(row))
         except Exception as error:
             raise InputError(
-                f"{where}: {config.callable} raised {type(error).__name__}: {error}. A reply it cannot read should score 0"
+                f"{where}: {config.callable} raised {type(error).__name__}: {error}. "
+                "A reply it cannot read should score 0"
             ) from error
         try:
             number = float(value)
@@ -275,3 +272,114 @@ _MAKERS: dict[type, Callable[[Any], Grader]] = {
     NumericAnswerGrader: _numeric_answer,
     PythonGrader: _python,
 }
+
+
+# Reading replies: strict JSON, and numbers as people write them.
+
+
+class Unparsable(ValueError):
+    """The text is not JSON in the sense of RFC 8259 with unique keys."""
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+MISSING = _Missing()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [k for k, _ in pairs]
+        raise Unparsable(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise Unparsable(f"{name} is not JSON")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; surrounding white space is allowed, anything else around it is not.
+
+    Raises:
+        Unparsable: Not JSON, a repeated key, NaN or Infinity, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except Unparsable:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Unparsable(str(error) or type(error).__name__) from error
+
+
+def field_of(value: Any, name: str) -> Any:
+    """A field of an object by its name, or by a dotted path (`subject.id`) where no key has that very
+    name."""
+    if isinstance(value, dict) and name in value:
+        return value[name]
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return MISSING
+        value = value[part]
+    return value
+
+
+def json_equal(a: Any, b: Any) -> bool:
+    """Equality of JSON values: 1 equals 1.0 but not true, at any depth."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(json_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(json_equal(x, y) for x, y in zip(a, b))
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return a == b
+    return type(a) is type(b) and a == b
+
+
+# Digits with thousands commas, or plain, with a decimal part; not from the middle of a longer number.
+_DIGITS = (
+    r"(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|(?<!\d)\.\d+)"
+)
+# A minus is a sign unless it follows a digit, a letter or a closing bracket ("10-5", "T-5").
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w)\]])[-+]\s?)?(?P<unit>[$€£¥]\s?)?(?P<sign2>(?<=[$€£¥])-)?"
+    r"(?:(?P<whole>\d+)\s+(?P<top>\d+)/(?P<bottom>\d+)|(?P<top2>\d+)/(?P<bottom2>\d+)(?!\d*/)"
+    rf"|(?P<number>{_DIGITS}))"
+)
+
+
+def _value(match: re.Match[str]) -> float | None:
+    parts = match.groupdict()
+    if parts["number"] is not None:
+        value = float(parts["number"].replace(",", ""))
+    else:
+        bottom = int(parts["bottom"] or parts["bottom2"])
+        if bottom == 0:
+            return None
+        value = int(parts["whole"] or 0) + int(parts["top"] or parts["top2"]) / bottom
+    negative = (parts["sign"] or "").strip() == "-" or parts["sign2"] is not None
+    if not math.isfinite(value):
+        return None
+    return -value if negative else value
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of a text in order: `-1,234.5`, `$18`, `3/4`, `2 1/2`, `1e3`, `40%` (a unit: 40)."""
+    found = (_value(m) for m in _NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")))
+    return [v for v in found if v is not None]
+
+
+def last_number(text: str) -> float | None:
+    found = numbers(text)
+    return found[-1] if found else None
+
+
+def first_number_after(text: str, mark: str) -> float | None:
+    """The first number after the last occurrence of `mark`; None where either is absent."""
+    _, there, tail = text.rpartition(mark)
+    found = numbers(tail) if there else []
+    return found[0] if found else None

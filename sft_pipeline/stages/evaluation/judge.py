@@ -1,46 +1,156 @@
-"""Judges one model on one held-out side: the loss of every row, and the graders' scores of the generated replies."""
+"""Judges checkpoints: the loss of every held-out row, and the graders' scores of generated replies."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
-from sft_pipeline.tables.held_out import HeldOut, held_out_rows
-from sft_pipeline.tables.parquet import count_rows, read_batches
-from sft_pipeline.text.reply import Speech
+from sft_pipeline.store import Artifact
+from sft_pipeline.tables.held_out import HeldOutRow, chosen_positions, held_out_rows
+from sft_pipeline.tables.parquet import FileWriter, count_rows, read_batches
+from sft_pipeline.text.reply import ReplyDecoder
+from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.generate import Reply, generate, score_nll
-from sft_pipeline.training.threads import threads_for
+from sft_pipeline.training.model import load_for_inference, training_device
+from sft_pipeline.training.process import threads_for
 
 ROWS_AT_ONCE = 4096
-T = TypeVar("T")
+SAMPLE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply", "expected", "finished")
+
+
+def checkpoints_of(trained: Artifact) -> dict[int, Path]:
+    """{step: folder} of the checkpoints of a training, by step.
+
+    Raises:
+        InputError: There are none.
+    """
+    found = {
+        int(p.name.removeprefix("checkpoint-")): p
+        for p in trained.path.glob("checkpoint-*")
+        if (p / "bundle.json").is_file()
+    }
+    if not found:
+        raise InputError(f"{trained.manifest.asset}: no checkpoint in {trained.path}; materialize it again")
+    return dict(sorted(found.items()))
+
+
+class CheckpointModels:
+    """Loads the models that are judged, one at a time.
+
+    On a GPU adapters are exchanged on one base, which is loaded once. On a CPU, where each small operation
+    costs, an adapter is merged into a base of its own: generation takes half the time, and in fp32 the logits
+    are the same to 1e-5.
+
+    Args:
+        config: The recipe's model section.
+        checkpoints: Folder of each step.
+    """
+
+    def __init__(self, config: ModelConfig, checkpoints: dict[int, Path]) -> None:
+        self.config, self.checkpoints = config, checkpoints
+        self._model: Any = None
+        self._adapter: str | None = None
+
+    @property
+    def _merges(self) -> bool:
+        return self.config.parameterization == "lora" and training_device().type == "cpu"
+
+    def tuned(self, step: int) -> Any:
+        """The model of one checkpoint. Any model that this object gave out before must not be used any
+        more."""
+        folder = self.checkpoints[step]
+        if self._merges or not (folder / "adapter_config.json").is_file():
+            self._model = None  # frees the memory of the model before, ahead of loading the next
+            model = load_for_inference(self.config, folder)
+            self._model = model.merge_and_unload() if hasattr(model, "peft_config") else model
+            return self._model
+        name = f"step_{step}"
+        if self._adapter is None:
+            self._model = load_for_inference(self.config, folder)
+            self._adapter = next(iter(self._model.peft_config))
+        elif self._adapter != name:
+            self._model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            self._model.set_adapter(name, inference_mode=True)
+            self._model.delete_adapter(self._adapter)
+            self._adapter = name
+        self._model.requires_grad_(False)
+        return self._model.eval()
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[Any]:
+        """The untuned model, for the time of the context.
+
+        The base of a QLoRA is the model itself, not its 4-bit form: it is what one would serve without
+        tuning.
+        """
+        if self._adapter is not None and self.config.parameterization == "lora":
+            with self._model.disable_adapter():
+                yield self._model
+            return
+        self._model, self._adapter = None, None
+        self._model = load_for_inference(self.config, None)
+        yield self._model
+        self._model = None
 
 
 @dataclass(frozen=True)
-class Side:
-    """A held-out side of tokenized_rows.
+class HeldOutSplit:
+    """The validation or test split of tokenized_rows.
 
     Attributes:
         parts: Its Parquet parts.
+        rows: Their rows.
         positions: The rows that are generated.
     """
 
     name: str
     parts: list[Path]
+    rows: int
     positions: list[int]
+
+    @classmethod
+    def of(cls, tokenized: Artifact, name: str, config: EvaluationConfig) -> "HeldOutSplit":
+        """A split by its name; without graders nothing is generated."""
+        parts = tokenized.parts(name)
+        positions = chosen_positions(parts, config.max_rows) if config.graders else []
+        return cls(name, parts, count_rows(parts), positions)
+
+    def groups(self) -> list[str]:
+        """The group of every row."""
+        return [g for batch in read_batches(self.parts, ["group"]) for g in batch.column(0).to_pylist()]
+
+
+class SamplesWriter(FileWriter):
+    """Writes samples.parquet: every generated reply with its scores, in the order in which they are judged.
+
+    Columns: side (validation, test), model (base, checkpoint-<step>), step (int64, null for the base),
+    row_id, group, prompt, reply, expected, finished (bool), and one float64 for each grader: its name, with
+    `_score` behind it where another column has that name.
+    """
+
+    def __init__(self, path: Path, graders: Sequence[Grader]) -> None:
+        taken = {g.name: f"{g.name}_score" if g.name in SAMPLE_COLUMNS else g.name for g in graders}
+        types = {"step": pa.int64(), "finished": pa.bool_()}
+        columns = [(name, types.get(name, pa.string())) for name in SAMPLE_COLUMNS]
+        super().__init__(path, pa.schema([*columns, *((name, pa.float64()) for name in taken.values())]))
+        self.score_columns = taken
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one model did on one side.
+    """What one model did on one split.
 
     Attributes:
-        nll: Summed negative log-likelihood (nats) of each row's supervised tokens, all rows of the side.
+        nll: Summed negative log-likelihood (nats) of each row's supervised tokens, all rows of the split.
         tokens: Their number for each row.
         scores: For each grader, one score for each generated row.
         unfinished: Replies cut at `max_new_tokens`.
@@ -57,149 +167,119 @@ class Judgement:
         total = int(self.tokens.sum())
         return float(self.nll.sum()) / total if total else float("nan")
 
-    def means(self) -> dict[str, float]:
-        """Each grader's mean over all generated rows; NaN where there are none."""
-        return {name: float(s.sum()) / len(s) if len(s) else float("nan") for name, s in self.scores.items()}
+    def measures(self) -> dict[str, float]:
+        """Each grader's mean over all generated rows, and the loss as `val_loss`; NaN where there are no
+        rows."""
+        means = {name: float(s.sum()) / len(s) if len(s) else float("nan") for name, s in self.scores.items()}
+        return {**means, "val_loss": self.loss}
 
 
-class _Span(Reporter):
+class _JoinedProgress(Reporter):
     """One progress bar over several pieces of work."""
 
-    def __init__(self, to: Reporter, name: str, total: int) -> None:
-        self.to, self.name, self.total, self.before = to, name, total, 0
+    def __init__(self, report: Reporter, name: str, total: int) -> None:
+        self.report, self.name, self.total, self.before = report, name, total, 0
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
-        self.to.progress(self.name, self.before + done, self.total, "rows")
+        self.report.progress(self.name, self.before + done, self.total, "rows")
 
-    def passed(self, count: int) -> None:
+    def finished(self, count: int) -> None:
+        """Ends a piece of work of so many rows."""
         self.before += count
-        self.to.progress(self.name, self.before, self.total, "rows")
+        self.report.progress(self.name, self.before, self.total, "rows")
 
 
-def judge(
-    model: Any,
-    side: Side,
-    config: EvaluationConfig,
-    graders: Sequence[Grader],
-    speech: Speech,
-    report: Reporter,
-    *,
-    name: str,
-    keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
-) -> Judgement:
-    """Scores a model on a side, a few thousand rows at a time.
+@dataclass(frozen=True)
+class Judge:
+    """What is the same for every model and split that an evaluation judges."""
 
-    Args:
-        name: Of the progress, for example "evaluating step 200".
-        keep: Is given the sample rows: row_id, group, prompt, reply, expected, finished, and each grader's score.
-    """
-    with threads_for(model):
-        return _judge(
+    config: EvaluationConfig
+    graders: Sequence[Grader]
+    decoder: ReplyDecoder
+    samples: SamplesWriter
+    report: Reporter
+
+    def judge(self, model: Any, split: HeldOutSplit, step: int | None, name: str) -> Judgement:
+        """Scores a model on a split, a few thousand rows at a time, and writes its replies to the samples.
+
+        Args:
+            step: Of the checkpoint, None for the base.
+            name: Of the progress, for example "evaluating step 200".
+
+        Raises:
+            InputError: A Python grader raised, or returned something that is not a finite number.
+        """
+        progress = _JoinedProgress(self.report, name, split.rows + len(split.positions))
+        scores: dict[str, list[float]] = {g.name: [] for g in self.graders}
+        columns, unfinished = self.samples.score_columns, 0
+        with threads_for(model):
+            nll, tokens = _losses(model, split, progress)
+            waiting = held_out_rows(split.parts, split.positions)
+            while rows := list(islice(waiting, ROWS_AT_ONCE)):
+                samples = []
+                for row, generated in zip(rows, self._generate(model, rows, progress)):
+                    reply, finished = self.decoder.reply(
+                        generated.ids, generated.finished, target=row.target, completion=row.completion
+                    )
+                    known = {
+                        "row_id": row.row_id,
+                        "group": row.group,
+                        "prompt": self.decoder.decode(row.prompt),
+                    }
+                    sample = {
+                        **known,
+                        "side": split.name,
+                        "model": "base" if step is None else f"checkpoint-{step}",
+                        "step": step,
+                        "reply": reply,
+                        "expected": row.completion,
+                        "finished": finished,
+                    }
+                    for grader in self.graders:
+                        score = grader(reply, row.completion, known | {"completion": row.completion})
+                        scores[grader.name].append(score)
+                        sample[columns[grader.name]] = score
+                    samples.append(sample)
+                    unfinished += not finished
+                self.samples.append(samples)
+                progress.finished(len(rows))
+        arrays = {name: np.asarray(s, dtype=np.float64) for name, s in scores.items()}
+        return Judgement(nll, tokens, arrays, unfinished)
+
+    def _generate(self, model: Any, rows: Sequence[HeldOutRow], progress: Reporter) -> list[Reply]:
+        """A reply to each row. Greedily, equal prompts have equal replies, and each is generated once."""
+        prompts = [tuple(r.prompt) for r in rows]
+        decoding = self.config.decoding
+        if decoding.temperature > 0:
+            distinct = prompts
+            # `generate` seeds a reply by its index in the call: another seed for each call keeps replies
+            # independent.
+            decoding = decoding.model_copy(update={"seed": decoding.seed + rows[0].position})
+        else:
+            distinct = list(dict.fromkeys(prompts))
+        replies = generate(
             model,
-            side,
-            config,
-            graders,
-            speech,
-            _Span(report, name, count_rows(side.parts) + len(side.positions)),
-            keep,
+            [list(p) for p in distinct],
+            max_new_tokens=self.config.max_new_tokens,
+            stop_ids=set(self.decoder.stop_ids),
+            pad_id=self.decoder.pad_id,
+            batch_size=self.config.batch_size,
+            decoding=decoding,
+            report=progress,
         )
+        if len(distinct) == len(prompts):
+            return replies
+        by_prompt = dict(zip(distinct, replies))
+        return [by_prompt[p] for p in prompts]
 
 
-def _judge(
-    model: Any,
-    side: Side,
-    config: EvaluationConfig,
-    graders: Sequence[Grader],
-    speech: Speech,
-    span: _Span,
-    keep: Callable[[list[dict[str, Any]]], None],
-) -> Judgement:
-    nll, tokens = _losses(model, side, span)
-    scores: dict[str, list[float]] = {g.name: [] for g in graders}
-    unfinished = 0
-    for rows in _chunks(held_out_rows(side.parts, side.positions), ROWS_AT_ONCE):
-        replies = _replies(model, rows, config, speech, span)
-        samples = []
-        for row, reply in zip(rows, replies):
-            prompt, (text, finished) = speech.decode(row.prompt), spoken(row, reply, speech)
-            seen = {"row_id": row.row_id, "group": row.group, "prompt": prompt, "completion": row.completion}
-            graded = {g.name: g(text, row.completion, seen) for g in graders}
-            for grader, score in graded.items():
-                scores[grader].append(score)
-            unfinished += not finished
-            samples.append(
-                {
-                    "row_id": row.row_id,
-                    "group": row.group,
-                    "prompt": prompt,
-                    "reply": text,
-                    "expected": row.completion,
-                    "finished": finished,
-                    "scores": graded,
-                }
-            )
-        keep(samples)
-        span.passed(len(rows))
-    return Judgement(nll, tokens, {n: np.asarray(s, dtype=np.float64) for n, s in scores.items()}, unfinished)
-
-
-def spoken(row: HeldOut, reply: Reply, speech: Speech) -> tuple[str, bool]:
-    """(the reply as text, whether it ended by itself).
-
-    What the template itself puts around every answer (an empty thinking block, say) is taken off: the model has
-    learned to say it, and the expected completion is without it.
-    """
-    text, learned, finished = speech.decode(reply.ids), speech.decode(row.target), reply.finished
-    if speech.stop_text and speech.stop_text in text:
-        text, finished = text.partition(speech.stop_text)[0], True
-    before, found, after = learned.partition(row.completion)
-    if found and before.strip():
-        text = text.removeprefix(before)
-    if found and after.strip():
-        text = text.removesuffix(after)
-    return text, finished
-
-
-def _losses(model: Any, side: Side, span: _Span) -> tuple[np.ndarray, np.ndarray]:
-    sums: list[float] = []
-    counts: list[int] = []
-    for batch in read_batches(side.parts, ["input_ids", "labels"], ROWS_AT_ONCE):
+def _losses(model: Any, split: HeldOutSplit, progress: _JoinedProgress) -> tuple[np.ndarray, np.ndarray]:
+    """(summed NLL in nats, float64 [rows]; supervised tokens, int64 [rows])."""
+    results: list[tuple[float, int]] = []
+    for batch in read_batches(split.parts, ["input_ids", "labels"], ROWS_AT_ONCE):
         ids, labels = batch.column("input_ids"), batch.column("labels")
         examples: Any = [(np.array(i.values), np.array(y.values)) for i, y in zip(ids, labels)]
-        for total, count in score_nll(model, examples, report=span):
-            sums.append(total)
-            counts.append(count)
-        span.passed(len(examples))
-    return np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.int64)
-
-
-def _replies(
-    model: Any, rows: Sequence[HeldOut], config: EvaluationConfig, speech: Speech, span: _Span
-) -> list[Reply]:
-    """A reply to each row. Greedily, equal prompts have equal replies, and each is generated once."""
-    prompts = [tuple(r.prompt) for r in rows]
-    decoding = config.decoding
-    if decoding.temperature > 0:
-        distinct = prompts
-        decoding = decoding.model_copy(update={"seed": decoding.seed + rows[0].position})
-    else:
-        distinct = list(dict.fromkeys(prompts))
-    replies = generate(
-        model,
-        [list(p) for p in distinct],
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=set(speech.stop_ids),
-        pad_id=speech.pad_id,
-        batch_size=config.batch_size,
-        decoding=decoding,
-        report=span,
-    )
-    if len(distinct) == len(prompts):
-        return replies
-    by_prompt = dict(zip(distinct, replies))
-    return [by_prompt[p] for p in prompts]
-
-
-def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
+        results += score_nll(model, examples, report=progress)
+        progress.finished(len(examples))
+    nll, tokens = zip(*results) if results else ((), ())
+    return np.asarray(nll, dtype=np.float64), np.asarray(tokens, dtype=np.int64)

@@ -46,14 +46,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome.
+    """The chosen checkpoint, and the reasons.
 
     Attributes:
         step: The winner: the best of those which pass every gate; where none does, the best of all.
         passed: Whether the winner passes every gate.
         why: The choice in words.
         lowest_loss: The step with the lowest `val_loss`, None where no loss is known.
-        table: One row for each checkpoint by step: step, the scores, `gates` ("passed" or which failed), rank from 1.
+        table: One row for each checkpoint by step: step, the scores, `gates` ("passed" or which failed), rank
+            from 1.
     """
 
     step: int
@@ -61,6 +62,14 @@ class Selection:
     why: str
     lowest_loss: int | None
     table: list[dict[str, Any]]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The table with the chosen row marked, and null for what could not be measured."""
+        return [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+            | {"chosen": row["step"] == self.step}
+            for row in self.table
+        ]
 
 
 def better(a: float, b: float, term: str) -> bool:
@@ -105,39 +114,37 @@ def select(candidates: Sequence[Candidate], gates: Sequence[Gate], rank_by: Sequ
         }
         for c in sorted(candidates, key=lambda c: c.step)
     ]
-    passed = not failed[winner.step]
-    why = _words(ranked, failed, gates, rank_by, lowest)
-    return Selection(winner.step, passed, why, lowest, table)
+    why = _explanation(ranked, failed, gates, rank_by, lowest)
+    return Selection(winner.step, not failed[winner.step], why, lowest, table)
 
 
-def _shown(candidate: Candidate, term: str) -> str:
-    name = term.lstrip("-")
-    return f"{name} {candidate.scores[name]:.4g}"
-
-
-def _words(
+def _explanation(
     ranked: Sequence[Candidate],
     failed: Mapping[int, list[str]],
     gates: Sequence[Gate],
     rank_by: Sequence[str],
     lowest: int | None,
 ) -> str:
-    winner = ranked[0]
+    """The choice in words: the gates, what decided, and why the lowest loss was not chosen."""
+
+    def score(candidate: Candidate, term: str) -> str:
+        name = term.lstrip("-")
+        return f"{name} {candidate.scores[name]:.4g}"
+
+    winner, first = ranked[0], rank_by[0]
     passing = [c for c in ranked if not failed[c.step]]
     total = len(ranked)
-    said = []
+    clauses = []
     if gates and passing:
-        said.append(f"{len(passing)} of {total} checkpoints pass the gates ({', '.join(map(str, gates))})")
+        clauses.append(f"{len(passing)} of {total} checkpoints pass the gates ({', '.join(map(str, gates))})")
     elif gates:
-        nearest = ", ".join(
-            f"{g.name} {winner.scores[g.name]:.4g} ({g} asked)" for g in gates if not g.met(winner.scores)
+        nearest = ", ".join(f"{score(winner, g.name)} ({g} asked)" for g in gates if not g.met(winner.scores))
+        clauses.append(
+            f"no checkpoint passes the gates; step {winner.step} is the best by rank, with {nearest}"
         )
-        said.append(f"no checkpoint passes the gates; step {winner.step} is the best by rank, with {nearest}")
-    pool = passing or list(ranked)
-    others = pool[1:]
-    first = rank_by[0]
+    others = (passing or list(ranked))[1:]
     if not others:
-        said.append(f"step {winner.step} is the only {'one left' if total > 1 else 'checkpoint'}")
+        clauses.append(f"step {winner.step} is the only {'one left' if total > 1 else 'checkpoint'}")
     else:
         for term in rank_by:
             name = term.lstrip("-")
@@ -145,23 +152,22 @@ def _words(
             if not tied:
                 best = "lowest" if term.startswith("-") else "highest"
                 among = f" of those tied on {first.lstrip('-')}" if term != first else ""
-                said.append(
-                    f"step {winner.step} has the {best} {_shown(winner, term)}{among}, before step {others[0].step} with {others[0].scores[name]:.4g}"
+                clauses.append(
+                    f"step {winner.step} has the {best} {score(winner, term)}{among}, "
+                    f"before step {others[0].step} with {others[0].scores[name]:.4g}"
                 )
                 break
             others = tied
         else:
-            said.append(
-                f"step {winner.step} ties with step {others[0].step} on {', '.join(t.lstrip('-') for t in rank_by)} and is the earlier one"
+            clauses.append(
+                f"step {winner.step} ties with step {others[0].step} "
+                f"on {', '.join(t.lstrip('-') for t in rank_by)} and is the earlier one"
             )
     if lowest is not None and lowest != winner.step:
-        by_step = {c.step: c for c in ranked}
-        reason = (
-            "fails " + ", ".join(failed[lowest])
-            if failed[lowest] and not failed[winner.step]
-            else f"has {_shown(by_step[lowest], first)} against {winner.scores[first.lstrip('-')]:.4g}"
-        )
-        said.append(
-            f"step {lowest} has the lowest val_loss ({by_step[lowest].scores['val_loss']:.4g}) but {reason}"
-        )
-    return "; ".join(said)
+        loser = next(c for c in ranked if c.step == lowest)
+        if failed[lowest] and not failed[winner.step]:
+            reason = "fails " + ", ".join(failed[lowest])
+        else:
+            reason = f"has {score(loser, first)} against {winner.scores[first.lstrip('-')]:.4g}"
+        clauses.append(f"step {lowest} has the lowest val_loss ({loser.scores['val_loss']:.4g}) but {reason}")
+    return "; ".join(clauses)

@@ -1,4 +1,4 @@
-"""The asset `exported_model`: what leaves the house, proved to be what was judged."""
+"""The asset `exported_model`: a servable model, proved to be the one that was judged."""
 
 from sft_pipeline.external_files import MODEL_FILES, digest_files
 from sft_pipeline.hub import without_revision
@@ -29,7 +29,10 @@ def _build(build: Build) -> Built:
 
 STAGE = Stage(
     name="exported_model",
-    description="Adapter, merged weights, tokenizer, chat template, generation config, model card and lineage; safetensors only.",
+    description=(
+        "Adapter, merged weights, tokenizer, chat template, generation config, model card and lineage; "
+        "safetensors only."
+    ),
     kinds=frozenset({"pytorch", "safetensors"}),
     inputs=("grouped_split", "tokenized_rows", "trained_checkpoints", "evaluation"),
     config=_config,
@@ -38,12 +41,12 @@ STAGE = Stage(
         CheckSpec(
             "merged_equals_adapter",
             True,
-            "The exported weights, loaded again, give the logits of base and adapter within what rounding explains.",
+            "The exported weights, loaded again, give the logits of base and adapter, up to rounding.",
         ),
         CheckSpec(
             "reload_answers_equal",
             True,
-            "Loaded with AutoModelForCausalLM and AutoTokenizer alone, the export gives the same greedy answers.",
+            "Loaded with AutoModelForCausalLM and AutoTokenizer, the export gives the same greedy answers.",
         ),
         CheckSpec(
             "served_prompt_equal",

@@ -1,23 +1,31 @@
-"""README.md of an export: the model card. No clock and no machine in it, so that it is the same when built again."""
+"""README.md of an export: the model card. No clock and no machine in it, so that it is the same when built
+again."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_pipeline.store import Manifest
+import pyarrow.parquet as pq
+
+from sft_pipeline.store import Artifact, Manifest
 from sft_pipeline.training.config import ModelConfig
 
 SAMPLES = 4
+TUNING = {
+    "full": "full fine-tuning",
+    "lora": "low-rank adapters (LoRA)",
+    "qlora": "low-rank adapters on a 4-bit base (QLoRA)",
+}
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card tells.
+    """What the card says.
 
     Attributes:
         evaluation: evaluation.json.
-        samples: Rows of samples.parquet: test side, tuned and base of the same rows.
+        samples: Rows of samples.parquet: test split, tuned and base of the same rows.
         manifests: The chain by stage name.
         training: What ran, where the recipe left it open (precision, learning rate, updates, ...).
         template: The chat template's Jinja source.
@@ -42,18 +50,47 @@ class CardFacts:
     base_is_local: bool
 
 
-def card(facts: CardFacts) -> str:
-    """The card's text: YAML front matter as the Hugging Face hub reads it, then what a person wants to know."""
+def paired_samples(evaluated: Artifact, step: int) -> list[dict[str, Any]]:
+    """The first test samples of the tuned model, with the base's reply to the same row."""
+    columns = ["model", "step", "row_id", "prompt", "reply", "expected"]
+    found = pq.read_table(
+        evaluated.file("samples.parquet"), columns=columns, filters=[("side", "=", "test")]
+    ).to_pylist()
+    base = {r["row_id"]: r["reply"] for r in found if r["step"] is None}
+    tuned = [r for r in found if r["step"] == step][:SAMPLES]
+    return [{**r, "base_reply": base.get(r["row_id"])} for r in tuned]
+
+
+def values_as_run(trained: Artifact) -> dict[str, Any]:
+    """What training filled in for values that the recipe leaves open, from training.json."""
+    path = trained.file("training.json")
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    model, schedule, updates = (data.get(name) or {} for name in ("model", "schedule", "updates"))
+    of_model = ("architecture", "precision", "attention", "trainable_parameters", "total_parameters")
+    found = {name: model.get(name) for name in of_model}
+    found |= {"peak learning rate": schedule.get("peak"), "updates": updates.get("done")}
+    found |= {name: data.get(name) for name in ("examples", "supervised_tokens", "stopped")}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card's text: YAML front matter as the Hugging Face hub reads it, then what a person wants to
+    know."""
     sections = [
-        _what(facts),
+        _summary(facts),
         _results(facts),
         _samples(facts),
         _use(facts),
         _data(facts),
         _training(facts),
-        _template(facts),
+        "## Chat template\n\nThe one that training rendered with; `apply_chat_template` uses it.\n\n"
+        + _fenced(facts.template, "jinja"),
         _lineage(facts),
-        _licence(facts),
+        "## Licence\n\n"
+        + (
+            facts.license
+            or "Not stated in the recipe (`export.license`). The base model's and the data's terms apply."
+        ),
     ]
     return f"---\n{_front_matter(facts)}\n---\n\n# {facts.recipe}\n\n" + "\n\n".join(sections) + "\n"
 
@@ -86,19 +123,14 @@ def _front_matter(facts: CardFacts) -> str:
     return data.to_yaml().strip()
 
 
-def _what(facts: CardFacts) -> str:
-    kind = {
-        "full": "full fine-tuning",
-        "lora": "low-rank adapters (LoRA)",
-        "qlora": "low-rank adapters on a 4-bit base (QLoRA)",
-    }[facts.model.parameterization]
+def _summary(facts: CardFacts) -> str:
     revision = f" at `{facts.model.revision}`" if facts.model.revision else ""
-    parts = (["`merged/` (whole weights, " + facts.dtype + ")"] if facts.dtype else []) + (
-        ["`adapter/` (PEFT)"] if facts.adapter else []
-    )
+    folders = [f"`merged/` (whole weights, {facts.dtype})"] if facts.dtype else []
+    folders += ["`adapter/` (PEFT)"] if facts.adapter else []
     return (
-        f"`{facts.base}`{revision}, tuned by supervised fine-tuning on the snapshot `{facts.snapshot}` of `{facts.dataset}` with {kind}; "
-        f"the checkpoint of step {facts.step}. Here: {' and '.join(parts)}.\n\n"
+        f"`{facts.base}`{revision}, tuned by supervised fine-tuning on the snapshot `{facts.snapshot}` "
+        f"of `{facts.dataset}` with {TUNING[facts.model.parameterization]}; "
+        f"the checkpoint of step {facts.step}. Here: {' and '.join(folders)}.\n\n"
         f"Why this checkpoint: {facts.evaluation['why']}."
     )
 
@@ -108,48 +140,55 @@ def _results(facts: CardFacts) -> str:
         "| measure | base | tuned | difference | 95 % interval | p |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    comparison: Mapping[str, Any] = facts.evaluation["comparison"]
-    for name, c in comparison.items():
-        d = c["difference"]
+    for name, c in facts.evaluation["comparison"].items():
+        difference, p = c["difference"], c["p_value"]
         label = f"{name} (lower is better)" if c["lower_is_better"] else name
         rows.append(
-            f"| {label} | {_n(c['base']['value'])} | {_n(c['tuned']['value'])} | {_n(d['value'], '+')} | {_n(d['low'], '+')} to {_n(d['high'], '+')} | {_p(c['p_value'])} |"
+            f"| {label} | {_number(c['base']['value'])} | {_number(c['tuned']['value'])} "
+            f"| {_number(difference['value'], '+')} "
+            f"| {_number(difference['low'], '+')} to {_number(difference['high'], '+')} "
+            f"| {'< 0.001' if p is not None and p < 0.001 else _number(p)} |"
         )
-    test = facts.evaluation["sides"]["test"]
+    test, decoding = facts.evaluation["sides"]["test"], facts.evaluation["decoding"]
+    if decoding["temperature"] == 0:
+        how = "greedy"
+    else:
+        how = f"temperature {decoding['temperature']:g}, top-p {decoding['top_p']:g}"
     return (
-        "## Base against tuned\n\nOn held-out groups, looked at once, after the choice.\n\n"
+        "## Base against tuned\n\nOn held-out groups, evaluated once, after the choice.\n\n"
         + "\n".join(rows)
-        + f"\n\n{test['rows']} test rows in {test['groups']} groups, {test['generated']} of them generated ({_decoding(facts.evaluation)}). "
+        + f"\n\n{test['rows']} test rows in {test['groups']} groups, {test['generated']} of them generated "
+        f"({how}, at most {facts.evaluation['max_new_tokens']} new tokens). "
         "Intervals: bootstrap over groups; p: exact sign test over rows."
     )
 
 
-def _decoding(evaluation: Mapping[str, Any]) -> str:
-    d = evaluation["decoding"]
-    how = "greedy" if d["temperature"] == 0 else f"temperature {d['temperature']:g}, top-p {d['top_p']:g}"
-    return f"{how}, at most {evaluation['max_new_tokens']} new tokens"
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.3f}"
 
 
 def _samples(facts: CardFacts) -> str:
     if not facts.samples:
         return "## Samples\n\nNothing was generated: the recipe has no graders."
-    parts = []
-    for s in facts.samples[:SAMPLES]:
-        parts.append(
-            f"Prompt:\n{_block(s['prompt'])}\n\nExpected:\n{_block(s['expected'])}\n\nTuned:\n{_block(s['reply'])}\n\nBase:\n{_block(s['base_reply'])}"
-        )
-    return "## Samples\n\nThe first of the test side, not chosen by hand.\n\n" + "\n\n---\n\n".join(parts)
+    parts = [
+        f"Prompt:\n{_fenced(s['prompt'])}\n\nExpected:\n{_fenced(s['expected'])}\n\n"
+        f"Tuned:\n{_fenced(s['reply'])}\n\nBase:\n{_fenced(s['base_reply'])}"
+        for s in facts.samples
+    ]
+    return "## Samples\n\nThe first of the test split, not chosen by hand.\n\n" + "\n\n---\n\n".join(parts)
 
 
-def _block(text: str | None) -> str:
+def _fenced(text: str | None, language: str = "text") -> str:
+    """A Markdown code block; the middle of a long text is left out."""
     text = (text or "").strip("\n")
-    text = (
-        "(empty)" if not text.strip() else text if len(text) <= 1200 else text[:600] + "\n…\n" + text[-600:]
-    )
+    if not text.strip():
+        text = "(empty)"
+    elif len(text) > 1200:
+        text = text[:600] + "\n…\n" + text[-600:]
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _use(facts: CardFacts) -> str:
@@ -170,7 +209,8 @@ def _use(facts: CardFacts) -> str:
         ]
     code += [
         "prompt = tokenizer.apply_chat_template(",
-        '    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        '    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", '
+        "return_dict=True",
         ")",
         f"reply = model.generate(**prompt, max_new_tokens={facts.evaluation['max_new_tokens']})",
         'print(tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -179,25 +219,16 @@ def _use(facts: CardFacts) -> str:
 
 
 def _data(facts: CardFacts) -> str:
-    rows = []
-    raw, split, tokenized = (facts.manifests.get(n) for n in ("raw_rows", "grouped_split", "tokenized_rows"))
-    for manifest in (
-        raw,
-        facts.manifests.get("validated_rows"),
-        split,
-        tokenized,
-        facts.manifests.get("packed_shards"),
-    ):
-        if manifest:
+    rows, sources = [], []
+    for stage in ("raw_rows", "validated_rows", "grouped_split", "tokenized_rows", "packed_shards"):
+        if manifest := facts.manifests.get(stage):
             counts = ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
-            rows.append(
-                f"| {manifest.asset.rpartition('/')[2]} | {counts} | `{manifest.data_version[:16]}` |"
-            )
-    sources = (
-        [f"- `{_last(name)}` sha256 `{digest}`" for name, digest in sorted(raw.outside.items())]
-        if raw
-        else []
-    )
+            rows.append(f"| {stage} | {counts} | `{manifest.data_version[:16]}` |")
+    if raw := facts.manifests.get("raw_rows"):
+        for name, digest in sorted(raw.outside.items()):
+            # Of a path of this machine only the file's name may be published.
+            shown = name.rpartition("/")[2] if name.startswith(("/", "~")) else name
+            sources.append(f"- `{shown}` sha256 `{digest}`")
     return (
         "## Data\n\n| stage | counts | data version |\n| --- | --- | --- |\n"
         + "\n".join(rows)
@@ -206,51 +237,22 @@ def _data(facts: CardFacts) -> str:
     )
 
 
-def _last(name: str) -> str:
-    return name if not name.startswith(("/", "~")) else name.rpartition("/")[2]
-
-
 def _training(facts: CardFacts) -> str:
     trained = facts.manifests.get("trained_checkpoints")
     values = dict(trained.config.get("training", {})) if trained else {}
-    values |= {
-        f"model.{k}": v
-        for k, v in facts.model.model_dump(mode="json").items()
-        if k in ("parameterization", "lora", "freeze") and v
-    }
+    model = facts.model.model_dump(mode="json")
     if facts.model.parameterization == "full":
-        values.pop("model.lora", None)
+        model.pop("lora")
+    values |= {f"model.{k}": model[k] for k in ("parameterization", "lora", "freeze") if model.get(k)}
     values |= {f"as run: {k}": v for k, v in facts.training.items()}
     lines = [f"| {k} | {json.dumps(v, ensure_ascii=False)} |" for k, v in values.items() if v is not None]
     return "## Training\n\n| value | |\n| --- | --- |\n" + "\n".join(lines)
 
 
-def _template(facts: CardFacts) -> str:
-    return (
-        "## Chat template\n\nThe one that training rendered with; `apply_chat_template` uses it.\n\n"
-        + _block(facts.template).replace("text\n", "jinja\n", 1)
-    )
-
-
 def _lineage(facts: CardFacts) -> str:
     rows = [f"| {m.asset} | `{m.data_version}` | `{m.fingerprint}` |" for m in facts.manifests.values()]
     return (
-        "## Lineage\n\n`lineage/` holds the manifest of every artifact behind this model, with the hash of every file; `sft lineage . --verify` checks them.\n\n"
+        "## Lineage\n\n`lineage/` holds the manifest of every artifact behind this model, "
+        "with the hash of every file; `sft lineage . --verify` checks them.\n\n"
         "| artifact | data version | fingerprint |\n| --- | --- | --- |\n" + "\n".join(rows)
     )
-
-
-def _licence(facts: CardFacts) -> str:
-    return (
-        f"## Licence\n\n{facts.license}"
-        if facts.license
-        else "## Licence\n\nNot stated in the recipe (`export.license`). The base model's and the data's terms apply."
-    )
-
-
-def _n(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.3f}"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -9,7 +9,7 @@ from sft_pipeline.training.config import ModelConfig
 
 
 class ExportConfig(Config):
-    """What leaves the house."""
+    """What is exported, and how."""
 
     merge: Annotated[bool, Field(description="also write merged weights that need no PEFT to serve")] = True
     dtype: Annotated[

@@ -1,7 +1,7 @@
-"""From a checkpoint to weights that need no PEFT: the base in fp32, the adapter merged, then cast once.
+"""Writes weights and tokenizer: the base in fp32, the adapter merged, then cast once.
 
-A QLoRA adapter is merged into the base itself, not into its 4-bit form: `merge_and_unload` on a 4-bit model gives
-wrong logits (Dettmers et al. 2023 train through the quantized weights but ship the adapter).
+A QLoRA adapter is merged into the base itself, not into its 4-bit form: `merge_and_unload` on a 4-bit model
+gives wrong logits (Dettmers et al. 2023 train through the quantized weights but ship the adapter).
 """
 
 import json
@@ -12,16 +12,25 @@ from typing import Any
 import torch
 
 from sft_pipeline.project import project_path
+from sft_pipeline.text.tokenizer import Tokenizer
+from sft_pipeline.training.base import load_model_config
 from sft_pipeline.training.config import ModelConfig
-from sft_pipeline.training.model import load_for_inference, load_model_config
+from sft_pipeline.training.model import load_for_inference
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def has_adapter(checkpoint: Path) -> bool:
-    return (checkpoint / ADAPTER_CONFIG).is_file()
+GENERIC_TOKENIZER = "PreTrainedTokenizerFast"
+# What would have other code, other tokens or another template loaded than those of training, or names a
+# machine.
+_TOKENIZER_KEYS_LEFT_OUT = (
+    "chat_template",
+    "added_tokens_decoder",
+    "auto_map",
+    "name_or_path",
+    "tokenizer_file",
+    "special_tokens_map_file",
+)
+_GENERATION_KEYS_KEPT = ("bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
 def unquantized(config: ModelConfig) -> ModelConfig:
@@ -35,23 +44,23 @@ def load_exact(config: ModelConfig, checkpoint: Path) -> Any:
     return load_for_inference(unquantized(config), checkpoint, dtype=torch.float32)
 
 
-def merge(model: Any) -> Any:
+def merge_adapter(model: Any) -> Any:
     """Base and adapter as one; the adapter's model is used up. Whole weights are returned as they are."""
     return model.merge_and_unload(safe_merge=True) if hasattr(model, "peft_config") else model
 
 
 def target_dtype(asked: str, config: ModelConfig) -> torch.dtype:
-    """The dtype of the exported weights; `auto` is the base's own."""
-    if asked != "auto":
-        return DTYPES[asked]
-    own = getattr(load_model_config(config), "dtype", None)
-    if isinstance(own, str):
-        own = DTYPES.get(own.removeprefix("torch."))
-    return own if isinstance(own, torch.dtype) else torch.float32
+    """The dtype of the exported weights; `auto` is the base's own, or fp32 where it does not say."""
+    if asked == "auto":
+        # transformers gives a torch.dtype, or the name that is in config.json.
+        asked = str(getattr(load_model_config(config), "dtype", None)).removeprefix("torch.")
+    dtype = getattr(torch, asked, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def public_name(base: str) -> str:
-    """The base as it may be named outside this machine: a hub id or a relative path as it is, else the folder's name."""
+    """The base as it may be named outside this machine: a hub id or a relative path stays, else the folder's
+    name."""
     path = Path(base).expanduser()
     return path.name if path.is_absolute() or ".." in path.parts else base
 
@@ -64,13 +73,22 @@ def write_adapter(checkpoint: Path, folder: Path, config: ModelConfig) -> None:
     data["base_model_name_or_path"] = public_name(config.base)
     data["revision"] = config.revision
     data["inference_mode"] = True
-    _write_json(folder / ADAPTER_CONFIG, data)
+    _write_sorted_json(folder / ADAPTER_CONFIG, data)
 
 
 def write_merged(
-    model: Any, folder: Path, *, stop_ids: list[int], pad_id: int, decoding: dict[str, Any]
+    model: Any,
+    folder: Path,
+    config: ModelConfig,
+    *,
+    stop_ids: list[int],
+    pad_id: int,
+    decoding: dict[str, Any],
 ) -> None:
-    """Saves whole weights as safetensors, with a generation config that stops, and decodes, as the evaluation did.
+    """Saves whole weights as safetensors, with a generation config that stops, and decodes, as the evaluation
+    did.
+
+    A local base's own modelling code, which its configuration refers to, is copied beside them.
 
     Args:
         stop_ids: What ends a reply.
@@ -79,20 +97,13 @@ def write_merged(
     from transformers import GenerationConfig
 
     model.config.use_cache = True  # training switches it off, and would have it off for every server
-    for name, value in (
-        ("eos_token_id", stop_ids[0] if len(stop_ids) == 1 else stop_ids),
-        ("pad_token_id", pad_id),
-    ):
-        setattr(model.config.get_text_config(), name, value)
+    text_config = model.config.get_text_config()
+    text_config.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    text_config.pad_token_id = pad_id
     sampling = decoding["temperature"] > 0
     own = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
-    kept = {
-        k: v
-        for k, v in own.items()
-        if k in ("bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
-    }
     model.generation_config = GenerationConfig(
-        **kept,
+        **{k: own[k] for k in _GENERATION_KEYS_KEPT if k in own},
         eos_token_id=stop_ids,
         pad_token_id=pad_id,
         do_sample=sampling,
@@ -103,16 +114,44 @@ def write_merged(
     for path in (folder / "config.json", folder / "generation_config.json"):
         data = json.loads(path.read_text(encoding="utf-8"))
         data.pop("_name_or_path", None)
-        _write_json(path, data)
-
-
-def copy_code(config: ModelConfig, folder: Path) -> None:
-    """Copies a local base's own modelling code, which its configuration refers to."""
+        _write_sorted_json(path, data)
     base = project_path(config.base)
     if config.trust_remote_code and base.is_dir():
         for path in sorted(base.glob("*.py")):
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, template: str, folder: Path, *, pad_id: int, with_tools: str | None = None
+) -> None:
+    """Writes tokenizer.json as training read it, tokenizer_config.json and chat_template.jinja.
+
+    The class is the generic one: model-specific classes rebuild the tokenizer from their own idea of it
+    (SmolLM2's loses its digit splitting that way), the generic one takes tokenizer.json as it is.
+
+    Args:
+        template: The Jinja source that training rendered with.
+        with_tools: The source for conversations with tools, where it is another one.
+        pad_id: Becomes the padding token where the tokenizer names none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer.folder / "tokenizer.json", folder / "tokenizer.json")
+    path = tokenizer.folder / "tokenizer_config.json"
+    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = {k: v for k, v in own.items() if k not in _TOKENIZER_KEYS_LEFT_OUT}
+    config |= {
+        **tokenizer.special,
+        "tokenizer_class": GENERIC_TOKENIZER,
+        "clean_up_tokenization_spaces": False,
+    }
+    if "pad_token" not in tokenizer.special and (token := tokenizer.backend.id_to_token(pad_id)) is not None:
+        config["pad_token"] = token
+    _write_sorted_json(folder / "tokenizer_config.json", config)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if with_tools is not None:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools, encoding="utf-8")
+
+
+def _write_sorted_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
