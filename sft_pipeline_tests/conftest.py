@@ -1,4 +1,4 @@
-"""What every test may use: a store of its own, the real data where it is at hand, and a Dagster instance on sqlite."""
+"""What every test may use: a store of its own, the real data where it is at hand, and finished branches."""
 
 import os
 from collections.abc import Iterator
@@ -6,16 +6,45 @@ from pathlib import Path
 
 import pytest
 
-from sft_pipeline_tests.command import ROOT, Ran, sft
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow every test on a busy machine
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores already
+
+from sft_pipeline_tests.branches import Finished, finish_demo, finish_small
+from sft_pipeline_tests.command import OF_THE_CALLER, ROOT
+
+# The costliest modules first, so that no worker begins one when the other has nothing left to do.
+COSTLY_FIRST = (
+    "whole_pipeline/test_branch.py",
+    "whole_pipeline/test_gsm8k.py",
+    "whole_pipeline/test_kills.py",
+    "trained_checkpoints/test_training.py",
+    "sweep/test_sweep.py",
+    "launch/test_launcher.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist a module is one group, and all tests of one finished branch are: fixtures are built once."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(COSTLY_FIRST) if name in item.nodeid), len(COSTLY_FIRST))
+
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            group = f"finished {item.callspec.params['finished']}"
+        else:
+            group = item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Public datasets, tokenizers and a small model kept beside the checkout; tests that need them skip without."""
+    """Public datasets, tokenizers and a small model, kept beside the checkout; tests skip without them."""
     folder = Path(os.environ.get("SFT_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("the shared datasets are not on this machine")
@@ -28,14 +57,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     from sft_pipeline.project import set_environment
 
     folder = tmp_path / "sft_home"
-    for name in (
-        "SFT_HOME",
-        "SFT_PROJECT_ROOT",
-        "DAGSTER_HOME",
-        "SFT_DAGSTER_DIR",
-        "MLFLOW_TRACKING_URI",
-        "SFT_CONFIG_PATH",
-    ):
+    for name in OF_THE_CALLER:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("SFT_HOME", str(folder))
@@ -44,14 +66,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
 
 
-@pytest.fixture(scope="session")
-def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="session")
-def demo(demo_home: Path) -> Ran:
-    """The embedded default, run once for all tests that look at it."""
-    ran = sft("run", "access_policy_lora", "--json", home=demo_home)
-    assert ran.code == 0, ran.stderr[-4000:]
-    return ran
+@pytest.fixture(scope="session", params=["small", pytest.param("demo", marks=pytest.mark.slow)])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A branch from raw rows to an exported model, made by `sft run` as a user runs it, once for all tests that look
+    at one: a small dataset every day, the embedded default in `make test-all`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return finish_small(folder) if request.param == "small" else finish_demo(folder)

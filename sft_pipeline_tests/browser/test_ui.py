@@ -1,24 +1,25 @@
-"""Both UIs in headless Chromium, on the embedded default."""
+"""Both UIs in headless Chromium, on a finished branch: what their APIs hold, and what a user sees of it."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft_pipeline_tests.command import ROOT, Ran
+from sft_pipeline.stages.graph import STAGES
+from sft_pipeline_tests.branches import Finished
+from sft_pipeline_tests.command import environment_of, sft_command
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 READY_SECONDS = 180
+VISIBLE = 60_000  # ms
 
 
 def free_port() -> int:
@@ -30,38 +31,24 @@ def free_port() -> int:
 class Ui:
     """`sft ui` on free ports, with what a browser would ask of it."""
 
-    def __init__(self, home: Path) -> None:
-        self.port, self.mlflow_port = free_port(), free_port()
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("DAGSTER_HOME", "MLFLOW_TRACKING_URI", "SFT_DAGSTER_DIR")
-        }
-        env |= {"SFT_HOME": str(home), "SFT_PROJECT_ROOT": str(ROOT)}
-        self._log = (home / "ui.log").open("w")
+    def __init__(self, branch: Finished) -> None:
+        self.branch = branch
+        port, mlflow_port = free_port(), free_port()
+        self._log = (branch.home / "ui.log").open("w")
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "sft_pipeline.cli",
-                "ui",
-                "--port",
-                str(self.port),
-                "--mlflow-port",
-                str(self.mlflow_port),
-            ],
-            env=env,
+            sft_command("ui", "--port", str(port), "--mlflow-port", str(mlflow_port)),
+            env=environment_of(branch.home, branch.config),
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
         )
-        self.dagster, self.mlflow = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.mlflow_port}"
+        self.dagster, self.mlflow = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{mlflow_port}"
         self._until(lambda: self.location()["loadStatus"] == "LOADED", "the code location")
         self._until(
             lambda: urllib.request.urlopen(f"{self.mlflow}/health", timeout=5).status == 200, "MLflow"
         )
 
-    def _until(self, ready: Any, what: str) -> None:
+    def _until(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
             try:
@@ -70,7 +57,7 @@ class Ui:
             except (OSError, KeyError, IndexError, TypeError):
                 pass
             assert self._process.poll() is None, Path(self._log.name).read_text()[-3000:]
-            time.sleep(0.5)
+            time.sleep(0.2)
         raise AssertionError(f"{what} was not ready: {Path(self._log.name).read_text()[-3000:]}")
 
     def ask(self, query: str, **variables: Any) -> Any:
@@ -78,17 +65,43 @@ class Ui:
         request = urllib.request.Request(
             f"{self.dagster}/graphql", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["data"]
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["data"]
+
+    def mlflow_api(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.mlflow}/api/2.0/mlflow/{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
 
     def location(self) -> Any:
-        query = "{workspaceOrError{... on Workspace{locationEntries{name loadStatus locationOrLoadError{__typename ... on PythonError{message}}}}}}"
+        query = """{workspaceOrError{... on Workspace{locationEntries{
+            name loadStatus locationOrLoadError{__typename ... on PythonError{message}}}}}}"""
         return self.ask(query)["workspaceOrError"]["locationEntries"][0]
 
-    def launch(self, assets: list[list[str]], snapshot: str) -> str:
+    def keys(self) -> dict[str, list[str]]:
+        """{stage name: path of the asset}, of the whole branch."""
+        return {
+            name: [self.branch.dataset if stage.of_dataset else self.branch.recipe, name]
+            for name, stage in STAGES.items()
+        }
+
+    def asset(self, key: list[str]) -> Any:
+        """An asset's latest materialization of the branch's snapshot, and its checks with their last status."""
+        query = """query($k: AssetKeyInput!, $p: [String!]){assetNodeOrError(assetKey: $k){... on AssetNode{
+            partitionStats{numMaterialized numFailed numMaterializing}
+            latestMaterializationByPartition(partitions: $p){runId metadataEntries{__typename label}}
+            assetChecksOrError{... on AssetChecks{
+                checks{name blocking executionForLatestMaterialization{status}}}}}}}"""
+        return self.ask(query, k={"path": key}, p=[self.branch.snapshot])["assetNodeOrError"]
+
+    def launch(self, assets: list[list[str]]) -> str:
         mutation = """mutation($p: ExecutionParams!){launchPipelineExecution(executionParams:$p){__typename
             ... on LaunchRunSuccess{run{runId}} ... on PythonError{message}}}"""
-        answer = self.ask(
+        result = self.ask(
             mutation,
             p={
                 "selector": {
@@ -98,23 +111,24 @@ class Ui:
                     "assetSelection": [{"path": a} for a in assets],
                 },
                 "mode": "default",
-                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": snapshot}]},
+                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": self.branch.snapshot}]},
                 "runConfigData": "{}",
             },
         )["launchPipelineExecution"]
-        assert answer["__typename"] == "LaunchRunSuccess", answer
-        return answer["run"]["runId"]
-
-    def status(self, run_id: str) -> str:
-        return self.ask("query($r: ID!){runOrError(runId:$r){... on Run{status}}}", r=run_id)["runOrError"][
-            "status"
-        ]
+        assert result["__typename"] == "LaunchRunSuccess", result
+        return result["run"]["runId"]
 
     def finish(self, run_id: str, seconds: float = 600) -> str:
+        """Waits for the end of a run, and returns its status."""
+        query = "query($r: ID!){runOrError(runId:$r){... on Run{status}}}"
         deadline = time.monotonic() + seconds
-        while (status := self.status(run_id)) not in ("SUCCESS", "FAILURE", "CANCELED"):
+        while (status := self.ask(query, r=run_id)["runOrError"]["status"]) not in (
+            "SUCCESS",
+            "FAILURE",
+            "CANCELED",
+        ):
             assert time.monotonic() < deadline, f"run {run_id} is {status}"
-            time.sleep(1)
+            time.sleep(0.5)
         return status
 
     def close(self) -> None:
@@ -128,10 +142,10 @@ class Ui:
 
 
 @pytest.fixture(scope="module")
-def ui(demo: Ran, demo_home: Path) -> Iterator[Ui]:
+def ui(finished: Finished) -> Iterator[Ui]:
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
-    server = Ui(demo_home)
+    server = Ui(finished)
     yield server
     server.close()
 
@@ -146,68 +160,3 @@ def page(ui: Ui) -> Iterator[Any]:
         )
         yield browser.new_page(viewport={"width": 1600, "height": 1000})
         browser.close()
-
-
-def shot(page: Any, demo_home: Path, name: str) -> None:
-    page.screenshot(path=str(demo_home / f"{name}.png"))
-
-
-def see(page: Any, url: str, *texts: str) -> None:
-    page.goto(url)
-    for text in texts:
-        page.get_by_text(text, exact=False).first.wait_for(timeout=60_000)
-
-
-def test_the_whole_branch_launched_from_the_ui_is_green(
-    ui: Ui, page: Any, demo: Ran, demo_home: Path
-) -> None:
-    from sft_pipeline.stages.graph import STAGES
-
-    assets = [["access_policy" if s.of_dataset else "access_policy_lora", name] for name, s in STAGES.items()]
-    run_id = ui.launch(assets, "2026-05-20")
-    assert ui.finish(run_id) == "SUCCESS"
-    see(page, f"{ui.dagster}/runs/{run_id}", "packed_shards")
-    shot(page, demo_home, "run")
-
-
-def test_the_asset_graph_shows_the_branch(ui: Ui, page: Any, demo_home: Path) -> None:
-    url = f"{ui.dagster}/assets/access_policy_lora/exported_model?view=lineage&lineageScope=upstream&lineageDepth=8"
-    see(page, url, "raw_rows", "packed_shards", "evaluation")  # the graph shortens the longest names
-    page.wait_for_timeout(3000)
-    shot(page, demo_home, "graph")
-
-
-def test_an_assets_metadata_has_tables_and_plots(ui: Ui, page: Any, demo_home: Path) -> None:
-    see(
-        page,
-        f"{ui.dagster}/assets/access_policy_lora/evaluation?view=partitions&partition=2026-05-20",
-        "policy_pass_rate",
-    )
-    page.wait_for_timeout(3000)
-    shot(page, demo_home, "evaluation")
-    see(page, f"{ui.dagster}/assets/access_policy_lora/packed_shards?view=checks", "plan_covers_every_block")
-    shot(page, demo_home, "checks")
-
-
-def test_the_mlflow_run_has_its_curves(ui: Ui, page: Any, demo: Ran, demo_home: Path) -> None:
-    body = json.dumps({"max_results": 100}).encode()
-    request = urllib.request.Request(
-        f"{ui.mlflow}/api/2.0/mlflow/experiments/search", body, {"Content-Type": "application/json"}
-    )
-    experiments = {
-        e["name"]: e["experiment_id"] for e in json.load(urllib.request.urlopen(request))["experiments"]
-    }
-    run = demo.json["mlflow_run_id"]
-    see(
-        page,
-        f"{ui.mlflow}/#/experiments/{experiments['access_policy_lora']}/runs/{run}/model-metrics",
-        "Model metrics",
-    )
-    page.get_by_placeholder("Search metric charts").fill("val_loss")  # charts below the fold are not drawn
-    page.get_by_text("val_loss", exact=False).first.wait_for(timeout=60_000)
-    page.wait_for_timeout(3000)
-    shot(page, demo_home, "mlflow")
-    history = json.load(
-        urllib.request.urlopen(f"{ui.mlflow}/api/2.0/mlflow/metrics/get-history?run_id={run}&metric_key=loss")
-    )
-    assert len(history["metrics"]) > 10

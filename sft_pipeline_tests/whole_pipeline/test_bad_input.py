@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from sft_pipeline_tests.command import Ran, sft
-from sft_pipeline_tests.whole_pipeline.conftest import GOOD_ROWS
+from sft_pipeline_tests.branches import GOOD_ROWS, SNAPSHOT
+from sft_pipeline_tests.command import Ran, sft, sft_process
 
 LINES = "".join(json.dumps(r) + "\n" for r in GOOD_ROWS).encode()
 
 
-def told_clearly(ran: Ran, home: Path, code: int, *words: str) -> None:
+def check_failure(ran: Ran, home: Path, code: int, *words: str) -> None:
+    """The exit code, each word in the message, and no half-written artifact."""
     assert ran.code == code, ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr
     for word in words:
-        assert word in ran.stderr + json.dumps(ran.json), ran.stderr[-3000:]
-    assert not list((home / "staging").glob("*")) if (home / "staging").exists() else True
-    assert all((p / "manifest.json").is_file() for p in (home / "objects").glob("*"))
+        assert word in ran.stderr, ran.stderr[-3000:]
+    assert not list(home.glob("staging/*"))
+    assert all((folder / "manifest.json").is_file() for folder in home.glob("objects/*"))
 
 
 def run(folder: Path, tmp_path: Path, *more: str, until: str = "packed_shards") -> tuple[Ran, Path]:
@@ -29,21 +30,26 @@ def run(folder: Path, tmp_path: Path, *more: str, until: str = "packed_shards") 
     return sft("run", "small_lora", "--json", "--until", until, *more, home=home, config=folder), home
 
 
-def test_a_missing_folder(branch: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_missing_folder_as_a_user_meets_it(branch: Callable[..., Path], tmp_path: Path) -> None:
+    """In a process of its own, whose exit status is looked at and whose stdout is one JSON object and no more."""
     folder = branch(dataset={"sources": [{"path": str(tmp_path / "nowhere")}]})
-    told_clearly(*run(folder, tmp_path), 2, "nowhere")
+    ran = sft_process("run", "small_lora", "--json", home=tmp_path / "home", config=folder)
+    check_failure(ran, tmp_path / "home", 2, str(tmp_path / "nowhere"))
+    assert ran.json["status"] == "failed" and "nowhere" in ran.json["error"]
 
 
 def test_an_unknown_snapshot(branch: Callable[..., Path], tmp_path: Path) -> None:
-    told_clearly(*run(branch(), tmp_path, "--snapshot", "2027-01-01"), 2, "2026-01-01")
+    check_failure(*run(branch(), tmp_path, "--snapshot", "2027-01-01"), 2, "2027-01-01", SNAPSHOT)
 
 
 def test_an_empty_snapshot(branch: Callable[..., Path], tmp_path: Path) -> None:
-    told_clearly(*run(branch(b""), tmp_path), 2)
+    check_failure(*run(branch(b""), tmp_path), 2, "no rows", str(tmp_path / "rows"))
 
 
 def test_a_truncated_gzip(branch: Callable[..., Path], tmp_path: Path) -> None:
-    told_clearly(*run(branch(gzip.compress(LINES)[:-20], file="rows.jsonl.gz"), tmp_path), 2, "rows.jsonl.gz")
+    check_failure(
+        *run(branch(gzip.compress(LINES)[:-20], file="rows.jsonl.gz"), tmp_path), 2, "rows.jsonl.gz"
+    )
 
 
 def test_bad_lines_are_quarantined_and_too_many_block(branch: Callable[..., Path], tmp_path: Path) -> None:
@@ -53,16 +59,14 @@ def test_bad_lines_are_quarantined_and_too_many_block(branch: Callable[..., Path
         + json.dumps({"thread_id": "X2", "prompt": "p", "completion": "x" * 5_000_000}).encode()
         + b"\n"
     )
-    folder = branch(LINES + bad)
-    ran, home = run(folder, tmp_path, until="validated_rows")
+    ran, home = run(branch(LINES + bad), tmp_path, until="validated_rows")
     assert ran.code == 0, ran.stderr[-3000:]
     counts = json.loads(Path(ran.json["artifacts"]["validated_rows"], "manifest.json").read_text())["counts"]
     assert (counts["accepted"], counts["quarantined"]) == (60, 3)
-    folder = branch(LINES + bad * 10)
-    ran = sft("run", "small_lora", "--json", home=home, config=folder)
-    told_clearly(ran, home, 3, "reject_rate")
-    assert ran.json["status"] == "blocked"
-    assert "grouped_split" not in ran.json["artifacts"]
+    ran, home = run(branch(LINES + bad * 10), tmp_path)
+    check_failure(ran, home, 3, "reject_rate")
+    assert ran.json["status"] == "blocked" and "reject_rate" in ran.json["error"]
+    assert list(ran.json["artifacts"]) == ["raw_rows", "validated_rows"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_bad_lines_are_quarantined_and_too_many_block(branch: Callable[..., Path
 def test_a_bad_recipe(
     branch: Callable[..., Path], tmp_path: Path, recipe: dict, words: tuple[str, ...]
 ) -> None:
-    told_clearly(*run(branch(recipe=recipe), tmp_path), 2, *words)
+    check_failure(*run(branch(recipe=recipe), tmp_path), 2, *words)
 
 
 @pytest.fixture
@@ -96,22 +100,17 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(staging)], check=False)
 
 
-def test_a_full_disk(branch: Callable[..., Path], tiny_disk: Path) -> None:
-    folder = branch(
-        [
-            {
-                "thread_id": f"T{i}",
-                "prompt": f"{i} " * 4000,
-                "completion": random.Random(i).randbytes(4000).hex(),
-            }
-            for i in range(100)
-        ]
-    )
-    ran = sft("run", "small_lora", "--json", "--until", "raw_rows", home=tiny_disk, config=folder)
-    told_clearly(ran, tiny_disk, 2, "no space left")
-    assert not (tiny_disk / "objects").exists()
+def test_a_full_disk(branch: Callable[..., Path], tiny_disk: Path, tmp_path: Path) -> None:
+    large = [
+        {"thread_id": f"T{i}", "prompt": f"{i} " * 4000, "completion": random.Random(i).randbytes(4000).hex()}
+        for i in range(100)
+    ]
+    ran, home = run(branch(large), tmp_path, until="raw_rows")
+    assert home == tiny_disk
+    check_failure(ran, home, 2, "no space left")
+    assert not (home / "objects").exists()
 
 
 def test_an_unknown_asset_and_a_wrong_option(branch: Callable[..., Path], tmp_path: Path) -> None:
-    told_clearly(*run(branch(), tmp_path, until="packed_shard"), 2, "packed_shards")
-    told_clearly(sft("run", "small_lora", "--jsn", home=tmp_path / "home"), tmp_path / "home", 2, "jsn")
+    check_failure(*run(branch(), tmp_path, until="packed_shard"), 2, "packed_shards")
+    check_failure(sft("run", "small_lora", "--jsn", home=tmp_path / "home"), tmp_path / "home", 2, "--jsn")

@@ -1,4 +1,4 @@
-"""The data plane from raw rows to packed shards over snapshots: cost follows the change, and bytes depend on rows alone."""
+"""The data plane over snapshots: its cost follows what changed, and its bytes depend on the rows alone."""
 
 import json
 import random
