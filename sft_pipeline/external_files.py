@@ -52,6 +52,9 @@ def _open_cache() -> sqlite3.Connection:
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 """The files of a model folder that decide what the model computes."""
 
+HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""What is fetched of a model repository on the hub: weights as safetensors, configuration, tokenizer; no pickles."""
+
 
 def digest_files(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> dict[str, str]:
     """The digest of a local file, or of each file of a local folder whose name matches.

@@ -66,10 +66,10 @@ class Record:
 
 def ours(job: Job, record: Record) -> Work:
     """This pipeline's trainer, from the packed shards, set up as the stage trained_checkpoints does it."""
-    from sft_pipeline.training.setup import be_deterministic, make_feed
 
     from sft_pipeline.training.config import ModelConfig, TrainingConfig
-    from sft_pipeline.training.data import layout_for
+    from sft_pipeline.training.data import layout_for, make_feed
+    from sft_pipeline.training.process import be_deterministic
     from sft_pipeline.training.schedule import Schedule
     from sft_pipeline.training.shards import Plan, Shards
     from sft_pipeline.training.trainer import SupervisedTrainer

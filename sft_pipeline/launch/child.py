@@ -1,10 +1,11 @@
-"""The process in which an isolated stage is built: `python -m sft_pipeline.launch.child ORDER.json`.
+"""The process in which an isolated stage is built: `python -m sft_pipeline.launch.child SPEC.json`.
 
-One process, or one rank of torchrun. Rank 0 reports and writes the result; the others work silently, and tell only why
-they failed. Here torch may be imported, and neither dagster nor mlflow is.
+One process, or one rank of torchrun. Rank 0 reports and writes the result; the others are silent, and write
+only why they failed. Here torch may be imported, and neither dagster nor mlflow is.
 
-Exit codes: 0 built; 2, 3 or 4 an expected error (`sft_pipeline.errors`), or 1; the message is in the result file. 4 also
-when asked to stop (SIGTERM, SIGINT): at once, since what is worth keeping is in a whole checkpoint already.
+Exit codes: 0 built; 2, 3 or 4 an expected error (`sft_pipeline.errors`), or 1; the message is in the result
+file. 4 also when asked to stop (SIGTERM, SIGINT): at once, since what is worth keeping is in a whole
+checkpoint already.
 """
 
 import atexit
@@ -21,46 +22,51 @@ from types import FrameType
 
 from sft_pipeline.errors import Interrupted
 from sft_pipeline.launch import processes
-from sft_pipeline.launch.message import Failed, Order, write_built, write_failed
+from sft_pipeline.launch.message import Failed, LaunchSpec, write_built, write_failed
 from sft_pipeline.launch.supervise import SUPERVISOR_VARIABLE
 from sft_pipeline.reporting import FileReporter, Reporter
 from sft_pipeline.store.files import clear_disk_errors
 
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 60.0
+STOPPED = "asked to stop; running again resumes"
 
 
-def main(order_path: str) -> int:
+def main(spec_path: str) -> int:
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
-    order = Order.read(Path(order_path))
-    result = order.result_of(rank)
+    spec = LaunchSpec.read(Path(spec_path))
+    result, out = spec.result_of(rank), Path(spec.out)
     _stop_on_signal(result)
-    sys.path += [p for p in order.import_path if p not in sys.path]
+    sys.path += [p for p in spec.import_path if p not in sys.path]
     try:
         if rank == 0:
-            _empty(Path(order.out))
-        with _pipes(rank, order) as report:
-            with clear_disk_errors(f"building {order.asset}"):
-                built = order.function()(order.to_build(report))
+            # An earlier child on this folder may have written into it after the parent found it empty.
+            out.mkdir(parents=True, exist_ok=True)
+            for path in out.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        with _reporter(rank, spec) as report, clear_disk_errors(f"building {spec.asset}"):
+            built = spec.run(report)
         if rank == 0:
             write_built(result, built)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        failed = Failed.of(
-            Interrupted(_STOPPED) if isinstance(error, KeyboardInterrupt) else error, time.time()
-        )
+        cause = Interrupted(STOPPED) if isinstance(error, KeyboardInterrupt) else error
+        failed = Failed.of(cause, time.time())
         print(failed.traceback or failed.message, file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # a full disk: the exit code and the log tell it too
+        with contextlib.suppress(OSError):  # a full disk: the exit code and the log have it too
             write_failed(result, failed)
         return failed.exit_code
 
 
 def die_with_parent() -> None:
-    """Binds this process's life to its parent's and to the supervisor's; call it first thing, in the main thread.
+    """Binds this process's life to its parent's and the supervisor's; call it first, in the main thread.
 
-    The kernel kills it when its parent dies (Linux), even while it is stopped or hangs. The supervisor may be further up
-    (torchrun is in between), so a thread watches that one.
+    The kernel kills it when its parent dies (Linux), even while it is stopped or hangs. The supervisor may be
+    further up (torchrun is in between), so a thread watches that one.
     """
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     parent = os.getppid()
@@ -68,17 +74,14 @@ def die_with_parent() -> None:
     # Either may have died before the line above took effect.
     if os.getppid() != parent or (supervisor and not processes.is_running(supervisor)):
         os._exit(Interrupted.exit_code)
+
+    def watch(supervisor: str) -> None:
+        while processes.is_running(supervisor):
+            time.sleep(WATCH_SECONDS)
+        os._exit(Interrupted.exit_code)
+
     if supervisor:
-        threading.Thread(target=_watch, args=(supervisor,), name="watch-supervisor", daemon=True).start()
-
-
-def _watch(supervisor: str) -> None:
-    while processes.is_running(supervisor):
-        time.sleep(WATCH_SECONDS)
-    os._exit(Interrupted.exit_code)
-
-
-_STOPPED = "asked to stop; running again resumes"
+        threading.Thread(target=watch, args=(supervisor,), name="watch-supervisor", daemon=True).start()
 
 
 def _stop_on_signal(result: Path) -> None:
@@ -88,7 +91,7 @@ def _stop_on_signal(result: Path) -> None:
     def stop(number: int, _: FrameType | None) -> None:
         if os.getpid() == own:  # not in a process forked off for loading data
             with contextlib.suppress(Exception):
-                write_failed(result, Failed(Interrupted.exit_code, _STOPPED, True, time.time()))
+                write_failed(result, Failed(Interrupted.exit_code, STOPPED, True, time.time()))
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -98,57 +101,51 @@ def _stop_on_signal(result: Path) -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-def _empty(out: Path) -> None:
-    """Makes `out` empty. An earlier child on this folder may have written into it between the parent's look and its own end."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in out.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 @contextlib.contextmanager
-def _pipes(rank: int, order: Order) -> Iterator[Reporter]:
+def _reporter(rank: int, spec: LaunchSpec) -> Iterator[Reporter]:
     """The reporter of this rank, inside an open Dagster Pipes session where Dagster started this process.
 
-    What the stage reports goes through the events file, for every listener of the parent (Dagster's event log is one of
-    them), so Pipes is only told which process works on what: the same lines would show twice.
+    What the stage reports goes through the events file, for every listener of the parent (Dagster's event log
+    is one of them). Through Pipes goes only which process works on what: the same lines would appear twice.
     """
     if rank != 0:
         yield Reporter()
         return
-    report = FileReporter(Path(order.events))
+    report = FileReporter(Path(spec.events))
     if not os.environ.get("DAGSTER_PIPES_CONTEXT") or not os.environ.get("DAGSTER_PIPES_MESSAGES"):
         yield report
         return
     from dagster_pipes import open_dagster_pipes
 
     with open_dagster_pipes() as pipes:
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        pipes.log.info(
-            f"{order.asset} is being built by process {os.getpid()}{f' and {int(ranks) - 1} more' if ranks != '1' else ''}"
-        )
+        others = int(os.environ.get("WORLD_SIZE", "1")) - 1
+        more = f" and {others} more" if others else ""
+        pipes.log.info(f"{spec.asset} is being built by process {os.getpid()}{more}")
         yield report
 
 
-def _arguments() -> str:
+def run_and_exit() -> None:
+    """Ends this process with `main`'s code; exit functions run (W&B sends its last rows in one), no teardown.
+
+    Threads and destructors of CUDA, NCCL and data loaders now and then turn a finished build into a hang or a
+    crash. So the exit function that is registered first, and runs last, ends the process before they are torn
+    down; and a timer ends it where an exit function or a thread does not come to an end.
+    """
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m sft_pipeline.launch.child ORDER.json")
-    return sys.argv[1]
+        sys.exit("usage: python -m sft_pipeline.launch.child SPEC.json")
+    code = 1
 
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
-def _leave(code: int) -> None:
-    """Ends this process: exit functions run (W&B sends its last rows in one), but nothing may turn a finished build into
-    a hang or a crash, as threads and destructors of CUDA, NCCL and data loaders do now and then."""
-    backstop = threading.Timer(LEAVE_SECONDS, os._exit, [code])
-    backstop.daemon = True
-    backstop.start()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    atexit.register(leave)
+    code = main(sys.argv[1])
+    timer = threading.Timer(LEAVE_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
-    _leave(main(_arguments()))
+    run_and_exit()

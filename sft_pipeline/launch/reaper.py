@@ -17,7 +17,8 @@ WORKER_TAG = "sft/worker"  # the identity of the process that runs the run
 
 
 def process_identity(pid: int | None = None) -> str:
-    """`host:boot:pid:start` of a process of this machine, by default of this one: unique over machines and restarts.
+    """`host:boot:pid:start` of a process of this machine, by default of this one: unique over machines and
+    restarts.
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -26,7 +27,8 @@ def process_identity(pid: int | None = None) -> str:
 
 
 def is_alive(identity: str) -> bool | None:
-    """Whether the process of that identity runs; None where it is on another host, or the identity cannot be read.
+    """Whether the process of that identity runs; None where it is on another host, or the identity cannot be
+    read.
 
     A process of an earlier boot of this host is dead.
     """
@@ -43,8 +45,9 @@ def is_alive(identity: str) -> bool | None:
 def reap_dead_runs(instance: "DagsterInstance") -> list[str]:
     """Ends, in Dagster's records, the runs whose worker is dead on this host, and frees their pool slots.
 
-    A run that was being cancelled becomes CANCELED, any other FAILURE. Untouched: runs without the worker tag, runs of
-    other hosts, and retries that have not started yet and still carry the tag of the run they retry.
+    A run that was being cancelled becomes CANCELED, any other FAILURE. Untouched: runs without the worker
+    tag, runs of other hosts, and retries that have not started yet and still carry the tag of the run they
+    retry.
 
     Returns:
         One line for each run that was ended.
@@ -74,7 +77,7 @@ def reap_dead_runs(instance: "DagsterInstance") -> list[str]:
 
 
 def _is_inherited(instance: "DagsterInstance", run: "DagsterRun", identity: str) -> bool:
-    """Whether the tag came with the tags that a retry copies from its parent: that one's worker, not its own."""
+    """Whether the tag was copied by a retry from its parent: it names that one's worker, not its own."""
     parent = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
     return parent is not None and parent.tags.get(WORKER_TAG) == identity
 

@@ -2,18 +2,21 @@
 
     python -m sft_pipeline.launch.supervise --watch PID:START [--watch ...] --lock FILE -- COMMAND...
 
-The command and everything it starts end when the command ends, when a watched process is gone, when this program is
-asked to stop (SIGTERM, SIGINT, SIGHUP), or when it is killed itself. Descendants are found through /proc, whatever
-session they moved to (each rank of torchrun has its own), and orphans stay in sight because this process is a child
-subreaper. All get SIGTERM (and SIGCONT, so that a stopped one hears it), and after `--grace` seconds SIGKILL.
+The command and everything it starts end when the command ends, when a watched process is gone, when this
+program is asked to stop (SIGTERM, SIGINT, SIGHUP), or when it is killed itself. Descendants are found through
+/proc, whatever session they moved to (each rank of torchrun has its own), and orphans stay in sight because
+this process is a child subreaper. All get SIGTERM (and SIGCONT, so that a stopped one hears it), and after
+`--grace` seconds SIGKILL.
 
-The lock: one command at a time per FILE. The lock is let go of only when the last descendant is gone, so whoever gets it
-next finds nobody writing. What a killed supervisor may have left (the kernel kills its command, but not that command's
-own children) carries the lock's path in its environment, and is killed before the next command starts.
+The lock: one command at a time per FILE. The lock is released only when the last descendant is gone, so
+whoever gets it next finds nobody writing. What a killed supervisor may have left (the kernel kills its
+command, but not that command's own children) carries the lock's path in its environment, and is killed before
+the next command starts.
 
-Exit codes: that of the command (128 + N where signal N killed it); 121 the lock was not free in time; 122 a watched
-process is gone; 123 asked to stop; 126 the command cannot be started. Not Linux: no /proc and no subreaper, so only
-the command's own process group is ended, and the command outlives a supervisor that was killed.
+Exit codes: that of the command (128 + N where signal N killed it); 121 the lock was not free in time; 122 a
+watched process is gone; 123 asked to stop; 126 the command cannot be started. Not Linux: no /proc and no
+subreaper, so only the command's own process group is ended, and the command outlives a supervisor that was
+killed.
 """
 
 import argparse
@@ -40,7 +43,7 @@ SUPERVISOR_VARIABLE = "SFT_SUPERVISOR"  # pid:start of the supervisor, for every
 LOCK_VARIABLE = "SFT_SUPERVISOR_LOCK"  # the absolute path of the lock that it holds
 
 POLL_SECONDS = 0.2
-SAY_AGAIN_SECONDS = 10.0
+REPORT_SECONDS = 10.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -86,24 +89,26 @@ class Supervisor:
                     self._must_go_on()
             return self._status
         except Stop as stop:
-            self._say(f"{stop}" + ("; ending its processes" if self._command else ""))
+            self._report(f"{stop}" + ("; ending its processes" if self._command else ""))
             return stop.code
         finally:
             self._end_all()
             if handle is not None:
                 os.close(handle)
 
-    # -- the lock ------------------------------------------------------------------------------------------------
+    # -- the lock
+    # ------------------------------------------------------------------------------------------------
 
     def _take(self, lock: str, wait_seconds: float) -> int:
         deadline = time.monotonic() + wait_seconds
-        say_at = time.monotonic()
+        report_at = time.monotonic()
         while True:
             try:
                 handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise Stop(EXIT_CANNOT_START, f"cannot open the lock {lock}: {error}") from None
-            # Not the same file: the lock was deleted after it was opened here, so it is not the lock any more.
+            # Not the same file: the lock was deleted after it was opened here, so it is not the lock any
+            # more.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(handle), os.stat(lock)):
@@ -121,18 +126,21 @@ class Supervisor:
                 raise Stop(
                     EXIT_LOCKED, f"{lock} is still held by process {holder} after {wait_seconds:.0f} s"
                 )
-            if now >= say_at:
-                self._say(f"waiting for the earlier process {holder} on {os.path.dirname(lock)} to be gone")
-                say_at = now + SAY_AGAIN_SECONDS
+            if now >= report_at:
+                self._report(
+                    f"waiting for the earlier process {holder} on {os.path.dirname(lock)} to be gone"
+                )
+                report_at = now + REPORT_SECONDS
             self._pause(POLL_SECONDS)
 
     def _clear_leftovers(self, lock: str) -> None:
         own = [os.getpid(), *processes.ancestors(os.getpid())]
         killed = processes.kill_carrying(LOCK_VARIABLE, lock, spare=own)
         if killed:
-            self._say(f"killed what an earlier supervisor left behind: {', '.join(map(str, killed))}")
+            self._report(f"killed what an earlier supervisor left behind: {', '.join(map(str, killed))}")
 
-    # -- the command ---------------------------------------------------------------------------------------------
+    # -- the command
+    # ---------------------------------------------------------------------------------------------
 
     def _start(self, command: Sequence[str], lock: str) -> None:
         own = os.getpid()
@@ -167,7 +175,7 @@ class Supervisor:
         """Asks every descendant to end, kills those that do not, and returns when there is none."""
         asked: set[int] = set()
         kill_at = time.monotonic() + self._grace
-        say_at = kill_at + SAY_AGAIN_SECONDS
+        report_at = kill_at + REPORT_SECONDS
         while True:
             self._reap()
             left = self._descendants()
@@ -181,12 +189,12 @@ class Supervisor:
                     asked.add(pid)
                     processes.send(pid, signal.SIGTERM, signal.SIGCONT)
             if (
-                now >= say_at
+                now >= report_at
             ):  # uninterruptible in the kernel: a device or a network disk that does not answer
-                self._say(
+                self._report(
                     f"still waiting for {', '.join(map(str, left))}, which the kernel has not ended yet"
                 )
-                say_at = now + SAY_AGAIN_SECONDS
+                report_at = now + REPORT_SECONDS
             self._pause(0.05)
 
     def _descendants(self) -> list[int]:
@@ -201,7 +209,8 @@ class Supervisor:
             return []
         return [group]
 
-    # -- waiting -------------------------------------------------------------------------------------------------
+    # -- waiting
+    # -------------------------------------------------------------------------------------------------
 
     def _must_go_on(self) -> None:
         if self._asked is not None:
@@ -219,7 +228,7 @@ class Supervisor:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake, 4096)
 
-    def _say(self, message: str) -> None:
+    def _report(self, message: str) -> None:
         """One line on stderr (the child's log), and one for whoever reads the events."""
         # Nobody may be there to read it: the one who listened can be what is gone, and the disk can be full.
         with contextlib.suppress(OSError):

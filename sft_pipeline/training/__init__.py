@@ -1,11 +1,22 @@
-"""What the model stages share: loading, feeding, loss, the trainer, generation. Imported only where torch runs."""
+"""What the model stages share, and the only packages that import torch: model, data, loss, trainer,
+checkpoint.
 
-import os
+config.py       the model and training sections of a recipe
+base.py         where the base model is                                  (no torch)
+model.py        loading and saving: base, adapters, checkpoints
+shards.py       packed blocks and the update plan, read from Parquet     (no torch)
+data.py         from the blocks of an update to micro-batches
+loss.py         cross-entropy at supervised positions
+schedule.py     the learning rate of every update                        (no torch)
+trainer.py      TRL's SFTTrainer over the update plan
+checkpoint.py   what a checkpoint holds; written whole, verified, put back
+generate.py     replies and scores of a model
+progress.py     numbers of an update, curves, who listens                (no torch)
+memory.py       memory: estimated before, measured during                (no torch)
+flops.py        time and utilization, from the arithmetic                (no torch)
+process.py      every setting that holds for the whole process
+"""
 
-# Threads that wait for work sleep instead of spinning. Read once by OpenMP, when torch is imported. Two OpenMP pools
-# (torch's and bitsandbytes') or a busy machine otherwise fight for the cores: on 2 cores under load a training step
-# took 2.0 s spinning and 0.4 s asleep, a 4-bit forward 310 ms and 7 ms.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from sft_pipeline.training.process import set_environment
 
-# TRL reports each trainer that is made to the hub's maker.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+set_environment()

@@ -31,7 +31,8 @@ class ModelConfig(Config):
     attention: Annotated[
         Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
         Field(
-            description="auto: flash attention where installed on a GPU, else sdpa; never substituted silently"
+            description="auto: flash attention where installed on a GPU, else sdpa; "
+            "never substituted silently"
         ),
     ] = "auto"
     freeze: Annotated[
@@ -98,7 +99,8 @@ class TrainingConfig(Config):
     def _units_divide(self) -> "TrainingConfig":
         if self.blocks_per_update and self.blocks_per_update % self.processes:
             raise ValueError(
-                f"blocks_per_update {self.blocks_per_update} cannot be divided over {self.processes} processes: take a multiple"
+                f"blocks_per_update {self.blocks_per_update} cannot be divided over "
+                f"{self.processes} processes: take a multiple"
             )
         return self
 
@@ -108,7 +110,7 @@ class TrainingConfig(Config):
         return self.blocks_per_update or self.per_device_batch * self.gradient_accumulation * self.processes
 
     def identity(self) -> dict[str, Any]:
-        """Without how an update is divided over processes and micro-batches: only how many blocks it holds."""
+        """Without how an update is divided over processes and micro-batches: only its number of blocks."""
         division = ("processes", "per_device_batch", "gradient_accumulation")
         return {k: v for k, v in super().identity().items() if k not in division} | {
             "blocks_per_update": self.planned_blocks

@@ -1,18 +1,23 @@
-"""Model FLOPs utilization: the arithmetic that a training needs, against what the device could do at best.
+"""The arithmetic of a training: against what a GPU could do at best (MFU), and as seconds on this CPU.
 
-After Chowdhery et al. 2022 (PaLM, appendix B), for what is trained here: a frozen weight costs no gradient of its own,
-only supervised positions are projected onto the vocabulary, and attention reaches no further than the example. What
-gradient checkpointing computes twice counts once. Light: no torch.
+Utilization is after Chowdhery et al. 2022 (PaLM, appendix B), for what is trained here: a frozen weight costs
+no gradient of its own, only supervised positions are projected onto the vocabulary, and attention reaches no
+further than the example. What gradient checkpointing computes twice counts once. Light: no torch.
 """
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from sft_pipeline.training.progress import UpdateNumbers
 
-# Dense 16-bit matrix TFLOP/s of the makers' data sheets: bf16 with fp32 accumulation, fp16 where a device has no bf16.
+# Dense 16-bit matrix TFLOP/s of the makers' data sheets: bf16 with fp32 accumulation, fp16 where a device has
+# no bf16.
 PEAKS = (
     (r"B200", 2250.0),
     (r"H100.*PCIe", 756.0),
@@ -65,9 +70,10 @@ class Arithmetic:
     def of(self, tokens: int, supervised: int, examples: int) -> float:
         """FLOPs of one update, forward and backward.
 
-        A weight costs 2 a token forward, 2 for the gradient of its input, and 2 for its own gradient where it is
-        trained: 6N for full fine-tuning, 4N for a frozen base. Of attention's 12 x width x keys a token and layer,
-        causality leaves half. Examples are taken to be equally long, which counts attention a little low.
+        A weight costs 2 a token forward, 2 for the gradient of its input, and 2 for its own gradient where it
+        is trained: 6N for full fine-tuning, 4N for a frozen base. Of attention's 12 x width x keys a token
+        and layer, causality leaves half. Examples are taken to be equally long, which counts attention a
+        little low.
         """
         weights = (4 * self.body + 2 * self.trained) * tokens
         head = (6 if self.head_trained else 4) * self.head * supervised
@@ -110,7 +116,7 @@ def arithmetic(model: Any) -> Arithmetic | None:
 def meter(
     model: Any, device_name: str, precision: str, devices: int
 ) -> Callable[[UpdateNumbers], float] | None:
-    """Gives the utilization of each update; None where it cannot be told: a CPU, an unknown GPU, fp32, experts."""
+    """Gives the utilization of each update; None where it is unknown: a CPU, another GPU, fp32, experts."""
     counted = arithmetic(model) if peak_flops(device_name) and precision != "fp32" else None
     if counted is None:
         return None
@@ -126,3 +132,26 @@ def utilization(flops: float, seconds: float, device_name: str, devices: int = 1
     """Share of the peak, 0 to 1; None where the peak is not known."""
     peak = peak_flops(device_name)
     return flops / max(seconds, 1e-9) / (peak * devices) if peak else None
+
+
+# Share of a matrix product's peak that a training step reaches, and floating-point operations per parameter
+# and token forward and backward (Kaplan et al. 2020). Good for an order of magnitude; the sanity check
+# measures.
+UTILISATION = 0.3
+FLOPS_PER_PARAMETER_AND_TOKEN = 6
+MATRIX, ROUNDS = 768, 10
+
+
+def training_seconds(parameters: int, tokens: int) -> float:
+    """Seconds of training on so many tokens."""
+    return tokens * parameters * FLOPS_PER_PARAMETER_AND_TOKEN / (_flops_per_second() * UTILISATION)
+
+
+@lru_cache
+def _flops_per_second() -> float:
+    a = np.ones((MATRIX, MATRIX), dtype=np.float32)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        a @ a
+    return ROUNDS * 2 * MATRIX**3 / (time.perf_counter() - start)

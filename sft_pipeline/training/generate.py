@@ -1,19 +1,27 @@
-"""Generation and scoring in batches: greedy by default, KV cache on, prompts sorted by length.
+"""Generation and scoring in batches, and samples during a training: greedy by default, prompts sorted by
+length.
 
-Generation pads on the left, with the mask and the positions that this needs. Scoring pads on the right, where a
-causal model needs neither: nothing real can see what comes after it. Both give results in the order of the input.
+Generation pads on the left, with the mask and the positions that this needs. Scoring pads on the right, where
+a
+causal model needs neither: nothing real can see what comes after it. Both give results in the order of the
+input.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.parquet as pq
 import torch
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.training.feed import supervised_targets
+from sft_pipeline.training.data import supervised_targets
 from sft_pipeline.training.loss import causal_model, install_supervised_forward
+from sft_pipeline.training.process import threads_for
+
+SAMPLES, SAMPLE_TOKENS = 3, 96  # generated at every evaluation of a training
 
 
 class Decoding(Protocol):
@@ -63,8 +71,9 @@ def generate(
 ) -> list[Reply]:
     """Replies to prompts of token ids, in their order.
 
-    A sampled reply depends on (seed, index of the prompt) alone, not on what shares its batch. A reply also ends where
-    the model's positions end; an empty prompt, or one that leaves no room, gives an empty, unfinished reply.
+    A sampled reply depends on (seed, index of the prompt) alone, not on what shares its batch. A reply also
+    ends where the model's positions end; an empty prompt, or one that leaves no room, gives an empty,
+    unfinished reply.
 
     Args:
         prompts: Ids of each prompt, without padding.
@@ -84,20 +93,9 @@ def generate(
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                for i, reply in zip(
-                    batch,
-                    _generate_batch(
-                        model,
-                        [prompts[i] for i in batch],
-                        [room[i] for i in batch],
-                        batch,
-                        stop_ids,
-                        pad_id,
-                        limit,
-                        decoding,
-                    ),
-                    strict=True,
-                ):
+                texts, limits = [prompts[i] for i in batch], [room[i] for i in batch]
+                found = _generate_batch(model, texts, limits, batch, stop_ids, pad_id, limit, decoding)
+                for i, reply in zip(batch, found, strict=True):
                     replies[i] = reply
                 done += len(batch)
                 report.progress(name, done, len(prompts), "replies")
@@ -189,7 +187,7 @@ def _choose(
 
 
 def _caller(model: Any) -> tuple[Any, str]:
-    """The model with only the last position projected where it knows how, and the name of its cache argument."""
+    """The model, projecting only the last position where it can, and the name of its cache argument."""
     names = inspect.signature(type(causal_model(model)).forward).parameters
     cache_name = "cache_params" if "cache_params" in names else "past_key_values"
     extra = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
@@ -230,8 +228,8 @@ def score_nll(
     """(summed NLL in nats, number of supervised tokens) of each example, in their order.
 
     Args:
-        examples: (input_ids, labels) of one example each, equally long; labels are -100 where not supervised. The
-            label of a first position is never predicted, and not counted.
+        examples: (input_ids, labels) of one example each, equally long; labels are -100 where not supervised.
+            The label of a first position is never predicted, and not counted.
         batch_tokens: Padded tokens per forward pass.
     """
     report = report or Reporter()
@@ -278,3 +276,50 @@ def _by_tokens(order: list[int], lengths: list[int], batch_tokens: int) -> Itera
         batch.append(i)
     if batch:
         yield batch
+
+
+def make_sampler(
+    model: Any,
+    tokenizer: Any,
+    parts: list[Path],
+    formatting: Mapping[str, Any],
+    count: int,
+    new_tokens: int = SAMPLE_TOKENS,
+) -> Callable[[], list[dict[str, Any]]]:
+    """Replies of the model as it is now to a few fixed held-out prompts."""
+    rows = _sample_rows(parts, count)
+    prompts = [r["input_ids"][: r["prompt_length"]] for r in rows]
+    stop_ids = set(formatting["stop_token_ids"])
+
+    def sample() -> list[dict[str, Any]]:
+        with threads_for(model):
+            replies = generate(
+                model,
+                prompts,
+                max_new_tokens=new_tokens,
+                stop_ids=stop_ids,
+                pad_id=min(stop_ids, default=0),
+                batch_size=max(1, count),
+            )
+        return [
+            {
+                "prompt": tokenizer.decode(p),
+                "reply": tokenizer.decode(r.ids),
+                "expected": row["completion"],
+                "finished": r.finished,
+            }
+            for p, r, row in zip(prompts, replies, rows, strict=True)
+        ]
+
+    return sample
+
+
+def _sample_rows(parts: list[Path], count: int) -> list[dict[str, Any]]:
+    """`count` tokenized rows, spread over the first row group: always the same ones."""
+    for part in parts:
+        file = pq.ParquetFile(part, memory_map=True)
+        if file.metadata.num_rows:
+            table = file.read_row_group(0, columns=["input_ids", "prompt_length", "completion"])
+            few, last = min(count, table.num_rows), table.num_rows - 1
+            return table.take(sorted({round(i * last / max(1, count - 1)) for i in range(few)})).to_pylist()
+    return []

@@ -2,13 +2,14 @@
 
     hidden [B, T, H] -> gather N supervised rows [N, H] -> output projection in chunks -> sum of NLL (fp32)
 
-Of a prompt of 1,000 tokens with an answer of 50, this projects 50 rows onto the vocabulary. Within a chunk the
-gradient of the loss is computed in the forward pass (as fused cross-entropy kernels do), so that no chunk's logits
-outlive it: memory is one chunk, and nothing is recomputed.
+Of a prompt of 1,000 tokens with an answer of 50, this projects 50 rows onto the vocabulary. Within a chunk
+the gradient of the loss is computed in the forward pass (as fused cross-entropy kernels do), so that no
+chunk's logits outlive it: memory is one chunk, and nothing is recomputed.
 
-Computed in fp32, loss and gradients are those of a float64 model on padded, unpacked rows to within 1e-5 (relative L2
-per tensor; measured: 4e-7 to 3e-6). In bf16 the rounding of the model's own operations dominates: gradients are within
-6 % per tensor of those in fp32 (measured on tiny models: 0.8 % full, 2.3 % LoRA, 4 % LoRA under a softcap).
+Computed in fp32, loss and gradients are those of a float64 model on padded, unpacked rows to within 1e-5
+(relative L2 per tensor; measured: 4e-7 to 3e-6). In bf16 the rounding of the model's own operations
+dominates: gradients are within 6 % per tensor of those in fp32 (measured on tiny models: 0.8 % full, 2.3 %
+LoRA, 4 % LoRA under a softcap).
 """
 
 import functools
@@ -27,12 +28,12 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows projected at once, so that a chunk of fp32 logits stays near 64 MB on a CPU and 256 MB on a GPU."""
+    """Rows projected at once: a chunk of fp32 logits stays near 64 MB on a CPU and 256 MB on a GPU."""
     return max(32, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary)
 
 
 class _SummedNll(torch.autograd.Function):
-    """sum over i of -log softmax(transform(hidden_i W^T + b))[target_i], gradients taken in the forward pass."""
+    """sum over i of -log softmax(transform(hidden_i W^T + b))[target_i], with its gradients in forward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, dtype):
@@ -59,7 +60,8 @@ class _SummedNll(torch.autograd.Function):
                 picked = logits.gather(1, y[:, None])[:, 0]
                 slope = (1 - (logits / cap) ** 2) if cap and wanted else None
                 highest = logits.amax(-1)
-                # exp(logits - highest) in place serves the norm and, divided by it, the gradient: one exponential.
+                # exp(logits - highest) in place serves the norm and, divided by it, the gradient: one
+                # exponential.
                 grad = logits.sub_(highest[:, None]).exp_()
                 norm = grad.sum(-1)
                 total += (highest + norm.log() - picked).sum()
@@ -109,7 +111,10 @@ def _transform(logits: torch.Tensor, scale: float, cap: float | None) -> torch.T
 
 
 def output_transform(config: Any) -> tuple[float, float | None]:
-    """(factor, softcap) that an architecture applies to its logits: Gemma caps, Granite divides, Cohere multiplies."""
+    """(factor, softcap) that an architecture applies to its logits.
+
+    Gemma caps, Granite divides, Cohere multiplies.
+    """
     text = config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -133,14 +138,14 @@ def causal_model(model: nn.Module) -> Any:
 def install_supervised_forward(model: nn.Module) -> str:
     """Gives the causal model a forward that returns the loss at supervised positions.
 
-    `model(input_ids=..., supervised_index=i [N], supervised_targets=y [N], reduction="sum"|"none")` then returns
-    {"nll": scalar sum, or [N]} in fp32, where i indexes the flattened [B * T] positions and y the ids predicted there.
-    Calls without `supervised_index` are the model's own. It sits inside the wrappers, so that DDP's gradient hooks,
-    PEFT and gradient checkpointing see an ordinary forward.
+    `model(input_ids=..., supervised_index=i [N], supervised_targets=y [N], reduction="sum"|"none")` then
+    returns {"nll": scalar sum, or [N]} in fp32, where i indexes the flattened [B * T] positions and y the ids
+    predicted there. Calls without `supervised_index` are the model's own. It sits inside the wrappers, so
+    that DDP's gradient hooks, PEFT and gradient checkpointing see an ordinary forward.
 
     Returns:
-        "selected" where only supervised positions are projected, or "full: <why>" where the model's own logits must
-        be taken whole; the caller reports it.
+        "selected" where only supervised positions are projected, or "full: <why>" where the model's own
+        logits must be taken whole; the caller reports it.
     """
     causal = causal_model(model)
     if getattr(causal, "supervised_head", None) is not None:
@@ -226,7 +231,8 @@ def _why_not(causal: Any, scale: float, cap: float | None, own_forward: Any) -> 
     finally:
         causal.train(training)
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-    # Written so that NaN weights, which some other check must report, do not look like a different architecture.
+    # Written so that NaN weights, which some other check must report, do not look like a different
+    # architecture.
     if (found - expected).abs().max() > tolerance * max(1.0, expected.abs().max().item()):
         return f"{type(causal).__name__} does something to its logits that its configuration does not say"
     return None

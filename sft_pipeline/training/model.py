@@ -1,12 +1,14 @@
-"""Loading: the base model, its adapters, and trained checkpoints.
+"""Loading and saving: the base model, what of it is trained, and trained checkpoints.
 
-safetensors only, no remote code unless the recipe says so, hub models only at a pinned commit. What was asked for is
-what runs: attention and precision are checked after loading and reported.
+safetensors only, no remote code unless the recipe says so, hub models only at a pinned commit. What was asked
+for is what
+runs: attention and precision are checked after loading and reported.
 """
 
 import importlib.util
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from torch import nn
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.hub import clear_loading_errors
-from sft_pipeline.training.adapters import add_adapter, freeze
-from sft_pipeline.training.base import base_folder
+from sft_pipeline.training.base import base_folder, load_model_config
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.loss import causal_model
+from sft_pipeline.training.process import disable_progress_bars
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,11 +45,9 @@ class LoadReport:
 
 def training_device() -> torch.device:
     """This process's device: the GPU of its local rank, else the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
@@ -66,34 +67,19 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 
 def resolve_attention(asked: str, device: torch.device, architecture: Any = None) -> str:
-    """The attention implementation for `auto`: flash attention where it is installed on a GPU, else sdpa, else eager.
+    """For `auto` flash attention where it is installed on a GPU, else sdpa, else eager.
 
     Args:
-        architecture: The model class, whose `_supports_...` say what it has; None for one that has everything.
+        architecture: The model class, whose `_supports_...` say what it has; None for one that has all.
     """
     if asked != "auto":
         return asked
     if device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
-        for package, name in (
-            ("flash_attn_interface", "flash_attention_3"),
-            ("flash_attn", "flash_attention_2"),
-        ):
+        packages = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
+        for package, name in packages.items():
             if importlib.util.find_spec(package):
                 return name
     return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
-
-
-def load_model_config(config: ModelConfig) -> Any:
-    """The base's transformers configuration; no weights are read.
-
-    Raises:
-        InputError: Unknown or unreachable base.
-    """
-    from transformers import AutoConfig
-
-    folder = base_folder(config)
-    with clear_loading_errors(f"model.base {config.base}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
 def load_base(
@@ -106,19 +92,19 @@ def load_base(
         four_bit: NF4 with double quantization (Dettmers et al. 2023); needs bitsandbytes.
 
     Raises:
-        InputError: Unknown base, no safetensors, or an attention implementation that this machine or model lacks.
+        InputError: Unknown base, no safetensors, or an attention implementation that this machine or model
+            lacks.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # progress is reported, not drawn over the log
+    disable_progress_bars()
     device = device or training_device()
     folder = base_folder(config)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
     attention = resolve_attention(config.attention, device, architecture)
     extra: dict[str, Any] = {}
     if four_bit:
-        extra = {"quantization_config": _four_bit(dtype), "device_map": {"": device}}
+        extra = {"quantization_config": _nf4(dtype), "device_map": {"": device}}
     with clear_loading_errors(f"model.base {config.base} with attention {attention}"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -128,7 +114,12 @@ def load_base(
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
-    _assert_attention(model, attention)
+    got = model.config._attn_implementation
+    if got != attention:
+        raise InputError(
+            f"model.attention {attention}: {type(model).__name__} loaded with {got} instead. "
+            f"Set model.attention to {got}, or install what {attention} needs"
+        )
     if four_bit:
         _keep_four_bit_weights(model)
     else:
@@ -145,8 +136,8 @@ def load_for_training(
 ) -> tuple[Any, LoadReport]:
     """The model that will be trained, adapters and freezing applied, in training mode.
 
-    Frozen weights are held in the precision of the computation, trained ones in fp32 (adapters, full fine-tuning),
-    so that small updates are not rounded away.
+    Frozen weights are held in the precision of the computation, trained ones in fp32 (adapters, full
+    fine-tuning), so that small updates are not rounded away.
 
     Args:
         checkpoint: Continue from the weights of this folder instead of the base's (resume).
@@ -157,7 +148,8 @@ def load_for_training(
     device = device or training_device()
     if config.attention == "flex_attention" and device.type == "cpu":
         raise InputError(
-            "model.attention flex_attention has no gradients on a CPU. Set sdpa, or auto, which takes the best there is"
+            "model.attention flex_attention has no gradients on a CPU. "
+            "Set sdpa, or auto, which takes the best there is"
         )
     precision = resolve_precision(training.precision, device)
     adapters = config.parameterization != "full"
@@ -172,7 +164,81 @@ def load_for_training(
         model.requires_grad_(True)
         freeze(model, config.freeze)
     model.train()
-    return model, describe(model, config, precision)
+    causal = causal_model(model)
+    total, trained = count_parameters(model)
+    return model, LoadReport(
+        architecture=type(causal).__name__,
+        parameterization=config.parameterization,
+        attention=causal.config._attn_implementation,
+        precision=precision,
+        weights_dtype="nf4"
+        if config.parameterization == "qlora"
+        else str(causal.dtype).removeprefix("torch."),
+        device=causal.device.type,
+        total_parameters=total,
+        trainable_parameters=trained,
+    )
+
+
+def add_adapter(
+    model: Any, config: ModelConfig, checkpoint: Path | None = None, *, gradient_checkpointing: bool = False
+) -> Any:
+    """Wraps the base in low-rank adapters: freshly initialised, or those of a checkpoint.
+
+    Raises:
+        InputError: `target_modules` names no module of this architecture.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if config.parameterization == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    settings = config.lora
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        bias="none",
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+    try:
+        if checkpoint is None:
+            wrapped = get_peft_model(model, lora)
+        else:
+            wrapped = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+    except ValueError as error:
+        raise InputError(f"model.lora.target_modules {settings.target_modules}: {error}") from error
+    head = wrapped.get_output_embeddings()
+    if hasattr(head, "lora_A"):
+        raise InputError(
+            f"model.lora.target_modules {settings.target_modules} includes the output layer, "
+            "whose adapter the loss could not see. Leave it out"
+        )
+    if gradient_checkpointing:
+        wrapped.enable_input_require_grads()
+    return wrapped
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Stops training every parameter whose name one of the regular expressions finds.
+
+    Raises:
+        InputError: A pattern matches nothing, or nothing is left to train.
+    """
+    for pattern in patterns:
+        try:
+            matched = [(n, p) for n, p in model.named_parameters() if re.search(pattern, n)]
+        except re.error as error:
+            raise InputError(f'model.freeze "{pattern}": not a regular expression ({error})') from error
+        if not matched:
+            some = ", ".join(n for n, _ in list(model.named_parameters())[:5])
+            raise InputError(f'model.freeze "{pattern}" matches no parameter; names look like: {some}')
+        for _, parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("model.freeze leaves nothing to train")
 
 
 def _as_base(config: ModelConfig, checkpoint: Path) -> ModelConfig:
@@ -204,46 +270,34 @@ def load_for_inference(
             four_bit=config.parameterization == "qlora" and checkpoint is not None,
         )
         if checkpoint is not None:
-            model = _with_adapter(model, checkpoint)
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=False)
     else:
         model = load_base(_as_base(config, checkpoint), dtype=dtype, device=device)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _with_adapter(model: Any, checkpoint: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=False)
-
-
 def save_weights(model: Any, folder: Path, config: ModelConfig) -> None:
     """Writes the adapter, or the whole weights, as safetensors; the bytes depend on the weights alone.
 
-    PEFT writes the base's path and an unordered list of modules into adapter_config.json: the path is replaced by
-    the recipe's own name for the base, and lists are sorted.
+    PEFT writes the base's path and an unordered list of modules into adapter_config.json: the path is
+    replaced by the recipe's own name for the base, and lists are sorted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-    else:
-        model.save_pretrained(str(folder))
+    adapters = hasattr(model, "peft_config")
+    model.save_pretrained(str(folder), **({"save_embedding_layers": False} if adapters else {}))
     (folder / "README.md").unlink(missing_ok=True)
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        data = json.loads(adapter.read_text(encoding="utf-8"))
-        data["base_model_name_or_path"] = config.base
-        data["revision"] = config.revision
-        data = {
-            k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
-            for k, v in data.items()
-        }
-        adapter.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    plain = folder / "config.json"
-    if plain.is_file():
-        data = json.loads(plain.read_text(encoding="utf-8"))
-        data.pop("_name_or_path", None)
-        plain.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path = folder / ("adapter_config.json" if adapters else "config.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data.pop("_name_or_path", None)
+    if adapters:
+        data |= {"base_model_name_or_path": config.base, "revision": config.revision}
+        for key, value in data.items():
+            if isinstance(value, list) and all(isinstance(x, str) for x in value):
+                data[key] = sorted(value)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -256,39 +310,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, trained
 
 
-def describe(model: Any, config: ModelConfig, precision: str) -> LoadReport:
-    from sft_pipeline.training.loss import causal_model
-
-    causal = causal_model(model)
-    total, trained = count_parameters(model)
-    return LoadReport(
-        architecture=type(causal).__name__,
-        parameterization=config.parameterization,
-        attention=causal.config._attn_implementation,
-        precision=precision,
-        weights_dtype="nf4"
-        if config.parameterization == "qlora"
-        else str(causal.dtype).removeprefix("torch."),
-        device=causal.device.type,
-        total_parameters=total,
-        trainable_parameters=trained,
-    )
-
-
-def _assert_attention(model: Any, asked: str) -> None:
-    got = model.config._attn_implementation
-    if got != asked:
-        raise InputError(
-            f"model.attention {asked}: {type(model).__name__} loaded with {got} instead. Set model.attention to {got}, or install what {asked} needs"
-        )
-
-
-def _four_bit(compute: torch.dtype) -> Any:
+def _nf4(compute: torch.dtype) -> Any:
+    """NF4 with double quantization."""
     from transformers import BitsAndBytesConfig
 
     if not importlib.util.find_spec("bitsandbytes"):
         raise InputError(
-            "model.parameterization qlora needs bitsandbytes, which is not installed here. Install it or use lora"
+            "model.parameterization qlora needs bitsandbytes, which is not installed here. "
+            "Install it or use lora"
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -301,8 +330,9 @@ def _four_bit(compute: torch.dtype) -> Any:
 def _keep_four_bit_weights(model: nn.Module) -> None:
     """Switches off bitsandbytes' repacking for CPU inference.
 
-    On a CPU with AVX512-BF16 the first forward in evaluation mode rewrites the weights and rounds their scales to
-    bf16, and fails on widths that 32 does not divide: an evaluation would change the model in the middle of training.
+    On a CPU with AVX512-BF16 the first forward in evaluation mode rewrites the weights and rounds their
+    scales to bf16, and fails on widths that 32 does not divide: an evaluation would change the model in the
+    middle of training.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,10 +1,17 @@
-"""What a training tells, and what it asks of others: numbers of an update, who listens, who saves and restores."""
+"""Numbers of a training: of an update, curves over updates, when to evaluate and save. Light: no torch."""
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sft_pipeline.training.config import TrainingConfig
+
+CURVE_SCHEMA = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
+Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class NotFinite(Exception):
 
     def __init__(self, step: int, what: str, value: float, *, applied: bool = False) -> None:
         super().__init__(f"{what} of update {step} is {value}")
-        self.step, self.what, self.value, self.applied = step, what, value, applied
+        self.step, self.applied = step, applied
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,31 @@ class Intervals:
         return step % self.save == 0 or step == self.total
 
 
-class Saver(Protocol):
-    """Writes a checkpoint of a trainer, atomically."""
+class Curves:
+    """Values over steps, by name: what a run of the same recipe repeats exactly."""
 
-    def __call__(self, trainer: Any) -> None: ...
+    def __init__(self) -> None:
+        self._values: dict[str, Curve] = {}
 
+    def add(self, step: int, **values: float) -> None:
+        for name, value in values.items():
+            self._values.setdefault(name, []).append((step, float(value)))
 
-class Restorer(Protocol):
-    """Puts back what a checkpoint holds beside the weights. `step` is the last update it has seen."""
+    def get(self, name: str) -> Curve:
+        return self._values.get(name, [])
 
-    step: int
+    def total(self, name: str) -> int:
+        return int(sum(v for _, v in self.get(name)))
 
-    def optimizer(self, trainer: Any) -> None: ...
-    def rng(self, trainer: Any) -> None: ...
+    def write(self, path: Path) -> None:
+        """Long format, ordered by name and step."""
+        rows = [(s, n, v) for n in sorted(self._values) for s, v in self._values[n]]
+        columns = [pa.array([r[i] for r in rows], type=f.type) for i, f in enumerate(CURVE_SCHEMA)]
+        pq.write_table(pa.Table.from_arrays(columns, schema=CURVE_SCHEMA), path, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path) -> "Curves":
+        curves = cls()
+        for row in pq.read_table(path).to_pylist():
+            curves.add(row["step"], **{row["name"]: row["value"]})
+        return curves

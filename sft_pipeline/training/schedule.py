@@ -1,4 +1,8 @@
-"""Learning rates as a pure function of the update. Light: no torch."""
+"""The learning rate of every update, as a pure function of its number. Light: no torch.
+
+From `training.learning_rate` in the YAML to the optimizer: `Schedule.of` reads the recipe, `learning_rate`
+gives the rate of an update, and `trainer.SupervisedTrainer.create_scheduler` applies it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +15,10 @@ ADAPTER_RATE, FULL_RATE = 1e-4, 2e-5
 
 @dataclass(frozen=True)
 class Schedule:
-    """warmup and decay are fractions of the updates; decay is read by wsd alone."""
+    """How the rate moves between `peak` (training.learning_rate) and `minimum` (training.min_learning_rate).
+
+    warmup and decay are fractions of the updates; decay is read by wsd alone.
+    """
 
     kind: Literal["cosine", "linear", "constant", "wsd"]
     peak: float
@@ -27,12 +34,12 @@ class Schedule:
         )
 
 
-def rate(update: int, total: int, schedule: Schedule) -> float:
+def learning_rate(update: int, total: int, schedule: Schedule) -> float:
     """The learning rate with which update 0, 1, ..., total - 1 is made.
 
-    Warm-up rises linearly, its first update already above zero, to the peak at the first update after it. Then:
-    cosine and linear fall to the minimum at `total` (cosine from 2e-4 to 0 over 1,000 updates is 1e-4 at update 500);
-    constant stays; wsd stays, and falls linearly in its last `decay` share (Hu et al. 2024).
+    Warm-up rises linearly, its first update already above zero, to the peak at the first update after it.
+    Then: cosine and linear fall to the minimum at `total` (cosine from 2e-4 to 0 over 1,000 updates is 1e-4
+    at update 500); constant stays; wsd stays, and falls linearly in its last `decay` share (Hu et al. 2024).
     """
     warm = warm_up(total, schedule)
     if update < warm:
@@ -52,7 +59,7 @@ def rate(update: int, total: int, schedule: Schedule) -> float:
 
 def curve(total: int, schedule: Schedule) -> list[float]:
     """The rate of every update, for a plot before the run."""
-    return [rate(update, total, schedule) for update in range(total)]
+    return [learning_rate(update, total, schedule) for update in range(total)]
 
 
 def warm_up(total: int, schedule: Schedule) -> int:
@@ -61,10 +68,12 @@ def warm_up(total: int, schedule: Schedule) -> int:
 
 
 def sampled(total: int, schedule: Schedule, most: int = 50) -> list[tuple[int, float]]:
-    """(update counted from 1, rate) of at most `most` updates: the first, the last, the peak, and evenly between."""
+    """(update counted from 1, rate) of at most `most` updates: the first, the last, the peak, and evenly
+    between.
+    """
     if total <= most:
         at = list(range(total))
     else:
         even = {round(i * (total - 1) / (most - 2)) for i in range(most - 1)}
         at = sorted(even | {min(warm_up(total, schedule), total - 1)})
-    return [(update + 1, rate(update, total, schedule)) for update in at]
+    return [(update + 1, learning_rate(update, total, schedule)) for update in at]

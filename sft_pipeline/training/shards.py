@@ -15,13 +15,15 @@ from sft_pipeline.errors import InputError
 
 CACHE_BYTES = 512 << 20
 PLAN_GROUPS = 8  # row groups of the plan that are kept
+REBUILD = "Delete the artifact's folder to have it rebuilt"
 
 
 @dataclass(frozen=True)
 class Block:
     """One packed sequence: whole examples ("segments") one after another.
 
-    input_ids, labels, position_ids: int32 [L]; lengths: int32 [segments], summing to L; labels -100: not supervised.
+    input_ids, labels, position_ids: int32 [L]; lengths: int32 [segments], summing to L; labels -100: not
+        supervised.
     """
 
     block: int
@@ -37,10 +39,12 @@ class Block:
 
 
 class Shards:
-    """The blocks of one side, read by number from memory-mapped Parquet parts; row groups are cached up to a bound.
+    """The blocks of one split, read by number from memory-mapped Parquet parts; row groups are cached up to a
+    bound.
 
-    Blocks lie in the parts in the order of their numbers, so a block is found by bisection: the first one is there as
-    soon in a large dataset as in a small one. That the numbers are right is seen in each row group when it is read.
+    Blocks lie in the parts in the order of their numbers, so a block is found by bisection: the first one is
+        there as soon in a large dataset as in a small one. That the numbers are right is seen in each row
+        group when it is read.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Shards:
             InputError: The first or last part cannot be read.
         """
         self._paths = list(parts)
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, ShardPart] = {}
         self._cache: OrderedDict[tuple[int, int], tuple[pa.RecordBatch, int]] = OrderedDict()
         self._cached, self._cache_bytes = 0, cache_bytes
         count = self._first(len(self._paths))
@@ -88,13 +92,13 @@ class Shards:
         batch, row = self._locate(number)
         return batch.column("row_ids")[row].as_py()
 
-    def _part(self, index: int) -> "_Part":
+    def _part(self, index: int) -> "ShardPart":
         if index not in self._parts:
-            self._parts[index] = _Part(self._paths[index])
+            self._parts[index] = ShardPart(self._paths[index])
         return self._parts[index]
 
     def _first(self, index: int) -> int:
-        """The first block number of a part and those after it; of the one after the last, the number of all blocks."""
+        """The first block number from a part on; for the part after the last, the number of all blocks."""
         if index < len(self._paths):
             part = self._part(index)
             return part.first if part.rows else self._first(index + 1)
@@ -123,7 +127,7 @@ class Shards:
         return self._cache[key][0], number - part.starts[group]
 
 
-class _Part:
+class ShardPart:
     """One Parquet part: consecutive blocks.
 
     Attributes:
@@ -137,9 +141,7 @@ class _Part:
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{path}: not a readable Parquet file ({error}). Delete the artifact's folder to have it rebuilt"
-            ) from error
+            raise InputError(f"{path}: not a readable Parquet file ({error}). {REBUILD}") from error
         metadata = self._file.metadata
         self.rows = metadata.num_rows
         self.first = _bounds(metadata, 0, "block", path)[0] if self.rows else 0
@@ -164,9 +166,7 @@ class _Part:
 
 
 def _misnumbered(path: Path) -> InputError:
-    return InputError(
-        f"{path}: blocks are not numbered 0, 1, 2, ... over the parts. Delete the artifact's folder to have it rebuilt"
-    )
+    return InputError(f"{path}: blocks are not numbered 0, 1, 2, ... over the parts. {REBUILD}")
 
 
 def _bounds(metadata: pq.FileMetaData, group: int, name: str, path: Path) -> tuple[int, int]:
@@ -177,9 +177,7 @@ def _bounds(metadata: pq.FileMetaData, group: int, name: str, path: Path) -> tup
     """
     column = metadata.row_group(group).column(metadata.schema.names.index(name))
     if column.statistics is None or not column.statistics.has_min_max:
-        raise InputError(
-            f"{path}: its footer has no statistics of {name}. Delete the artifact's folder to have it rebuilt"
-        )
+        raise InputError(f"{path}: its footer has no statistics of {name}. {REBUILD}")
     return column.statistics.min, column.statistics.max
 
 
@@ -193,7 +191,8 @@ def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
 class Plan:
     """Which blocks form each update, over all epochs, in order.
 
-    Read from the file a row group at a time, so that the first update is there as soon in a long plan as in a short one.
+    Read from the file a row group at a time, so that the first update is there as soon in a long plan as in a
+    short one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -233,7 +232,8 @@ class Plan:
         return np.concatenate(found)
 
     def planned(self, name: str, updates: int) -> int | None:
-        """What the plan itself says the first `updates` updates hold: `name` is examples, tokens or supervised.
+        """What the plan itself says the first `updates` updates hold: `name` is examples, tokens or
+        supervised.
 
         None where the plan does not say.
         """
@@ -264,6 +264,5 @@ class Plan:
 
     def _unordered(self) -> InputError:
         return InputError(
-            f"{self._path}: updates are not numbered 0, 1, 2, ... with their blocks in order. "
-            "Delete the artifact's folder to have it rebuilt"
+            f"{self._path}: updates are not numbered 0, 1, 2, ... with their blocks in order. {REBUILD}"
         )

@@ -1,15 +1,22 @@
-"""The trainer: TRL's SFTTrainer on packed shards.
+"""The trainer: the one place where TRL's SFTTrainer is set up.
 
-What TRL and transformers do well is theirs: the loop, AdamW, clipping, mixed precision, data-parallel wrapping,
-callbacks, reporting. Ours is what an update is. One item of the feed is one update of the plan, so a step of the loop,
-an update of the optimizer, a position in the plan and `global_step` are the same number. Its loss is the mean over the
-supervised tokens of the whole update: all micro-batches, all ranks.
+What TRL and transformers do well is theirs: the loop, AdamW, clipping, mixed precision, data-parallel
+wrapping, callbacks, reporting. Ours is what an update is. One item of the feed is one update of the plan, so
+a step of the loop, an update of the optimizer, a position in the plan and `global_step` are the same number.
+Its loss is the mean
+over the supervised tokens of the whole update: all micro-batches, all ranks.
+
+Overridden of their public methods: where batches come from (`get_train_dataloader`, `get_batch_samples`),
+what an update and its loss are (`training_step`, `compute_loss`, `floating_point_ops`), the learning rate
+(`create_scheduler`), and validation (`evaluate`). Of their private ones only `_clip_grad_norm`, and for a
+resumed run `_initial_global_step` is set; both say why. Evaluating, saving and resuming need none:
+`PlanCallback` does them at the right moments of the loop, whose own strategies for them are off.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +24,79 @@ import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from sft_pipeline.training.checkpoint import Checkpoint, load_training_state
 from sft_pipeline.training.config import TrainingConfig
-from sft_pipeline.training.feed import Feed, Microbatch, UpdateBatch, all_blocks
+from sft_pipeline.training.data import Feed, Microbatch, UpdateBatch, all_blocks
 from sft_pipeline.training.loss import install_supervised_forward
-from sft_pipeline.training.progress import Intervals, Listener, NotFinite, Restorer, Saver, UpdateNumbers
-from sft_pipeline.training.schedule import Schedule, rate
-from sft_pipeline.training.settings import arguments, assert_launch, assert_wrapped, keep_rng
+from sft_pipeline.training.process import keep_rng
+from sft_pipeline.training.progress import Intervals, Listener, NotFinite, UpdateNumbers
+from sft_pipeline.training.schedule import Schedule, learning_rate
 from sft_pipeline.training.shards import Shards
 
 
-class _Updates:
-    """The feed as the loop's dataloader."""
+def training_arguments(
+    training: TrainingConfig,
+    schedule: Schedule,
+    precision: str,
+    folder: Path,
+    updates: int,
+    *,
+    cpu: bool,
+    distributed: bool,
+) -> SFTConfig:
+    """The recipe's training section in TRL's terms.
+
+    Every setting is explicit whose default would do something else: bf16 on, checkpointing on, truncation at
+        1,024.
+    """
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=updates,
+        per_device_train_batch_size=training.per_device_batch,
+        gradient_accumulation_steps=1,
+        learning_rate=schedule.peak,  # of every update: create_scheduler
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch_fused",
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_betas[0],
+        adam_beta2=training.adam_betas[1],
+        adam_epsilon=training.adam_epsilon,
+        max_grad_norm=training.clip,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        activation_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=None,  # type: ignore[arg-type]
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        torch_compile=training.compile,
+        neftune_noise_alpha=training.neftune_alpha,
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and distributed else None,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=False,
+        ignore_data_skip=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to=list(training.report_to) or "none",
+        disable_tqdm=True,
+        seed=training.seed,
+        data_seed=training.seed,
+    )
+
+
+class FeedLoader:
+    """The feed as the loop's dataloader, from update `start` (counted from 0) on."""
 
     def __init__(self, feed: Feed, start: int) -> None:
         self.feed, self.start = feed, start
@@ -41,31 +108,42 @@ class _Updates:
         return self.feed.iterate(self.start)
 
 
-class _Conductor(TrainerCallback):
-    """Says when to evaluate, save and stop."""
+class PlanCallback(TrainerCallback):
+    """Restores a resumed run as the loop begins; after an update evaluates, saves and stops as planned."""
 
     def __init__(self, trainer: "SupervisedTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **_):
-        assert_wrapped(self.trainer.model_wrapped, self.trainer.feed.world)
-        if state.global_step == 0 and self.trainer.validation is not None and self.trainer.evaluate_first:
-            self.trainer.evaluate()
-            self.trainer.clock = time.monotonic()
+        trainer = self.trainer
+        wrapped, world = trainer.model_wrapped, trainer.feed.world
+        if world > 1 and not isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+            raise AssertionError(
+                f"{world} processes, but the model is a bare {type(wrapped).__name__}: "
+                "gradients would not be summed"
+            )
+        if trainer.resume is not None:
+            # Here optimizer and scheduler exist, and nothing draws random numbers between here and the first
+            # update.
+            load_training_state(trainer, trainer.resume)
+            trainer._initial_global_step = (
+                state.global_step
+            )  # else the final mean loss counts updates not made here
+        elif trainer.validation is not None and trainer.evaluate_first:
+            trainer.evaluate()
+        trainer.clock = time.monotonic()
 
     def on_step_end(self, args, state, control, **_):
-        trainer = self.trainer
-        state.epoch = state.global_step / max(1, trainer.feed.updates)
-        trainer.finish_update(state.global_step)
-        control.should_evaluate = trainer.validation is not None and trainer.intervals.evaluates(
-            state.global_step
-        )
-        control.should_save = trainer.saver is not None and trainer.intervals.saves(state.global_step)
-
-    def on_evaluate(self, args, state, control, **_):
-        if self.trainer.listener.should_stop():
-            control.should_training_stop = True
-            control.should_save = self.trainer.saver is not None and state.global_step > 0
+        trainer, step = self.trainer, state.global_step
+        state.epoch = step / max(1, trainer.feed.updates)
+        trainer.report_update(step)
+        save = trainer.intervals.saves(step)
+        if trainer.validation is not None and trainer.intervals.evaluates(step):
+            trainer.evaluate()
+            if trainer.listener.should_stop():
+                control.should_training_stop = save = True
+        if save and trainer.saver is not None:
+            trainer.saver(trainer)
 
 
 class SupervisedTrainer(SFTTrainer):
@@ -78,7 +156,8 @@ class SupervisedTrainer(SFTTrainer):
         tokenizer: Of the recipe; the trainer only reads its special tokens.
         precision: Resolved: bf16, fp16 or fp32.
         folder: Where TensorBoard files may go; nothing else is written there.
-        resume: (folder holding a trainer_state.json, what puts optimizer and random state back), or None.
+        saver: Writes a checkpoint; called on every rank, after the evaluation of the same update.
+        resume: The checkpoint whose weights the model already has; the rest is put back when training begins.
     """
 
     def __init__(
@@ -93,20 +172,15 @@ class SupervisedTrainer(SFTTrainer):
         precision: str,
         folder: Path,
         listener: Listener,
-        saver: Saver | None = None,
-        resume: tuple[Path, Restorer] | None = None,
+        saver: Callable[["SupervisedTrainer"], None] | None = None,
+        resume: Checkpoint | None = None,
         intervals: Intervals | None = None,
         evaluate_first: bool = True,
     ) -> None:
-        self.feed, self.validation, self.listener, self.saver, self.resume = (
-            feed,
-            validation,
-            listener,
-            saver,
-            resume,
-        )
-        self.training, self.schedule, self.evaluate_first = training, schedule, evaluate_first
+        self.feed, self.validation, self.listener, self.saver = feed, validation, listener, saver
+        self.training, self.schedule, self.resume = training, schedule, resume
         self.intervals = intervals or Intervals.of(training, feed.updates)
+        self.evaluate_first = evaluate_first
         self.clock = time.monotonic()
         self._norm = self._rate = 0.0
         self._now: tuple[float, int, int, int] = (0.0, 0, 0, 0)
@@ -114,7 +188,7 @@ class SupervisedTrainer(SFTTrainer):
         trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(
             model=model,
-            args=arguments(
+            args=training_arguments(
                 training, schedule, precision, folder, feed.updates, cpu=cpu, distributed=feed.world > 1
             ),
             # TRL wants a dataset to look at; the feed takes its place in get_train_dataloader.
@@ -124,22 +198,47 @@ class SupervisedTrainer(SFTTrainer):
             optimizers=(None, None),
         )
         for parameter, values in trained:
-            # TRL rounds the adapters of a 4-bit model to bf16. Their values are put back, not only their dtype: a
-            # resumed run would otherwise start from rounded weights.
+            # TRL rounds the adapters of a 4-bit model to bf16. Their values are put back, not only their
+            # dtype: a resumed run would otherwise start from rounded weights.
             if parameter.dtype != values.dtype:
                 parameter.data = values
         self.loss_path = install_supervised_forward(model)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Conductor(self))
-        assert_launch(self.accelerator, feed.world)
+        self.add_callback(PlanCallback(self))
+        # Several launch mistakes train copies that never talk to each other; none of them may pass unseen.
+        seen, kind = self.accelerator.num_processes, self.accelerator.distributed_type.value
+        if seen != feed.world:
+            raise AssertionError(
+                f"launched as {feed.world} processes, but the trainer sees {seen} ({kind}): "
+                "they would train unsynchronised copies"
+            )
+        if feed.world > 1 and kind not in ("MULTI_CPU", "MULTI_GPU"):
+            raise AssertionError(
+                f"{feed.world} processes under distributed type {kind}: gradients would not be summed"
+            )
+
+    def run(self) -> int:
+        """Trains to the end of the plan, or until the listener stops it. Returns the last update's number.
+
+        Raises:
+            NotFinite: The loss or gradient is not finite, and the update was not applied; or the validation
+                loss is not.
+        """
+        if self.resume is not None and self.resume.step >= self.feed.updates:
+            return self.resume.step
+        self.train()
+        return self.state.global_step
 
     # What an update is
 
     def get_train_dataloader(self) -> Any:
-        return _Updates(self.feed, self.resume[1].step if self.resume else 0)
+        return FeedLoader(self.feed, self.resume.step if self.resume else 0)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        return None
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[UpdateBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[UpdateBatch], None]:
+        """One update, whose tokens it has counted itself."""
+        return [next(epoch_iterator)], None
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -156,12 +255,10 @@ class SupervisedTrainer(SFTTrainer):
         """Forward and backward of a whole update. Returns its loss: mean NLL over its supervised tokens."""
         device, world = self.args.device, self.accelerator.num_processes
         model.train()
-        counts = self._over_ranks(
-            torch.tensor(
-                [inputs.supervised, inputs.tokens, inputs.examples], dtype=torch.int64, device=device
-            )
+        own = torch.tensor(
+            [inputs.supervised, inputs.tokens, inputs.examples], dtype=torch.int64, device=device
         )
-        supervised, tokens, examples = counts.tolist()
+        supervised, tokens, examples = self._over_ranks(own).tolist()
         total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         last = len(inputs.microbatches) - 1
         for i, microbatch in enumerate(inputs.microbatches):
@@ -178,48 +275,52 @@ class SupervisedTrainer(SFTTrainer):
         return torch.tensor(loss, device=device)
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        """As theirs. Private, but the only place with the norm while the update can still be refused."""
         norm = super()._clip_grad_norm(model)
-        self._norm, self._rate = float(norm), self._get_learning_rate()
+        self._norm, self._rate = float(norm), self.lr_scheduler.get_last_lr()[0]
         if not math.isfinite(self._norm) and self.accelerator.scaler is None:
             raise NotFinite(self.state.global_step + 1, "the gradient norm", self._norm)
         return norm
 
-    def finish_update(self, step: int) -> None:
+    def report_update(self, step: int) -> None:
+        """Tells the listener, and the trainer's own reporting where asked for, what the update was."""
         now = time.monotonic()
         loss, examples, tokens, supervised = self._now
+        seconds = now - self.clock
         self.listener.updated(
-            UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, now - self.clock)
+            UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, seconds)
         )
         if self.args.report_to:
-            self.log(
-                {
-                    "loss": loss,
-                    "learning_rate": self._rate,
-                    "grad_norm": self._norm,
-                    "supervised_tokens_per_second": supervised / max(1e-9, now - self.clock),
-                }
-            )
+            logs = {"loss": loss, "learning_rate": self._rate, "grad_norm": self._norm}
+            self.log(logs | {"supervised_tokens_per_second": supervised / max(1e-9, seconds)})
         self.clock = now
 
     def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        return (
-            self.accelerator.reduce(value, reduction="sum") if self.accelerator.num_processes > 1 else value
-        )
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value, reduction="sum")
 
-    # Optimizer and schedule
+    # Learning rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            total, schedule = self.feed.updates, self.schedule
-            inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            self.lr_scheduler = LambdaLR(inner, lambda update: rate(update, total, schedule) / schedule.peak)
-            self._created_lr_scheduler = True
+        """Where the learning rate is applied: update n (from 0) is made with `learning_rate(n, total,
+        schedule)`.
+
+        torch's schedulers multiply: the optimizer was made with the peak, so each update takes its share of
+        that.
+        """
+        total, schedule = self.feed.updates, self.schedule
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.lr_scheduler = LambdaLR(inner, lambda n: learning_rate(n, total, schedule) / schedule.peak)
         return self.lr_scheduler
 
-    # Evaluation
+    # Validation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validation loss: summed NLL over supervised tokens, over all ranks; the training's random state is put back."""
+        """Validation loss: summed NLL over supervised tokens, over all ranks.
+
+        The training's random state is put back.
+        """
         if self.validation is None:
             return {}
         with keep_rng():
@@ -228,14 +329,13 @@ class SupervisedTrainer(SFTTrainer):
             if step and not math.isfinite(val_loss):  # before a checkpoint of these weights is written
                 raise NotFinite(step, "the validation loss", val_loss, applied=True)
             self.listener.evaluated(step, val_loss)
-        metrics = {"eval_loss": val_loss}
         if self.args.report_to:
-            self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.log({"eval_loss": val_loss})
         self.clock = time.monotonic()
-        return metrics
+        return {"eval_loss": val_loss}
 
     def validation_loss(self) -> float:
+        """Mean NLL per supervised token of the held-out blocks, without gradients."""
         device, feed = self.args.device, self.feed
         model: Any = self.model
         assert self.validation is not None
@@ -256,37 +356,3 @@ class SupervisedTrainer(SFTTrainer):
         model.train(training)
         nll, supervised = self._over_ranks(total).tolist()
         return nll / max(1.0, supervised)
-
-    # Checkpoints
-
-    def run(self) -> int:
-        """Trains to the end of the plan, or until the listener stops it. Returns the last update's number.
-
-        Raises:
-            NotFinite: The loss or gradient is not finite, and the update was not applied; or the validation loss is not.
-        """
-        self.train(resume_from_checkpoint=str(self.resume[0]) if self.resume else None)
-        return self.state.global_step
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        assert self.saver is not None
-        self.saver(self)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The weights are there already: `load_for_training` was given the checkpoint."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.resume:
-            self.resume[1].optimizer(self)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """With the optimizer."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self.resume:
-            self.resume[1].rng(self)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics["train"].clear()
-        self._metrics["eval"].clear()
-        super().log(logs, start_time)

@@ -1,4 +1,6 @@
-"""A job whose only step hangs in an isolated child, under the multiprocess executor; run as a program, it is a run worker."""
+"""A job whose only step hangs in an isolated child, under the multiprocess executor; run as a program, it is
+a run worker.
+"""
 
 import multiprocessing
 import os

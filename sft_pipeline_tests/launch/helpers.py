@@ -11,8 +11,9 @@ from pathlib import Path
 
 from sft_pipeline.launch import processes
 
-# A process that starts two grandchildren in sessions of their own, one stopped and one deaf to SIGTERM, and an orphan
-# whose parent has gone; then it hangs, deaf as well. Every pid lands in a file named by the first argument.
+# A process that starts two grandchildren in sessions of their own, one stopped and one deaf to SIGTERM, and
+# an orphan whose parent has gone; then it hangs, deaf as well. Every pid lands in a file named by the first
+# argument.
 HANGING_TREE = """
 import os, signal, subprocess, sys, time
 def note():
@@ -31,13 +32,12 @@ while True: time.sleep(60)
 """
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> float:
-    """Waits for something to become true, and says how many seconds it took."""
-    start = time.monotonic()
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Waits for something to become true; that it never does is a failure."""
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() - start < seconds, "it did not come true in time"
+        assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.02)
-    return time.monotonic() - start
 
 
 def pids_in(path: Path, count: int, seconds: float = 20.0) -> list[str]:

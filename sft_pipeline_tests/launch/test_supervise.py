@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ def test_sigterm_ends_a_hung_tree_in_sessions_of_its_own(tmp_path: Path):
         tree = pids_in(tmp_path / "pids", 4)
         try:
             supervisor.send_signal(signal.SIGTERM)
-            assert wait_until(lambda: not running(tree)) < 4
+            wait_until(lambda: not running(tree))
             assert supervisor.wait(20) == EXIT_STOPPED
         finally:
             clean_up(tree)
@@ -49,13 +48,14 @@ def test_sigterm_ends_a_hung_tree_in_sessions_of_its_own(tmp_path: Path):
 
 def test_a_process_that_obeys_is_not_waited_for(tmp_path: Path):
     with supervised(
-        tmp_path, *PYTHON, f"import time; open({str(tmp_path / 'up')!r}, 'w'); time.sleep(60)"
+        tmp_path,
+        *PYTHON,
+        f"import time; open({str(tmp_path / 'up')!r}, 'w'); time.sleep(60)",
+        options=("--grace", "3600"),
     ) as supervisor:
         wait_until((tmp_path / "up").exists)
-        started = time.monotonic()
         supervisor.send_signal(signal.SIGINT)
         assert supervisor.wait(20) == EXIT_STOPPED
-        assert time.monotonic() - started < 1.5
 
 
 def test_when_a_watched_process_is_killed_the_tree_goes(tmp_path: Path):
@@ -68,7 +68,7 @@ def test_when_a_watched_process_is_killed_the_tree_goes(tmp_path: Path):
         tree = pids_in(tmp_path / "pids", 4)
         try:
             watched.kill()  # and not reaped: a zombie is gone too
-            assert wait_until(lambda: not running(tree)) < 3
+            wait_until(lambda: not running(tree))
             assert supervisor.wait(20) == EXIT_WATCHED_GONE
         finally:
             clean_up(tree)
@@ -84,13 +84,14 @@ def test_a_recycled_pid_is_not_the_watched_process(tmp_path: Path):
 
 
 def test_what_the_command_leaves_behind_is_ended(tmp_path: Path):
-    tree = start_hanging_tree(tmp_path)
-    with supervised(
-        tmp_path,
-        *PYTHON,
-        f"import subprocess, time; subprocess.Popen({tree!r}, start_new_session=True); time.sleep(1); raise SystemExit(5)",
-        options=("--grace", "0.3"),
-    ) as supervisor:
+    tree, pids = start_hanging_tree(tmp_path), tmp_path / "pids"
+    leaving = (
+        f"import os, subprocess, time; subprocess.Popen({tree!r}, start_new_session=True)\n"
+        f"while not (os.path.exists({str(pids)!r}) and open({str(pids)!r}).read().count('\\n') == 4):\n"
+        "    time.sleep(0.02)\n"
+        "raise SystemExit(5)"
+    )
+    with supervised(tmp_path, *PYTHON, leaving, options=("--grace", "0.3")) as supervisor:
         pids = pids_in(tmp_path / "pids", 4)
         try:
             assert supervisor.wait(20) == 5

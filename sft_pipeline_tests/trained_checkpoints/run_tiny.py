@@ -1,6 +1,7 @@
 """Builds trained_checkpoints on tiny data, as a process that can be killed or started under torchrun.
 
-python -m sft_pipeline_tests.trained_checkpoints.run_tiny ROOT NAME CONFIG_JSON [kill-after-update N | kill-in-save N]
+python -m sft_pipeline_tests.trained_checkpoints.run_tiny ROOT NAME CONFIG_JSON [kill-after-update N |
+kill-in-save N]
 
 What each rank trained on is written to ROOT/NAME.trained/rank<R>.jsonl, by update.
 """
@@ -75,7 +76,9 @@ def run(root: Path, name: str, report: Reporter | None = None, **config: Any) ->
 
 
 def record_what_is_trained(folder: Path) -> None:
-    """Writes the token ids of every example whose gradient was taken, as they reached the model, without padding."""
+    """Writes the token ids of every example whose gradient was taken, as they reached the model, without
+    padding.
+    """
     from sft_pipeline.training.trainer import SupervisedTrainer
 
     folder.mkdir(exist_ok=True)
@@ -101,9 +104,9 @@ def main() -> None:
     root, name, config = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     how, number = (sys.argv[4], int(sys.argv[5])) if len(sys.argv) > 4 else (None, 0)
     if how == "kill-in-save":
-        from sft_pipeline.stages.trained_checkpoints import bundle
+        from sft_pipeline.training import checkpoint
 
-        flush, calls = bundle.fsync_tree, []
+        flush, calls = checkpoint.fsync_tree, []
 
         def die(folder: Path) -> None:
             calls.append(folder)
@@ -112,7 +115,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             flush(folder)
 
-        bundle.fsync_tree = die
+        checkpoint.fsync_tree = die
     record_what_is_trained(root / f"{name}.trained")
     built = run(root, name, Recorder(number if how == "kill-after-update" else None), **config)
     if os.environ.get("RANK", "0") == "0":

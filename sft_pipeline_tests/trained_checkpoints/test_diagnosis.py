@@ -6,7 +6,7 @@ import random
 import pytest
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.trained_checkpoints.diagnosis import Members, diagnose
+from sft_pipeline.stages.trained_checkpoints.diagnosis import UpdateRows, diagnose
 from sft_pipeline.stages.trained_checkpoints.watch import Watch
 from sft_pipeline.training.config import EarlyStopping
 from sft_pipeline.training.progress import Intervals
@@ -45,8 +45,8 @@ def test_the_slope_is_read(f, kind):
 
 def test_a_spike_names_its_update_blocks_and_rows_and_the_command_that_shows_them():
     loss = curve(lambda i: 3.0 if i == 60 else 0.5 + 2 * math.exp(-i / 20))
-    members = lambda step: Members([7, 8], [f"row-{step}"], f"sft replay abc --update {step}")  # noqa: E731
-    [spike] = [f for f in diagnose(loss, [], members) if f.kind == "spike"]
+    rows_of = lambda step: UpdateRows([7, 8], [f"row-{step}"], f"sft replay abc --update {step}")  # noqa: E731
+    [spike] = [f for f in diagnose(loss, [], rows_of) if f.kind == "spike"]
     assert (spike.step, spike.blocks, spike.row_ids) == (61, [7, 8], ["row-61"])
     for named in ("update 61", "blocks 7, 8", "row-61", "`sft replay abc --update 61`"):
         assert named in spike.words

@@ -268,16 +268,16 @@ def test_early_stopping_and_max_steps(root):
 def test_a_full_disk_while_saving_is_one_message_and_leaves_the_previous_checkpoint(root, monkeypatch):
     import errno
 
-    from sft_pipeline.stages.trained_checkpoints import state
+    from sft_pipeline.training import checkpoint
 
-    save = state.save_rng
+    save = checkpoint.save_rng
 
     def full(states, folder):
         if "checkpoint-4" in folder.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(states, folder)
 
-    monkeypatch.setattr(state, "save_rng", full)
+    monkeypatch.setattr(checkpoint, "save_rng", full)
     with pytest.raises(InputError, match="no space left on the disk while saving"):
         run(root, "full-disk")
     assert [p.name for p in (root / "full-disk-work").glob("*checkpoint-*")] == ["checkpoint-2"]
@@ -344,7 +344,9 @@ def test_two_processes_train_the_same_updates_with_the_same_loss_curve(root):
 
 
 def trained_rows(folder, processes):
-    """{update: ids of the examples trained on, over all ranks}, as one launch left it; each update once per rank."""
+    """{update: ids of the examples trained on, over all ranks}, as one launch left it; each update once per
+    rank.
+    """
     found = {}
     for rank in range(processes):
         entries = [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]

@@ -13,11 +13,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from sft_pipeline.training.base import load_tokenizer
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
+from sft_pipeline.training.data import make_feed
 from sft_pipeline.training.model import load_for_training
 from sft_pipeline.training.progress import UpdateNumbers
 from sft_pipeline.training.schedule import Schedule
-from sft_pipeline.training.setup import load_tokenizer, make_feed
 from sft_pipeline.training.shards import Plan, Shards
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline_tests.training import tiny

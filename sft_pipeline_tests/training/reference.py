@@ -1,4 +1,6 @@
-"""The loss and its gradients twice: in float64, padded and unpacked with full logits; and as the training takes them."""
+"""The loss and its gradients twice: in float64, padded and unpacked with full logits; and as the training
+takes them.
+"""
 
 import copy
 import math
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sft_pipeline.training.feed import microbatches
+from sft_pipeline.training.data import microbatches
 from sft_pipeline.training.loss import install_supervised_forward
 from sft_pipeline.training.shards import Block
 from sft_pipeline_tests.training import tiny
@@ -25,7 +27,8 @@ def blocks_of(rows: list[dict[str, Any]], max_length: int = 64) -> list[Block]:
 
 
 def reference(model: Any, rows: list[dict[str, Any]]) -> tuple[float, Gradients]:
-    """Mean NLL over supervised tokens and its gradients, in float64, one padded batch with a mask, full logits.
+    """Mean NLL over supervised tokens and its gradients, in float64, one padded batch with a mask, full
+    logits.
 
     4-bit weights are taken dequantized.
     """

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sft_pipeline.training import loss as loss_module
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.feed import supervised_targets
+from sft_pipeline.training.data import supervised_targets
 from sft_pipeline.training.loss import install_supervised_forward, output_transform
 from sft_pipeline.training.model import load_for_training
 from sft_pipeline_tests.training import tiny
@@ -28,8 +28,9 @@ from sft_pipeline_tests.training.reference import (
     with_lora,
 )
 
-# Relative L2 of a gradient tensor taken as with training.precision bf16, against fp32. Measured on the models below,
-# worst tensor of each: full 0.8 %, qwen 1.5 %, softcapped 1.4 %, LoRA 2.3 %, rsLoRA 2.8 %, LoRA on the softcapped one 4.0 %.
+# Relative L2 of a gradient tensor taken as with training.precision bf16, against fp32. Measured on the models
+# below, worst tensor of each: full 0.8 %, qwen 1.5 %, softcapped 1.4 %, LoRA 2.3 %, rsLoRA 2.8 %, LoRA on the
+# softcapped one 4.0 %.
 BF16_TOLERANCE = 0.06
 
 
@@ -105,7 +106,9 @@ def test_bf16_gradients_are_near_those_of_fp32(kind):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_trainer_takes_those_gradients_with_one_process_and_with_two(base, tmp_path, processes):
-    """The whole path of an update: feed, trainer, DDP, accumulation over micro-batches; the gradients before clipping."""
+    """The whole path of an update: feed, trainer, DDP, accumulation over micro-batches; the gradients before
+    clipping.
+    """
     kinds = ["full", "lora", "qlora"]
     script = ["-m", "sft_pipeline_tests.training.one_update", str(base), str(tmp_path), json.dumps(kinds)]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []

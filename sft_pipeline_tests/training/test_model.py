@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.training.base import weight_shapes
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.memory import estimate
+from sft_pipeline.training.memory import estimate, weight_shapes
 from sft_pipeline.training.model import (
     count_parameters,
     load_base,
@@ -30,7 +29,7 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(
     "config,words",
     [
-        ({"base": "no/such/folder/anywhere"}, "no such folder"),
+        ({"base": "no/such/folder/anywhere"}, "does not exist, and this is no hub id"),
         ({"base": "nobody/nothing"}, "pin model.revision"),
     ],
 )

@@ -3,12 +3,12 @@
 import pytest
 
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.schedule import Schedule, curve, rate, sampled
+from sft_pipeline.training.schedule import Schedule, curve, learning_rate, sampled
 
 
 def test_cosine_from_2e_4_to_0_over_1000_steps_is_half_the_peak_at_step_500():
     """Worked example."""
-    assert rate(500, 1000, Schedule("cosine", peak=2e-4)) == pytest.approx(1e-4)
+    assert learning_rate(500, 1000, Schedule("cosine", peak=2e-4)) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
@@ -20,14 +20,14 @@ def test_warm_up_rises_above_zero_to_the_peak_and_nothing_exceeds_it(kind):
 
 
 def test_linear_and_wsd_fall_where_they_should():
-    assert rate(50, 100, Schedule("linear", peak=1.0, minimum=0.2)) == pytest.approx(0.6)
+    assert learning_rate(50, 100, Schedule("linear", peak=1.0, minimum=0.2)) == pytest.approx(0.6)
     wsd = Schedule("wsd", peak=1.0, decay=0.2)
     assert (
-        rate(80, 100, wsd) == 1.0
-        and rate(90, 100, wsd) == pytest.approx(0.5)
-        and rate(99, 100, wsd) == pytest.approx(0.05)
+        learning_rate(80, 100, wsd) == 1.0
+        and learning_rate(90, 100, wsd) == pytest.approx(0.5)
+        and learning_rate(99, 100, wsd) == pytest.approx(0.05)
     )
-    assert rate(99, 100, Schedule("constant", peak=1.0)) == 1.0
+    assert learning_rate(99, 100, Schedule("constant", peak=1.0)) == 1.0
 
 
 def test_the_default_peak_follows_the_parameterization():
@@ -45,8 +45,8 @@ def test_a_sampled_curve_has_its_ends_and_its_peak(total):
     schedule = Schedule("cosine", peak=1e-3, warmup=0.05)
     points = sampled(total, schedule)
     assert len(points) <= 50 and points == sorted(set(points))
-    assert points[0] == (1, rate(0, total, schedule)) and points[-1] == (
+    assert points[0] == (1, learning_rate(0, total, schedule)) and points[-1] == (
         total,
-        rate(total - 1, total, schedule),
+        learning_rate(total - 1, total, schedule),
     )
     assert max(r for _, r in points) == max(curve(total, schedule))

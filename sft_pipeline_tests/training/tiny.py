@@ -201,7 +201,9 @@ def packed_shards(
     vocabulary: int = VOCABULARY,
     poisoned: int | None = None,
 ) -> Artifact:
-    """A packed_shards artifact of two parts. The first row of the block `poisoned` is nonsense, all of it supervised."""
+    """A packed_shards artifact of two parts. The first row of the block `poisoned` is nonsense, all of it
+    supervised.
+    """
     blocks = pack(examples(rows, seed, vocabulary=vocabulary), max_length)
     if poisoned is not None:
         draw, n = random.Random(seed), blocks[poisoned]["lengths"][0]

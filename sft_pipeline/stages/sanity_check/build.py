@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.plots import training as plots
 from sft_pipeline.stages.sanity_check.asset import STAGE
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.sanity_check.labels import DataFindings, changed_formatting, check_blocks
 from sft_pipeline.stages.stage import Build, Built, Check, CheckSpec, Evidence, markdown, number, plot, table
 from sft_pipeline.store.files import write_json
-from sft_pipeline.training import plots
 
 if TYPE_CHECKING:
-    from sft_pipeline.training.feed import Layout
+    from sft_pipeline.training.data import Layout
     from sft_pipeline.training.shards import Shards
 
 
@@ -82,7 +82,7 @@ def _learning_rate(b: Build, config: SanityCheckConfig, verdict: Verdict) -> Non
 
 
 def _data(b: Build, config: SanityCheckConfig, verdict: Verdict) -> DataFindings:
-    from sft_pipeline.training.model import load_model_config
+    from sft_pipeline.training.base import load_model_config
 
     packed, tokenized = b.inputs["packed_shards"], b.inputs["tokenized_rows"]
     model = load_model_config(config.model).get_text_config()
@@ -151,7 +151,8 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
 
     from sft_pipeline.stages.sanity_check import protocol
     from sft_pipeline.stages.sanity_check.forecast import forecast, worst_block
-    from sft_pipeline.training.setup import load_tokenizer, make_feed
+    from sft_pipeline.training.base import load_tokenizer
+    from sft_pipeline.training.data import make_feed
     from sft_pipeline.training.shards import Plan
 
     _learning_rate(b, config, verdict)
@@ -222,9 +223,9 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: Verdict) -> None:
 def probed_copy(b: Build, config: SanityCheckConfig, verdict: Verdict) -> tuple[Any, str, "Shards", "Layout"]:
     """(a throw-away copy of the model, its precision, the training blocks, their layout on this device), and in the
     verdict whether the model keeps examples apart."""
-    from sft_pipeline.training.feed import layout_for
+    from sft_pipeline.training.data import layout_for
     from sft_pipeline.training.model import load_for_training, training_device
-    from sft_pipeline.training.setup import be_deterministic
+    from sft_pipeline.training.process import be_deterministic
     from sft_pipeline.training.shards import Shards
 
     be_deterministic(config.training.seed)
@@ -295,7 +296,7 @@ def _judge_run(b: Build, config: SanityCheckConfig, verdict: Verdict, run: Any) 
 
 
 def _samples(b: Build, config: SanityCheckConfig, verdict: Verdict, model: Any, tokenizer: Any) -> None:
-    from sft_pipeline.training.setup import make_sampler
+    from sft_pipeline.training.generate import make_sampler
 
     tokenized = b.inputs["tokenized_rows"]
     parts = tokenized.parts("validation") or tokenized.parts("train")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Any
 
-from sft_pipeline.training.feed import Feed, microbatches
+from sft_pipeline.training.data import Feed, microbatches
+from sft_pipeline.training.memory import memory_slack_mb, peak_memory_mb
 from sft_pipeline.training.shards import Shards
-from sft_pipeline.training.used_memory import memory_slack_mb, peak_memory_mb
 
 # What a short run cannot show: a busier machine or a hotter device later, buffers that grow. A share of the whole.
 TIME_UNSEEN, MEMORY_UNSEEN = 0.1, 0.05

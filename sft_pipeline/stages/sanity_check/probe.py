@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_pipeline.training.feed import Layout, Microbatch, microbatches
+from sft_pipeline.training.data import Layout, Microbatch, microbatches
 from sft_pipeline.training.loss import causal_model, install_supervised_forward
 from sft_pipeline.training.shards import Block, Shards
 

@@ -13,7 +13,7 @@ import torch
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.feed import Feed, microbatches
+from sft_pipeline.training.data import Feed, microbatches
 from sft_pipeline.training.loss import install_supervised_forward
 from sft_pipeline.training.progress import Intervals, NotFinite, UpdateNumbers
 from sft_pipeline.training.schedule import Schedule

@@ -1,4 +1,4 @@
-"""The asset `trained_checkpoints`: checkpoints of one training, each of which can be resumed, and its curves."""
+"""The asset `trained_checkpoints`: checkpoints of one training, all of them resumable, and its curves."""
 
 from sft_pipeline.external_files import MODEL_FILES, digest_files
 from sft_pipeline.hub import without_revision
@@ -27,7 +27,10 @@ def _build(build: Build) -> Built:
 
 STAGE = Stage(
     name="trained_checkpoints",
-    description="TRL's SFTTrainer over the update plan: loss at supervised positions only, atomic resumable checkpoints, curves, samples, a diagnosis in words.",
+    description=(
+        "TRL's SFTTrainer over the update plan: loss at supervised positions only, atomic resumable "
+        "checkpoints, curves, samples, a diagnosis in words."
+    ),
     kinds=frozenset({"pytorch", "huggingface"}),
     inputs=("tokenized_rows", "packed_shards"),
     acceptance=("sanity_check",),
@@ -36,9 +39,7 @@ STAGE = Stage(
     checks=(
         CheckSpec("finite_loss", True, "No update had a loss or gradient that is NaN or infinite."),
         CheckSpec(
-            "checkpoints_resumable",
-            True,
-            "Every checkpoint has the eleven items of a resume bundle, and their hashes hold.",
+            "checkpoints_resumable", True, "Every checkpoint has all required items, and their hashes hold."
         ),
         CheckSpec(
             "budget_as_planned",

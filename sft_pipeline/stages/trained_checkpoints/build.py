@@ -1,37 +1,52 @@
 """Builds trained_checkpoints: reads the inputs, trains, and writes down what happened."""
 
 import contextlib
-import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
+
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
-from sft_pipeline.stages.trained_checkpoints.budget import Budget, planned_budget, spread
-from sft_pipeline.stages.trained_checkpoints.bundle import NotResumable, checkpoint_folders, read_bundle
+from sft_pipeline.stages.stage import Build, Built, Check, number, table
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
-from sft_pipeline.stages.trained_checkpoints.diagnosis import Finding, Members, diagnose
+from sft_pipeline.stages.trained_checkpoints.diagnosis import UpdateRows, diagnose, diagnosis_check
+from sft_pipeline.stages.trained_checkpoints.report import evidence, write_plots
+from sft_pipeline.stages.trained_checkpoints.train import TrainingData, TrainingOutcome, train
+from sft_pipeline.stages.trained_checkpoints.watch import write_throughput
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
-from sft_pipeline.training import plots
+from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.training.checkpoint import NotResumable, checkpoint_folders, read_checkpoint, step_of
+from sft_pipeline.training.data import Feed
+from sft_pipeline.training.process import set_tensorboard_folder
+
+COUNTS = ("examples", "tokens", "supervised_tokens")
+
+
+@dataclass(frozen=True)
+class TrainingTotals:
+    """Sums over updates; supervised: tokens that carry loss."""
+
+    updates: int
+    examples: int
+    tokens: int
+    supervised: int
 
 
 def build(b: Build) -> Built:
     """Every rank trains; rank 0 writes. What other ranks return is not used."""
-    from sft_pipeline.stages.trained_checkpoints.train import train
-
     config: TrainedCheckpointsConfig = b.config
-    rank = int(os.environ.get("RANK", "0"))
     b.work.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(b.work / "tensorboard"))
+    set_tensorboard_folder(b.work / "tensorboard")
     data = read_data(b.inputs["packed_shards"], b.inputs["tokenized_rows"])
     outcome = train(config.model, config.training, data, b.work, b.report)
-    if rank != 0:
+    if os.environ.get("RANK", "0") != "0":
         return Built(counts={})
     b.report.log("writing the checkpoints and curves")
     keep_checkpoints(b.work, b.out)
@@ -39,15 +54,24 @@ def build(b: Build) -> Built:
         shutil.copytree(b.work / "tensorboard", b.out / "tensorboard")
     curves = outcome.watch.curves
     curves.write(b.out / "history.parquet")
-    from sft_pipeline.stages.trained_checkpoints.watch import write_throughput
-
     write_throughput(outcome.watch.speed, b.out / "throughput.parquet")
-    members = functools.partial(_members, outcome.feed, b.work.name)
-    findings = diagnose(curves.get("loss"), curves.get("val_loss"), members)
-    consumed = Budget(outcome.done, *(curves.total(n) for n in ("examples", "tokens", "supervised_tokens")))
-    checkpoints = [read_summary(p, curves.get("val_loss")) for p in checkpoint_folders(b.out)]
-    write_json(b.out / "training.json", summary(config, outcome, consumed, checkpoints, findings))
-    _plots(b.out, curves)
+
+    def rows_of(step: int) -> UpdateRows:
+        blocks = [int(block) for block in outcome.feed.plan.blocks(step - 1)]
+        command = f"sft replay {b.work.name[:12]} --update {step}"
+        return UpdateRows(blocks, outcome.feed.row_ids(step - 1), command)
+
+    consumed = TrainingTotals(outcome.done, *(curves.total(n) for n in COUNTS))
+    val_loss = dict(curves.get("val_loss"))
+    checkpoints = [
+        {"path": p.name, "step": step_of(p), "val_loss": val_loss.get(step_of(p))}
+        for p in checkpoint_folders(b.out)
+    ]
+    per_update = {name: spread([value for _, value in curves.get(name)]) for name in COUNTS}
+    write_json(b.out / "training.json", summary(config, outcome, consumed, checkpoints, per_update))
+    findings = diagnose(curves.get("loss"), curves.get("val_loss"), rows_of)
+    write_json(b.out / "diagnosis.json", {"format": 1, "findings": [asdict(f) for f in findings]})
+    write_plots(b.out, curves)
     return Built(
         counts={
             "updates": outcome.done,
@@ -60,24 +84,22 @@ def build(b: Build) -> Built:
             "trainable_parameters": outcome.loaded.trainable_parameters,
         },
         checks=(
-            _finite(outcome, members),
-            _resumable(b.out),
-            _as_planned(consumed, planned_budget(outcome.feed, outcome.done), outcome),
-            _diagnosis(findings),
+            finite_loss(outcome, rows_of(outcome.failure.step) if outcome.failure else None),
+            checkpoints_resumable(b.out),
+            budget_as_planned(consumed, planned_totals(outcome.feed, outcome.done), outcome),
+            diagnosis_check(findings),
         ),
-        volatile=("plots/", "throughput.parquet", "tensorboard/"),
-        evidence=_evidence(outcome, consumed, checkpoints),
+        volatile=("plots/", "throughput.parquet", "tensorboard/", "diagnosis.json"),
+        evidence=evidence(outcome, checkpoints, per_update),
     )
 
 
-def read_data(packed: Artifact, tokenized: Artifact) -> Any:
+def read_data(packed: Artifact, tokenized: Artifact) -> TrainingData:
     """What the training reads, with the content digests that a resumed run must find unchanged.
 
     Raises:
         InputError: formatting.json cannot be read.
     """
-    from sft_pipeline.stages.trained_checkpoints.train import Data
-
     path = tokenized.file("formatting.json")
     try:
         formatting = json.loads(path.read_text(encoding="utf-8"))
@@ -86,61 +108,51 @@ def read_data(packed: Artifact, tokenized: Artifact) -> Any:
             f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt"
         ) from error
     hashes = {f.path: f.sha256 for f in packed.manifest.files}
-    return Data(
+
+    def below(folder: str) -> dict[str, str]:
+        return {p: h for p, h in sorted(hashes.items()) if p.startswith(folder)}
+
+    return TrainingData(
         train=packed.parts("train"),
         validation=packed.parts("validation"),
         heldout=tokenized.parts("validation"),
         plan=packed.file("plan.parquet"),
         formatting=formatting,
-        data_manifest={
-            "plan": hashes["plan.parquet"],
-            "train": {p: h for p, h in sorted(hashes.items()) if p.startswith("train/")},
-        },
-        eval_manifest={
-            "validation": {p: h for p, h in sorted(hashes.items()) if p.startswith("validation/")}
-        },
+        data_manifest={"plan": hashes["plan.parquet"], "train": below("train/")},
+        eval_manifest={"validation": below("validation/")},
     )
 
 
 def keep_checkpoints(work: Path, out: Path) -> None:
     """Hard-links the whole checkpoints into the artifact, or copies them where the disk cannot."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
     for folder in checkpoint_folders(work):
         with contextlib.suppress(NotResumable):
-            read_bundle(folder)
-            target = out / folder.name
-            target.mkdir()
-            for path in sorted(folder.rglob("*")):
-                to = target / path.relative_to(folder)
-                if path.is_dir():
-                    to.mkdir()
-                    continue
-                try:
-                    os.link(path, to)
-                except OSError:
-                    shutil.copy2(path, to)
-
-
-def read_summary(folder: Path, val_loss: list[tuple[int, float]]) -> dict[str, Any]:
-    step = int(folder.name.rpartition("-")[2])
-    return {"path": folder.name, "step": step, "val_loss": dict(val_loss).get(step)}
+            read_checkpoint(folder)
+            shutil.copytree(folder, out / folder.name, copy_function=link)
 
 
 def summary(
     config: TrainedCheckpointsConfig,
-    outcome: Any,
-    consumed: Budget,
+    outcome: TrainingOutcome,
+    consumed: TrainingTotals,
     checkpoints: list[dict[str, Any]],
-    findings: list[Finding],
+    per_update: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """training.json: every value that ran. Nothing of the clock or the machine's speed."""
-    best = outcome.watch.best
-    training = config.training
+    best, training, model = outcome.watch.best, config.training, config.model
     return {
         "format": 1,
-        "model": {"base": config.model.base, "revision": config.model.revision, **outcome.loaded.as_dict()},
+        "model": {"base": model.base, "revision": model.revision, **asdict(outcome.loaded)},
         "layout": outcome.layout,
         "blocks_per_update": training.planned_blocks,
-        "divisions": [asdict(d) for d in outcome.divisions],
+        "divisions": [asdict(b) for b in outcome.batch_layouts],
         "loss": outcome.loss_path,
         "optimizer": {
             "name": "AdamW",
@@ -150,162 +162,98 @@ def summary(
             "clip": training.clip,
         },
         "schedule": asdict(outcome.schedule),
-        "lora": config.model.lora.model_dump(mode="json")
-        if config.model.parameterization != "full"
-        else None,
+        "lora": model.lora.model_dump(mode="json") if model.parameterization != "full" else None,
         "seed": training.seed,
         "updates": {"planned": outcome.planned, "done": outcome.done},
         "examples": consumed.examples,
         "tokens": consumed.tokens,
         "supervised_tokens": consumed.supervised,
-        "per_update": per_update(outcome.watch.curves),
+        "per_update": per_update,
         "stopped": outcome.stopped,
         "best": {"step": best[0], "val_loss": best[1]} if best else None,
         "checkpoints": checkpoints,
-        "diagnosis": [asdict(f) for f in findings],
     }
 
 
-def per_update(curves: Any) -> dict[str, dict[str, float]]:
-    """What the updates held, as they were made: the table that `sft check` shows before the run."""
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """A count per update, summarised as `sft check` does. `cv`: standard deviation over mean."""
+    if not values:
+        return {"mean": 0.0, "min": 0, "max": 0, "cv": 0.0}
+    mean = fmean(values)
     return {
-        name: spread([value for _, value in curves.get(name)])
-        for name in ("examples", "tokens", "supervised_tokens")
+        "mean": round(mean, 2),
+        "min": int(min(values)),
+        "max": int(max(values)),
+        "cv": round(pstdev(values) / mean, 5) if mean else 0.0,
     }
 
 
-def _plots(out: Path, curves: Any) -> None:
-    folder = out / "plots"
-    plots.plot_loss(folder / "loss.png", curves.get("loss"), curves.get("val_loss"))
-    plots.plot_curve(folder / "learning_rate.png", curves.get("learning_rate"), "Learning rate", "")
-    plots.plot_curve(folder / "grad_norm.png", curves.get("grad_norm"), "Gradient norm before clipping", "")
+def planned_totals(feed: Feed, updates: int) -> TrainingTotals:
+    """What the plan says the first `updates` updates hold; where it does not say, its blocks are counted.
+
+    Either way apart from the code that lays blocks out for the model.
+    """
+    planned = [feed.plan.planned(name, updates) for name in ("examples", "tokens", "supervised")]
+    examples, tokens, supervised = planned
+    if examples is None or tokens is None or supervised is None:
+        examples = tokens = supervised = 0
+        for update in range(updates):
+            for block_number in feed.plan.blocks(update):
+                block = feed.shards.block(int(block_number))
+                scored = (block.labels != IGNORE_LABEL) & (block.position_ids != 0)
+                examples += len(block.lengths)
+                tokens += len(block.input_ids)
+                supervised += int(np.count_nonzero(scored))
+    return TrainingTotals(updates, examples, tokens, supervised)
 
 
-def _members(feed: Any, fingerprint: str, step: int) -> Members:
-    blocks = [int(b) for b in feed.plan.blocks(step - 1)]
-    return Members(blocks, feed.row_ids(step - 1), f"sft replay {fingerprint[:12]} --update {step}")
-
-
-def _finite(outcome: Any, members: Callable[[int], Members]) -> Check:
-    if outcome.failure is None:
+def finite_loss(outcome: TrainingOutcome, rows: UpdateRows | None) -> Check:
+    """A loss or gradient that is NaN or infinite; `rows` are those of the update that had it."""
+    if outcome.failure is None or rows is None:
         return Check("finite_loss", True, f"All {outcome.done} updates had a finite loss and gradient.")
-    step = outcome.failure.step
-    of = members(step)
     applied = "the weights are spoiled" if outcome.failure.applied else "it was not applied"
     return Check(
         "finite_loss",
         False,
-        f"{outcome.failure}: {applied}, and the run stopped. Lower training.learning_rate or training.clip, or mend the rows of this update: {of.words}",
-        {"update": number(step), "rows": table([{"row_id": r} for r in of.row_ids[:20]])},
+        f"{outcome.failure}: {applied}, and the run stopped. Lower training.learning_rate or training.clip, "
+        f"or correct the rows of this update: {rows.words}",
+        {"update": number(outcome.failure.step), "rows": table([{"row_id": r} for r in rows.row_ids[:20]])},
     )
 
 
-def _resumable(out: Path) -> Check:
-    bad, good = [], 0
+def checkpoints_resumable(out: Path) -> Check:
+    """Reads every checkpoint back, as a resumed run would."""
+    name, bad, good = "checkpoints_resumable", [], 0
     for folder in checkpoint_folders(out):
         try:
-            read_bundle(folder)
+            read_checkpoint(folder)
             good += 1
         except NotResumable as why:
             bad.append({"checkpoint": folder.name, "why": str(why)})
     if bad:
-        return Check(
-            "checkpoints_resumable",
-            False,
-            f"{len(bad)} of {good + len(bad)} checkpoints cannot be resumed: {bad[0]['why']}",
-            {"checkpoints": table(bad)},
-        )
+        words = f"{len(bad)} of {good + len(bad)} checkpoints cannot be resumed: {bad[0]['why']}"
+        return Check(name, False, words, {"checkpoints": table(bad)})
     if not good:
-        return Check(
-            "checkpoints_resumable",
-            False,
-            "The run ended before the first checkpoint: set training.save_steps lower",
-        )
-    return Check(
-        "checkpoints_resumable", True, f"{good} checkpoints, each with the eleven items, hashes verified."
-    )
+        return Check(name, False, "The run ended before the first checkpoint: set training.save_steps lower")
+    return Check(name, True, f"{good} checkpoints, each with all required items, hashes verified.")
 
 
-def _as_planned(consumed: Budget, planned: Budget, outcome: Any) -> Check:
+def budget_as_planned(consumed: TrainingTotals, planned: TrainingTotals, outcome: TrainingOutcome) -> Check:
+    """What the updates consumed is what the plan says of them, and a run that is shorter says why."""
     rows = [
-        {"what": name, "planned": getattr(planned, name), "consumed": getattr(consumed, name)}
-        for name in ("updates", "examples", "tokens", "supervised")
+        {"what": name, "planned": value, "consumed": getattr(consumed, name)}
+        for name, value in asdict(planned).items()
     ]
-    wrong = [r for r in rows if r["planned"] != r["consumed"]]
-    short = (
-        outcome.done < outcome.planned
-        and outcome.failure is None
-        and not outcome.stopped.startswith("early stopping")
+    stopped_early = outcome.failure is not None or outcome.stopped.startswith("early stopping")
+    wrong = [
+        f"{r['what']}: {r['consumed']:,} consumed, {r['planned']:,} planned"
+        for r in rows
+        if r["planned"] != r["consumed"]
+    ]
+    if not wrong and outcome.done < outcome.planned and not stopped_early:
+        wrong = [f"{outcome.done} of {outcome.planned} updates were made, and nothing says why"]
+    words = "; ".join(wrong) or (
+        f"{consumed.updates:,} updates, {consumed.examples:,} examples, "
+        f"{consumed.supervised:,} supervised tokens, as planned ({outcome.stopped})."
     )
-    evidence = {"budget": table(rows)}
-    if wrong:
-        return Check(
-            "budget_as_planned",
-            False,
-            "; ".join(f"{r['what']}: {r['consumed']:,} consumed, {r['planned']:,} planned" for r in wrong),
-            evidence,
-        )
-    if short:
-        return Check(
-            "budget_as_planned",
-            False,
-            f"{outcome.done} of {outcome.planned} updates were made, and nothing says why",
-            evidence,
-        )
-    return Check(
-        "budget_as_planned",
-        True,
-        f"{consumed.updates:,} updates, {consumed.examples:,} examples, {consumed.supervised:,} supervised tokens, as planned ({outcome.stopped}).",
-        evidence,
-    )
-
-
-def _diagnosis(findings: list[Finding]) -> Check:
-    if not findings:
-        return Check("diagnosis", True, "Nothing looks wrong in the curves.")
-    rows = [{"kind": f.kind, "update": f.step, "what": f.words, "replay": f.replay} for f in findings]
-    return Check(
-        "diagnosis",
-        False,
-        findings[0].words + (f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""),
-        {"findings": table(rows)},
-    )
-
-
-def _evidence(outcome: Any, consumed: Budget, checkpoints: list[dict[str, Any]]) -> dict[str, Evidence]:
-    curves, speed = outcome.watch.curves, outcome.watch.speed
-    seconds = sum(s["seconds"] for s in speed)
-    loss, val = curves.get("loss"), curves.get("val_loss")
-    found: dict[str, Evidence] = {
-        "loss_curve": plot("plots/loss.png"),
-        "learning_rate_curve": plot("plots/learning_rate.png"),
-        "grad_norm_curve": plot("plots/grad_norm.png"),
-        "budget": table(
-            [{"per update": name.replace("_", " "), **found} for name, found in per_update(curves).items()]
-        ),
-        "updates": number(consumed.updates),
-        "supervised_tokens": number(consumed.supervised),
-        "trainable_parameters": number(outcome.loaded.trainable_parameters),
-        "training_seconds": number(round(seconds, 1)),
-        "setup": markdown(
-            f"{outcome.loaded.architecture}, {outcome.loaded.parameterization}, {outcome.loaded.precision} on {outcome.loaded.device}, attention {outcome.loaded.attention}, "
-            f"layout {outcome.layout}, loss {outcome.loss_path}, {outcome.threads} threads; ended: {outcome.stopped}"
-            + (f"; resumed after update {outcome.resumed_at}" if outcome.resumed_at else "")
-            + "".join(f"; from update {d.from_update} on {d.words}" for d in outcome.divisions)
-        ),
-    }
-    if checkpoints:
-        found["checkpoints"] = table(checkpoints)
-    if loss:
-        found["train_loss"] = number(round(loss[-1][1], 6))
-    if val:
-        found["val_loss"] = number(round(val[-1][1], 6))
-    if seconds:
-        found["supervised_tokens_per_second"] = number(round(consumed.supervised / seconds, 1))
-        found["tokens_per_second"] = number(round(consumed.tokens / seconds, 1))
-    mfu = [s["mfu"] for s in speed if "mfu" in s]
-    if mfu:
-        found["mfu"] = number(round(sum(mfu) / len(mfu), 4))
-    if outcome.samples:
-        found["samples"] = table([{k: str(v)[:600] for k, v in row.items()} for row in outcome.samples])
-    return found
+    return Check("budget_as_planned", not wrong, words, {"budget": table(rows)})

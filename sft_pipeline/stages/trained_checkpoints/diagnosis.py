@@ -1,10 +1,15 @@
-"""What the curves say, in words. Pure functions over (step, value) lists."""
+"""What looks wrong in the curves of a training, in words. Pure functions over (step, value) lists.
+
+Nothing here decides what is trained or whether a blocking check passes, so it is no part of the code version:
+what it writes, diagnosis.json, is volatile.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 
-Curve = list[tuple[int, float]]
+from sft_pipeline.stages.stage import Check, table
+from sft_pipeline.training.progress import Curve
 
 SPIKE_WINDOW = 20
 SPIKE_FACTOR = 8.0
@@ -12,7 +17,7 @@ TOO_FAST = 0.01
 
 
 @dataclass(frozen=True)
-class Finding:
+class CurveFinding:
     """`kind` is one of not_decreasing, near_zero_too_fast, diverging, spike, overfitting, not_finite."""
 
     kind: str
@@ -24,7 +29,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Members:
+class UpdateRows:
     """What an update is made of, and the command that shows it row by row."""
 
     blocks: list[int]
@@ -33,24 +38,34 @@ class Members:
 
     @property
     def words(self) -> str:
-        return f"blocks {_first(self.blocks)}, rows {_first(self.row_ids)}. Look at it with `{self.replay}`"
+        def first(values: Sequence[object], most: int = 4) -> str:
+            more = f" and {len(values) - most} more" if len(values) > most else ""
+            return ", ".join(map(str, values[:most])) + more
+
+        return f"blocks {first(self.blocks)}, rows {first(self.row_ids)}. Look at it with `{self.replay}`"
 
 
-def _first(values: Sequence[object], most: int = 4) -> str:
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(map(str, values[:most])) + more
-
-
-def diagnose(loss: Curve, val_loss: Curve, members: Callable[[int], Members] | None = None) -> list[Finding]:
+def diagnose(
+    loss: Curve, val_loss: Curve, rows_of: Callable[[int], UpdateRows] | None = None
+) -> list[CurveFinding]:
     """Everything that looks wrong; empty when nothing does.
 
     Args:
-        members: Of the update that made a step, to name what caused a spike.
+        rows_of: Of the update that made a step, to name what caused a spike.
     """
-    return [*_slope(loss), *_too_fast(loss), *_spikes(loss, members), *_overfitting(loss, val_loss)]
+    return [*_slope(loss), *_too_fast(loss), *_spikes(loss, rows_of), *_overfitting(loss, val_loss)]
 
 
-def _slope(loss: Curve) -> list[Finding]:
+def diagnosis_check(findings: list[CurveFinding]) -> Check:
+    """The check that does not block: the first finding, with all of them as a table."""
+    if not findings:
+        return Check("diagnosis", True, "Nothing looks wrong in the curves.")
+    rows = [{"kind": f.kind, "update": f.step, "what": f.words, "replay": f.replay} for f in findings]
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    return Check("diagnosis", False, findings[0].words + more, {"findings": table(rows)})
+
+
+def _slope(loss: Curve) -> list[CurveFinding]:
     """Compares the first and the last tenth (three updates at least); the level must fall by two percent."""
     if len(loss) < 10:
         return []
@@ -58,42 +73,35 @@ def _slope(loss: Curve) -> list[Finding]:
     first, last = mean(v for _, v in loss[:n]), mean(v for _, v in loss[-n:])
     step = loss[-1][0]
     if last > 1.2 * first:
-        return [
-            Finding(
-                "diverging",
-                step,
-                f"the loss rose from {first:.3f} to {last:.3f}: the learning rate is too high, or the labels are wrong. Try a third of the learning rate",
-            )
-        ]
+        words = (
+            f"the loss rose from {first:.3f} to {last:.3f}: the learning rate is too high, "
+            "or the labels are wrong. Try a third of the learning rate"
+        )
+        return [CurveFinding("diverging", step, words)]
     if last > 0.98 * first and first > 0.05:
-        return [
-            Finding(
-                "not_decreasing",
-                step,
-                f"the loss stayed at {last:.3f} (it began at {first:.3f}): the learning rate is too low, nothing is trained, or there is nothing to learn in the labels",
-            )
-        ]
+        words = (
+            f"the loss stayed at {last:.3f} (it began at {first:.3f}): the learning rate is too low, "
+            "nothing is trained, or there is nothing to learn in the labels"
+        )
+        return [CurveFinding("not_decreasing", step, words)]
     return []
 
 
-def _too_fast(loss: Curve) -> list[Finding]:
-    early = loss[: max(1, len(loss) // 5)]
+def _too_fast(loss: Curve) -> list[CurveFinding]:
     if len(loss) < 20 or loss[0][1] < 0.1:
         return []
-    for step, value in early:
+    for step, value in loss[: len(loss) // 5]:
         if value < TOO_FAST:
-            return [
-                Finding(
-                    "near_zero_too_fast",
-                    step,
-                    f"the loss was {value:.4f} after {step} updates: the answers may stand in the prompts, or rows repeat. Look at them with `sft inspect`",
-                )
-            ]
+            words = (
+                f"the loss was {value:.4f} after {step} updates: the answers may stand in the prompts, "
+                "or rows repeat. Look at them with `sft inspect`"
+            )
+            return [CurveFinding("near_zero_too_fast", step, words)]
     return []
 
 
-def _spikes(loss: Curve, members: Callable[[int], Members] | None, most: int = 5) -> list[Finding]:
-    """An update whose loss is far above those before it: eight median deviations, and half again their median."""
+def _spikes(loss: Curve, rows_of: Callable[[int], UpdateRows] | None, most: int = 5) -> list[CurveFinding]:
+    """An update whose loss is eight median deviations, and half, above the median of those before it."""
     found = []
     for i in range(SPIKE_WINDOW, len(loss)):
         before = [v for _, v in loss[i - SPIKE_WINDOW : i]]
@@ -101,25 +109,17 @@ def _spikes(loss: Curve, members: Callable[[int], Members] | None, most: int = 5
         spread = median(abs(v - centre) for v in before)
         step, value = loss[i]
         if value > 1.5 * centre and value > centre + SPIKE_FACTOR * spread and value - centre > 0.05:
-            of = members(step) if members else Members([], [], "")
-            named = f": {of.words}" if members else ""
-            found.append(
-                Finding(
-                    "spike",
-                    step,
-                    f"update {step} had a loss of {value:.3f} after {centre:.3f}{named}",
-                    of.blocks[:64],
-                    of.row_ids[:64],
-                    of.replay,
-                )
-            )
+            rows = rows_of(step) if rows_of else UpdateRows([], [], "")
+            named = f": {rows.words}" if rows_of else ""
+            words = f"update {step} had a loss of {value:.3f} after {centre:.3f}{named}"
+            found.append(CurveFinding("spike", step, words, rows.blocks[:64], rows.row_ids[:64], rows.replay))
             if len(found) == most:
                 break
     return found
 
 
-def _overfitting(loss: Curve, val_loss: Curve) -> list[Finding]:
-    """Validation above its lowest by two percent at the last two evaluations, while the training loss kept falling."""
+def _overfitting(loss: Curve, val_loss: Curve) -> list[CurveFinding]:
+    """The last two validation losses are 2 % above the lowest, while the training loss kept falling."""
     if len(val_loss) < 4:
         return []
     best_step, best = min(val_loss, key=lambda x: (x[1], x[0]))
@@ -128,12 +128,10 @@ def _overfitting(loss: Curve, val_loss: Curve) -> list[Finding]:
         return []
     around = [v for s, v in loss if best_step - 5 <= s <= best_step + 5]
     end = [v for _, v in loss[-10:]]
-    if around and end and mean(end) < mean(around):
-        return [
-            Finding(
-                "overfitting",
-                last[-1][0],
-                f"the validation loss was lowest at update {best_step} ({best:.4f}) and is {last[-1][1]:.4f} now, while the training loss fell on: fewer epochs, more data or more dropout",
-            )
-        ]
-    return []
+    if not around or not end or mean(end) >= mean(around):
+        return []
+    words = (
+        f"the validation loss was lowest at update {best_step} ({best:.4f}) and is {last[-1][1]:.4f} now, "
+        "while the training loss fell on: fewer epochs, more data or more dropout"
+    )
+    return [CurveFinding("overfitting", last[-1][0], words)]

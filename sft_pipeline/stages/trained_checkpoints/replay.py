@@ -1,7 +1,8 @@
-"""One update again: the training is taken up at the checkpoint before it, brought to it, and its rows are looked at.
+"""One update again: the training is resumed at the checkpoint before it, and goes on to it; then each row is
+scored.
 
-On the machine that trained, with one process, the weights are bit for bit those that met the update then, so its loss
-and gradient norm come out again.
+On the machine that trained, with one process, the weights are bit for bit those that met the update then, so
+its loss and gradient norm come out again.
 """
 
 import math
@@ -15,23 +16,17 @@ import torch
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.trained_checkpoints.bundle import (
-    Bundle,
-    NotResumable,
-    checkpoint_folders,
-    read_bundle,
-)
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
-from sft_pipeline.stages.trained_checkpoints.resume import Restore, recipe_items, refuse_foreign
-from sft_pipeline.stages.trained_checkpoints.train import Data
-from sft_pipeline.stages.trained_checkpoints.watch import Curves
-from sft_pipeline.training.feed import Feed, layout_for
+from sft_pipeline.stages.trained_checkpoints.train import TrainingData, recipe_items, refuse_foreign
+from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.training.base import load_tokenizer
+from sft_pipeline.training.checkpoint import latest_checkpoint
+from sft_pipeline.training.data import Feed, layout_for, make_feed
 from sft_pipeline.training.generate import score_nll
 from sft_pipeline.training.model import load_for_training, training_device
-from sft_pipeline.training.progress import NotFinite, UpdateNumbers
+from sft_pipeline.training.process import be_deterministic, keep_rng
+from sft_pipeline.training.progress import Curves, NotFinite, UpdateNumbers
 from sft_pipeline.training.schedule import Schedule
-from sft_pipeline.training.settings import keep_rng
-from sft_pipeline.training.setup import be_deterministic, load_tokenizer, make_feed
 from sft_pipeline.training.shards import Plan, Shards
 from sft_pipeline.training.trainer import SupervisedTrainer
 
@@ -51,7 +46,8 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class Replay:
-    """What one update was, counted from 1. The recorded numbers are None where the training did not get that far.
+    """What one update was, counted from 1. The recorded numbers are None where the training did not get that
+    far.
 
     Attributes:
         checkpoint: The step that was gone on from; 0: the beginning.
@@ -72,7 +68,12 @@ class Replay:
 
 
 def replay(
-    config: TrainedCheckpointsConfig, data: Data, training: Path, update: int, work: Path, report: Reporter
+    config: TrainedCheckpointsConfig,
+    data: TrainingData,
+    training: Path,
+    update: int,
+    work: Path,
+    report: Reporter,
 ) -> Replay:
     """
     Args:
@@ -81,7 +82,8 @@ def replay(
         work: For what the trainer writes, if anything.
 
     Raises:
-        InputError: There is no such update, the training ended before it, or a checkpoint belongs to other data.
+        InputError: There is no such update, the training ended before it, or a checkpoint belongs to other
+            data.
     """
     settings = config.training
     plan, shards = Plan(data.plan), Shards(data.train)
@@ -90,18 +92,17 @@ def replay(
         raise InputError(f"there is no update {update}: this training has the updates 1 to {total}")
     be_deterministic(settings.seed)
     device = training_device()
-    bundle = _before(training, update, report)
-    if bundle is not None:
-        refuse_foreign(bundle, data.identity(), recipe_items(config.model, settings))
-    model, loaded = load_for_training(config.model, settings, bundle.path if bundle else None, device=device)
+    resume = latest_checkpoint(training, report, before=update)
+    if resume is not None:
+        refuse_foreign(resume, data.identity(), recipe_items(config.model, settings))
+    model, loaded = load_for_training(config.model, settings, resume.path if resume else None, device=device)
     tokenizer = load_tokenizer(config.model)
     layout = layout_for(device, loaded.attention)
     feed = make_feed(shards, plan, settings, layout=layout, updates=total)
-    start = bundle.step if bundle else 0
-    report.log(
-        f"going on from {'checkpoint-' + str(start) if start else 'the beginning'}; update {update} is {update - start} updates on"
-    )
-    examiner = _Examiner(
+    start = resume.step if resume else 0
+    origin = f"checkpoint-{start}" if start else "the beginning"
+    report.log(f"going on from {origin}; update {update} is {update - start} updates on")
+    trainer = ReplayTrainer(
         model,
         feed=feed,
         validation=None,
@@ -110,13 +111,13 @@ def replay(
         schedule=Schedule.of(settings, config.model),
         precision=loaded.precision,
         folder=work,
-        listener=_Progress(start, update, report),
-        resume=(bundle.path, Restore(bundle, 0, 1, settings.seed)) if bundle else None,
+        listener=ReplayProgress(start, update, report),
+        resume=resume,
     )
-    examiner.examined = update
+    trainer.examined = update
     try:
-        examiner.run()
-    except _Done:
+        trainer.run()
+    except UpdateReplayed:
         pass
     except NotFinite as error:
         raise InputError(f"update {update} cannot be reached: {error}. Replay update {error.step}") from error
@@ -125,31 +126,20 @@ def replay(
     return Replay(
         update,
         start,
-        _finite(examiner.found_loss),
-        _finite(examiner.found_norm),
+        _finite(trainer.found_loss),
+        _finite(trainer.found_norm),
         settings.clip,
         loss,
         norm,
-        _rows(feed, update, examiner.row_losses, tokenizer),
+        _rows(feed, update, trainer.row_losses, tokenizer),
     )
 
 
-def _before(training: Path, update: int, report: Reporter) -> Bundle | None:
-    """The newest whole checkpoint that has not seen the update."""
-    for path in reversed(checkpoint_folders(training)):
-        if int(path.name.rpartition("-")[2]) < update:
-            try:
-                return read_bundle(path)
-            except NotResumable as why:
-                report.log(f"not going on from {path.name}: {why}", "warning")
-    return None
+class UpdateReplayed(Exception):
+    """The update has been replayed; it is not applied."""
 
 
-class _Done(Exception):
-    """The update has been looked at; it is not applied."""
-
-
-class _Examiner(SupervisedTrainer):
+class ReplayTrainer(SupervisedTrainer):
     """Trains up to an update and takes that one apart."""
 
     examined: int
@@ -170,11 +160,11 @@ class _Examiner(SupervisedTrainer):
         grads = [p.grad.float() for p in model.parameters() if p.grad is not None]
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
         self.found_norm = float(torch.nn.utils.get_total_norm(grads)) / scale
-        raise _Done
+        raise UpdateReplayed
 
 
-class _Progress:
-    """The examiner's listener."""
+class ReplayProgress:
+    """The replaying trainer's listener."""
 
     def __init__(self, start: int, update: int, report: Reporter) -> None:
         self.start, self.update, self.report = start, update, report
@@ -206,7 +196,7 @@ def _examples(feed: Feed, update: int) -> list[tuple[str, int, np.ndarray, np.nd
 def _rows(feed: Feed, update: int, losses: list[tuple[float, int]], tokenizer: Any) -> list[RowLoss]:
     rows = []
     for (row_id, block, ids, labels), (nll, count) in zip(_examples(feed, update), losses, strict=True):
-        text = tokenizer.decode(ids[labels != -100].tolist())[:TEXT]
+        text = tokenizer.decode(ids[labels != IGNORE_LABEL].tolist())[:TEXT]
         rows.append(RowLoss(row_id, block, _finite(nll / max(1, count)), count, text))
     return sorted(rows, key=lambda r: -math.inf if r.loss is None else -r.loss)
 

@@ -1,51 +1,15 @@
-"""Watching a training: its curves, its speed, when to stop early, and samples of what the model says."""
+"""Watching a training: its curves, its speed, when to stop early, and sample generations."""
 
+import contextlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.training.config import EarlyStopping
-from sft_pipeline.training.progress import UpdateNumbers
-from sft_pipeline.training.used_memory import memory_mb
-
-CURVE_SCHEMA = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
-Curve = list[tuple[int, float]]
-
-
-class Curves:
-    """Values over steps, by name: what a run of the same recipe repeats exactly."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Curve] = {}
-
-    def add(self, step: int, **values: float) -> None:
-        for name, value in values.items():
-            self._values.setdefault(name, []).append((step, float(value)))
-
-    def get(self, name: str) -> Curve:
-        return self._values.get(name, [])
-
-    def total(self, name: str) -> int:
-        return int(sum(v for _, v in self.get(name)))
-
-    def write(self, path: Path) -> None:
-        """Long format, ordered by name and step."""
-        rows = [(s, n, v) for n in sorted(self._values) for s, v in self._values[n]]
-        columns = [pa.array([r[i] for r in rows], type=f.type) for i, f in enumerate(CURVE_SCHEMA)]
-        pq.write_table(pa.Table.from_arrays(columns, schema=CURVE_SCHEMA), path, compression="zstd")
-
-    @classmethod
-    def read(cls, path: Path) -> "Curves":
-        curves = cls()
-        for row in pq.read_table(path).to_pylist():
-            curves.add(row["step"], **{row["name"]: row["value"]})
-        return curves
+from sft_pipeline.training.memory import memory_mb
+from sft_pipeline.training.progress import Curves, UpdateNumbers
 
 
 class Watch:
@@ -54,7 +18,7 @@ class Watch:
     Args:
         total: Planned updates.
         sampler: Makes sample generations: dicts of prompt, reply, expected. None on other ranks.
-        mfu: Model FLOPs utilization of an update (`learning.flops`), or None where it is not known.
+        mfu: Model FLOPs utilization of an update (`training.flops`), or None where it is not known.
         speed_log: Where throughput is kept beside the checkpoints, so that a resumed run has the whole curve.
     """
 
@@ -73,49 +37,38 @@ class Watch:
         self.total, self.report, self.sampler, self.early_stopping = total, report, sampler, early_stopping
         self.curves = curves or Curves()
         self.samples: list[dict[str, Any]] = []
-        self.started = time.monotonic()
         self._pace: float | None = None
         self._mfu = mfu
         self._speed_log = speed_log
-        self.speed = _read_speed(speed_log, before=resumed_at) if speed_log else []
+        self.speed: list[dict[str, float]] = []
         if speed_log:
-            _rewrite(speed_log, self.speed)
+            self.speed = _read_speed(speed_log, until=resumed_at)
+            speed_log.parent.mkdir(parents=True, exist_ok=True)
+            speed_log.write_text("".join(json.dumps(e) + "\n" for e in self.speed), encoding="utf-8")
 
     # Listener
 
     def updated(self, numbers: UpdateNumbers) -> None:
         n = numbers
-        self.curves.add(
-            n.step,
-            loss=n.loss,
-            learning_rate=n.learning_rate,
-            grad_norm=n.grad_norm,
-            examples=n.examples,
-            tokens=n.tokens,
-            supervised_tokens=n.supervised,
-        )
+        curves = {"loss": n.loss, "learning_rate": n.learning_rate, "grad_norm": n.grad_norm}
+        counts = {"examples": n.examples, "tokens": n.tokens, "supervised_tokens": n.supervised}
+        self.curves.add(n.step, **curves, **counts)
         self._pace = n.seconds if self._pace is None else 0.9 * self._pace + 0.1 * n.seconds
         seconds = max(n.seconds, 1e-9)
         speed = {
             "tokens_per_second": n.tokens / seconds,
             "supervised_tokens_per_second": n.supervised / seconds,
             "memory_mb": memory_mb(),
-            "seconds": n.seconds,
             **({"mfu": self._mfu(n)} if self._mfu else {}),
         }
-        self._keep_speed(n.step, speed)
-        live = {k: v for k, v in speed.items() if k != "seconds"}
-        self.report.metrics(
-            {
-                "loss": n.loss,
-                "learning_rate": n.learning_rate,
-                "grad_norm": n.grad_norm,
-                "supervised_tokens": n.supervised,
-                **live,
-                "eta_seconds": (self.total - n.step) * self._pace,
-            },
-            n.step,
-        )
+        entry = {"step": n.step, **speed, "seconds": n.seconds}
+        self.speed.append(entry)
+        if self._speed_log:
+            with self._speed_log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+        eta = (self.total - n.step) * self._pace
+        live = {**curves, "supervised_tokens": n.supervised, **speed, "eta_seconds": eta}
+        self.report.metrics(live, n.step)
         self.report.progress("training", n.step, self.total, "updates")
 
     def evaluated(self, step: int, val_loss: float) -> None:
@@ -128,11 +81,11 @@ class Watch:
     def should_stop(self) -> bool:
         return self.stop_reason() is not None
 
-    # Judgement
+    # Early stopping
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, validation loss) of the lowest, the earliest on a tie; the untrained model does not count."""
+        """(step, validation loss) of the lowest, the earliest on a tie; without the untrained model."""
         seen = [(s, v) for s, v in self.curves.get("val_loss") if s > 0]
         return min(seen, key=lambda x: (x[1], x[0])) if seen else None
 
@@ -149,33 +102,19 @@ class Watch:
                 since += 1
         if since < rule.patience:
             return None
-        return f"early stopping: the validation loss has not improved on {best:.4f} by more than {rule.min_delta:g} in {since} evaluations"
-
-    def _keep_speed(self, step: int, values: dict[str, float]) -> None:
-        entry = {"step": step, **values}
-        self.speed.append(entry)
-        if self._speed_log:
-            with self._speed_log.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
+        return (
+            f"early stopping: the validation loss has not improved on {best:.4f} "
+            f"by more than {rule.min_delta:g} in {since} evaluations"
+        )
 
 
-def _read_speed(path: Path, before: int) -> list[dict[str, float]]:
+def _read_speed(path: Path, until: int) -> list[dict[str, float]]:
     """Throughput up to the step that is resumed from; a half-written last line is dropped."""
     entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry["step"] <= before:
-                entries.append(entry)
-    return entries
-
-
-def _rewrite(path: Path, entries: list[dict[str, float]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if entry["step"] <= until]
 
 
 def write_throughput(entries: list[dict[str, float]], path: Path) -> None:

@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from sft_pipeline.training.advice import Place, advise
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.memory import estimate
+from sft_pipeline.training.memory import DeviceBudget, advise, estimate
 from sft_pipeline_tests.training import tiny
 
 TOKENS, SUPERVISED = 4 * 64, 64
@@ -24,7 +23,12 @@ def said(base, available, parameterization="full", gpu=True, **training):
     settings = TrainingConfig(**training)
     memory = estimate(model, settings, tokens=TOKENS, supervised=SUPERVISED, gpu=gpu)
     return memory, advise(
-        memory, model, settings, Place(int(available(memory)), gpu), tokens=TOKENS, supervised=SUPERVISED
+        memory,
+        model,
+        settings,
+        DeviceBudget(int(available(memory)), gpu),
+        tokens=TOKENS,
+        supervised=SUPERVISED,
     )
 
 

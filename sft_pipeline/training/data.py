@@ -1,26 +1,29 @@
-"""The feed: from the blocks of an update to micro-batches of tensors.
+"""From the blocks of an update to micro-batches of tensors, in the order of the update plan.
 
-The update plan says which blocks an update holds. They are dealt to the ranks (rank r takes every world-th block), and
-each rank lays its share out as its device likes it. Every layout holds the same examples and gives the same
-gradients; only speed differs.
+The update plan says which blocks an update holds. Rank r takes every world-th of them from the r-th on, and
+lays its share out in the way that is fastest on its device. Every layout holds the same examples and gives
+the same gradients.
 
     packed   one row per block, positions restart at each example, no attention mask   (GPU)
              | a a a | b b | c c c c |        positions 0 1 2 0 1 0 1 2 3
     flat     the blocks of a micro-batch in one row, with segment offsets              (GPU, flash attention)
-    rows     one row per example, padded on the right, similar lengths together        (CPU: a block-diagonal mask
-             | a a a . | c c c c |  | b b |                                             costs attention over the block)
+    rows     one row per example, padded on the right, similar lengths together        (CPU)
+             | a a a . | c c c c |  | b b |
+
+On a CPU a block-diagonal mask would cost attention over the whole block.
 """
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.training.config import TrainingConfig
 from sft_pipeline.training.shards import Block, Plan, Shards
 
 Layout = Literal["packed", "flat", "rows"]
@@ -28,7 +31,7 @@ T = TypeVar("T")
 
 
 def layout_for(device: torch.device, attention: str) -> Layout:
-    """The fastest layout: examples as rows on a CPU, blocks on a GPU, flattened where attention takes offsets."""
+    """The fastest: examples as rows on a CPU, blocks on a GPU, flattened where attention takes offsets."""
     if device.type == "cpu":
         return "rows"
     return "flat" if attention.startswith("flash_attention") else "packed"
@@ -39,8 +42,8 @@ def supervised_targets(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where a prediction is scored, and what must be predicted there.
 
-    Position t predicts the token at t + 1. The first token of an example is predicted by nothing: at a boundary inside
-    a block it would be the last token of the example before, which has nothing to do with it.
+    Position t predicts the token at t + 1. The first token of an example is predicted by nothing: at a
+    boundary inside a block it would be the last token of the example before, which has nothing to do with it.
 
     Args:
         labels: [L], -100 where not supervised.
@@ -71,24 +74,15 @@ class Microbatch:
     tokens: int
 
     def to(self, device: torch.device) -> "Microbatch":
-        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return Microbatch(
-            {k: move(v) for k, v in self.inputs.items()},
-            move(self.index),
-            move(self.targets),
-            self.examples,
-            self.tokens,
-        )
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Microbatch":
-        pin = lambda x: x.pin_memory() if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return Microbatch(
-            {k: pin(v) for k, v in self.inputs.items()},
-            pin(self.index),
-            pin(self.targets),
-            self.examples,
-            self.tokens,
-        )
+        """In page-locked memory, from which a GPU copies without waiting."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Microbatch":
+        inputs = {k: move(v) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs, index=move(self.index), targets=move(self.targets))
 
 
 @dataclass(frozen=True)
@@ -122,17 +116,13 @@ def microbatches(
         max_tokens: Padded tokens in a micro-batch of the rows layout (at least one example).
     """
     if not blocks:
-        return [_nothing()]
+        # An update with fewer blocks than there are ranks: this rank must still join the gradient sum.
+        none = torch.zeros(0, dtype=torch.long)
+        return [Microbatch({"input_ids": torch.zeros((1, 2), dtype=torch.long)}, none, none, 0, 0)]
     if layout == "rows":
         return _rows(blocks, max_tokens)
     groups = [blocks[i : i + per_device_batch] for i in range(0, len(blocks), per_device_batch)]
     return [(_flat if layout == "flat" else _packed)(group) for group in groups]
-
-
-def _nothing() -> Microbatch:
-    """What a rank runs when an update has fewer blocks than there are ranks: it must still join the gradient sum."""
-    none = torch.zeros(0, dtype=torch.long)
-    return Microbatch({"input_ids": torch.zeros((1, 2), dtype=torch.long)}, none, none, 0, 0)
 
 
 def _packed(blocks: Sequence[Block]) -> Microbatch:
@@ -143,20 +133,13 @@ def _packed(blocks: Sequence[Block]) -> Microbatch:
     index, targets = [], []
     for row, block in enumerate(blocks):
         n = len(block.input_ids)
-        ids[row, :n], positions[row, :n], positions[row, n:] = (
-            block.input_ids,
-            block.position_ids,
-            np.arange(width - n),
-        )
+        ids[row, :n], positions[row, :n] = block.input_ids, block.position_ids
+        positions[row, n:] = np.arange(width - n)
         at, y = supervised_targets(block.labels, block.starts)
         index.append(at + row * width)
         targets.append(y)
-    return _microbatch(
-        blocks,
-        {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)},
-        index,
-        targets,
-    )
+    inputs = {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)}
+    return _microbatch(blocks, inputs, index, targets)
 
 
 def _flat(blocks: Sequence[Block]) -> Microbatch:
@@ -169,11 +152,11 @@ def _flat(blocks: Sequence[Block]) -> Microbatch:
         index.append(at + before)
         targets.append(y)
         before += len(block.input_ids)
+    ids = np.concatenate([b.input_ids for b in blocks]).astype(np.int64)
+    positions = np.concatenate([b.position_ids for b in blocks]).astype(np.int64)
     inputs = {
-        "input_ids": torch.from_numpy(np.concatenate([b.input_ids for b in blocks]).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(np.concatenate([b.position_ids for b in blocks]).astype(np.int64))[
-            None
-        ],
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": offsets,
         "cu_seq_lens_k": offsets,
         "max_length_q": longest,
@@ -195,7 +178,8 @@ def _microbatch(
 
 
 def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
-    """Examples by descending length (ties in plan order), grouped so that a padded micro-batch stays in the bound.
+    """Examples by descending length (ties in plan order), grouped so that a padded micro-batch stays in the
+    bound.
 
     No mask and no positions are needed: to a causal model padding on the right is invisible.
     """
@@ -260,22 +244,38 @@ class Feed:
 
     def iterate(self, start: int) -> Iterator[UpdateBatch]:
         """Updates start, start + 1, ... to the end, made ahead in a thread."""
-        pin = torch.cuda.is_available()
 
-        def made() -> Iterator[UpdateBatch]:
+        def batches() -> Iterator[UpdateBatch]:
             for number in range(start, self.updates):
                 batch = self.update(number)
-                yield (
-                    UpdateBatch(batch.update, batch.blocks, tuple(m.pinned() for m in batch.microbatches))
-                    if pin
-                    else batch
-                )
+                if torch.cuda.is_available():
+                    batch = replace(batch, microbatches=tuple(m.pinned() for m in batch.microbatches))
+                yield batch
 
-        return prefetched(made(), depth=4)
+        return prefetched(batches(), depth=4)
 
     def row_ids(self, update: int) -> list[str]:
         """Every row of an update."""
         return [row for block in self.plan.blocks(update) for row in self.shards.row_ids(int(block))]
+
+
+def make_feed(
+    shards: Shards,
+    plan: Plan,
+    training: TrainingConfig,
+    *,
+    layout: Layout,
+    updates: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Feed:
+    """The feed of a training.
+
+    A rows micro-batch may hold as many padded tokens as a packed one: per_device_batch of the longest block.
+    """
+    batch = training.per_device_batch
+    longest = max((len(shards.block(int(b)).input_ids) for b in plan.blocks(0)), default=1)
+    return Feed(shards, plan, layout, batch, batch * longest, updates, rank, world)
 
 
 def all_blocks(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.training.feed import (
+from sft_pipeline.training.data import (
     Feed,
     all_blocks,
     layout_for,
