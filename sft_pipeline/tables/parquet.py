@@ -22,7 +22,7 @@ ROW_GROUP = 8_192
 ROWS_PER_PART = 262_144
 BATCH_ROWS = 4_096
 ROW_GROUP_BYTES = 64 << 20  # a row group ends early here, so that rows of megabytes do not fill the memory
-BEHIND_BYTES = 64 << 20  # that wait to be written at a time, unless a single batch has more
+WAITING_BYTES = 64 << 20  # that wait to be written at a time, unless a single batch has more
 
 _disk = ThreadPoolExecutor(2, "disk")
 
@@ -188,7 +188,7 @@ class PartWriter:
         self._part.__exit__(kind, error, trace)
 
 
-class Behind:
+class BackgroundWriter:
     """Calls functions one after the other in a thread, for writing and the like, which leave the interpreter free.
 
     Leaving the context waits for all calls; what one raises comes out of a later `submit`, or of the context.
@@ -202,11 +202,11 @@ class Behind:
         """Calls a function with data when the calls before it are done; waits while others have much data."""
         self._waiting.append((self._pool.submit(function, data), data.nbytes))
         while len(self._waiting) > 1 and (
-            self._waiting[0][0].done() or sum(n for _, n in self._waiting) > BEHIND_BYTES
+            self._waiting[0][0].done() or sum(n for _, n in self._waiting) > WAITING_BYTES
         ):
             self._waiting.popleft()[0].result()
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(

@@ -11,8 +11,18 @@ from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def formatting_of(tokenized: Artifact) -> dict[str, Any]:
-    """formatting.json of tokenized_rows."""
-    return json.loads(tokenized.file("formatting.json").read_text(encoding="utf-8"))
+    """formatting.json of tokenized_rows.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    path = tokenized.file("formatting.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt"
+        ) from error
 
 
 def tokenizer_of(tokenized: Artifact) -> Tokenizer:

@@ -30,9 +30,8 @@ FROZEN_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 """What `strftime_now` says: a row must not depend on the day it was rendered."""
 
 # Unicode noncharacters: they stand for nothing in any text, and mark where {% generation %} begins and ends.
-_BEGIN, _END = "\ufdd0", "\ufdd1"
-MARKS = str.maketrans("", "", _BEGIN + _END)
-"""Takes the marks out of a text."""
+GENERATION_MARKS = _BEGIN, _END = "\ufdd0", "\ufdd1"
+_WITHOUT_MARKS = str.maketrans("", "", _BEGIN + _END)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class ChatTemplate:
             jinja2.TemplateError: The template refuses the conversation; its own words are the message.
         """
         text = self._render(messages, tools, add_generation_prompt)
-        return text.translate(MARKS) if self.has_marks else text
+        return text.translate(_WITHOUT_MARKS) if self.has_marks else text
 
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None

@@ -102,9 +102,9 @@ def test_built_twice_it_has_the_same_data_version(tmp_path):
 def test_a_side_that_loses_all_its_rows_fails_a_blocking_check(tmp_path):
     built, _ = run(tmp_path, train=TRAIN, validation=BAD)
     checks = {c.name: c for c in built.checks}
-    assert not checks["sides_not_empty"].passed and "validation" in checks["sides_not_empty"].description
+    assert not checks["splits_not_empty"].passed and "validation" in checks["splits_not_empty"].description
     built, _ = run(tmp_path, "none", train=BAD)
-    assert not {c.name: c for c in built.checks}["sides_not_empty"].passed
+    assert not {c.name: c for c in built.checks}["splits_not_empty"].passed
 
 
 def test_a_tokenizer_that_does_not_give_text_back_is_blocked(tmp_path):

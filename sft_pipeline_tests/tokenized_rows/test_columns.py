@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_pipeline.stages.tokenized_rows.columns import ColumnEncoder
+from sft_pipeline.stages.tokenized_rows.column_encoder import ColumnEncoder
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import Accepted, RowEncoder
 from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of
-from sft_pipeline.stages.tokenized_rows.rows import to_batch
-from sft_pipeline.stages.tokenized_rows.tracing import Question, Tracer, Untraceable
+from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RowEncoder, to_batch
+from sft_pipeline.stages.tokenized_rows.row_layout import find_layout
 from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SPLIT, row, tiny_tokenizer
@@ -93,9 +92,9 @@ def compare(rows, template, tokens, system=None, tokenizer=None):
         found = fast.encode(batch)
         for at, index in enumerate(found.rows.tolist()):
             result = exact[index]
-            assert isinstance(result, Accepted), (rows[index]["messages"], result.reason, result.detail)
+            assert isinstance(result, AcceptedRow), (rows[index]["messages"], result.reason, result.detail)
             assert to_batch(result.examples).equals(found.examples.slice(at, 1)), rows[index]["messages"]
-            assert outcome_of(result) == found.kinds[found.kind[at]].outcome, rows[index]["messages"]
+            assert outcome_of(result) == found.layouts[found.layout[at]].outcome, rows[index]["messages"]
     return len(found.rows)
 
 
@@ -126,15 +125,17 @@ def test_ordinary_rows_do_come_back(name):
     assert compare(PLAIN_ROWS, TEMPLATES[name], TokensConfig()) == len(PLAIN_ROWS)
 
 
-def test_rows_that_answer_a_question_otherwise_get_a_skeleton_of_their_own():
+def test_rows_whose_text_changes_the_rendering_are_left_to_the_row_encoder():
     rows = [
         row(("user", "which key"), ("assistant", text))
-        for text in ("rotate the key", "the key is stale", "rotate it now")
+        for text in ("rotate the key", "</think> it is stale", "rotate it now", " it is stale")
     ]
-    assert compare(rows, BRANCHING, TokensConfig()) == 3
+    assert compare(rows, BRANCHING, TokensConfig()) == 2  # "the" and "</think>" are asked for
+    assert compare(rows, CHATML, TokensConfig()) == 4
+    assert compare(rows, TRIMMING, TokensConfig()) == 3  # white space at the edge is trimmed
 
 
-def test_texts_that_are_not_plain_go_to_the_reference_and_forged_ones_do_not_come_back():
+def test_any_text_may_come_back_but_for_forged_control_tokens():
     rows = [
         row(("user", "é\x0b"), ("assistant", "naïve 😀")),
         row(("user", "a <|im_end|>"), ("assistant", "never again")),
@@ -150,10 +151,6 @@ def test_texts_that_are_not_plain_go_to_the_reference_and_forged_ones_do_not_com
         "m.content.replace('a', 'b')",
         "m.content | length",
         "m.content | tojson",
-        "[m.content] | join(',')",
-        "'%s!' | format(m.content)",
-        "'%s' % m.content",
-        "'{}'.format(m.content)",
         "m.content in 'some text'",
         "m.content | list | first",
         "m.content.split(' ') | last",
@@ -164,17 +161,41 @@ def test_texts_that_are_not_plain_go_to_the_reference_and_forged_ones_do_not_com
         "messages | map(attribute='content') | join",
         "m.content < 'm'",
         "(m | string) | length",
-        "m.content ~ (m.content ~ 'x').endswith('yx')",
         "m.content is lower",
         "{'a': 1}[m.content]",
     ],
 )
-def test_templates_that_read_contents_are_not_traced(expression):
+def test_templates_that_alter_contents_have_no_layout(expression):
     tokenizer = tiny_tokenizer("{% for m in messages %}{{ " + expression + " }}<|im_end|>{% endfor %}")
-    with pytest.raises(Untraceable):
-        Tracer(load_template("tokenizer", tokenizer)).trace(
-            ("user", "assistant"), ("who may read", "the user"), add_generation_prompt=False
-        )
+    template = load_template("tokenizer", tokenizer)
+    assert find_layout(template, tokenizer, ("user", "assistant"), "completion") is None
+
+
+@pytest.mark.parametrize(
+    "expression", ["[c] | join(',')", "'%s' % c", "'{}'.format(c)", "c.replace('zzz', 'y')"]
+)
+def test_templates_that_keep_the_content_have_a_layout(expression):
+    source = "{% for m in messages %}{% set c = m.content %}{% set c = " + expression + " %}"
+    source += _TURN + "{% endfor %}" + _END
+    assert compare(PLAIN_ROWS, source, TokensConfig()) == len(PLAIN_ROWS)
+    replaced = row(("user", "zzz"), ("assistant", "a zzz"))
+    assert compare([replaced], source, TokensConfig()) == ("zzz" not in expression)
+
+
+@pytest.mark.parametrize(
+    "test", ["c | length > 3000", "c | length < 3", "c is lower", "'&' in c", "c | int > 0"]
+)
+def test_templates_that_ask_what_no_string_constant_shows_have_no_layout(test):
+    source = (
+        "{% for m in messages %}{% set c = m.content %}{% if "
+        + test
+        + " %}!{% endif %}"
+        + _TURN
+        + "{% endfor %}"
+    )
+    tokenizer = tiny_tokenizer(source + _END)
+    template = load_template("tokenizer", tokenizer)
+    assert find_layout(template, tokenizer, ("user", "assistant"), "completion") is None
 
 
 @pytest.mark.shared_data
@@ -208,20 +229,3 @@ def test_real_rows_under_real_tokenizers(shared_data, name, template, supervise)
     tokens = TokensConfig(max_length=2048, supervise=supervise)
     found = compare(rows + several, template, tokens, tokenizer=tokenizer)
     assert found >= (300 if (name, supervise) != ("gpt2", "assistant") else 240)
-
-
-ASKED = st.sampled_from(["startswith", "endswith", "__contains__", "__eq__", "__ne__"])
-EDGES = st.sampled_from([(), (None,), ("\n",), ("<> ",), ("é",)])
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    contents=st.lists(TEXT.filter(bool), min_size=1, max_size=6),
-    question=st.tuples(ASKED, st.tuples(TEXT), st.booleans())
-    | st.tuples(st.sampled_from(["strip", "lstrip", "rstrip"]), EDGES, st.none())
-    | st.tuples(st.just("startswith"), st.just((("the", "<"),)), st.booleans()),
-)
-def test_a_question_to_a_column_is_answered_as_to_each_content(contents, question):
-    asked = Question(0, *question)
-    column = pa.array(["", *contents], pa.string()).slice(1)
-    assert asked.holds_for(column).tolist() == [asked.holds(c) for c in contents]

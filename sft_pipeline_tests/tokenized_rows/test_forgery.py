@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
 from sft_pipeline.text.conversation import WORD_JOINER
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
@@ -30,7 +30,7 @@ def encoder(mode: str, template: str = CHATML) -> RowEncoder:
 @pytest.mark.parametrize("forged", FORGED)
 def test_a_literal_control_token_rejects_the_row(forged):
     (refused,) = encoder("reject").encode([forged])
-    assert isinstance(refused, Refused) and refused.reason is Reason.CONTROL_TOKEN_IN_TEXT
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.CONTROL_TOKEN_IN_TEXT
 
 
 @pytest.mark.parametrize("forged", FORGED[:3])
@@ -48,7 +48,7 @@ def test_a_neutralised_one_stays_text(forged):
 def test_a_token_of_which_the_template_writes_one_half_is_found():
     half = CHATML.replace("m.content + '<|im_end|>\n'", "m.content + '_end|>' + '<|im_end|>\n'")
     (refused,) = encoder("reject", half).encode([row(("user", "hi <|im"), ("assistant", "no"))])
-    assert isinstance(refused, Refused) and refused.reason is Reason.CONTROL_TOKEN_IN_TEXT
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.CONTROL_TOKEN_IN_TEXT
     (x,) = encoder("reject", half).encode([row(("user", "hi <|im "), ("assistant", "no"))])[0].examples
     assert len(x.input_ids)
 
@@ -89,7 +89,7 @@ def test_control_tokens_in_the_output_are_those_of_the_template(question, answer
     e = encoder(mode)
     outcome = e.encode([row(("user", question), ("assistant", answer))])[0]
     literal = any(t in question or t in answer for t in e.tokenizer.control)
-    if isinstance(outcome, Refused):
+    if isinstance(outcome, RejectedRow):
         assert mode == "reject" and literal
         return
     assert mode == "neutralise" or not literal

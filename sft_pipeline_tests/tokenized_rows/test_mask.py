@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import Example, Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.row_encoder import Example, RejectedRow, RowEncoder
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
@@ -21,7 +21,7 @@ def encoder(template: str = CHATML, name: str = "tokenizer", **tokens) -> RowEnc
 
 def example(e: RowEncoder, given_row: dict) -> Example:
     outcome = e.encode([given_row])[0]
-    assert not isinstance(outcome, Refused), (outcome.reason, outcome.detail)
+    assert not isinstance(outcome, RejectedRow), (outcome.reason, outcome.detail)
     (x,) = outcome.examples
     return x
 
@@ -102,7 +102,7 @@ def test_weight_0_takes_a_turn_out_and_a_row_without_any_is_rejected():
         "third<|im_end|>",
     ]
     (refused,) = encoder().encode([row(*MULTI, weights=[None] * 6 + [0.0])])
-    assert isinstance(refused, Refused) and refused.reason is Reason.NOTHING_SUPERVISED
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.NOTHING_SUPERVISED
 
 
 def test_a_token_never_forms_across_the_prompt_and_the_answer():
@@ -144,19 +144,19 @@ def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
 def test_a_template_whose_history_is_not_the_prompt_rejects_the_row():
     different = CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\nSure: ' }}")
     (refused,) = encoder(different).encode([row(("user", "a"), ("assistant", "b"))])
-    assert isinstance(refused, Refused) and refused.reason is Reason.PROMPT_NOT_PREFIX
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.PROMPT_NOT_PREFIX
 
 
 def test_a_template_that_loses_the_completion_rejects_the_row():
     (refused,) = encoder(CHATML.replace("m.content", "m.content[:3]")).encode(
         [row(("user", "ab"), ("assistant", "abcdef"))]
     )
-    assert isinstance(refused, Refused) and refused.reason is Reason.COMPLETION_NOT_RENDERED
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.COMPLETION_NOT_RENDERED
 
 
 def test_the_last_message_must_be_the_assistants():
     (refused,) = encoder().encode([row(("user", "a"))])
-    assert isinstance(refused, Refused) and refused.reason is Reason.NO_FINAL_ASSISTANT
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_FINAL_ASSISTANT
 
 
 words = st.text(
@@ -184,7 +184,7 @@ def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(
     ]
     given_row = row(*messages)
     outcome = e.encode([given_row])[0]
-    if isinstance(outcome, Refused):
+    if isinstance(outcome, RejectedRow):
         assert outcome.reason in (Reason.COMPLETION_NOT_RENDERED, Reason.CONTROL_TOKEN_IN_TEXT), (
             outcome.reason,
             outcome.detail,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
+from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
@@ -34,7 +34,7 @@ def test_a_prompt_that_fills_max_length_is_rejected_by_the_truncation_guard(poli
     for limit in (full.prompt_length, full.prompt_length - 3):
         e = encoder(limit, policy)
         (refused,) = e.encode([LONG_PROMPT])
-        assert isinstance(refused, Refused) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
+        assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
 
 
 def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
@@ -47,7 +47,7 @@ def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
     (x,) = outcome.examples
     assert x.truncated == 0 and (x.labels != IGNORE_LABEL).sum() == (full.labels != IGNORE_LABEL).sum()
     (refused,) = encoder(len(full.input_ids) - 2, "reject").encode([LONG_ANSWER])
-    assert isinstance(refused, Refused) and refused.reason is Reason.TOO_LONG
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.TOO_LONG
 
 
 def test_truncate_answer_loses_the_end_and_its_stop_and_says_so():
@@ -93,7 +93,7 @@ def test_truncate_prompt_drops_the_oldest_turns_first_and_keeps_the_system_messa
 
 def test_truncate_prompt_rejects_an_answer_that_does_not_fit_by_itself():
     (refused,) = encoder(40, "truncate_prompt").encode([LONG_ANSWER])
-    assert isinstance(refused, Refused) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
 
 
 @pytest.mark.parametrize("limit", [40, 64, 100])

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.tokenized_rows.config import NAMED_TEMPLATES, TokensConfig
-from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
-from sft_pipeline.stages.tokenized_rows.skew import find_skew
+from sft_pipeline.stages.tokenized_rows.config import TokensConfig
+from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
+from sft_pipeline.stages.tokenized_rows.served_prompts import find_skew
 from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.text.config import NAMED_TEMPLATES
 from sft_pipeline.text.conversation import conversation
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
@@ -82,7 +83,7 @@ def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
         prompt = other.apply_chat_template(
             plain.messages[:-1], tools=plain.tools, add_generation_prompt=True, return_dict=False
         )
-        assert not isinstance(outcome, Refused), (given["messages"], outcome)
+        assert not isinstance(outcome, RejectedRow), (given["messages"], outcome)
         (x,) = outcome.examples
         assert x.input_ids[: x.prompt_length].tolist() == prompt
         learnt = tokenizer.decode(x.labels[x.labels != IGNORE_LABEL].tolist())
@@ -104,7 +105,7 @@ def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(
     assert named.stop == tokenizer.special["eos_token"]
     e = RowEncoder(tokenizer, named, TokensConfig(max_length=4096, supervise=supervise))
     for given, outcome in zip(ROWS, e.encode(ROWS), strict=True):
-        assert not isinstance(outcome, Refused), (given["messages"], outcome)
+        assert not isinstance(outcome, RejectedRow), (given["messages"], outcome)
         (x,) = outcome.examples
         learnt = x.labels[x.labels != IGNORE_LABEL]
         assert learnt[-1] == tokenizer.id_of("eos_token") and x.input_ids.max() < tokenizer.vocab_size
@@ -131,7 +132,7 @@ def test_a_template_that_always_opens_with_thinking_refuses_a_row_that_thinks(lo
     tokenizer = load("minimind-6400")
     e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096))
     (refused,) = e.encode([row(("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"))])
-    assert isinstance(refused, Refused) and refused.reason is Reason.PROMPT_NOT_PREFIX
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.PROMPT_NOT_PREFIX
 
 
 def test_skew_of_smollm2_is_found_and_qwen3_has_none(load):
@@ -141,7 +142,7 @@ def test_skew_of_smollm2_is_found_and_qwen3_has_none(load):
     ]
     smollm = load("smollm2")
     skew = find_skew(smollm, load_template("tokenizer", smollm), texts)
-    assert skew.found and skew.other_ids > 0 and skew.other_prompt == 0 and "tokenizer.json" in skew.example
+    assert skew.found and "another prompt on 0 of 40" in skew.description and "tokenizer.json" in skew.example
     qwen = load("qwen3")
     assert not find_skew(qwen, load_template("tokenizer", qwen), texts).found
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tokenized_rows import batches, token_groups
-from sft_pipeline.stages.tokenized_rows import build as room
+from sft_pipeline.stages.tokenized_rows import build as stage_build
+from sft_pipeline.stages.tokenized_rows import row_cache
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
-from sft_pipeline.stages.tokenized_rows.outcomes import Outcome, mask_of, to_outcomes
-from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups
+from sft_pipeline.stages.tokenized_rows.outcomes import RowOutcome, mask_of, to_outcomes
+from sft_pipeline.stages.tokenized_rows.row_cache import TokenGroups
+from sft_pipeline.stages.tokenized_rows.word_cache import WordCache
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline.tables.parquet import read_rows
 from sft_pipeline.tables.schemas import IGNORE_LABEL
@@ -56,7 +57,7 @@ def run(tmp_path: Path, name: str, earlier: tuple = (), **sides) -> tuple[Built,
     out, told = tmp_path / name, Told()
     out.mkdir()
     inputs = {"grouped_split": split_artifact(tmp_path / f"split-{name}", **sides)}
-    built = room.build(
+    built = stage_build.build(
         Build(
             config=config,
             inputs=inputs,
@@ -77,8 +78,8 @@ def version(built: Built, artifact: FakeArtifact) -> str:
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The fast encoder and comparisons on a few dozen rows."""
-    monkeypatch.setattr(batches, "COMPARED", 8)
-    monkeypatch.setattr(batches, "BATCH", 16)
+    monkeypatch.setattr(stage_build, "COMPARED", 8)
+    monkeypatch.setattr(stage_build, "BATCH", 16)
 
 
 def test_only_changed_rows_are_tokenized_and_the_bytes_are_those_of_a_cold_build(tmp_path):
@@ -115,27 +116,24 @@ def test_several_earlier_builds_are_asked(tmp_path):
 def test_fast_and_slow_give_the_same_bytes_and_say_how_many(tmp_path, monkeypatch):
     fast_built, fast, _ = run(tmp_path, "fast", train=[*numbered(60), LONG, FORGED])
     assert fast_built.counts["by_columns"] > 40 and fast_built.counts["compared"] >= 8
-    assert fast_built.counts["by_reference"] > 5
-    monkeypatch.setattr(batches, "COMPARED", 1000)
+    monkeypatch.setattr(stage_build, "COMPARED", 1000)
     slow_built, slow, _ = run(tmp_path, "slow", train=[*numbered(60), LONG, FORGED])
     assert slow_built.counts["by_columns"] == 0 and slow_built.counts["by_rows"] == 62
     assert version(fast_built, fast) == version(slow_built, slow)
 
 
 def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatch):
-    from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder
-
-    exact, sides = ChunkEncoder._ids, {"train": [*numbered(60), LONG, FORGED]}
+    exact, sides = WordCache._encode, {"train": [*numbered(60), LONG, FORGED]}
     good_built, good, _ = run(tmp_path, "good", **sides)
 
-    def merged_otherwise(self: ChunkEncoder, texts: list[str]) -> list[bytes]:
+    def merged_otherwise(self: WordCache, texts: list[str]) -> list[bytes]:
         """Bytes one by one: the text is right, the ids are not those of the tokenizer."""
         return [
             b"".join(exact(self, list(text))) if text.isascii() else ids
             for text, ids in zip(texts, exact(self, texts))
         ]
 
-    monkeypatch.setattr(ChunkEncoder, "_ids", merged_otherwise)
+    monkeypatch.setattr(WordCache, "_encode", merged_otherwise)
     built, artifact, told = run(tmp_path, "erring", **sides)
     assert version(built, artifact) == version(good_built, good)
     assert built.counts["by_columns"] == 0 and any(
@@ -144,22 +142,14 @@ def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatc
     assert "differs from the reference" in str(built.evidence["encoding"].value)
 
 
-def test_it_is_found_out_among_few_new_rows_too(tmp_path, monkeypatch):
-    from sft_pipeline.stages.tokenized_rows.chunks import ChunkEncoder
-
+def test_few_new_rows_go_row_by_row(tmp_path):
     _, old, _ = run(tmp_path, "old", train=[*numbered(60), LONG])
-    sides = {"train": [*numbered(63), LONG]}
-    good_built, good, _ = run(tmp_path, "good", (old,), **sides)
-    assert (good_built.counts["by_columns"], good_built.counts["compared"]) == (3, 3)
-    exact = ChunkEncoder._ids
-    monkeypatch.setattr(
-        ChunkEncoder, "_ids", lambda self, texts: [b"".join(exact(self, list(t))) for t in texts]
-    )
-    monkeypatch.setenv("SFT_WORKERS", "1")  # so that the referee is in this process, which errs
-    built, artifact, told = run(tmp_path, "erring", (old,), **sides)
-    assert version(built, artifact) == version(good_built, good)
-    assert (built.counts["by_columns"], built.counts["rows_reused"]) == (0, 61)
-    assert any("differs from the reference" in line for line in told.lines)
+    built, _, _ = run(tmp_path, "few", (old,), train=[*numbered(75), LONG])
+    assert (built.counts["by_columns"], built.counts["by_rows"]) == (0, 15)
+    built, warm, _ = run(tmp_path, "more", (old,), train=[*numbered(90), LONG])
+    assert built.counts["by_columns"] >= 29 and built.counts["compared"] >= 8
+    cold_built, cold, _ = run(tmp_path, "cold", train=[*numbered(90), LONG])
+    assert version(built, warm) == version(cold_built, cold)
 
 
 @settings(max_examples=200, deadline=None)
@@ -175,7 +165,7 @@ def test_what_is_supervised_is_told_by_its_spans(rows):
     )
     keys = pa.array([b"k" * 16] * len(rows), pa.binary(16))
     written = to_outcomes(
-        keys, [Outcome(n) for n in range(4)], np.array([len(r) for r in rows], np.int64), batch
+        keys, [RowOutcome(n) for n in range(4)], np.array([len(r) for r in rows], np.int64), batch
     )
     starts = np.cumsum([0, *(sum(map(len, row)) for row in rows)])
     assert mask_of(written.column("spans"), starts).tolist() == flat.tolist()
@@ -187,7 +177,7 @@ def test_what_is_supervised_is_told_by_its_spans(rows):
 
 @pytest.mark.parametrize("held", [0, 3_000, 1 << 20])
 def test_tokens_come_in_any_order_from_little_memory(tmp_path, monkeypatch, held):
-    monkeypatch.setattr(token_groups, "HELD_BYTES", held)
+    monkeypatch.setattr(row_cache, "HELD_BYTES", held)
     rng = np.random.default_rng(5)
     lengths = rng.integers(1, 20, 300)
     ids = [rng.integers(0, 1000, n).tolist() for n in lengths]

@@ -62,7 +62,7 @@ def test_broken_files_are_named(tmp_path, spoil, message):
 def test_a_missing_folder_and_an_unpinned_hub_id_are_told_apart(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="pinned revision"):
+    with pytest.raises(InputError, match="pin it to a commit"):
         load_tokenizer("owner/name")
 
 
@@ -89,10 +89,10 @@ def test_the_fingerprint_follows_the_files(tmp_path):
 
 def test_a_sandboxed_template_cannot_reach_out():
     from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-    from sft_pipeline.stages.tokenized_rows.encode import Refused, RowEncoder
+    from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
     from sft_pipeline_tests.tokenized_rows.tiny import row
 
     tokenizer = tiny_tokenizer("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig())
     (refused,) = e.encode([row(("user", "a"), ("assistant", "b"))])
-    assert isinstance(refused, Refused) and refused.reason == "template_error"
+    assert isinstance(refused, RejectedRow) and refused.reason == "template_error"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.packed_shards.packing import Packing
-from sft_pipeline.tables.parquet import Behind, PartWriter, read_batches
+from sft_pipeline.tables.parquet import BackgroundWriter, PartWriter, read_batches
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 GROUP_TOKENS = 1 << 15  # about so many in a row group
@@ -138,7 +138,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlock
         PartWriter(
             folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, of_tokens=True
         ) as out,
-        Behind() as behind,
+        BackgroundWriter() as behind,
     ):
         for batch in gather(rows, packing):
             behind.submit(out.write, batch)

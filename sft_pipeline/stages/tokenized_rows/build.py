@@ -1,140 +1,175 @@
-"""Builds `tokenized_rows` from `grouped_split`."""
+"""Builds tokenized_rows from grouped_split: every row rendered, tokenized, masked, checked, and written."""
 
 import shutil
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
-from sft_pipeline.stages.painter import Painter
 from sft_pipeline.stages.stage import Build, Built
-from sft_pipeline.stages.tokenized_rows.batches import BATCH, Batches, encoded
+from sft_pipeline.stages.tokenized_rows.batch_encoder import (
+    BatchEncoder,
+    EncodedBatch,
+    FastPathDiffers,
+    reject_rows,
+)
+from sft_pipeline.stages.tokenized_rows.checks import checks
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.encoding import Encoders, reject_rows
-from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES
-from sft_pipeline.stages.tokenized_rows.pictures import plot_lengths, plot_masks
-from sft_pipeline.stages.tokenized_rows.referee import Comparison, Referee, Verdict
-from sft_pipeline.stages.tokenized_rows.report import checks, evidence
-from sft_pipeline.stages.tokenized_rows.reuse import OUTCOMES_FILE, Given
-from sft_pipeline.stages.tokenized_rows.seen import Seen
-from sft_pipeline.stages.tokenized_rows.skew import Skew
+from sft_pipeline.stages.tokenized_rows.formatting import formatting_of
+from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE
+from sft_pipeline.stages.tokenized_rows.report import evidence
+from sft_pipeline.stages.tokenized_rows.row_cache import RowCache
+from sft_pipeline.stages.tokenized_rows.served_prompts import PromptSample, find_skew, known_skew
+from sft_pipeline.stages.tokenized_rows.stats import StageStats
+from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
 from sft_pipeline.store.files import write_json
-from sft_pipeline.tables.parquet import Behind, FileWriter, PartWriter, count_rows
+from sft_pipeline.tables.parquet import BackgroundWriter, FileWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
 
+BATCH = 4_096
+COMPARED = 2_000  # rows encoded both ways, at least; where there are not twice as many, all go row by row
+WORTH_PROCESSES = (
+    8_000  # new rows; a worker process first imports and loads the tokenizer, which takes a second
+)
+_COLUMNS = ["row_id", "source", "file", "line", "group", "messages", "tools", "content_key"]
 
-class Differs(Exception):
-    """The fast way gave another result than the slow one; a row is named."""
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of one split.
+
+    Attributes:
+        found: int64 (rows,), the row of the earlier builds that is the same (-1: none).
+        new: The rows that have none.
+        compared: bool (new rows,), which of them are encoded both ways where they are encoded as columns.
+    """
+
+    split: str
+    rows: pa.RecordBatch
+    found: npt.NDArray[np.int64]
+    new: pa.RecordBatch
+    compared: npt.NDArray[np.bool_]
 
 
 def build(b: Build) -> Built:
-    """Renders, tokenizes and masks every row of every side; rejects go to rejects.parquet with their reason."""
+    """Renders, tokenizes and masks every row of every split; rejects go to rejects.parquet with their reason."""
     config: TokenizedRowsConfig = b.config
-    known_skew = Skew.of_earlier(b.earlier)
-    encoders = Encoders(config, columns=True)
-    with Painter() as painter, Referee(config, encoders, skew=known_skew is None) as referee:
-        try:
-            seen, verdict = _encode_all(b, encoders, referee, painter)
-        except Differs as row:
-            why = f"the fast encoder differs from the reference, for example on row {row}"
-            b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
-            seen, verdict = _encode_all(b, Encoders(config, columns=False), referee, painter)
-            seen.why_not = why
-    formatting = {**verdict.formatting, "counts": dict(sorted(seen.tally.numbers.items()))}
-    write_json(b.out / "formatting.json", formatting)
-    on_disk = {side: count_rows(sorted((b.out / side).glob("*.parquet"))) for side in SPLITS}
-    numbers = seen.tally.numbers
-    for reason, count in seen.tally.reasons.most_common():
+    encoder, sample = BatchEncoder(config, fast=True), PromptSample()
+    try:
+        stats = _encode_all(b, encoder, sample)
+    except FastPathDiffers as row:
+        why = f"the fast encoder differs from the reference, for example on row {row}"
+        b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
+        encoder, sample = BatchEncoder(config, fast=False), PromptSample()
+        stats = _encode_all(b, encoder, sample)
+        stats.why_not_fast = why
+    skew = known_skew(b.earlier) or find_skew(encoder.tokenizer, encoder.template, sample.conversations)
+    for reason, count in stats.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
+    n = stats.numbers
+    on_disk = {split: count_rows(sorted((b.out / split).glob("*.parquet"))) for split in SPLITS}
+    rejected_on_disk = count_rows([b.out / "rejects.parquet"])
+    formatting = formatting_of(config, encoder.tokenizer, encoder.template) | {"counts": stats.summed_up()}
+    write_json(b.out / "formatting.json", formatting)
     return Built(
         counts={
-            "rows_read": numbers["rows"],
-            "rows_accepted": numbers["accepted"],
-            "rows_rejected": numbers["rejected"],
+            "rows_read": n["rows"],
+            "rows_accepted": n["accepted"],
+            "rows_rejected": n["rejected"],
             "rows_written": sum(on_disk.values()),
-            "rows_tokenized": seen.numbers["tokenized"],
-            "rows_reused": seen.numbers["reused"],
-            **{side: on_disk[side] for side in SPLITS},
+            "rows_tokenized": n["tokenized"],
+            "rows_reused": n["reused"],
+            **on_disk,
             **{
-                k: numbers[k]
-                for k in (
-                    "tokens",
-                    "supervised_tokens",
-                    "truncated",
-                    "split",
-                    "neutralised",
-                    "turns_not_supervised",
-                )
+                name: n[name] for name in ("tokens", "supervised_tokens", "truncated", "split", "neutralised")
             },
-            **{k: seen.numbers[k] for k in ("by_columns", "by_rows", "by_reference", "compared")},
+            **{name: n[name] for name in ("turns_not_supervised", "by_columns", "by_rows", "compared")},
         },
-        checks=checks(
-            seen,
-            verdict,
-            known_skew or verdict.skew,
-            formatting,
-            on_disk,
-            count_rows([b.out / "rejects.parquet"]),
-        ),
+        checks=checks(stats, sample, skew, formatting, on_disk, rejected_on_disk),
         volatile=("plots/",),
-        evidence=evidence(seen, formatting, config),
+        evidence=evidence(stats, formatting, config, encoder.tokenizer, b.out),
     )
 
 
-def _encode_all(b: Build, encoders: Encoders, referee: Referee, painter: Painter) -> tuple[Seen, Verdict]:
-    """Writes every side, rejects and outcomes, and draws.
+def _encode_all(b: Build, encoder: BatchEncoder, sample: PromptSample) -> StageStats:
+    """Writes every split, the rejects and the outcomes.
 
     Raises:
-        Differs: A compared row came out differently.
+        FastPathDiffers: A row that was encoded both ways came out differently.
     """
-    seen, comparison, pictures = Seen(), Comparison(), b.out / "plots"
-    for side in SPLITS:
-        shutil.rmtree(b.out / side, ignore_errors=True)
-    scratch = b.work / "earlier"
-    try:
-        batches = Batches(
-            {s: b.inputs["grouped_split"].parts(s) for s in SPLITS}, b.earlier, scratch, fast=encoders.columns
-        )
-        writers = {
-            side: PartWriter(b.out / side, TOKENIZED, row_group=BATCH, of_tokens=True) for side in SPLITS
+    parts = {split: b.inputs["grouped_split"].parts(split) for split in SPLITS}
+    total, done, stats = count_rows(chain(*parts.values())), 0, StageStats()
+    for split in SPLITS:  # what an attempt before this one has written
+        shutil.rmtree(b.out / split, ignore_errors=True)
+    scratch = b.work / "row_cache"
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        keys = read_batches(chain(*parts.values()), ["content_key"]) if b.earlier else ()
+        cache = RowCache(b.earlier, [batch.column(0) for batch in keys], scratch)
+        new = total - int(np.count_nonzero(cache.found >= 0))
+        encoder.fast &= new >= 2 * COMPARED
+        splits = {
+            split: stack.enter_context(PartWriter(b.out / split, TOKENIZED, row_group=BATCH, of_tokens=True))
+            for split in SPLITS
         }
-        with (
-            FileWriter(b.out / "rejects.parquet", REJECTS) as rejects,
-            FileWriter(b.out / OUTCOMES_FILE, OUTCOMES) as outcomes,
-            writers["train"],
-            writers["validation"],
-            writers["test"],
-            Behind() as behind,
-            closing(encoded(batches, encoders, referee)) as results,
-        ):
-            preview, drawn = None, False
-            for batch, done in results:
-                if batches.compares:
-                    comparison.add(batch, done)
-                whole = batches.earlier.joined(batch.found, batch.rows, Given(done.outcomes, done.examples))
-                behind.submit(writers[batch.side].write, whole.examples)
-                behind.submit(outcomes.write, whole.outcomes)
-                refused = reject_rows(batch.rows, whole.outcomes)
-                rejects.write(refused)
-                seen.note(batch.side, batch.rows.num_rows, done, whole, refused)
-                preview = preview or (referee.preview(seen.previews) if seen.previews else None)
-                if preview and preview.is_here and not drawn:
-                    painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
-                    drawn = True
-                b.report.progress("tokenizing", sum(seen.read.values()), batches.total, "rows")
-            if preview:
-                if not drawn:
-                    painter.draw(plot_masks, pictures / "mask_preview.png", preview.get())
-                painter.draw(
-                    plot_lengths,
-                    pictures / "lengths.png",
-                    np.concatenate(seen.lengths),
-                    np.concatenate(seen.supervised),
-                    b.config.tokens.max_length,
-                )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    verdict = referee.verdict()
-    seen.numbers["compared"] = comparison.by_columns
-    if differing := comparison.first_difference(verdict):
-        raise Differs(differing)
-    return seen, verdict
+        rejects = stack.enter_context(FileWriter(b.out / "rejects.parquet", REJECTS))
+        outcomes = stack.enter_context(FileWriter(b.out / OUTCOMES_FILE, OUTCOMES))
+        background = stack.enter_context(BackgroundWriter())
+        batches = _batches(parts, cache, total, every=max(new // COMPARED, 1))
+        for batch, encoded in stack.enter_context(closing(_encode(encoder, batches, new))):
+            whole = cache.merge(batch.found, batch.rows, encoded)
+            background.submit(splits[batch.split].write, whole.examples)
+            background.submit(outcomes.write, whole.outcomes)
+            rejected = reject_rows(batch.rows, whole.outcomes)
+            rejects.write(rejected)
+            stats.add(batch.split, encoded, whole, rejected)
+            sample.add(encoder, batch.new, encoded)
+            done += batch.rows.num_rows
+            b.report.progress("tokenizing", done, total, "rows")
+    return stats
+
+
+def _batches(parts: dict[str, list], cache: RowCache, total: int, every: int) -> Iterator[Batch]:
+    """All rows in order. Of the new ones, one in `every` is compared."""
+    done = seen = 0
+    known = cache.found if len(cache.found) else np.full(total, -1)
+    for split in SPLITS:
+        for rows in read_batches(parts[split], _COLUMNS, batch_rows=BATCH):
+            found = known[done : done + rows.num_rows]
+            is_new = found < 0
+            new = rows if is_new.all() else rows.filter(pa.array(is_new))
+            yield Batch(split, rows, found, new, (seen + np.arange(new.num_rows)) % every == 0)
+            done, seen = done + rows.num_rows, seen + new.num_rows
+
+
+def _encode(
+    encoder: BatchEncoder, batches: Iterator[Batch], new: int
+) -> Generator[tuple[Batch, EncodedBatch], None, None]:
+    """Every batch in order, with what became of its new rows.
+
+    Whole columns leave the interpreter free, so threads encode them; rows one by one keep it busy, so where most rows go
+    that way and there are many, worker processes do.
+    """
+    for batch in islice(batches, 1):
+        first = encoder.encode(batch.new, batch.compared)
+        yield batch, first
+        if 4 * first.numbers["by_rows"] <= batch.new.num_rows:
+            rest = threaded_map(_with(encoder), batches, worker_count())
+        elif new < WORTH_PROCESSES:
+            rest = threaded_map(_with(encoder), batches, 1)
+        else:
+            rest = ordered_map(_prepared, (encoder.config, encoder.fast), batches, here=_with(encoder))
+        with closing(rest):
+            yield from rest
+
+
+def _with(encoder: BatchEncoder):
+    return lambda batch: encoder.encode(batch.new, batch.compared)
+
+
+def _prepared(config: TokenizedRowsConfig, fast: bool):
+    return _with(BatchEncoder(config, fast))

@@ -1,20 +1,19 @@
-"""What became of each row that was read: one line each in outcomes.parquet, and the sums of them.
+"""What became of each row that was read: one line each in outcomes.parquet.
 
 With the key of a row's content this is also the index by which a later build finds what it need not do again.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from sft_pipeline.stages.tokenized_rows.encode import Accepted, Refused
+from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RejectedRow
 from sft_pipeline.tables.schemas import IGNORE_LABEL, KEY_BYTES
+
+OUTCOMES_FILE = "outcomes.parquet"
 
 OUTCOMES = pa.schema(
     [
@@ -35,7 +34,7 @@ OUTCOMES = pa.schema(
 )
 
 
-class Outcome(NamedTuple):
+class RowOutcome(NamedTuple):
     """A line of outcomes.parquet without what is the row's own: its key and its spans."""
 
     examples: int
@@ -48,11 +47,11 @@ class Outcome(NamedTuple):
     neutralised: bool = False
 
 
-def outcome_of(result: Accepted | Refused) -> Outcome:
+def outcome_of(result: AcceptedRow | RejectedRow) -> RowOutcome:
     """What became of a row."""
-    if isinstance(result, Refused):
-        return Outcome(0, str(result.reason), result.detail)
-    return Outcome(
+    if isinstance(result, RejectedRow):
+        return RowOutcome(0, str(result.reason), result.detail)
+    return RowOutcome(
         len(result.examples),
         None,
         None,
@@ -64,7 +63,7 @@ def outcome_of(result: Accepted | Refused) -> Outcome:
 
 
 def to_outcomes(
-    keys: pa.Array, outcomes: Sequence[Outcome], which: npt.NDArray[np.int64], examples: pa.RecordBatch
+    keys: pa.Array, outcomes: Sequence[RowOutcome], which: npt.NDArray[np.int64], examples: pa.RecordBatch
 ) -> pa.RecordBatch:
     """One line per row.
 
@@ -74,10 +73,10 @@ def to_outcomes(
         which: For each row the one that it has.
         examples: All examples of the rows, in their order.
     """
-    columns = list(zip(*outcomes, strict=True)) or [()] * len(Outcome._fields)
+    columns = list(zip(*outcomes, strict=True)) or [()] * len(RowOutcome._fields)
     each = [
         pa.array(c, OUTCOMES.field(n).type).take(pa.array(which))
-        for n, c in zip(Outcome._fields, columns, strict=True)
+        for n, c in zip(RowOutcome._fields, columns, strict=True)
     ]
     ends = np.cumsum(np.concatenate([[0], each[0].to_numpy()]))  # the first column is `examples`
     return pa.RecordBatch.from_arrays([keys, *each, _spans(examples, ends)], schema=OUTCOMES)
@@ -110,51 +109,3 @@ def mask_of(spans: pa.ListArray, starts: npt.NDArray[np.int64]) -> npt.NDArray[n
     each = np.diff(spans.offsets.to_numpy())
     edges = np.concatenate([[0], spans.flatten().to_numpy() + np.repeat(starts[:-1], each), starts[-1:]])
     return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))
-
-
-@dataclass
-class Tally:
-    """Sums over all rows.
-
-    Attributes:
-        numbers: rows, accepted, rejected, examples, tokens, supervised_tokens, truncated, split, neutralised,
-            turns_not_supervised, marks_agree, marks_disagree.
-        inserted: (before, after) the completion, as the template writes it -> rows.
-        reasons: Rejected rows per reason.
-    """
-
-    numbers: Counter[str] = field(default_factory=Counter)
-    inserted: Counter[tuple[str, str]] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def add(self, outcomes: pa.RecordBatch, examples: pa.RecordBatch) -> None:
-        """Counts a batch of rows, given their examples in the same order."""
-        each = outcomes.column("examples").to_numpy()
-        last = np.cumsum(each) - 1  # of each row's examples
-        cut = examples.column("truncated").to_numpy() > 0
-        single = each == 1
-        marks = outcomes.column("marks_agree")
-        self.numbers.update(
-            rows=len(each),
-            accepted=int(np.count_nonzero(each)),
-            rejected=int(np.count_nonzero(each == 0)),
-            examples=int(each.sum()),
-            split=int(np.count_nonzero(each > 1)),
-            truncated=int(np.count_nonzero(cut[last[single]])),
-            tokens=pc.sum(examples.column("length")).as_py() or 0,
-            supervised_tokens=pc.sum(examples.column("supervised")).as_py() or 0,
-            neutralised=outcomes.column("neutralised").true_count,
-            turns_not_supervised=pc.sum(outcomes.column("turns_not_supervised")).as_py() or 0,
-            marks_agree=marks.true_count,
-            marks_disagree=marks.false_count,
-        )
-        for row in (
-            pa.Table.from_batches([outcomes])
-            .group_by(["inserted_before", "inserted_after"])
-            .aggregate([([], "count_all")])
-            .to_pylist()
-        ):
-            if row["inserted_before"] is not None:
-                self.inserted[row["inserted_before"], row["inserted_after"]] += row["count_all"]
-        for entry in pc.value_counts(outcomes.column("reason").drop_null()).to_pylist():
-            self.reasons[entry["values"]] += entry["counts"]

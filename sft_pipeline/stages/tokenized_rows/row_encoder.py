@@ -5,24 +5,26 @@
 A row that fails anywhere is rejected with its reason; nothing is dropped without one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.mask import (
     Encoded,
+    Job,
     control_tokens_match,
+    decodes_to,
     tokens_by_offsets,
     tokens_by_prefix,
 )
 from sft_pipeline.stages.tokenized_rows.overflow import Cut, shorten_prompt, truncate_answer, windows
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
-from sft_pipeline.stages.tokenized_rows.roundtrip import Job, decodes_to
-from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.text.conversation import Conversation, ForgeryGuard, conversation
 from sft_pipeline.text.reasons import Reason, Rejected
 from sft_pipeline.text.template import ChatTemplate
@@ -54,7 +56,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedRow:
     """A row that was rejected, and why."""
 
     row: Row
@@ -63,7 +65,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Accepted:
+class AcceptedRow:
     """A row that was encoded.
 
     Attributes:
@@ -111,21 +113,21 @@ class RowEncoder:
         self.tokenizer, self.template, self.tokens, self.system = tokenizer, template, tokens, system
         self.guard = ForgeryGuard(tokenizer, template, tokens.control_tokens)
 
-    def encode(self, rows: Sequence[Row]) -> list[Accepted | Refused]:
+    def encode(self, rows: Sequence[Row]) -> list[AcceptedRow | RejectedRow]:
         """One outcome per row, in order."""
         prepared = [self._try(row, self._prepare, row) for row in rows]
         encoded = self._encode([p for p in prepared if isinstance(p, _Prepared)])
         outcomes = [
-            p if isinstance(p, Refused) else self._try(p.row, self._finish, p, next(encoded))
+            p if isinstance(p, RejectedRow) else self._try(p.row, self._finish, p, next(encoded))
             for p in prepared
         ]
-        return [o if isinstance(o, Refused) else _accepted(*o) for o in self._check_round_trip(outcomes)]
+        return [o if isinstance(o, RejectedRow) else _accepted(*o) for o in self._check_round_trip(outcomes)]
 
     def _try(self, row: Row, step: Any, *arguments: Any) -> Any:
         try:
             return step(*arguments)
         except Rejected as why:
-            return Refused(row, why.reason, why.detail)
+            return RejectedRow(row, why.reason, why.detail)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class RowEncoder:
         """Decodes every supervised turn and compares it with the text the template emitted."""
         jobs: list[tuple[int, Job]] = []
         for index, outcome in enumerate(outcomes):
-            if not isinstance(outcome, Refused):
+            if not isinstance(outcome, RejectedRow):
                 masked = outcome[0]
                 jobs += [
                     (index, (masked.ids, span, masked.prepared.rendered.text[slice(*turn)]))
@@ -231,20 +233,20 @@ class RowEncoder:
         bad = {index: detail for (index, _), detail in zip(jobs, wrong, strict=True) if detail is not None}
         return [
             o
-            if isinstance(o, Refused)
-            else Refused(o[0].prepared.row, Reason.DECODE_MISMATCH, bad[i])
+            if isinstance(o, RejectedRow)
+            else RejectedRow(o[0].prepared.row, Reason.DECODE_MISMATCH, bad[i])
             if i in bad
             else o
             for i, o in enumerate(outcomes)
         ]
 
 
-def _accepted(masked: _Masked, cuts: Sequence[Cut]) -> Accepted | Refused:
+def _accepted(masked: _Masked, cuts: Sequence[Cut]) -> AcceptedRow | RejectedRow:
     prepared = masked.prepared
     examples = tuple(_example(masked, cut, part) for part, cut in enumerate(cuts))
     if not all((e.labels != IGNORE_LABEL).any() for e in examples):  # only position 0 was left to supervise
-        return Refused(prepared.row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
-    return Accepted(
+        return RejectedRow(prepared.row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
+    return AcceptedRow(
         examples,
         prepared.rendered.inserted,
         prepared.rendered.marks_agree,
@@ -273,3 +275,26 @@ def _example(masked: _Masked, cut: Cut, part: int) -> Example:
         truncated=cut.dropped_before + (len(ids) - cut.stop if supervised_lost else 0),
         completion=masked.prepared.given.completion,
     )
+
+
+def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    """Examples as one Arrow batch of the schema `TOKENIZED`."""
+    lengths = np.array([len(e.input_ids) for e in examples], dtype=np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    columns = [
+        pa.array([e.row_id for e in examples], pa.string()),
+        pa.array([e.group for e in examples], pa.string()),
+        pa.ListArray.from_arrays(offsets, pa.array(_flat(e.input_ids for e in examples))),
+        pa.ListArray.from_arrays(offsets, pa.array(_flat(e.labels for e in examples))),
+        pa.array(lengths),
+        pa.array(np.array([np.count_nonzero(e.labels != IGNORE_LABEL) for e in examples], dtype=np.int32)),
+        pa.array(np.array([e.prompt_length for e in examples], dtype=np.int32)),
+        pa.array(np.array([e.truncated for e in examples], dtype=np.int32)),
+        pa.array([e.completion for e in examples], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=TOKENIZED)
+
+
+def _flat(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    found = list(arrays)
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int32)

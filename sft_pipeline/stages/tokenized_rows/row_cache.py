@@ -4,8 +4,7 @@ A row's `content_key` is a hash of its messages and tools, whatever file, line, 
 same code, tokenizer, template and mask are asked (see `Build.earlier`), so an equal key means equal examples.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, mask_of
-from sft_pipeline.stages.tokenized_rows.token_groups import TokenGroups, copy_runs
+from sft_pipeline.stages.tokenized_rows.batch_encoder import EncodedBatch
+from sft_pipeline.stages.tokenized_rows.column_encoder import one_batch
+from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE, mask_of
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.schemas import IGNORE_LABEL, KEY_BYTES, SPLITS, TOKENIZED
 
-OUTCOMES_FILE = "outcomes.parquet"
+HELD_BYTES = 128 << 20  # token ids of earlier builds that are held in memory; more of them wait on the disk
 Ints = npt.NDArray[np.int64]
 _CARRIED = ("length", "supervised", "prompt_length", "truncated")
 
 
-@dataclass(frozen=True)
-class Given:
-    """What became of rows: their outcomes, and their examples in the same order."""
-
-    outcomes: pa.RecordBatch
-    examples: pa.RecordBatch
-
-
-class Earlier:
+class RowCache:
     """What earlier builds made of the rows that are wanted now.
 
     Args:
@@ -41,7 +33,7 @@ class Earlier:
         scratch: A folder for tokens that do not fit into the memory, for as long as this is used.
 
     Attributes:
-        found: For each of them the row of the earlier builds that is the same (-1: none).
+        found: int64, for each of them the row of the earlier builds that is the same (-1: none).
     """
 
     def __init__(self, artifacts: Sequence[Artifact], wanted: Sequence[pa.Array], scratch: Path) -> None:
@@ -60,7 +52,7 @@ class Earlier:
             missing = missing[~np.isin(missing, keys)]
             outcomes.append(theirs.filter(pa.array(has)))
             first.append(sum(map(len, carried)) + _running(theirs["examples"].to_numpy())[:-1][has])
-            here = [part for side in SPLITS for part in artifact.parts(side)]
+            here = [part for split in SPLITS for part in artifact.parts(split)]
             carried += [_read(part, _CARRIED) for part in here]
             parts += here
         self._outcomes = pa.concat_tables(outcomes).combine_chunks()
@@ -74,7 +66,7 @@ class Earlier:
         examples_wanted[_ranges(self._first, each)] = np.repeat(times, each)
         self._tokens = TokenGroups(parts, self._carried["length"], examples_wanted, scratch)
 
-    def joined(self, found: Ints, rows: pa.RecordBatch, new: Given) -> Given:
+    def merge(self, found: Ints, rows: pa.RecordBatch, new: EncodedBatch) -> EncodedBatch:
         """What became of all rows of a batch, under the names and groups they have now.
 
         Args:
@@ -115,9 +107,108 @@ class Earlier:
             "completion": _completions(rows).take(pa.array(row)),
             **{name: pa.array(values) for name, values in carried.items()},
         }
-        return Given(
-            outcomes, pa.RecordBatch.from_arrays([columns[f.name] for f in TOKENIZED], schema=TOKENIZED)
-        )
+        examples = pa.RecordBatch.from_arrays([columns[name] for name in TOKENIZED.names], schema=TOKENIZED)
+        return EncodedBatch(outcomes, examples)
+
+
+class TokenGroups:
+    """The `input_ids` of all examples in some parts of tokenized_rows.
+
+    A row group is read when an example of it is first wanted, and dropped when all that are wanted have been taken. Two
+    snapshots mostly have their rows in the same order, so few are held at a time; if there are many, the oldest are
+    spilled to the disk uncompressed, from where single examples can be read.
+
+    Args:
+        parts: Files in the schema TOKENIZED.
+        lengths: Tokens of each example in them.
+        times: How often each of them will be taken.
+        scratch: A folder for those that are spilled.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Path],
+        lengths: npt.NDArray[np.int32],
+        times: npt.NDArray[np.int64],
+        scratch: Path,
+    ) -> None:
+        self._groups: list[tuple[Path, int]] = []
+        counts = [0]
+        for path in parts:
+            with pq.ParquetFile(path) as file:
+                for i in range(file.num_row_groups):
+                    self._groups.append((path, i))
+                    counts.append(file.metadata.row_group(i).num_rows)
+        self._first = np.cumsum(counts, dtype=np.int64)  # example of each group
+        ends = np.cumsum(lengths, dtype=np.int64)
+        self._starts = np.concatenate([[0], ends])
+        wanted = np.concatenate([[0], np.cumsum(times, dtype=np.int64)])
+        self._left = np.diff(wanted[self._first])  # examples still to be taken, of each group
+        self._scratch = scratch
+        self._held: dict[int, npt.NDArray[np.int32]] = {}
+        self._held_bytes = 0
+
+    @property
+    def held(self) -> int:
+        """How many row groups are in memory."""
+        return len(self._held)
+
+    def copy(self, examples: Ints, to: npt.NDArray[np.int32], at: Ints) -> None:
+        """Puts the ids of examples where they belong in `to`."""
+        group = np.searchsorted(self._first, examples, side="right") - 1
+        starts = self._starts[self._first[group]]
+        begins, ends = self._starts[examples] - starts, self._starts[examples + 1] - starts
+        for g in np.unique(group).tolist():
+            here = group == g
+            for begin, end, place in _runs(begins[here], ends[here], at[here]):
+                to[place : place + end - begin] = self._slice(g, begin, end)
+            self._left[g] -= np.count_nonzero(here)
+            if not self._left[g]:
+                self._held_bytes -= self._held.pop(g).nbytes if g in self._held else 0
+                self._spilled(g).unlink(missing_ok=True)
+
+    def _slice(self, g: int, begin: int, end: int) -> npt.NDArray[np.int32]:
+        if g not in self._held:
+            if (spilled := self._spilled(g)).exists():
+                return np.fromfile(spilled, np.int32, end - begin, offset=4 * begin)
+            self._read(g)
+        return self._held[g][begin:end]
+
+    def _read(self, g: int) -> None:
+        path, index = self._groups[g]
+        with pq.ParquetFile(path) as file:
+            table = file.read_row_group(index, columns=["input_ids"], use_threads=False)
+        ids = table.combine_chunks()["input_ids"].chunk(0).flatten().to_numpy()
+        while self._held and self._held_bytes + ids.nbytes > HELD_BYTES:
+            oldest = next(iter(self._held))
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            self._held[oldest].tofile(self._spilled(oldest))
+            self._held_bytes -= self._held.pop(oldest).nbytes
+        self._held[g] = ids
+        self._held_bytes += ids.nbytes
+
+    def _spilled(self, g: int) -> Path:
+        return self._scratch / f"{g}.bin"
+
+
+def copy_runs(ids: npt.NDArray[np.int32], starts: Ints, to: npt.NDArray[np.int32], at: Ints) -> None:
+    """Puts the ids of examples, which lie end to end, where they belong in `to`.
+
+    Args:
+        starts: Where each example begins, and where the last one ends.
+    """
+    for begin, end, place in _runs(starts[:-1], starts[1:], at):
+        to[place : place + end - begin] = ids[begin:end]
+
+
+def _runs(begins: Ints, ends: Ints, at: Ints) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, place) of neighbours that stay neighbours."""
+    if not len(at):
+        return
+    apart = (begins[1:] != ends[:-1]) | (at[1:] != at[:-1] + ends[:-1] - begins[:-1])
+    first = np.concatenate([[0], np.flatnonzero(apart) + 1])
+    last = np.append(first[1:], len(at)) - 1
+    yield from zip(begins[first].tolist(), ends[last].tolist(), at[first].tolist(), strict=True)
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -182,4 +273,4 @@ def _in_order(chosen: npt.NDArray[np.bool_], here: pa.Table, elsewhere: pa.Recor
     at = np.arange(len(chosen))
     order = _filled(chosen, at[: len(here)], at[len(here) :])
     both = pa.concat_tables([here, pa.Table.from_batches([elsewhere], here.schema)])
-    return both.take(pa.array(order)).combine_chunks().to_batches()[0]
+    return one_batch(both.take(pa.array(order)))

@@ -1,0 +1,162 @@
+"""Batches of grouped_split as examples: whole columns where that is certain, row by row where it must be.
+
+A sample of what was encoded as columns is encoded row by row too, by the reference tokenizer, and compared.
+"""
+
+import json
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sft_pipeline.stages.tokenized_rows.column_encoder import ColumnEncoder, EncodedColumns, one_batch
+from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
+from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
+from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RejectedRow, RowEncoder, to_batch
+from sft_pipeline.stages.tokenized_rows.word_cache import NoFastPath
+from sft_pipeline.tables.schemas import REJECTS, TOKENIZED
+from sft_pipeline.text.template import ChatTemplate, load_template
+from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
+
+
+class FastPathDiffers(Exception):
+    """Whole columns gave another result than row by row; the message is the row's id."""
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What became of rows of grouped_split; all in their order.
+
+    Attributes:
+        outcomes: One line per row, in the schema OUTCOMES.
+        examples: Of the accepted ones, in the schema TOKENIZED.
+        numbers: by_columns, by_rows and compared (rows).
+        why_not: Why no row can be encoded as a column, where that is so.
+    """
+
+    outcomes: pa.RecordBatch
+    examples: pa.RecordBatch
+    numbers: Counter[str] = field(default_factory=Counter)
+    why_not: str | None = None
+
+
+class BatchEncoder:
+    """Encodes batches of grouped_split. May be used by several threads.
+
+    Args:
+        fast: Whether whole columns may be encoded at all.
+
+    Attributes:
+        tokenizer, template, row_encoder: Loaded when they are first needed.
+    """
+
+    def __init__(self, config: TokenizedRowsConfig, fast: bool) -> None:
+        self.config, self.fast = config, fast
+        self._column_encoder: ColumnEncoder | None = None
+        self._why_not: str | None = None
+        self._lock = threading.Lock()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.config.tokenizer, self.config.revision)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return load_template(self.config.template.chat_template, self.tokenizer)
+
+    @cached_property
+    def row_encoder(self) -> RowEncoder:
+        return RowEncoder(self.tokenizer, self.template, self.config.tokens, self.config.template.system)
+
+    def encode(self, rows: pa.RecordBatch, compared: npt.NDArray[np.bool_]) -> EncodedBatch:
+        """Encodes rows.
+
+        Args:
+            compared: bool (rows,): which of them are encoded row by row as well, where they come as columns.
+
+        Raises:
+            FastPathDiffers: One of these came out differently.
+        """
+        columns = self._by_columns(rows)
+        by_row = np.ones(rows.num_rows, dtype=bool)
+        if columns is not None:
+            by_row[columns.rows] = False
+            self._compare(rows, columns, compared[columns.rows])
+        indices = np.flatnonzero(by_row)
+        results = self.row_encoder.encode(rows.take(pa.array(indices)).to_pylist()) if len(indices) else []
+        outcomes, examples = _merge(rows, columns, indices, results)
+        numbers = Counter(
+            by_columns=rows.num_rows - len(indices),
+            by_rows=len(indices),
+            compared=0 if columns is None else int(np.count_nonzero(compared[columns.rows])),
+        )
+        return EncodedBatch(outcomes, examples, numbers, self._why_not)
+
+    def _by_columns(self, rows: pa.RecordBatch) -> EncodedColumns | None:
+        with self._lock:
+            if self.fast and self._column_encoder is None and self._why_not is None:
+                config = self.config
+                try:
+                    self._column_encoder = ColumnEncoder(
+                        self.tokenizer, self.template, config.tokens, config.template.system
+                    )
+                except NoFastPath as why:
+                    self._why_not = str(why)
+        return self._column_encoder.encode(rows) if self._column_encoder else None
+
+    def _compare(
+        self, rows: pa.RecordBatch, columns: EncodedColumns, compared: npt.NDArray[np.bool_]
+    ) -> None:
+        chosen = np.flatnonzero(compared)
+        given = rows.take(pa.array(columns.rows[chosen])).to_pylist()
+        for at, row, result in zip(chosen.tolist(), given, self.row_encoder.encode(given), strict=True):
+            same = (
+                isinstance(result, AcceptedRow)
+                and outcome_of(result) == columns.layouts[columns.layout[at]].outcome
+                and to_batch(result.examples).equals(columns.examples.slice(at, 1))
+            )
+            if not same:
+                raise FastPathDiffers(row["row_id"])
+
+
+def _merge(
+    rows: pa.RecordBatch,
+    columns: EncodedColumns | None,
+    indices: npt.NDArray[np.int64],
+    results: list[AcceptedRow | RejectedRow],
+) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """Outcomes and examples of all rows in their order, given those that were encoded row by row at `indices`."""
+    found = [r.examples if isinstance(r, AcceptedRow) else () for r in results]
+    examples = to_batch([example for each in found for example in each])
+    outcomes = [outcome_of(r) for r in results]
+    which = np.empty(rows.num_rows, dtype=np.int64)
+    if columns is None:
+        which[indices] = np.arange(len(indices))
+    else:
+        outcomes = [layout.outcome for layout in columns.layouts] + outcomes
+        which[indices] = len(columns.layouts) + np.arange(len(indices))
+        which[columns.rows] = columns.layout
+        if examples.num_rows:
+            owners = np.concatenate([columns.rows, np.repeat(indices, list(map(len, found)))])
+            both = pa.Table.from_batches([columns.examples, examples], TOKENIZED)
+            examples = one_batch(both.take(pa.array(np.argsort(owners, kind="stable"))))
+        else:
+            examples = columns.examples
+    return to_outcomes(rows.column("content_key"), outcomes, which, examples), examples
+
+
+def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatch:
+    """The rejected rows of a batch, as rejects.parquet has them."""
+    rejected = pa.array(outcomes.column("examples").to_numpy() == 0)
+    reasons = outcomes.column("reason").filter(rejected).to_pylist()
+    lines = []
+    for row, reason in zip(rows.filter(rejected).to_pylist(), reasons, strict=True):
+        content = {"messages": row["messages"], "tools": row["tools"]}
+        raw = json.dumps(content, ensure_ascii=False, sort_keys=True)
+        origin = {name: row[name] for name in ("row_id", "source", "file", "line")}
+        lines.append({**origin, "reasons": [reason], "raw": raw})
+    return pa.RecordBatch.from_pylist(lines, schema=REJECTS)

@@ -1,0 +1,189 @@
+"""The checks of tokenized_rows: what must hold of every row, and what people should know before they train."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sft_pipeline.stages.stage import Check, number, table
+from sft_pipeline.stages.tokenized_rows.served_prompts import SKEW_CHECK, PromptSample, TokenizerSkew
+from sft_pipeline.stages.tokenized_rows.stats import StageStats
+from sft_pipeline.text.reasons import MEANING, Reason
+
+MAX_REJECT_RATE = 0.05
+
+MAX_BROKEN_RATE = 0.01
+"""Rows that fail a proof are rejected one by one; if more than this share do, tokenizer and template do not fit."""
+
+
+def checks(
+    stats: StageStats,
+    sample: PromptSample,
+    skew: TokenizerSkew,
+    formatting: Mapping[str, Any],
+    on_disk: Mapping[str, int],
+    rejected_on_disk: int,
+) -> tuple[Check, ...]:
+    """One outcome per declared check.
+
+    Args:
+        formatting: What formatting.json holds.
+        on_disk: Examples in the files of each split.
+        rejected_on_disk: Rows in rejects.parquet.
+    """
+    n, rejected = stats.numbers, stats.reasons
+    read = sum(stats.read.values())
+
+    def few(reason: Reason) -> bool:
+        return rejected[reason] <= MAX_BROKEN_RATE * read
+
+    broken = {promise: count for promise, count in stats.broken.items() if count}
+    marks = n["marks_agree"] + n["marks_disagree"]
+    disagreed = rejected[Reason.MASK_DISAGREEMENT]
+    written: list[dict[str, Any]] = [
+        {"before the completion": before, "after it": after, "rows": rows}
+        for (before, after), rows in stats.inserted.most_common(10)
+        if before or after
+    ]
+    return (
+        Check(
+            "supervised_everywhere",
+            not broken,
+            f"broken: {broken}"
+            if broken
+            else f"all {n['examples']} examples have a supervised token, none at position 0",
+        ),
+        Check(
+            "mask_certificate",
+            stats.broken["supervised count is wrong"] == 0 and few(Reason.MASK_DISAGREEMENT),
+            f"both derivations agree on all {n['accepted']} rows kept; {disagreed} rows were rejected because they "
+            "do not"
+            + (
+                f"; the template's own generation marks name the same turns in {n['marks_agree']} of {marks} rows"
+                if marks
+                else ""
+            ),
+            {"agreed": number(n["accepted"]), "disagreed": number(disagreed)},
+        ),
+        Check(
+            "decode_round_trip",
+            few(Reason.DECODE_MISMATCH),
+            f"decoding gives back the text of all {n['accepted']} rows kept, the completion in it once; "
+            f"{rejected[Reason.DECODE_MISMATCH]} rows were rejected because it does not, "
+            f"{rejected[Reason.COMPLETION_NOT_RENDERED]} because the template alters the completion"
+            + (
+                f"; the template writes text of its own into {sum(w['rows'] for w in written)} answers"
+                if written
+                else ""
+            ),
+            {"inserted_by_the_template": table(written)} if written else {},
+        ),
+        # Every row is encoded as prompt + rest; a sample is rendered and encoded again from its messages.
+        Check(
+            "prompt_prefix_exact",
+            not sample.wrong,
+            "every row kept begins with the ids of the prompt that a server sends "
+            f"({len(sample.conversations)} rendered and encoded again: {len(sample.wrong)} differ); "
+            f"{rejected[Reason.PROMPT_NOT_PREFIX]} rows were rejected because the template renders their history "
+            "differently",
+            {"wrong": table(sample.wrong[:10])} if sample.wrong else {},
+        ),
+        Check(
+            "no_forged_control_tokens",
+            few(Reason.CONTROL_TOKEN_MISMATCH),
+            f"the control tokens of all {n['accepted']} rows kept are those of the template, in order; "
+            f"{rejected[Reason.CONTROL_TOKEN_IN_TEXT]} rows were rejected for literal ones, {n['neutralised']} "
+            f"neutralised, {rejected[Reason.CONTROL_TOKEN_MISMATCH]} rejected for a mismatch",
+            {
+                "rejected": number(rejected[Reason.CONTROL_TOKEN_IN_TEXT]),
+                "neutralised": number(n["neutralised"]),
+            },
+        ),
+        Check(
+            "fingerprints_recorded",
+            all(formatting[f"{what}_sha256"] for what in ("template", "tokenizer", "mask")),
+            ", ".join(f"{w} {formatting[f'{w}_sha256'][:12]}" for w in ("template", "tokenizer", "mask")),
+        ),
+        _counts(stats, on_disk, rejected_on_disk),
+        _splits(stats),
+        _rate(stats),
+        Check(
+            SKEW_CHECK,
+            not skew.found,
+            skew.description,
+            {"first_difference": table([skew.example])} if skew.example else {},
+        ),
+        _stop(formatting),
+    )
+
+
+def _counts(stats: StageStats, on_disk: Mapping[str, int], rejected_on_disk: int) -> Check:
+    n, read = stats.numbers, sum(stats.read.values())
+    good = (
+        read == n["rows"] == n["accepted"] + n["rejected"]
+        and n["rejected"] == rejected_on_disk == sum(stats.reasons.values())
+        and n["examples"] == sum(on_disk.values())
+        and all(on_disk[split] == stats.written[split] for split in on_disk)
+    )
+    further = n["examples"] - n["accepted"]
+    return Check(
+        "counts_add_up",
+        good,
+        f"{read} read = {n['accepted']} accepted + {n['rejected']} rejected"
+        + (f"; {further} further parts of split rows" if further else ""),
+        {
+            "splits": table(
+                [{"split": s, "rows_read": stats.read[s], "examples": count} for s, count in on_disk.items()]
+            )
+        },
+    )
+
+
+def _splits(stats: StageStats) -> Check:
+    lost = [split for split, read in stats.read.items() if read and not stats.written[split]]
+    good = bool(stats.written["train"]) and not lost
+    description = "examples: " + ", ".join(f"{s} {stats.written[s]}" for s in ("train", "validation", "test"))
+    if not good:
+        description += f". Empty: {', '.join(lost) or 'train'}"
+        if stats.reasons:
+            description += f"; most frequent reason: {stats.reasons.most_common(1)[0][0]}"
+    return Check("splits_not_empty", good, description)
+
+
+def _rate(stats: StageStats) -> Check:
+    n, context_only = stats.numbers, stats.numbers["turns_not_supervised"]
+    share = (n["rejected"] + n["truncated"]) / max(n["rows"], 1)
+    description = (
+        f"{n['rejected']} rows rejected and {n['truncated']} truncated of {n['rows']} ({share:.1%})"
+        + (
+            f"; {context_only} assistant turns are context only, because the template or a token boundary changes "
+            "them once they are history"
+            if context_only
+            else ""
+        )
+    )
+    reasons = [
+        {"reason": str(reason), "rows": count, "meaning": MEANING[Reason(reason)]}
+        for reason, count in stats.reasons.most_common()
+    ]
+    return Check(
+        "reject_rate",
+        share <= MAX_REJECT_RATE and context_only <= MAX_REJECT_RATE * n["rows"],
+        description,
+        {"reasons": table(reasons)} if reasons else {},
+    )
+
+
+def _stop(formatting: Mapping[str, Any]) -> Check:
+    problems = []
+    if formatting["stop_text"] is None:
+        problems.append("nothing ends an assistant's turn, so the model never learns to stop")
+    elif formatting["stop_token_id"] is None:
+        problems.append(
+            f"turns end with the text {formatting['stop_text']!r}, which is several tokens: servers need it as a stop "
+            "string"
+        )
+    if formatting["clock"]:
+        problems.append(
+            f"the template reads the clock: rows are rendered as of {formatting['clock']}, a server renders today's date"
+        )
+    good = f"turns end with {formatting['stop_text']!r} (id {formatting['stop_token_id']})"
+    return Check("stop_token", not problems, "; ".join(problems) or good)
