@@ -59,7 +59,7 @@ def main() -> None:
     )
     print(f"tokenizer: {Path(tokenizer).name}{warning}")
     if options.small:
-        _title(f"{compare.SMALL_ROWS} rows, embedded base model, {options.rounds} rounds")
+        _title(f"{compare.SMALL_ROWS} rows, embedded base model, rounds: {options.rounds}")
         results["small"] = compare.measure_small(options.rounds)
         print(compare.show_small(results["small"]), flush=True)
     elif options.incremental:
@@ -67,7 +67,7 @@ def main() -> None:
         for count in options.incremental:
             edited = len(range(0, count, compare.EDITED_EVERY))
             _title(
-                f"snapshot B of {count:,} rows, {edited:,} of them edited since A, {options.rounds} rounds"
+                f"snapshot B of {count:,} rows, {edited:,} of them edited since A, rounds: {options.rounds}"
             )
             found = compare.measure_incremental(count, tokenizer, options.rounds)
             print(compare.show_incremental(found), flush=True)
@@ -127,7 +127,7 @@ def _systems(
     """Measures systems on the same rows, prints the table, and returns every single measurement."""
     with tempfile.TemporaryDirectory() as folder:
         count = rows.write(source, Path(folder))
-        _title(f"{name}: {count:,} {kind} rows, {rounds} rounds")
+        _title(f"{name}: {count:,} {kind} rows, rounds: {rounds}")
         found = compare.take_turns(Path(folder), tokenizer, systems, rounds)
     print(compare.show_systems(found, count), flush=True)
     return {system: [asdict(run) for run in runs] for system, runs in found.items()}

@@ -98,18 +98,18 @@ def show_systems(found: Mapping[str, Sequence[Measured]], count: int) -> str:
                 *(median_and_spread([1 / r for r in ratios(runs, found[peer])]) for peer in peers),
             ]
         )
-    told = [table([*HEADER, *(f"speed / {peer}" for peer in peers)], lines), ""]
+    report = [table([*HEADER, *(f"speed / {peer}" for peer in peers)], lines), ""]
     for name in (OURS, WITH_SEARCH):
         if name in found and TRL in found:
             times = [1 / r for r in ratios(found[name], found[TRL])]
-            told.append(aim(f"{name}: rows/s over those of TRL", times, least=TIMES_TRL))
+            report.append(aim(f"{name}: rows/s over those of TRL", times, least=TIMES_TRL))
         if name in found and ENCODE_BATCH in found:
             share = ratios(found[name], found[ENCODE_BATCH])
-            told.append(aim(f"{name}: seconds over those of encode_batch", share, most=TIMES_ENCODE_BATCH))
+            report.append(aim(f"{name}: seconds over those of encode_batch", share, most=TIMES_ENCODE_BATCH))
         if name in found:
             memory = [max(r.rss for r in found[name])]
-            told.append(aim(f"{name}: peak MiB of the process tree", memory, most=round(MEMORY_MIB)))
-    return "\n".join(told)
+            report.append(aim(f"{name}: peak MiB of the process tree", memory, most=round(MEMORY_MIB)))
+    return "\n".join(report)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def show_incremental(found: Incremental) -> str:
         a.figures["stages"]["tokenized_rows"] / b.seconds
         for a, b in zip(found.after_a, found.bare, strict=True)
     ]
-    told = [
+    report = [
         table(header, lines),
         "",
         f"encode_batch of all rows: {median_and_spread([m.seconds for m in found.bare])} s",
@@ -214,7 +214,7 @@ def show_incremental(found: Incremental) -> str:
         f"- every file of B equals that of a cold build: {'yes' if all(found.same.values()) else 'NO'}",
         aim("seconds of tokenized_rows over those of encode_batch", shares, most=SHARE_OF_ENCODE_BATCH),
     ]
-    return "\n".join(told)
+    return "\n".join(report)
 
 
 def measure_small(rounds: int) -> dict[str, list[tuple[float, float]]]:
