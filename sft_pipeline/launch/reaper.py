@@ -17,8 +17,9 @@ WORKER_TAG = "sft/worker"  # the identity of the process that runs the run
 
 
 def process_identity(pid: int | None = None) -> str:
-    """`host:boot:pid:start` of a process of this machine, by default of this one: unique over machines and
-    restarts.
+    """`host:boot:pid:start` of a process of this machine, by default of this one.
+
+    It is unique over machines and restarts.
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -27,8 +28,7 @@ def process_identity(pid: int | None = None) -> str:
 
 
 def is_alive(identity: str) -> bool | None:
-    """Whether the process of that identity runs; None where it is on another host, or the identity cannot be
-    read.
+    """Whether the process of that identity runs; None for one of another host, or an unreadable identity.
 
     A process of an earlier boot of this host is dead.
     """
@@ -55,7 +55,7 @@ def reap_dead_runs(instance: "DagsterInstance") -> list[str]:
     from dagster import DagsterRunStatus, RunsFilter
 
     running = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
-    told = []
+    ended = []
     for run in instance.get_runs(RunsFilter(statuses=running)):
         identity = run.tags.get(WORKER_TAG)
         if identity is None or is_alive(identity) is not False or _is_inherited(instance, run, identity):
@@ -72,8 +72,8 @@ def reap_dead_runs(instance: "DagsterInstance") -> list[str]:
             end = "failed"
         if instance.event_log_storage.supports_global_concurrency_limits:
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-        told.append(f"run {run.run_id} ({run.job_name}) had lost its process and is now marked {end}")
-    return told
+        ended.append(f"run {run.run_id} ({run.job_name}) had lost its process and is now marked {end}")
+    return ended
 
 
 def _is_inherited(instance: "DagsterInstance", run: "DagsterRun", identity: str) -> bool:

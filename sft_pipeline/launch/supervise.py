@@ -234,13 +234,8 @@ class Supervisor:
         with contextlib.suppress(OSError):
             print(f"supervise: {message}", file=sys.stderr, flush=True)
         if self._events:
-            event = {
-                "kind": "log",
-                "time": time.time(),
-                "pid": os.getpid(),
-                "message": message,
-                "level": "warning",
-            }
+            event: dict[str, object] = {"kind": "log", "message": message, "level": "warning"}
+            event |= {"time": time.time(), "pid": os.getpid()}
             with contextlib.suppress(OSError), open(self._events, "a", encoding="utf-8") as stream:
                 # A killed child can have left half a line: end it first.
                 stream.write("\n" + json.dumps(event) + "\n")
@@ -250,28 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--watch",
-        action="append",
-        default=[],
-        metavar="PID:START",
-        help="a process without which the command must end",
-    )
-    parser.add_argument(
-        "--lock", required=True, metavar="FILE", help="held while any process of the command lives"
-    )
-    parser.add_argument(
-        "--lock-wait",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long to wait for the lock (default 60)",
-    )
-    parser.add_argument(
-        "--grace", type=float, default=2.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (default 2)"
-    )
-    parser.add_argument("--events", metavar="FILE", help="where to tell, as JSON lines, what is waited for")
-    parser.add_argument("command", nargs="+", metavar="COMMAND")
+    option = parser.add_argument
+    option("--watch", action="append", default=[], metavar="PID:START", help="the command ends with it")
+    option("--lock", required=True, metavar="FILE", help="held while any process of the command lives")
+    option("--lock-wait", type=float, default=60.0, metavar="SECONDS", help="for the lock (default 60)")
+    option("--grace", type=float, default=2.0, metavar="SECONDS", help="SIGTERM to SIGKILL (default 2)")
+    option("--events", metavar="FILE", help="where to report, as JSON lines, what is waited for")
+    option("command", nargs="+", metavar="COMMAND")
     options = parser.parse_args(arguments)
     for watched in options.watch:
         try:

@@ -163,7 +163,7 @@ def _training(trained: Artifact) -> dict[str, Any]:
 
 def _diagnosis(trained: Artifact) -> str:
     """That the loss rose, where it did: such a point can be judged, and its scores will show it."""
-    findings = _training(trained)["diagnosis"]
+    findings = json.loads(trained.file("diagnosis.json").read_text())["findings"]
     return next((f["words"] for f in findings if f["kind"] == "diverging"), "")
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.store.files import clear_disk_errors, fsync_path, fsync_tree, remove_tree, sha256_file
@@ -41,6 +42,16 @@ REQUIRED_ITEMS = (
     "data_manifest",
     "eval_manifest",
     "best_metric",
+)
+# Of transformers' state of the loop: no log history, which has the clock in it.
+LOOP_COUNTERS = (
+    "global_step",
+    "max_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "train_batch_size",
+    "num_train_epochs",
 )
 FORMAT = 1
 INDEX = "bundle.json"
@@ -195,16 +206,23 @@ def retire_checkpoints(parent: Path, keep_last: int | None, best_step: int | Non
 
 
 def save_training_state(trainer: Any, folder: Path, rng_states: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Writes optimizer, schedule, random states and the loop's state. Returns {item: file names}.
+    """Writes optimizer, schedule, random states and the loop's counters. Returns {item: file names}.
 
     Args:
         rng_states: Of every rank, as `all_rng_states` gives them.
     """
+    optimizer = save_optimizer(trainer.optimizer, trainer.model, folder, trainer.accelerator.scaler)
+    # The rate of an update is a function of the recipe, no state: only what is plain is kept.
+    scheduler = trainer.lr_scheduler.state_dict()
+    _write(folder / "scheduler.json", {k: v for k, v in scheduler.items() if _is_plain(v)})
+    _write(folder / "rng.json", rng_states)
+    counters = {name: getattr(trainer.state, name) for name in LOOP_COUNTERS}
+    TrainerState(**counters).save_to_json(str(folder / "trainer_state.json"))
     return {
-        "optimizer": save_optimizer(trainer.optimizer, trainer.model, folder, trainer.accelerator.scaler),
-        "scheduler": save_scheduler(trainer.lr_scheduler, folder),
-        "rng": save_rng(rng_states, folder),
-        "trainer_state": save_trainer_state(trainer.state, folder),
+        "optimizer": optimizer,
+        "scheduler": ["scheduler.json"],
+        "rng": ["rng.json"],
+        "trainer_state": ["trainer_state.json"],
     }
 
 
@@ -277,16 +295,10 @@ def _parameter_names(optimizer: Any, model: Any) -> list[list[str]]:
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def save_scheduler(scheduler: Any, folder: Path) -> list[str]:
-    """Writes what is plain in it; the rate of an update is a function of the recipe, not a state."""
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return all(isinstance(v, (int, float)) for v in value)
-        return isinstance(value, (int, float, bool, str, type(None)))
-
-    _write(folder / "scheduler.json", {k: v for k, v in scheduler.state_dict().items() if is_plain(v)})
-    return ["scheduler.json"]
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(v, (int, float)) for v in value)
+    return isinstance(value, (int, float, bool, str, type(None)))
 
 
 def rng_state() -> dict[str, Any]:
@@ -326,29 +338,6 @@ def all_rng_states() -> list[dict[str, Any]]:
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, own)
     return states
-
-
-def save_rng(states: list[dict[str, Any]], folder: Path) -> list[str]:
-    _write(folder / "rng.json", states)
-    return ["rng.json"]
-
-
-def save_trainer_state(trainer_state: Any, folder: Path) -> list[str]:
-    """The loop's counters, as transformers writes them; no log history, which has the clock in it."""
-    from transformers import TrainerState
-
-    kept = (
-        "global_step",
-        "max_steps",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "train_batch_size",
-        "num_train_epochs",
-    )
-    state = TrainerState(**{name: getattr(trainer_state, name) for name in kept})
-    state.save_to_json(str(folder / "trainer_state.json"))
-    return ["trainer_state.json"]
 
 
 def _write(path: Path, value: Any) -> None:

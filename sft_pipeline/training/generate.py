@@ -82,7 +82,8 @@ def generate(
     """
     report = report or Reporter()
     decoding = decoding or Greedy()
-    limit = _max_positions(model)
+    positions = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = int(positions) if positions else 1 << 30
     room = [max(0, min(max_new_tokens, limit - len(p))) if p else 0 for p in prompts]
     replies = [Reply([], False) for _ in prompts]
     order = sorted((i for i in range(len(prompts)) if room[i]), key=lambda i: (-len(prompts[i]), i))
@@ -114,6 +115,8 @@ def _generate_batch(
     limit: int,
     decoding: Decoding,
 ) -> list[Reply]:
+    from transformers import DynamicCache
+
     device = causal_model(model).device
     width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -129,7 +132,7 @@ def _generate_batch(
         else None
     )
     call, cache_name = _caller(model)
-    cache = _new_cache(model)
+    cache: Any = DynamicCache(config=causal_model(model).config.get_text_config(decoder=True))
     live = list(range(len(prompts)))  # batch row -> prompt
     out: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
@@ -199,22 +202,11 @@ def _caller(model: Any) -> tuple[Any, str]:
     return call, cache_name
 
 
-def _new_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=causal_model(model).config.get_text_config(decoder=True))
-
-
 def _can_shrink(cache: Any) -> bool:
     """Rows can be taken out of a cache of plain keys and values; recurrent states keep the whole batch."""
     from transformers.cache_utils import DynamicLayer
 
     return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None]))
-
-
-def _max_positions(model: Any) -> int:
-    found = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else 1 << 30
 
 
 def score_nll(

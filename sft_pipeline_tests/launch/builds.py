@@ -1,5 +1,6 @@
 """Build functions that do in the child what can happen to a stage."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -52,6 +53,12 @@ def do_build(b: Build) -> Built:
         ("log/",),
         {"rate": Evidence("number", numpy.float32(0.5)), "n": number(3)},
     )
+
+
+def do_register_exit_function(b: Build) -> Built:
+    """As W&B does, which sends its last rows in one."""
+    atexit.register(note, b, "exit functions")
+    return Built({"rows": 1})
 
 
 def do_input_error(b: Build) -> Built:

@@ -19,7 +19,8 @@ import os, signal, subprocess, sys, time
 def note():
     with open(sys.argv[1], "a") as f: f.write(f"{os.getpid()}\\n")
 role = sys.argv[2] if len(sys.argv) > 2 else "root"
-def start(role): return subprocess.Popen([sys.executable, "-S", __file__, sys.argv[1], role], start_new_session=True)
+def start(role):
+    subprocess.Popen([sys.executable, "-S", __file__, sys.argv[1], role], start_new_session=True)
 if role == "stopped":
     note(); os.kill(os.getpid(), signal.SIGSTOP)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -25,22 +25,22 @@ STAGE = Stage("toy", "a toy", frozenset(), (), lambda _: Toy(), builds.build, ()
 
 
 class Kept(Reporter):
-    """Keeps what it is told."""
+    """Keeps what is reported."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple] = []
+        self.events: list[tuple] = []
 
     def log(self, message, level="info"):
-        self.heard.append(("log", message, level))
+        self.events.append(("log", message, level))
 
     def progress(self, name, done, total, unit):
-        self.heard.append(("progress", name, done, total, unit))
+        self.events.append(("progress", name, done, total, unit))
 
     def metrics(self, values, step):
-        self.heard.append(("metrics", dict(values), step))
+        self.events.append(("metrics", dict(values), step))
 
     def samples(self, rows, step):
-        self.heard.append(("samples", [dict(r) for r in rows], step))
+        self.events.append(("samples", [dict(r) for r in rows], step))
 
 
 def a_build(tmp_path: Path, do: str, **more) -> Build:
@@ -72,14 +72,19 @@ def test_builds_in_another_process_and_forwards_what_it_reports(tmp_path: Path):
         {"rate": Evidence("number", 0.5), "n": Evidence("number", 3)},
     )
     assert (build.out / "out.txt").read_text() == "one 0.25"
-    heard = build.report.heard
-    assert heard[0] == ("log", "doing build in r/toy of s1", "info")
-    assert ("progress", "steps", 3, 3, "steps") in heard
-    assert [h for h in heard if h[0] == "metrics"] == [
+    events = build.report.events
+    assert events[0] == ("log", "doing build in r/toy of s1", "info")
+    assert ("progress", "steps", 3, 3, "steps") in events
+    assert [h for h in events if h[0] == "metrics"] == [
         ("metrics", {"loss": 1.0 / (s + 1)}, s) for s in range(3)
     ]
-    assert heard[-1] == ("samples", [{"prompt": "p", "reply": "r", "expected": "e"}], 2)
+    assert events[-1] == ("samples", [{"prompt": "p", "reply": "r", "expected": "e"}], 2)
     assert sorted(p.name for p in build.work.iterdir()) == [".lock", "child.log"]
+
+
+def test_the_child_runs_its_exit_functions(tmp_path: Path):
+    assert run_isolated(STAGE, a_build(tmp_path, "register_exit_function")).counts == {"rows": 1}
+    assert (tmp_path / "exit functions").read_text()
 
 
 @pytest.mark.parametrize(
@@ -119,9 +124,7 @@ def test_a_child_that_is_asked_to_stop_is_an_interruption(tmp_path: Path, number
 
 
 class Interrupting(Kept):
-    """Raises in the launcher as soon as the child is up, as Dagster's termination does: nothing but a
-    BaseException.
-    """
+    """Raises a BaseException in the launcher as soon as the child is up, as Dagster's termination does."""
 
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__()
@@ -188,15 +191,12 @@ def test_a_killed_launcher_leaves_nothing_and_a_retry_waits_for_that(tmp_path: P
         parent.kill()
         parent.wait()
         build = a_build(tmp_path, "build")
-        assert run_isolated(STAGE, build).counts == {
-            "rows": 7
-        }  # its build function asserts that `out` is empty
+        # Its build function asserts that `out` is empty.
+        assert run_isolated(STAGE, build).counts == {"rows": 7}
         assert not running(tree)
-        assert any("waiting for the earlier process" in h[1] for h in build.report.heard)
-        assert sorted(p.name for p in build.work.iterdir()) == [
-            ".lock",
-            "child.log",
-        ]  # the dead launcher's files too are gone
+        assert any("waiting for the earlier process" in h[1] for h in build.report.events)
+        # The dead launcher's files too are gone.
+        assert sorted(p.name for p in build.work.iterdir()) == [".lock", "child.log"]
     finally:
         clean_up(tree)
 

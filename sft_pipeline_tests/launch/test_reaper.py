@@ -60,7 +60,7 @@ def test_reaps_what_is_dead_and_nothing_else(instance: dg.DagsterInstance):
     assert instance.event_log_storage.claim_concurrency_slot("gpu", started, "step").is_claimed
     assert instance.event_log_storage.claim_concurrency_slot("gpu", alive, "step").is_claimed
 
-    told = reap_dead_runs(instance)
+    ended = reap_dead_runs(instance)
 
     def now(run_id: str) -> dg.DagsterRunStatus:
         return instance.get_run_by_id(run_id).status
@@ -68,7 +68,7 @@ def test_reaps_what_is_dead_and_nothing_else(instance: dg.DagsterInstance):
     assert (now(started), now(starting), now(canceling)) == (status.FAILURE, status.FAILURE, status.CANCELED)
     assert (now(alive), now(elsewhere), now(untagged)) == (status.STARTED,) * 3
     assert (now(waiting), now(done), now(retry)) == (status.NOT_STARTED, status.SUCCESS, status.STARTING)
-    assert len(told) == 3 and all(any(r in line for line in told) for r in (started, starting, canceling))
+    assert len(ended) == 3 and all(any(r in line for line in ended) for r in (started, starting, canceling))
     slots = instance.event_log_storage.get_concurrency_info("gpu")
     assert [s.run_id for s in slots.claimed_slots] == [alive]
     assert any("is gone" in (e.message or "") for e in instance.all_logs(started))

@@ -106,10 +106,11 @@ def test_a_killed_supervisor_takes_its_command_along_and_the_next_one_clears_the
         try:
             supervisor.kill()
             supervisor.wait()
-            wait_until(
-                lambda: tree[0] not in running(tree)
-            )  # the command itself, though it is deaf to SIGTERM
-            count = f"from sft_pipeline.launch import processes; raise SystemExit(sum(map(processes.is_running, {tree})))"
+            wait_until(lambda: tree[0] not in running(tree))  # the command itself, though deaf to SIGTERM
+            count = (
+                "from sft_pipeline.launch import processes; "
+                f"raise SystemExit(sum(map(processes.is_running, {tree})))"
+            )
             with supervised(tmp_path, sys.executable, "-c", count) as following:
                 assert following.wait(20) == 0  # when the next command started, none of the four was left
                 assert "an earlier supervisor left behind" in following.stderr.read()
@@ -156,13 +157,20 @@ def test_one_that_waits_for_the_lock_can_be_stopped(tmp_path: Path):
 
 
 def test_starts_without_the_heavy_libraries():
-    code = "import sys, sft_pipeline.launch.supervise; print(sorted({'torch', 'dagster', 'mlflow', 'pydantic', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, sft_pipeline.launch.supervise; "
+        "print(sorted({'torch', 'dagster', 'mlflow', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_without_proc_the_process_group_is_ended(tmp_path: Path):
-    script = f"import os, time; os.fork(); open({str(tmp_path / 'pids')!r}, 'a').write('%d\\n' % os.getpid()); time.sleep(60)"
-    elsewhere = "import sys; from sft_pipeline.launch import processes, supervise; processes.LINUX = False; sys.exit(supervise.main(sys.argv[1:]))"
+    pids = str(tmp_path / "pids")
+    script = f"import os, time; os.fork(); open({pids!r}, 'a').write('%d\\n' % os.getpid()); time.sleep(60)"
+    elsewhere = (
+        "import sys; from sft_pipeline.launch import processes, supervise; "
+        "processes.LINUX = False; sys.exit(supervise.main(sys.argv[1:]))"
+    )
     command = [
         sys.executable,
         "-c",

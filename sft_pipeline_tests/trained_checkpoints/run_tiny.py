@@ -6,12 +6,15 @@ kill-in-save N]
 What each rank trained on is written to ROOT/NAME.trained/rank<R>.jsonl, by update.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
@@ -26,7 +29,7 @@ class Recorder(Reporter):
     """Keeps what is reported; dies after an update if told to."""
 
     def __init__(self, kill_after: int | None = None) -> None:
-        self.kill_after, self.lines, self.seen, self.said = kill_after, [], [], []
+        self.kill_after, self.lines, self.seen, self.sampled = kill_after, [], [], []
 
     def log(self, message: str, level: str = "info") -> None:
         self.lines.append((level, message))
@@ -37,7 +40,7 @@ class Recorder(Reporter):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def samples(self, rows: Any, step: int) -> None:
-        self.said.append((step, list(rows)))
+        self.sampled.append((step, list(rows)))
 
 
 def make(root: Path, **packed: Any) -> None:
@@ -75,7 +78,8 @@ def run(root: Path, name: str, report: Reporter | None = None, **config: Any) ->
     )
 
 
-def record_what_is_trained(folder: Path) -> None:
+@contextlib.contextmanager
+def recording_what_is_trained(folder: Path) -> Iterator[None]:
     """Writes the token ids of every example whose gradient was taken, as they reached the model, without
     padding.
     """
@@ -97,7 +101,8 @@ def record_what_is_trained(folder: Path) -> None:
             stream.write(json.dumps({"update": inputs.update, "rows": rows}) + "\n")
         return loss
 
-    SupervisedTrainer.training_step = recording  # type: ignore[method-assign]
+    with mock.patch.object(SupervisedTrainer, "training_step", recording):
+        yield
 
 
 def main() -> None:
@@ -116,8 +121,8 @@ def main() -> None:
             flush(folder)
 
         checkpoint.fsync_tree = die
-    record_what_is_trained(root / f"{name}.trained")
-    built = run(root, name, Recorder(number if how == "kill-after-update" else None), **config)
+    with recording_what_is_trained(root / f"{name}.trained"):
+        built = run(root, name, Recorder(number if how == "kill-after-update" else None), **config)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"counts": dict(built.counts), "checks": {c.name: c.passed for c in built.checks}}))
 

@@ -1,4 +1,4 @@
-"""What the curves say, in words."""
+"""What is found in the curves, and when a training evaluates, saves and stops."""
 
 import math
 import random

@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
-    """A training in a store, one row of whose update 41 is nonsense: (root, block, row_id, training.json)."""
+    """A training in a store, one row of whose update 41 is nonsense: (root, block, row_id, findings)."""
     root = tmp_path_factory.mktemp("poisoned")
     blocks = tiny.pack(tiny.examples(400, vocabulary=FEW), 64)
     block = next(r["block"] for r in tiny.plan(len(blocks), 2, 1) if r["update"] == 40)
@@ -65,12 +65,17 @@ def poisoned(tmp_path_factory):
         created_at="2026-01-01T00:00:00Z",
     )
     (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
-    return root, block, blocks[block]["row_ids"][0], json.loads((folder / "training.json").read_text())
+    return (
+        root,
+        block,
+        blocks[block]["row_ids"][0],
+        json.loads((folder / "diagnosis.json").read_text())["findings"],
+    )
 
 
 def test_the_spike_is_named_and_its_command_shows_the_poisoned_row_first(poisoned, monkeypatch):
-    root, block, row_id, training = poisoned
-    [spike] = [f for f in training["diagnosis"] if f["kind"] == "spike"]
+    root, block, row_id, findings = poisoned
+    [spike] = [f for f in findings if f["kind"] == "spike"]
     assert spike["step"] == 41 and block in spike["blocks"] and row_id in spike["row_ids"]
     assert spike["replay"] in spike["words"]
     monkeypatch.setenv("SFT_HOME", str(root))

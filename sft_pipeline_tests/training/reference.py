@@ -52,7 +52,7 @@ def reference(model: Any, rows: list[dict[str, Any]]) -> tuple[float, Gradients]
 def ours(
     model: Any, rows: list[dict[str, Any]], *, layout: Any, accumulation: int, max_length: int = 64
 ) -> tuple[float, Gradients]:
-    """The same through the feed and the supervised forward, in training mode and the model's own precision."""
+    """The same through the feed and the supervised forward, in training mode and the model's precision."""
     model = copy.deepcopy(model).train()
     install_supervised_forward(model)
     blocks = blocks_of(rows, max_length)

@@ -1,4 +1,4 @@
-"""Blocks and updates are found without reading what is not asked for, and nothing misnumbered is trained on."""
+"""Blocks and updates are found without reading what is not asked for; misnumbered ones are refused."""
 
 import numpy as np
 import pyarrow as pa

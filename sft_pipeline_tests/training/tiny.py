@@ -250,12 +250,12 @@ def tokenized_rows(folder: Path, *, rows: int = 48, seed: int = 0) -> Artifact:
             ("completion", pa.string()),
         ]
     )
-    for side, found in (
+    for split, found in (
         ("train", examples(rows, seed)),
         ("validation", examples(12, seed + 1000)),
         ("test", examples(12, seed + 2000)),
     ):
-        write_parquet(folder / side / "part-00000.parquet", found, schema)
+        write_parquet(folder / split / "part-00000.parquet", found, schema)
     formatting = {
         "template_sha256": "t" * 64,
         "tokenizer_sha256": "k" * 64,
