@@ -1,9 +1,10 @@
 """The code version of a stage: a hash of what its code does, not of how it is written.
 
-It covers the modules of the stage's package and all modules of this package that they import, also inside functions.
-Of each module the syntax tree counts, so that comments and layout do not, without what only speaks to people:
-docstrings, `description=` texts, and calls of a report's `log` and `progress`. Left out are modules that cannot change
-what is in an artifact (`is_counted`). It is never the git commit: a change to one stage must not invalidate another.
+It covers the modules of the stage's package and all modules of this package that they import, also inside
+functions. Of each module the syntax tree counts, so that comments and layout do not, without what is only
+read by people: docstrings, `description=` texts, and calls of a report's `log` and `progress`. Left out are
+modules that cannot change what is in an artifact (`is_counted`). It is never the git commit: a change to one
+stage must not invalidate another.
 """
 
 import ast
@@ -44,7 +45,7 @@ NOT_COUNTED = (
     "sweep",
     "tracking",
 )
-# Modules of these names report and diagnose; `asset` only declares, and what it declares (the configuration, the
+# Modules of these names report and diagnose; `asset` only declares, and what it declares (configuration,
 # digests of outside files, package versions, blocking checks) is in the fingerprint itself.
 NOT_COUNTED_NAMES = ("report", "diagnosis", "asset")
 
@@ -57,7 +58,7 @@ class Module:
 
     Attributes:
         digest: SHA-256 of what it does.
-        imports: What it imports of this package, also lazily: modules, and names within them.
+        imports: What it imports of this package, also lazily: modules, or names within modules.
     """
 
     digest: str
@@ -92,12 +93,17 @@ def counted(stage: str, modules: Mapping[str, Module]) -> set[str]:
     found: set[str] = set()
     while todo:
         name = todo.pop()
-        if name in modules and name not in found and is_counted(name):
+        if name not in found and is_counted(name):
             found.add(name)
-            todo += modules[name].imports
+            todo += imported_modules(modules[name], modules)
             if name in TEMPLATES:
                 todo += [other for other in modules if other.startswith(TEMPLATES[name])]
     return found
+
+
+def imported_modules(module: Module, modules: Mapping[str, Module]) -> set[str]:
+    """The names of the modules of this package that a module imports, or of which it imports something."""
+    return {name if name in modules else name.rpartition(".")[0] for name in module.imports} & set(modules)
 
 
 def is_counted(module: str) -> bool:
@@ -127,7 +133,7 @@ def _this_package() -> dict[str, Module]:
 
 
 def read_sources(package: Path) -> dict[str, bytes]:
-    """{name: source} of all modules ("text.template") and templates ("text/templates/chatml.jinja") of a folder."""
+    """{name: source} of a package's modules ("text.template") and templates ("text/templates/chatml.jinja")."""
     sources = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
@@ -152,28 +158,26 @@ def parse(name: str, source: bytes) -> Module:
         if isinstance(node, ast.Import):
             imports.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            imports.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+            imports.update(f"{node.module}.{alias.name}" for alias in node.names)
     found = sorted(i.removeprefix(prefix) for i in imports if i.startswith(prefix))
     return Module(hashlib.sha256(repr(_plain(tree)).encode()).hexdigest(), tuple(found))
 
 
 def _plain(node: Any) -> Any:
-    """A syntax tree as nested tuples, without positions and without what only speaks to people.
+    """A syntax tree as nested tuples, without positions and without what is only read by people.
 
     Fields that are absent or empty are left out, so that Python versions that add fields give the same tree.
     """
     if isinstance(node, list):
-        return tuple(_plain(item) for item in node if not _only_speaks(item))
+        return tuple(_plain(item) for item in node if not _is_for_people(item))
     if not isinstance(node, ast.AST):
         return node
     fields = ((name, getattr(node, name, None)) for name in node._fields)
-    return (
-        type(node).__name__,
-        *((name, _plain(value)) for name, value in fields if value not in (None, [])),
-    )
+    kept = ((name, _plain(value)) for name, value in fields if value not in (None, []))
+    return (type(node).__name__, *kept)
 
 
-def _only_speaks(node: Any) -> bool:
+def _is_for_people(node: Any) -> bool:
     """A docstring (any statement that is only a text), a `description=`, or a line for a report."""
     if isinstance(node, ast.keyword):
         return node.arg == "description"

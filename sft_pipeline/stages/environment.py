@@ -1,4 +1,4 @@
-"""What an artifact was built with. Nothing here is part of a data version, and no path or secret is recorded."""
+"""What an artifact was built with. It is part of no data version, and holds no path and no secret."""
 
 import os
 import platform
@@ -50,7 +50,7 @@ def package_version(package: str) -> str | None:
 
 @lru_cache
 def accelerator() -> str | None:
-    """The name of the first GPU; None without one. Asked of the driver, since importing torch costs seconds."""
+    """The name of the first GPU; None without one. The driver is asked: importing torch costs seconds."""
     names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return names.splitlines()[0] if names else None
 

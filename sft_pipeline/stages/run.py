@@ -1,4 +1,4 @@
-"""Runs one stage against the store: fingerprint, reuse, build, commit, refs. The only way an artifact is made."""
+"""Runs one stage against the store: fingerprint, reuse, build, commit, refs. Artifacts are made nowhere else."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -298,7 +298,7 @@ def _commit(
     )
 
 
-# -- the report: evidence for people, kept with the artifact so that a cached one shows it again --------------------
+# -- the report: evidence for people, kept with the artifact so that a cached one shows it again -------------
 
 
 def write_report(out: Path, evidence: Mapping[str, Evidence], built: Built) -> None:

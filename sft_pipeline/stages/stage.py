@@ -1,6 +1,7 @@
 """What a stage is: its name, what it reads, the plain function that builds it, and the checks that judge it.
 
-Nothing here knows Dagster or MLflow. `run.py` runs a stage against the store; `assets.py` shows it to Dagster.
+Nothing here knows Dagster or MLflow. `run.py` runs a stage against the store, and `orchestration/assets.py`
+makes a Dagster asset of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check, with its evidence. `name` and `blocking` are as declared in the stage's `checks`."""
+    """The outcome of one of the checks that a stage declares, with its evidence."""
 
     name: str
     passed: bool
@@ -70,8 +71,8 @@ class Build:
         out: An empty folder; what is written here becomes the artifact.
         work: A folder of this fingerprint that survives a kill, for resumable work. Made on demand.
         report: Where to log, and where progress goes.
-        earlier: Artifacts of this stage with the same code, configuration, outside files and package versions, the
-            newest first; only for a stage that `reuses_rows`.
+        earlier: Artifacts of this stage with the same code, configuration, outside files and package
+            versions, the newest first; only for a stage that `reuses_rows`.
     """
 
     config: Any
@@ -112,10 +113,11 @@ class Stage:
     Attributes:
         name: The asset's short name, which is also the package's.
         inputs: Names of the stages whose artifacts are read. Their data versions go into the fingerprint.
-        acceptance: Names of stages that must have accepted this very input and configuration; nothing is read of them.
+        acceptance: Names of stages that must have accepted this very input and configuration; nothing else is
+            read of them.
         config: From a branch, only what this stage reads. Its `identity()` goes into the fingerprint.
-        build: The plain build function. A function of an importable module, since a child process finds it by name;
-            it imports what it needs when it runs, so that declaring is light.
+        build: The plain build function. A child process finds it by its module and name. It imports what it
+            needs when it runs, so that declaring is light.
         checks: The checks that `build` reports.
         outside: From a branch, {what: sha256} for every file read from outside the store.
         packages: Distributions whose version shapes the output.
