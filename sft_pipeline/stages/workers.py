@@ -1,15 +1,17 @@
-"""The local engine of the data stages: ordered maps over items (usually batches of rows) in processes or threads.
+"""The local engine of the data stages: ordered maps over items, mostly batches of rows.
 
     for batch, judged in ordered_map(Judge, (config,), batches): ...
 
-`Judge(config)` is made once per process and called with every item. Results come back in the order of the items, and
-never depend on the number of workers. The first items (INLINE_ITEMS of them) are done in this process, so little data
-starts no process at all; after them at most AHEAD items per worker are in flight, which bounds memory.
+`Judge(config)` is made once per process and called with every item. Results come back in the order of the
+items, and never depend on the number of workers. The first items (INLINE_ITEMS of them) are done in this
+process, so little data starts no process at all; after them at most AHEAD items per worker are in flight,
+which bounds memory.
 
-`SFT_WORKERS` sets the number of workers, a whole number from 1; with 1 all is done in this process. The default is the
-number of CPUs that this process may use, at most 8.
+`SFT_WORKERS` sets the number of workers, a whole number from 1; with 1 all is done in this process. The
+default is the number of CPUs that this process may use, at most 8.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -21,6 +23,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain, islice
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from sft_pipeline.errors import InputError, SftError
@@ -54,13 +57,13 @@ def ordered_map(
     *,
     here: Callable[[Item], Result] | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Yields (item, result) in the order of the items. Close it (`contextlib.closing`) to end the workers early.
+    """Yields (item, result) in the order of the items. Closing it ends the workers early.
 
     Args:
-        prepare: Called once per process with `arguments`; returns the function for the items. A function or class of
-            an importable module.
+        prepare: Called once per process with `arguments`; returns the function for the items. A function or
+            class of an importable module.
         arguments: Picklable, like items and results. (A slice of an Arrow batch pickles the whole buffers.)
-        here: What `prepare` has returned in this process already; then no item is done here before workers start.
+        here: What `prepare` has returned in this process already; with it, workers start at the first item.
 
     Raises:
         InputError: SFT_WORKERS is no number.
@@ -77,16 +80,19 @@ def ordered_map(
             yield item, function(item)
         function = None  # it may be large, and is not needed beside the workers
         for item in islice(items, 1):
-            # Not forked, because this process has threads.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, context, _begin_worker, (prepare, arguments))
+            context = multiprocessing.get_context("spawn")  # not forked, because this process has threads
+            theirs, ours = context.Pipe(duplex=False)  # a worker ends when this end closes, also by a SIGKILL
+            pool = ProcessPoolExecutor(workers, context, _begin_worker, (theirs, prepare, arguments))
             try:
-                yield from _in_order(pool, _work, chain([item], items), AHEAD * workers)
+                yield from _in_order(pool, _work, chain([item], items), AHEAD * workers, stop=ours.close)
             except BrokenProcessPool:
                 raise SftError(
                     "a worker process died; most often the memory ran out. Run again with SFT_WORKERS=1, or with "
                     "fewer workers"
                 ) from None
+            finally:
+                ours.close()
+                theirs.close()
 
     return results()
 
@@ -106,9 +112,13 @@ def threaded_map(
 
 
 def _in_order(
-    pool: Executor, function: Callable[[Item], Result], items: Iterator[Item], in_flight: int
+    pool: Executor,
+    function: Callable[[Item], Result],
+    items: Iterator[Item],
+    in_flight: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Keeps at most so many items in flight. Closing it waits for those that are being worked on, and ends the pool."""
+    """Keeps at most so many items in flight, and shuts the pool down; calls `stop` before it shuts down early."""
     flying: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -119,32 +129,36 @@ def _in_order(
         while flying:
             done, future = flying.popleft()
             yield done, future.result()
+    except BaseException:
+        stop()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# -- in a worker process ----------------------------------------------------------------------------------------------
+# -- in a worker process --
 
 _prepare: Callable[[], Callable[[Any], Any]]  # what a worker works with; set when it begins
 _function: Callable[[Any], Any] | None = None
 
 
-def _begin_worker(prepare: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+def _begin_worker(
+    parent: Connection, prepare: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]
+) -> None:
     global _prepare
     _prepare = partial(prepare, *arguments)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # a Ctrl-C reaches every process of the terminal; the parent decides
     os.environ |= {"SFT_WORKERS": "1", "TOKENIZERS_PARALLELISM": "false"}  # one worker, one core
-    # The executor's workers wait for ever for a parent that was killed.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(0)
+def _end_with(parent: Connection) -> None:
+    """Ends this process when the other end closes, whatever it is doing. The executor would wait for ever."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()
+    os._exit(0)
 
 
 def _work(item: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Parquet on disk as the data stages use it: written in parts with fixed settings, read as a stream of batches.
+"""Parquet as the data stages use it: written in parts with fixed settings, read as a stream of batches.
 
-Where row groups and parts end depends only on the rows, never on how they were handed over, so an artifact built
-twice has the same bytes. Memory holds one row group when writing and one batch when reading.
+Where row groups and parts end depends only on the rows, never on how they were handed over, so an artifact
+built twice has the same bytes. Memory holds one row group when writing and one batch when reading.
 """
 
 import contextlib
@@ -34,8 +34,9 @@ class FileWriter:
         path: The file; its folder is made.
         schema: Its columns. What is written is cast to it (safely).
         row_group: Rows per row group.
-        of_tokens: Whether it is mostly long lists of token ids. They are written and read in two thirds of the time
-            without a dictionary, without statistics of the lists and with lz4, which takes 1.6 times the space.
+        of_tokens: Whether it is mostly long lists of token ids. They are written and read in two thirds of
+            the time without a dictionary, without statistics of the lists and with lz4, which takes 1.6 times
+            the space.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class FileWriter:
 
 
 class PartWriter:
-    """Writes a folder of part-00000.parquet, part-00001.parquet, ...; at least one part, empty if no row comes.
+    """Writes a folder of part-00000.parquet, part-00001.parquet, ...; one empty part if no row comes.
 
     Args:
         folder: Where the parts go; made if absent.
@@ -189,7 +190,7 @@ class PartWriter:
 
 
 class BackgroundWriter:
-    """Calls functions one after the other in a thread, for writing and the like, which leave the interpreter free.
+    """Calls functions one after the other in a thread, for work that leaves the interpreter free.
 
     Leaving the context waits for all calls; what one raises comes out of a later `submit`, or of the context.
     """
@@ -236,7 +237,7 @@ def read_batches(
 
 
 def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of Parquet files in order, as dicts. For reports and tests; work on batches where there are many rows."""
+    """The rows of Parquet files in order, as dicts; for reports and tests. Many rows are read as batches."""
     for batch in read_batches(paths, columns):
         yield from batch.to_pylist()
 

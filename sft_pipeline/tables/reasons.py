@@ -59,8 +59,7 @@ class RejectReason(StrEnum):
     ROLES_DO_NOT_ALTERNATE = (
         "roles_do_not_alternate",
         "the turns do not alternate: an optional system message, then user and assistant in turn, tool "
-        "results "
-        "after calls",
+        "results after calls",
     )
     NO_FINAL_COMPLETION = (
         "no_final_completion",
@@ -85,6 +84,5 @@ class RejectReason(StrEnum):
     NEAR_DUPLICATE_OF_HELD_OUT = (
         "near_duplicate_of_held_out",
         "a near-duplicate of a row that is held out for validation or test; groups never move, so the row "
-        "outside "
-        "that split is dropped",
+        "outside that split is dropped",
     )

@@ -30,8 +30,9 @@ ROWS = pa.schema(
         ("content_key", pa.binary(KEY_BYTES)),
     ]
 )
-"""`weight` null: the default. `tool_calls`, `tools`: JSON text or null. `time`: as `time_of` writes it, or null.
-`content_key`: equal for rows with the same messages and tools, whatever their file, line, name or group."""
+"""`weight` null: the default. `tool_calls`, `tools`: JSON text or null. `time`: as `time_of` writes it, or
+null. `content_key`: equal for rows with the same messages and tools, whatever their file, line, name or
+group."""
 
 
 TOKENIZED = pa.schema(
@@ -58,7 +59,9 @@ REJECTS = pa.schema(
         ("raw", pa.string()),
     ]
 )
-"""rejects.parquet and quarantine.parquet of every stage: where the row came from, all that is wrong, the raw row."""
+"""rejects.parquet and quarantine.parquet of every stage: where the row came from, all that is wrong, the raw
+row.
+"""
 
 SPLITS = ("train", "validation", "test")
 
@@ -74,7 +77,9 @@ def digest(data: bytes) -> bytes:
 
 
 def time_of(value: Any) -> str | None:
-    """An ISO time in UTC, to the microsecond, so that text order is time order; None where the value is no ISO time."""
+    """An ISO time in UTC, to the microsecond, so that text order is time order; None where the value is no
+    ISO time.
+    """
     if not isinstance(value, str):
         return None
     try:

@@ -1,4 +1,6 @@
-"""A row's messages in the form that chat templates read, and the control tokens that its text must not hold."""
+"""A row's messages in the form that chat templates read, and the control tokens that its text must not
+hold.
+"""
 
 import json
 import re
@@ -74,11 +76,13 @@ def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversat
 class ForgeryGuard:
     """Finds text that a tokenizer would turn into a control token.
 
-    In every message: the tokenizer's control tokens. In messages that are not the assistant's: also the added tokens
-    that the template itself writes (<think>, <tool_response>, ...), which an assistant may well write as text.
+    In every message: the tokenizer's control tokens. In messages that are not the assistant's: also the added
+    tokens that the template itself writes (<think>, <tool_response>, ...), which an assistant may well write
+    as text.
 
     Args:
-        mode: "reject", or "neutralise": a word joiner is put after the first character of each, so that it stays text.
+        mode: "reject", or "neutralise": a word joiner is put after the first character of each, so that it
+            stays text.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, mode: str) -> None:

@@ -1,8 +1,8 @@
 """What transformers' AutoTokenizer, which most servers load, makes of texts and conversations.
 
-It is asked in a process of its own that ends with the answer and in which torch is blocked: transformers imports torch
-wherever it finds it (3.5 CPU seconds instead of 1.0), and a tokenizer has no use for it. Where transformers has been
-imported already, this process answers itself.
+It is asked in a process of its own that ends with the answer and in which torch is blocked: transformers
+imports torch wherever it finds it (3.5 CPU seconds instead of 1.0), and a tokenizer has no use for it. Where
+transformers has been imported already, this process answers itself.
 """
 
 import json

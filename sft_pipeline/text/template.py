@@ -1,4 +1,5 @@
-"""Chat templates: the tokenizer's own, a named one, or a Jinja file; rendered as transformers' apply_chat_template does.
+"""Chat templates: the tokenizer's own, a named one, or a Jinja file; rendered as transformers'
+apply_chat_template does.
 
 https://huggingface.co/docs/transformers/chat_templating
 """
@@ -91,7 +92,9 @@ class ChatTemplate:
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the spans of it that the template's {% generation %} blocks enclose."""
+        """The text of a conversation, and the spans of it that the template's {% generation %} blocks
+        enclose.
+        """
         text = self._render(messages, tools, False)
         if not self.has_marks:
             return text, []
@@ -170,9 +173,11 @@ def _own(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _named(name: str, tokenizer: Tokenizer) -> str:
-    """A named template's source with the tokenizer's own eos (and bos, where the tokenizer adds one) written into it.
+    """A named template's source with the tokenizer's own eos (and bos, where the tokenizer adds one) written
+    into it.
 
-    Written in, and not passed as variables, so that the text exported beside a model renders alike everywhere.
+    Written in, and not passed as variables, so that the text exported beside a model renders alike
+    everywhere.
     """
     eos = tokenizer.special.get("eos_token")
     if eos is None or tokenizer.backend.token_to_id(eos) is None:
@@ -189,7 +194,9 @@ def _named(name: str, tokenizer: Tokenizer) -> str:
 
 
 def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
-    """What follows the assistant's content: the first control token, else the text up to white space, else nothing."""
+    """What follows the assistant's content: the first control token, else the text up to white space, else
+    nothing.
+    """
     question, answer = "What is asked", "What is answered"
     for messages in (
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
@@ -226,7 +233,9 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which remembers what it allows: that depends on nothing but the object's type and the name."""
+    """Jinja's sandbox, which remembers what it allows: that depends on nothing but the object's type and the
+    name.
+    """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

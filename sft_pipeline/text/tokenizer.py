@@ -1,4 +1,6 @@
-"""A tokenizer as its files define it. tokenizer.json is the truth for ids; nothing is added to its vocabulary."""
+"""A tokenizer as its files define it. tokenizer.json is the truth for ids; nothing is added to its
+vocabulary.
+"""
 
 import json
 import re
@@ -132,8 +134,8 @@ class Tokenizer:
     def continue_batch(self, texts: Sequence[str], after: Sequence[int]) -> list[Piece]:
         """Each text as the continuation of something that ends in the token `after`.
 
-        SentencePiece-style tokenizers put a space before a text's first word; within a sequence that space would be
-        wrong. Such texts are encoded behind a short context, whose tokens are then left out.
+        SentencePiece-style tokenizers put a space before a text's first word; within a sequence that space
+        would be wrong. Such texts are encoded behind a short context, whose tokens are then left out.
         """
         contexts = [self._contexts["control" if token in self.control_ids else "text"] for token in after]
         if not any(contexts):
@@ -152,7 +154,9 @@ class Tokenizer:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a tokenizer lives as long as the process's work on it
     def tail_ids(self, control: str, tail: str) -> tuple[int, ...]:
-        """Token ids of `tail` right after a control token (or at the very beginning where `control` is empty)."""
+        """Token ids of `tail` right after a control token (or at the very beginning where `control` is
+        empty).
+        """
         ids = self.ids(control + tail)
         return tuple(ids[1:] if control else ids)
 
@@ -176,7 +180,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> Tokenizer:
     """Reads a tokenizer's files.
 
     Args:
-        source: A folder (relative to the project root), or a hub id ("owner/name", also "owner/name@revision").
+        source: A folder (relative to the project root), or a hub id ("owner/name", also
+            "owner/name@revision").
         revision: Commit of the hub repository; required for a hub id.
 
     Raises:
@@ -217,13 +222,16 @@ def make_tokenizer(
     generation_eos: tuple[int, ...] = (),
     sha256: str | None = None,
 ) -> Tokenizer:
-    """A tokenizer around one of the `tokenizers` library, whose padding, truncation and post-processing are switched off."""
+    """A tokenizer around one of the `tokenizers` library, whose padding, truncation and post-processing are
+    switched off.
+    """
     sha256 = sha256 or sha256_json(json.loads(backend.to_str()))
     backend.no_padding()
     backend.no_truncation()
     bos = special.get("bos_token")
     adds_bos = bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]
-    # Ids do not change by this (special tokens are never asked for); offsets are no longer trimmed of white space.
+    # Ids do not change by this (special tokens are never asked for); offsets are no longer trimmed of white
+    # space.
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     found = backend.get_added_tokens_decoder()
     added = {t.content: i for i, t in found.items()}
@@ -254,7 +262,9 @@ def make_tokenizer(
 
 
 def _context(backend: tokenizers.Tokenizer, context: str) -> str | None:
-    """`context` if a text encodes differently behind it than at the beginning, else None: no context is needed."""
+    """`context` if a text encodes differently behind it than at the beginning, else None: no context is
+    needed.
+    """
     skip = len(backend.encode(context, add_special_tokens=False).ids)
     for text in ("Hello", " Hello", "1", "é", "-"):
         if (

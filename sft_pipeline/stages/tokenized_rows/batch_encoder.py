@@ -129,7 +129,7 @@ def _merge(
     indices: npt.NDArray[np.int64],
     results: list[AcceptedRow | RejectedRow],
 ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """Outcomes and examples of all rows in their order, given those that were encoded row by row at `indices`."""
+    """Outcomes and examples of all rows in their order; `results` are of the rows at `indices`."""
     found = [r.examples if isinstance(r, AcceptedRow) else () for r in results]
     examples = to_batch([example for each in found for example in each])
     outcomes = [outcome_of(r) for r in results]

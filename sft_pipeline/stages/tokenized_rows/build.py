@@ -56,7 +56,7 @@ class Batch:
 
 
 def build(b: Build) -> Built:
-    """Renders, tokenizes and masks every row of every split; rejects go to rejects.parquet with their reason."""
+    """Renders, tokenizes and masks every row of every split; rejects.parquet has the others, with reasons."""
     config: TokenizedRowsConfig = b.config
     encoder, sample = BatchEncoder(config, fast=True), PromptSample()
     try:
@@ -151,8 +151,8 @@ def _encode(
 ) -> Generator[tuple[Batch, EncodedBatch], None, None]:
     """Every batch in order, with what became of its new rows.
 
-    Whole columns leave the interpreter free, so threads encode them; rows one by one keep it busy, so where most rows go
-    that way and there are many, worker processes do.
+    Whole columns leave the interpreter free, so threads encode them; rows one by one keep it busy, so where
+    most rows go that way and there are many, worker processes do.
     """
     for batch in islice(batches, 1):
         first = encoder.encode(batch.new, batch.compared)

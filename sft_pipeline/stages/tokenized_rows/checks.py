@@ -1,4 +1,4 @@
-"""The checks of tokenized_rows: what must hold of every row, and what people should know before they train."""
+"""The checks of tokenized_rows: what must hold of every row, and what to know before training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from sft_pipeline.text.reasons import MEANING, Reason
 MAX_REJECT_RATE = 0.05
 
 MAX_BROKEN_RATE = 0.01
-"""Rows that fail a proof are rejected one by one; if more than this share do, tokenizer and template do not fit."""
+"""Rows that fail a proof are rejected singly; if more than this share do, tokenizer and template do not fit."""
 
 
 def checks(

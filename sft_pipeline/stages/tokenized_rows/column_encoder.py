@@ -2,9 +2,9 @@
 
     contents -> layout -> texts of the segments -> ids -> mask, derived twice -> Arrow
 
-Rows that this cannot do (tool calls, weights of 0, overlong rows, text that changes how the template renders, ...) are
-simply not among those that come back: `RowEncoder` does them one by one, and says what is wrong with those that have to
-be rejected.
+Rows that this cannot do (tool calls, weights of 0, overlong rows, text that changes how the template renders,
+...) are simply not among those that come back: `RowEncoder` does them one by one, and says what is wrong with
+those that have to be rejected.
 """
 
 import threading
@@ -269,9 +269,9 @@ class _Grid:
         begins: Ints,
         good: Bools,
     ) -> Ints:
-        """The token at which a boundary lies in every row, derived twice; a row on which the two differ is not `good`.
+        """The token at which a boundary lies in every row, derived twice; where the two differ, not `good`.
 
-        By token counts: those of the segments before it (and of the literal, whose ids must be there). By bytes: the
+        By token counts: those of the segments before it (and of the literal, whose ids must be there). By bytes:
         token that begins where the text before the boundary ends.
 
         Args:
@@ -299,8 +299,8 @@ class _Finder:
     def __init__(self, strings: Iterable[str]) -> None:
         strings = list(strings)
         self._search = any_of(strings).search
-        # Their first two characters are rarely in a text. One regular expression over a column finds them, without
-        # making Python strings; a thousand whole tokens would be too many for it.
+        # Their first two characters are rarely in a text. One regular expression over a column finds them,
+        # without making Python strings; a thousand whole tokens would be too many for it.
         self._hint = "|".join(
             "".join(f"\\x{{{ord(c):x}}}" for c in h) for h in sorted({s[:2] for s in strings})
         )
@@ -315,7 +315,7 @@ class _Finder:
 
 
 def _found_in_inserted(completions: pa.StringArray, before: str | None, after: str | None) -> Bools:
-    """Which completions would be found in what the template itself writes around them, instead of in their own place."""
+    """Which completions also stand in what the template writes around them, so that they would be found there."""
     before, after = before or "", after or ""
     found = np.zeros(len(completions), dtype=bool)
     if not before and not after:
@@ -340,7 +340,7 @@ def _manageable(group: _Group) -> list[_Group]:
 
 
 def _per_row(ends: Ints, width: int) -> Ints:
-    """int64 (rows, width + 1): totals from the beginning of each row, given those from the beginning of all."""
+    """int64 (rows, width + 1): totals from the beginning of each row, given totals over all rows."""
     rows = np.arange(0, len(ends) - 1, width)[:, None]
     return ends[rows + np.arange(width + 1)] - ends[rows]
 

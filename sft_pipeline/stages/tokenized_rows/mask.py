@@ -1,8 +1,8 @@
 """Which tokens carry loss, derived twice.
 
-(a) From characters: the offsets of the encoding say which token covers the first and the last character of a span.
-(b) From tokens alone: a control token always splits the text, so the tokens before a character are those up to the
-    last control token before it (found by counting control tokens) plus the tokens of what lies between.
+(a) From characters: the offsets of the encoding say which token covers a span's first and last character.
+(b) From tokens alone: a control token always splits the text, so the tokens before a character are those up to
+    the last control token before it (found by counting control tokens) plus the tokens of what lies between.
 
 Both must name the same tokens, and (b) must find its tokens where the row has them, or the row is rejected.
 """
@@ -58,7 +58,7 @@ def _same_char(piece: Piece, first: int, second: int) -> bool:
 
 
 def tokens_by_prefix(row: Encoded, span: Span) -> Span | None:
-    """(b) The tokens of a character span, by the number of tokens before its ends. None where that cannot be told."""
+    """(b) The tokens of a character span, by the number of tokens before its ends. None where unknown."""
     start = _tokens_before(row, *row.locate(span[0]))
     end = _tokens_before(row, *_end_of(row, span[1]))
     return None if start is None or end is None else (start, end)
@@ -119,8 +119,9 @@ Job = tuple[list[int], Span, str]
 def decodes_to(tokenizer: Tokenizer, jobs: Sequence[Job]) -> list[str | None]:
     """For each job None where decoding gives the text, else what it gives instead.
 
-    Tokenizers with a canonical-composition normalizer (Qwen's NFC) give canonically equal text. SentencePiece-style
-    ones write a word's leading space as part of its token, so a span is also decoded behind its left neighbour.
+    Tokenizers with a canonical-composition normalizer (Qwen's NFC) give canonically equal text.
+    SentencePiece-style ones write a word's leading space as part of its token, so a span is also decoded
+    behind its left neighbour.
     """
     decoded = tokenizer.decode_batch([ids[start:stop] for ids, (start, stop), _ in jobs])
     return [

@@ -1,11 +1,11 @@
 """What happens to rows longer than max_length. Nothing here drops a whole answer.
 
 reject           the row goes to rejects.parquet (`too_long`, or `no_room_for_completion`)
-truncate_prompt  the oldest turns go first, then the beginning of the last question; the row is rendered anew, so that
-                 its prompt is still exactly what a server would send for the shorter conversation
+truncate_prompt  the oldest turns go first, then the beginning of the last question; the row is rendered
+                 anew, so that its prompt is still exactly what a server would send for the shorter conversation
 truncate_answer  the end of the answer goes, with its stop token: nothing teaches the model to stop there
-split            windows of max_length over the row, each with up to half a window of the text before it as context;
-                 every supervised token is learnt in exactly one of them
+split            windows of max_length over the row, each with up to half a window of the text before it
+                 as context; every supervised token is learnt in exactly one of them
 """
 
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ def truncate_answer(loss: Sequence[Span], limit: int) -> Cut:
 def windows(loss: Sequence[Span], length: int, limit: int) -> list[Cut]:
     """Windows of at most `limit` tokens that supervise every supervised token once.
 
-    The first one begins with the row, so that it holds the server's prompt. A later one begins half a window before
-    the first token that is not supervised yet.
+    The first one begins with the row, so that it holds the server's prompt. A later one begins half a window
+    before the first token that is not supervised yet.
     """
     cuts = [Cut(0, limit)]
     while (done := cuts[-1].stop) < loss[-1][1]:
@@ -54,8 +54,8 @@ def windows(loss: Sequence[Span], length: int, limit: int) -> list[Cut]:
 def shorten_prompt(given: Conversation, tokenizer: Tokenizer, excess: int) -> Conversation | None:
     """The conversation with less in front of its final turn; None where nothing is left to leave out.
 
-    System messages stay. While an earlier question can go (with its answers), the oldest one goes; then the last
-    question loses tokens from its beginning.
+    System messages stay. While an earlier question can go (with its answers), the oldest one goes; then the
+    last question loses tokens from its beginning.
 
     Args:
         excess: Tokens that are too many.

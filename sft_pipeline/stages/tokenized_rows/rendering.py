@@ -3,8 +3,9 @@
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
     |------------------ prompt --------------------------||---- turn ----|tail
 
-The prompt is what a server sends: the messages before the turn, with the generation prompt. The turn is what the
-template emits after it, up to and including what ends the turn. What follows (a newline, often) nobody generates.
+The prompt is what a server sends: the messages before the turn, with the generation prompt. The turn is what
+the template emits after it, up to and including what ends the turn. What follows (a newline, often) nobody
+generates.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sft_pipeline.text.template import ChatTemplate
 
 Span = tuple[int, int]
 
-# Text that the template writes into a turn and that holds the completion again; shorter ones coincide by chance.
+# A completion of this length that stands in the template's own text is repeated by it, not there by chance.
 _REPEATED = 12
 
 
@@ -31,10 +32,13 @@ class Rendered:
         prompt_end: Characters of the prompt that a server would send before the final turn.
         final: The final turn's characters.
         turns: The supervised turns, in order; `final` is the last of them unless its weight is 0.
-        loss: The characters that carry loss: those of `turns`, or with `all` everything but weight-0 messages.
+        loss: The characters that carry loss: those of `turns`, or with `all` everything but weight-0
+            messages.
         inserted: What the template wrote into the final turn before and after the completion (stop excluded).
-        not_supervised: Assistant turns left out, because the rendered text is not what a server would have seen.
-        marks_agree: Whether the template's own {% generation %} marks name the same turns; None where it has none.
+        not_supervised: Assistant turns left out, because the rendered text is not what a server would have
+            seen.
+        marks_agree: Whether the template's own {% generation %} marks name the same turns; None where it has
+            none.
     """
 
     text: str
@@ -87,8 +91,9 @@ def _turns(
 ) -> tuple[tuple[Span, ...], int]:
     """The supervised turns, and how many earlier ones do not qualify.
 
-    An earlier turn qualifies where the text begins with the prompt that a server would have sent for it, and its
-    whole content follows. Templates that rewrite history (thinking stripped from earlier turns) fail one of the two.
+    An earlier turn qualifies where the text begins with the prompt that a server would have sent for it, and
+    its whole content follows. Templates that rewrite history (thinking stripped from earlier turns) fail one
+    of the two.
     """
     found, left_out = [], 0
     for index in _supervised_messages(given, supervise):
@@ -170,7 +175,7 @@ def _locate(emitted: str, content: str) -> Span:
 
 
 def _finish(emitted: str, content_end: int, stop: str | None) -> int:
-    """Where the final turn ends: after its stop, or where the template has written its last visible character."""
+    """Where the final turn ends: after its stop, or after the last visible character that the template writes."""
     if stop is not None:
         found = emitted.find(stop, content_end)
         if found >= 0:

@@ -1,7 +1,8 @@
 """Rows that an earlier build has tokenized already, found by their content.
 
-A row's `content_key` is a hash of its messages and tools, whatever file, line, name or group it has. Only builds with the
-same code, tokenizer, template and mask are asked (see `Build.earlier`), so an equal key means equal examples.
+A row's `content_key` is a hash of its messages and tools, whatever file, line, name or group it has. Only
+builds with the same code, tokenizer, template and mask are asked (see `Build.earlier`), so an equal key means
+equal examples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,8 @@ class RowCache:
     """What earlier builds made of the rows that are wanted now.
 
     Args:
-        artifacts: tokenized_rows of the same code, tokenizer, template and mask; the first that has a row gives it.
+        artifacts: tokenized_rows of the same code, tokenizer, template and mask; the first that has a row
+            gives it.
         wanted: Keys of the rows of this build, in order.
         scratch: A folder for tokens that do not fit into the memory, for as long as this is used.
 
@@ -114,9 +116,9 @@ class RowCache:
 class TokenGroups:
     """The `input_ids` of all examples in some parts of tokenized_rows.
 
-    A row group is read when an example of it is first wanted, and dropped when all that are wanted have been taken. Two
-    snapshots mostly have their rows in the same order, so few are held at a time; if there are many, the oldest are
-    spilled to the disk uncompressed, from where single examples can be read.
+    A row group is read when an example of it is first wanted, and dropped when all that are wanted have been
+    taken. Two snapshots mostly have their rows in the same order, so few are held at a time; if there are
+    many, the oldest are spilled to the disk uncompressed, from where single examples can be read.
 
     Args:
         parts: Files in the schema TOKENIZED.

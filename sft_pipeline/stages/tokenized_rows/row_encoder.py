@@ -1,6 +1,6 @@
 """Rows in, token ids with their mask out; a batch at a time.
 
-    row -> conversation -> forgery guard -> rendered text -> ids of prompt and rest -> mask, twice -> length -> decode
+    row -> conversation -> forgery guard -> text -> ids of prompt and rest -> mask, twice -> length -> decode
 
 A row that fails anywhere is rejected with its reason; nothing is dropped without one.
 """
@@ -203,7 +203,7 @@ class RowEncoder:
         raise Rejected(Reason.TOO_LONG, f"{len(masked.ids)} tokens, max_length {limit}")
 
     def _shorten(self, masked: _Masked) -> tuple[_Masked, list[Cut]]:
-        """The row with a shorter prompt, rendered anew: what a server would send for that shorter conversation."""
+        """The row with a shorter prompt, rendered anew: as a server would send that shorter conversation."""
         whole, limit = len(masked.ids), self.tokens.max_length
         while (excess := masked.loss[-1][1] - limit) > 0:
             given = shorten_prompt(masked.prepared.given, self.tokenizer, excess)

@@ -1,13 +1,14 @@
-"""Conversations that a template renders alike: what is the template's, what is the messages', and where turns begin.
+"""Conversations that a template renders alike: which text is whose, and where turns begin and end.
 
     <|im_start|>user\n{content 0}<|im_end|>\n<|im_start|>assistant\n | {content 1}<|im_end|>\n
     |--added--||----text-------||--added--|...                      ^ the prompt that a server sends ends here
 
-A layout is found by rendering sentinels in place of the contents, and is a prediction: with other contents, the text and
-every position in it shift by the contents' lengths. The prediction is tried against the template itself, on contents
-that templates are known to treat specially, before it is used (`_holds`). Contents that hold one of the template's own
-string constants which change the rendering ("</think>" in Qwen's), and white space at the ends where the template
-strips it, are not predicted; their rows are rendered one by one (`find_triggers`).
+A layout is found by rendering sentinels in place of the contents, and is a prediction: with other contents,
+the text and every position in it shift by the contents' lengths. The prediction is tried against the template
+itself, on contents that templates are known to treat specially, before it is used (`_Prediction.holds`).
+Contents that hold one of the template's own string constants which change the rendering ("</think>" in Qwen's),
+and white space at the ends where the template strips it, are not predicted; their rows are rendered one by one
+(`find_triggers`). What such trials cannot show, the comparison of a sample of the rows does.
 """
 
 import re
@@ -42,7 +43,7 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Boundary:
-    """A position in the row: before segment `segment`, or inside it, behind literal text that it begins with."""
+    """A position in the row: before segment `segment`, or inside it, behind literal text at its beginning."""
 
     segment: int
     literal: str = ""
@@ -53,8 +54,8 @@ class RowLayout:
     """What all rows with these roles share.
 
     Attributes:
-        segments: The row's text in order. A segment is an added token, or text without one; the server's prompt and
-            what follows never share a segment, since they are encoded apart.
+        segments: The row's text in order. A segment is an added token, or text without one; the server's
+            prompt and what follows never share a segment, since they are encoded apart.
         prompt: Where the server's prompt ends.
         final, turns, loss: (begin, end) of the final turn, of the supervised turns, and of what carries loss.
         control_tokens: How many of the segments are control tokens.
@@ -92,7 +93,7 @@ class Triggers:
 def find_layout(
     template: ChatTemplate, tokenizer: Tokenizer, roles: tuple[str, ...], supervise: str
 ) -> RowLayout | None:
-    """The layout of conversations with these roles; None where there is none, and rows are rendered one by one.
+    """The layout of conversations with these roles; None where there is none.
 
     Args:
         roles: Of all messages, the last of them "assistant".
@@ -109,7 +110,7 @@ def find_layout(
 
 
 def find_triggers(template: ChatTemplate, supervise: str) -> Triggers:
-    """Tries every string constant of the template's source, and white space, as contents of short conversations."""
+    """Tries every string constant of the template's source, and white space, as contents."""
     predictions = [
         p
         for roles in (("user", "assistant"), ("system", "user", "assistant", "user", "assistant"))
@@ -125,7 +126,7 @@ def find_triggers(template: ChatTemplate, supervise: str) -> Triggers:
         for node in template.environment.parse(text).find_all(nodes.Const)
         if isinstance(node.value, str) and node.value.strip()
     }
-    # At both ends and inside at once, and alone: whatever of startswith, endswith, in and == is asked, one of them shows.
+    # At both ends and inside at once, and alone: what startswith, endswith, in and == are asked, one of them shows.
     texts = [
         c
         for c in sorted(constants)
@@ -214,7 +215,7 @@ def _render(
 
 
 def _cut_into_segments(found: _Prediction, tokenizer: Tokenizer) -> RowLayout | None:
-    """The layout of a prediction; None where a turn begins or ends where no boundary can be told for every row."""
+    """The layout of a prediction; None where a turn begins or ends in the middle of a message's text."""
     rendered, added = found.rendered, any_of(tokenizer.added)
     segments: list[tuple[Part, ...]] = []
     starts: list[int] = []  # characters of the sentinels' text before each segment

@@ -1,9 +1,10 @@
 """A sample of the rows, compared with what a server would make of them.
 
-Two comparisons, on the first rows that were not known: the prompt, rendered and encoded again from the messages before
-the final turn, must be what the training row begins with; and transformers' AutoTokenizer should give the same ids and
-prompts as tokenizer.json. It may not: transformers 5.23 reads SmolLM2's config as a plain GPT-2 tokenizer and drops the
-digit splitting that its tokenizer.json declares, so 8 % of ordinary texts get other ids in serving than in training.
+Two comparisons, on the first rows that were not known: the prompt, rendered and encoded again from the
+messages before the final turn, must be what the training row begins with; and transformers' AutoTokenizer
+should give the same ids and prompts as tokenizer.json. It may not: transformers 5.23 reads SmolLM2's config
+as a plain GPT-2 tokenizer and drops the digit splitting that its tokenizer.json declares, so 8 % of ordinary
+texts get other ids in serving than in training.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ _EARLIER = " (found in an earlier build with the same tokenizer, template and ve
 
 @dataclass(frozen=True)
 class TokenizerSkew:
-    """How AutoTokenizer differs from tokenizer.json: whether, in words, and ours and theirs around the first difference."""
+    """Whether AutoTokenizer differs from tokenizer.json, how, and both around the first difference."""
 
     found: bool
     description: str
@@ -46,7 +47,7 @@ class PromptSample:
         self.wrong: list[dict[str, Any]] = []
 
     def add(self, encoder: BatchEncoder, rows: pa.RecordBatch, encoded: EncodedBatch) -> None:
-        """Takes rows of a batch into the sample until it is full: accepted ones of which no token was left out."""
+        """Takes rows of a batch into the sample until it is full: accepted ones of which nothing was cut off."""
         missing = SAMPLE - len(self.conversations)
         if missing <= 0 or not rows.num_rows:
             return
@@ -69,7 +70,7 @@ class PromptSample:
 
 
 def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> TokenizerSkew:
-    """Asks AutoTokenizer for the ids of each row's text, and for its prompt unless the template reads the clock."""
+    """Asks AutoTokenizer for each row's ids, and for its prompt unless the template reads the clock."""
     if not sample:
         return TokenizerSkew(False, "no row to compare AutoTokenizer with")
     texts = [template.render(c.messages, c.tools) for c in sample]
@@ -87,7 +88,8 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
     if reply.unavailable:
         return TokenizerSkew(
             True,
-            "AutoTokenizer cannot load this tokenizer, so a server that uses it cannot either: " + reply.unavailable,
+            "AutoTokenizer cannot load this tokenizer, so a server that uses it cannot either: "
+            + reply.unavailable,
         )
     ours = [p.ids for p in tokenizer.encode_batch(texts)]
     differing = [pair for pair in zip(ours, reply.ids, strict=True) if pair[0] != list(pair[1])]
@@ -96,7 +98,9 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
         for c, theirs in zip(sample, reply.prompts, strict=False)
     )
     if not differing and not other_prompts:
-        return TokenizerSkew(False, f"AutoTokenizer gives the same ids and prompts on {len(sample)} sampled rows")
+        return TokenizerSkew(
+            False, f"AutoTokenizer gives the same ids and prompts on {len(sample)} sampled rows"
+        )
     return TokenizerSkew(
         True,
         f"AutoTokenizer gives other ids on {len(differing)} and another prompt on {other_prompts} of {len(sample)} "
@@ -107,7 +111,7 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
 
 
 def known_skew(earlier: Sequence[Artifact]) -> TokenizerSkew | None:
-    """What the newest of the earlier builds, which had the same tokenizer, template and versions, has found."""
+    """What the newest of the earlier builds has found, with the same tokenizer, template and versions."""
     for artifact in earlier[:1]:
         for check in artifact.manifest.checks:
             if check["name"] == SKEW_CHECK:

@@ -20,8 +20,9 @@ class StageStats:
     """Sums over all rows, and the first rows of a kind.
 
     Attributes:
-        numbers: Rows read, accepted, rejected, truncated, split, neutralised; examples, tokens, supervised_tokens;
-            turns_not_supervised; marks_agree, marks_disagree (rows); rows tokenized, reused, by_columns, by_rows, compared.
+        numbers: Rows read, accepted, rejected, truncated, split, neutralised; examples, tokens,
+            supervised_tokens; turns_not_supervised; marks_agree, marks_disagree (rows); rows tokenized,
+            reused, by_columns, by_rows, compared.
         reasons: Rejected rows by reason.
         inserted: (before, after) the completion, as the template writes it -> rows.
         read, written: Rows read and examples written, by split.

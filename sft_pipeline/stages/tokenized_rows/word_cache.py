@@ -1,16 +1,17 @@
 """Token ids of many texts at once: each distinct word is encoded once, by the tokenizer itself.
 
     The cat sat on 12 mats.|The cat ran.            texts, end to end
-    The| cat| sat| on| 12| mats.|The| cat| ran.     cut before each space that follows a visible ASCII character
+    The| cat| sat| on| 12| mats.|The| cat| ran.     cut before a space that follows a visible ASCII character
     0    1    2    3   4   5     0   1    6         numbers of the distinct words
     [..] [..] ...                                   their ids, remembered; put end to end by one Arrow gather
 
-Cutting there is right for a tokenizer whose pre-tokenizer always cuts there: a word is then made of whole pre-tokens, and
-BPE never merges across pre-tokens (Sennrich et al., 2016). Whether it does is not derived from its regular expressions but
-tried on the tokenizer itself when it is loaded (`_require_cuts_before_spaces`). Finer cuts, derived from the expressions,
-made a third fewer distinct words and no measurable difference in time.
+Cutting there is right for a tokenizer whose pre-tokenizer always cuts there: a word is then made of whole
+pre-tokens, and BPE never merges across pre-tokens (Sennrich et al., 2016). Whether it does is not derived
+from its regular expressions but tried on the tokenizer itself when it is loaded
+(`_require_cuts_before_spaces`). Finer cuts, derived from the expressions, made a third fewer distinct words
+and no measurable difference in time.
 
-Everything but the look-up of distinct words runs without the interpreter's lock, so threads can encode batches.
+Only the look-up of distinct words holds the interpreter's lock, so threads can encode batches.
 """
 
 import json
@@ -35,7 +36,7 @@ MAX_WORDS = 1 << 20  # remembered; some 150 MB if it ever fills up
 LONGEST_WORD = 64  # characters of a word that is remembered: longer ones hardly come again
 
 _VISIBLE = string.digits + string.ascii_letters + string.punctuation
-# Unicode normal forms change no ASCII character and nothing across a space, which combines with nothing before it.
+# Unicode normal forms change no ASCII character, and nothing across a space.
 _HARMLESS_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 
 
@@ -124,7 +125,7 @@ class WordCache:
         return [array("i", e.ids).tobytes() for e in self._encode_batch(words, add_special_tokens=False)]
 
     def _altered(self, words: pa.StringArray, ids_of_words: pa.BinaryArray) -> Ints:
-        """Numbers of the words whose ids do not stand for exactly their bytes (a normalizer composed them, say)."""
+        """Numbers of the words whose ids do not stand for exactly their bytes: a normalizer composed them."""
         ids = np.frombuffer(ids_of_words.buffers()[2] or b"", np.int32)
         if self.bytes_for(ids) == text_bytes(words)[0]:
             return np.zeros(0, np.int64)
@@ -179,7 +180,7 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _require_cuts_before_spaces(backend: tokenizers.Tokenizer) -> None:
-    """Tries the tokenizer's own pre-tokenizer on every pair of a visible ASCII character and what follows its space."""
+    """Tries the tokenizer's own pre-tokenizer on every visible ASCII character, a space, and what may follow."""
     following = [chr(c) for c in (9, 10, 13, *range(32, 127))] + list("éßЖ中ั😀\u00a0\u0301")
     pairs = [f"{a} {b}" for a in _VISIBLE for b in following]
     for seed in range(3):  # other neighbours each time
@@ -193,7 +194,7 @@ def _require_cuts_before_spaces(backend: tokenizers.Tokenizer) -> None:
 
 
 def byte_symbols() -> dict[int, int]:
-    """Byte -> code point of the printable character that byte-level vocabularies write for it (GPT-2's encoder.py)."""
+    """Byte -> code point of the character that byte-level vocabularies write for it (GPT-2's encoder.py)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {b: b for b in printable} | {b: 256 + i for i, b in enumerate(others)}
