@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two workers whatever the machine: each holds torch and a few tiny models, and the tests start processes of their own.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10
 WORKERS ?= 2
 export SFT_HOME ?= $(CURDIR)/.sft
 export DAGSTER_HOME := $(CURDIR)

@@ -49,11 +49,11 @@ def environment_of(home: Path, config: Path | None = None, **more: str) -> dict[
 def sft(
     *arguments: str, home: Path, config: Path | None = None, children: bool = False, **environment: str
 ) -> Ran:
-    """Runs `sft` in this process, which imports torch once for all tests; a fresh one spends 8 CPU seconds on it.
+    """Runs `sft` in this process: torch is imported once for all tests, not for 8 CPU seconds in each.
 
     Args:
-        children: Whether the model stages run in supervised children, as they do for a user. Where a test does
-            not look at processes they run here too.
+        children: Whether the model stages run in supervised children, as they do for a user. They run here
+            too where a test does not look at processes.
     """
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
@@ -83,7 +83,7 @@ def sft_process(*arguments: str, home: Path, config: Path | None = None, **envir
         capture_output=True,
         text=True,
         env=environment_of(home, config, **environment),
-        timeout=900,
+        timeout=1200,
         stdin=subprocess.DEVNULL,
     )
     return _ran(arguments, done.returncode, done.stdout, done.stderr)

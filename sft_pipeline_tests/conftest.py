@@ -28,14 +28,17 @@ COSTLY_FIRST = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist a module is one group, and all tests of one finished branch are: fixtures are built once."""
+    """Under xdist the tests of a module, and those of a finished branch, share a worker and its fixtures."""
 
     def place(item: pytest.Item) -> int:
         return next((i for i, name in enumerate(COSTLY_FIRST) if name in item.nodeid), len(COSTLY_FIRST))
 
     for item in items:
         if "finished" in getattr(item, "fixturenames", ()):
-            group = f"finished {item.callspec.params['finished']}"
+            name = item.callspec.params["finished"]
+            group = f"finished {name}"
+            if name == "demo":
+                item.add_marker(pytest.mark.timeout(1500))  # the first of its tests waits for 484 updates
         else:
             group = item.nodeid.split("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
@@ -68,7 +71,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", params=["small", pytest.param("demo", marks=pytest.mark.slow)])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A branch from raw rows to an exported model, made by `sft run` as a user runs it, once for all tests that look
-    at one: a small dataset every day, the embedded default in `make test-all`."""
+    """A branch from raw rows to an exported model, made once by `sft run` for all tests that look at one.
+
+    Every day it is that of a small dataset; `make test-all` has the embedded default too.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     return finish_small(folder) if request.param == "small" else finish_demo(folder)

@@ -90,7 +90,7 @@ class Ui:
         }
 
     def asset(self, key: list[str]) -> Any:
-        """An asset's latest materialization of the branch's snapshot, and its checks with their last status."""
+        """An asset's latest materialization of the branch's snapshot, and the last status of its checks."""
         query = """query($k: AssetKeyInput!, $p: [String!]){assetNodeOrError(assetKey: $k){... on AssetNode{
             partitionStats{numMaterialized numFailed numMaterializing}
             latestMaterializationByPartition(partitions: $p){runId metadataEntries{__typename label}}
@@ -160,3 +160,71 @@ def page(ui: Ui) -> Iterator[Any]:
         )
         yield browser.new_page(viewport={"width": 1600, "height": 1000})
         browser.close()
+
+
+def see(page: Any, *texts: str) -> None:
+    """Waits until each text is visible, as the whole text of an element."""
+    for text in texts:
+        page.get_by_text(text, exact=True).first.wait_for(timeout=VISIBLE)
+
+
+def test_the_whole_branch_launched_from_the_ui_is_green(ui: Ui, page: Any) -> None:
+    keys = ui.keys()
+    run_id = ui.launch(list(keys.values()))
+    assert ui.finish(run_id) == "SUCCESS"
+    for name, key in keys.items():
+        found = ui.asset(key)
+        assert found["partitionStats"] == {"numMaterialized": 1, "numFailed": 0, "numMaterializing": 0}, key
+        assert [m["runId"] for m in found["latestMaterializationByPartition"]] == [run_id], key
+        checks = found["assetChecksOrError"]["checks"]
+        assert {c["name"] for c in checks} == {c.name for c in STAGES[name].checks}
+        for check in checks:
+            status = check["executionForLatestMaterialization"]["status"]
+            assert status == "SUCCEEDED" or (status == "FAILED" and not check["blocking"]), (key, check)
+    page.goto(f"{ui.dagster}/runs/{run_id}")
+    see(page, "Success", f"{len(keys)} assets", f"Succeeded ({len(keys)})", "Errored (0)")
+
+
+def test_the_asset_graph_shows_the_branch(ui: Ui, page: Any) -> None:
+    key = "/".join(ui.keys()["exported_model"])
+    page.goto(f"{ui.dagster}/assets/{key}?view=lineage&lineageScope=upstream&lineageDepth=8")
+    see(page, ui.branch.dataset, ui.branch.recipe)  # the groups
+    see(page, *(set(STAGES) - {"trained_checkpoints"}))  # the graph shortens the longest name
+
+
+def test_an_assets_page_has_its_state_its_tables_and_its_plots(ui: Ui, page: Any) -> None:
+    key = ui.keys()["evaluation"]
+    [materialization] = ui.asset(key)["latestMaterializationByPartition"]
+    page.goto(f"{ui.dagster}/assets/{'/'.join(key)}?view=partitions&partition={ui.branch.snapshot}")
+    see(page, "Materialized (1)", "Failed (0)", "Latest materialization", materialization["runId"][:8])
+    scores = [
+        name for name in ui.branch.json["metrics"]["tuned"] if name.endswith(("says_number", "_pass_rate"))
+    ]
+    see(page, "base_vs_tuned", *scores)  # a table of scores
+    plots = page.locator("tr", has_text="base_vs_tuned_plot").get_by_text("[Show Markdown]")
+    plots.first.click(timeout=VISIBLE)
+    image = page.locator("img[src^='data:image/png']").first
+    image.wait_for(timeout=VISIBLE)
+    assert image.evaluate("image => image.naturalWidth") > 300
+
+
+def test_an_assets_checks_are_shown_with_their_status(ui: Ui, page: Any) -> None:
+    key = ui.keys()["packed_shards"]
+    checks = ui.asset(key)["assetChecksOrError"]["checks"]
+    page.goto(f"{ui.dagster}/assets/{'/'.join(key)}?view=checks")
+    see(page, f"Checks ({len(checks)})", *(c["name"] for c in checks), "Succeeded")
+    passed = sum(c["executionForLatestMaterialization"]["status"] == "SUCCEEDED" for c in checks)
+    assert page.get_by_text("Succeeded", exact=True).count() == passed
+
+
+def test_the_mlflow_run_has_its_curves(ui: Ui, page: Any) -> None:
+    found = ui.mlflow_api("experiments/search", {"max_results": 100})["experiments"]
+    experiments = {e["name"]: e["experiment_id"] for e in found}
+    run = ui.branch.json["mlflow_run_id"]
+    training = json.loads((ui.branch.artifact("trained_checkpoints") / "training.json").read_text())
+    history = ui.mlflow_api(f"metrics/get-history?run_id={run}&metric_key=loss&max_results=5000")["metrics"]
+    assert [m["step"] for m in history] == list(range(1, training["updates"]["done"] + 1))
+    page.goto(f"{ui.mlflow}/#/experiments/{experiments[ui.branch.recipe]}/runs/{run}/model-metrics")
+    page.get_by_placeholder("Search metric charts").fill("val_loss")  # charts below the fold are not drawn
+    see(page, "val_loss")
+    page.locator(".scatterlayer path.js-line").first.wait_for(timeout=VISIBLE)

@@ -31,7 +31,7 @@ def run(folder: Path, tmp_path: Path, *more: str, until: str = "packed_shards") 
 
 
 def test_a_missing_folder_as_a_user_meets_it(branch: Callable[..., Path], tmp_path: Path) -> None:
-    """In a process of its own, whose exit status is looked at and whose stdout is one JSON object and no more."""
+    """In a process of its own, for its exit status, and its stdout: one JSON object and nothing else."""
     folder = branch(dataset={"sources": [{"path": str(tmp_path / "nowhere")}]})
     ran = sft_process("run", "small_lora", "--json", home=tmp_path / "home", config=folder)
     check_failure(ran, tmp_path / "home", 2, str(tmp_path / "nowhere"))

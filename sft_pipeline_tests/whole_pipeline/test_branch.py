@@ -1,4 +1,4 @@
-"""A branch from raw rows to a traceable model, as `sft run` makes it: a small one and the embedded default."""
+"""A branch from raw rows to a traceable model, as `sft run` makes it: small, and the embedded default."""
 
 import json
 import shutil

@@ -113,6 +113,7 @@ def test_other_tokenizers_reach_packed_shards_with_all_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_improvement_check_blocks_honestly_and_without_the_requirement_it_exports(whole: Gsm8k) -> None:
     ran = sft_process("run", "gsm8k_full", "--json", home=whole.folder / "sft", config=whole.folder)
     assert ran.code == 3, ran.stderr[-4000:]
