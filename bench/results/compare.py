@@ -1,6 +1,7 @@
 """Compares two builds of a branch by what their files hold."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,6 +19,7 @@ PRIVATE = {"outcomes.parquet"}
 NUMBERS = {"evaluation.json", "rng.json", "scheduler.json", "trainer_state.json"}
 KEYS = ("row_id", "update", "block", "step")  # the first of them that a table has names its rows
 DRAWN = (".png", ".html", ".md")
+FINGERPRINT = re.compile(r"-[0-9a-f]{12}(?=\.json$)")
 SHOWN = 200  # characters of a value in a message
 
 
@@ -89,9 +91,11 @@ def other_files(old: dict[str, Any], new: dict[str, Any], findings: list[Content
                     yield f"  {path}: {why}"
             for path in sorted(kept[0] ^ kept[1]):
                 owner, other = ("old", 1) if path in kept[0] else ("new", 0)
-                volatile = " (volatile on the other)" if path in files[other] else ""
-                yield f"  {path}: counts in the data_version of the {owner} build only{volatile}"
-        gone, added = (sorted(files[a].keys() - files[1 - a].keys() - kept[a]) for a in (0, 1))
+                now = " (volatile in the other)" if path in files[other] else ""
+                yield f"  {path}: counts in the data_version of the {owner} build only{now}"
+        # A copied manifest has its fingerprint in its name, which the code version is part of.
+        volatile = [{FINGERPRINT.sub("", p) for p in files[i].keys() - kept[i]} for i in (0, 1)]
+        gone, added = sorted(volatile[0] - volatile[1]), sorted(volatile[1] - volatile[0])
         if gone or added:
             yield f"{asset}: volatile files only old: {gone}, only new: {added}"
         counts = [_manifest(path)["counts"] for path in (one, two)]
@@ -247,4 +251,7 @@ def _why(old: Path, new: Path) -> str:
         one, two = (dict(_leaves(json.loads(p.read_text()), words=True)) for p in (old, new))
         keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
         return f"{len(keys)} keys, " + "; ".join(f"{k}: {one.get(k)} is now {two.get(k)}" for k in keys[:3])
-    return "words or a plot" if old.suffix in DRAWN else "not looked into"
+    if old.suffix == ".md":
+        lines = zip_longest(old.read_text().splitlines(), new.read_text().splitlines(), fillvalue="")
+        return "words, first " + next(f"{a!r} is now {b!r}"[:SHOWN] for a, b in lines if a != b)
+    return "a plot or a page" if old.suffix in DRAWN else "not looked into"

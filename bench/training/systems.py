@@ -70,6 +70,7 @@ def ours(job: Job, record: Record) -> Work:
     from sft_pipeline.training.config import ModelConfig, TrainingConfig
     from sft_pipeline.training.data import layout_for, make_feed
     from sft_pipeline.training.process import be_deterministic
+    from sft_pipeline.training.progress import Listener
     from sft_pipeline.training.schedule import Schedule
     from sft_pipeline.training.shards import Plan, Shards
     from sft_pipeline.training.trainer import SupervisedTrainer
@@ -86,14 +87,9 @@ def ours(job: Job, record: Record) -> Work:
     )
     tokenizer = _tokenizer()
 
-    class Listener:
+    class LossListener(Listener):
         def updated(self, numbers: Any) -> None:
             record.losses.append(numbers.loss)
-
-        def evaluated(self, step: int, val_loss: float) -> None: ...
-
-        def should_stop(self) -> bool:
-            return False
 
     def work() -> Any:
         be_deterministic(setting.seed)
@@ -115,7 +111,7 @@ def ours(job: Job, record: Record) -> Work:
             schedule=Schedule.of(training, ModelConfig(base="random")),
             precision=setting.precision,
             folder=Path(tempfile.gettempdir()) / "unused",
-            listener=Listener(),
+            listener=LossListener(),
         )
         trainer.add_callback(record.callback())
         trainer.run()
