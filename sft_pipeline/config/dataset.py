@@ -1,17 +1,43 @@
 """The dataset file."""
 
-from typing import Annotated
+import difflib
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sft_pipeline.config.base import Config
 from sft_pipeline.stages.grouped_split.config import SplitConfig
-from sft_pipeline.stages.raw_rows.config import SourceConfig
-from sft_pipeline.stages.validated_rows.config import ContractConfig
+from sft_pipeline.stages.raw_rows.config import RawSource
+from sft_pipeline.stages.validated_rows.config import FIELDS, ContractConfig, Format
 
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="letters, digits and underscores")
 ]
+
+
+class SourceConfig(RawSource):
+    """One source of rows."""
+
+    format: Annotated[Format, Field(description="shape of the rows")] = "prompt_completion"
+    columns: Annotated[
+        dict[str, str],
+        Field(
+            description="field of the format (or `group`) -> the source's own column; a dotted path reaches "
+            "into objects and lists, for example prompt.replies.0.text"
+        ),
+    ] = {}
+
+    @model_validator(mode="after")
+    def _columns_known(self) -> Self:
+        known = ("group", *FIELDS[self.format])
+        for name in self.columns:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"columns: the format {self.format} has no field "
+                    f"{name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}"
+                )
+        return self
 
 
 class DatasetConfig(Config):

@@ -1,11 +1,11 @@
-"""Ten snapshots, each with all the rows of the one before and more: no group moves, and no near-duplicates straddle."""
+"""Ten snapshots that grow: no group moves, and no near-duplicates cross splits."""
 
 import random
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.stages.grouped_split.split import SIDES
+from sft_pipeline.tables.schemas import SPLITS
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
 
 __all__ = ["project"]
@@ -40,7 +40,9 @@ def grams(row: dict[str, Any]) -> set[tuple[str, ...]]:
     return set(zip(words, words[1:], words[2:]))
 
 
-def test_no_group_moves_and_no_near_duplicates_straddle_while_a_dataset_grows_tenfold(project: Path) -> None:
+def test_no_group_moves_and_no_near_duplicates_cross_splits_while_a_dataset_grows_tenfold(
+    project: Path,
+) -> None:
     split = {
         "validation": 0.2,
         "test": 0.25,
@@ -56,18 +58,18 @@ def test_no_group_moves_and_no_near_duplicates_straddle_while_a_dataset_grows_te
         }
         outcome = run(dataset(source, split=split), project / "home")["grouped_split"]
         built = outcome.artifact
-        sides = {side: rows(built, side) for side in SIDES}
+        splits = {split: rows(built, split) for split in SPLITS}
         rejects = rows(built, "rejects.parquet")
-        assert sum(map(len, sides.values())) + len(rejects) == len(data)
-        for side, found in sides.items():
+        assert sum(map(len, splits.values())) + len(rejects) == len(data)
+        for split, found in splits.items():
             for group in {row["group"] for row in found}:
-                assert home.setdefault(group, side) == side
+                assert home.setdefault(group, split) == split
         assert home.get("tenant 3.3", "test") == "test" and home.get("tenant 0.0", "train") == "train"
-        said = {side: [grams(row) for row in found] for side, found in sides.items()}
-        for one, other in combinations(SIDES, 2):
+        said = {split: [grams(row) for row in found] for split, found in splits.items()}
+        for one, other in combinations(SPLITS, 2):
             assert all(len(x & y) < THRESHOLD * len(x | y) for x, y in product(said[one], said[other]))
         assert (
             check(outcome, "group_overlap")["passed"] and check(outcome, "near_duplicate_leakage")["passed"]
         )
         dropped += len(rejects)
-    assert dropped > 10 and set(home.values()) == set(SIDES)
+    assert dropped > 10 and set(home.values()) == set(SPLITS)

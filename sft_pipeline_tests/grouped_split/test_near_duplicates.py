@@ -1,4 +1,4 @@
-"""Near-duplicates: the search finds exactly the pairs that comparing all with all finds, and none straddles."""
+"""Near-duplicates: the search finds exactly what comparing all with all finds, and none crosses splits."""
 
 import random
 import unicodedata
@@ -13,10 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.grouped_split import near_duplicates, shingles
-from sft_pipeline.stages.grouped_split.leakage import leaked, straddling
-from sft_pipeline.stages.grouped_split.near_duplicates import ShingleSets, neighbours
-from sft_pipeline.stages.grouped_split.shingles import jaccard, shingle_sets, texts_of
-from sft_pipeline.stages.grouped_split.split import SIDES, TEST, TRAIN, VALIDATION
+from sft_pipeline.stages.grouped_split.near_duplicates import (
+    cross_split_duplicates,
+    leaked,
+    neighbours,
+    prefix_index,
+)
+from sft_pipeline.stages.grouped_split.shingles import ShingleSets, jaccard, shingle_sets, texts_of
+from sft_pipeline.stages.grouped_split.split import TEST, TRAIN, VALIDATION
+from sft_pipeline.tables.schemas import SPLITS
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
 
 __all__ = ["project"]
@@ -100,7 +105,7 @@ def test_sets_depend_neither_on_batches_nor_on_threads(
         monkeypatch.setattr(shingles, "TEXT_AT_ONCE", text_at_once)
         batches = [pa.array(texts[i : i + step]) for i in range(0, len(texts), step)]
         sets = ShingleSets(batches, tmp_path / name, threads)
-        index = sets.index(0.7)
+        index = prefix_index(sets, 0.7)
         found.append((sets.node.tolist(), sets.size.tolist(), index.short.tolist(), index.rest.tolist()))
     assert found[0] == found[1] == found[2]
 
@@ -116,7 +121,7 @@ def test_the_system_message_is_left_out() -> None:
 
 
 def corpus(seed: int, size: int) -> list[str]:
-    """Texts around the threshold: copies with some words changed, templates with slots, short and equal ones."""
+    """Texts around the threshold: copies with some words changed, templates, short and equal ones."""
     rng = random.Random(seed)
     words = [f"w{i}" for i in range(30)]
     texts: list[str] = []
@@ -148,7 +153,7 @@ def test_the_search_is_exact(
     sets = ShingleSets([pa.array(texts[:20]), pa.array(texts[20:])], tmp_path / "sets")
     near = np.arange(len(texts)) % 3 == 0
     nodes = sets.node == np.arange(len(texts))
-    one, other, found = neighbours(sets, sets.index(threshold), near & nodes, ~near & nodes)
+    one, other, found = neighbours(sets, prefix_index(sets, threshold), near & nodes, ~near & nodes)
     for x, y, value in zip(one, other, found):
         assert value == pytest.approx(similarity(texts[x], texts[y])) and value >= threshold - 1e-9
     expected = {
@@ -161,15 +166,15 @@ def test_the_search_is_exact(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10_000), threshold=st.sampled_from([0.4, 0.8]))
-def test_no_cluster_keeps_rows_on_two_sides(tmp_path: Path, seed: int, threshold: float) -> None:
+def test_no_cluster_keeps_rows_in_two_splits(tmp_path: Path, seed: int, threshold: float) -> None:
     texts = corpus(seed, 60)
-    side = (
+    split = (
         np.random.default_rng(seed)
         .choice([TRAIN, TRAIN, TRAIN, VALIDATION, TEST], len(texts))
         .astype(np.int8)
     )
     sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
-    found = straddling(sets, sets.index(threshold), side)
+    found = cross_split_duplicates(sets, prefix_index(sets, threshold), split)
     parent = list(range(len(texts)))
 
     def root(x: int) -> int:
@@ -182,25 +187,28 @@ def test_no_cluster_keeps_rows_on_two_sides(tmp_path: Path, seed: int, threshold
             parent[root(x)] = root(y)
     highest: dict[int, int] = {}
     for x in range(len(texts)):
-        highest[root(x)] = max(highest.get(root(x), TRAIN), int(side[x]))
-    assert found.row.tolist() == [x for x in range(len(texts)) if side[x] < highest[root(x)]]
+        highest[root(x)] = max(highest.get(root(x), TRAIN), int(split[x]))
+    assert found.row.tolist() == [x for x in range(len(texts)) if split[x] < highest[root(x)]]
     for x, y, value in zip(found.row, found.near, found.similarity):
         assert value == pytest.approx(similarity(texts[x], texts[y])) and value >= threshold - 1e-9
     kept = np.setdiff1d(np.arange(len(texts)), found.row)
     rest = ShingleSets([pa.array([texts[i] for i in kept])], tmp_path / "rest")
-    assert sum(leaked(rest, rest.index(threshold), side[kept]).values()) == 0
+    assert sum(leaked(rest, prefix_index(rest, threshold), split[kept]).values()) == 0
     expected = {
-        SIDES[s]: sum(
-            side[x] == s
-            and any(side[y] < s and similarity(texts[x], texts[y]) >= threshold for y in range(len(texts)))
+        SPLITS[s]: sum(
+            split[x] == s
+            and any(split[y] < s and similarity(texts[x], texts[y]) >= threshold for y in range(len(texts)))
             for x in range(len(texts))
         )
         for s in (VALIDATION, TEST)
     }
-    assert leaked(sets, sets.index(threshold), side) == expected
+    assert leaked(sets, prefix_index(sets, threshold), split) == expected
 
 
-LONG = "please rotate the stale deploy key of the billing service before the audit on friday because the old one was seen in a public log"
+LONG = (
+    "please rotate the stale deploy key of the billing service before the audit on friday because the old "
+    "one was seen in a public log"
+)
 
 
 def near_rows() -> list[dict[str, Any]]:
@@ -290,7 +298,8 @@ def test_many_rows_of_one_template_stay_cheap(tmp_path: Path) -> None:
     rng = random.Random(0)
     middle = " ".join(f"word{i}" for i in range(50))
     texts = [
-        f"{rng.randrange(10**9)} {rng.randrange(10**9)} {middle} {rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)}"
+        f"{rng.randrange(10**9)} {rng.randrange(10**9)} {middle} {rng.randrange(10**9)} "
+        f"{rng.randrange(10**9)} {rng.randrange(10**9)} {rng.randrange(10**9)}"
         for _ in range(20_000)
     ]
     sets = ShingleSets([pa.array(texts)], tmp_path / "sets")

@@ -1,4 +1,4 @@
-"""Sides by group: the worked example, stability under growth, fixed groups, time, checks."""
+"""Splits by group: the worked example, stability under growth, fixed groups, time, checks."""
 
 import json
 from collections import Counter
@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.grouped_split import near_duplicates
+from sft_pipeline.stages.grouped_split import shingles
 from sft_pipeline.stages.grouped_split.build import build
+from sft_pipeline.stages.grouped_split.checks import SplitSummary, read_back
 from sft_pipeline.stages.grouped_split.config import SplitConfig
-from sft_pipeline.stages.grouped_split.split import SIDES, TEST, TRAIN, VALIDATION, Sides, fractions_of
-from sft_pipeline.stages.grouped_split.summary import SideSummary, on_disk
+from sft_pipeline.stages.grouped_split.split import TEST, TRAIN, VALIDATION, SplitAssignment, fractions_of
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.validated_rows.asset import STAGE as VALIDATED_ROWS
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline.tables import parquet
+from sft_pipeline.tables.schemas import SPLITS
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
 
 __all__ = ["project"]
@@ -36,8 +37,8 @@ def case(group: str, turn: int = 0) -> dict[str, Any]:
     }
 
 
-def sides_of(artifact: Any) -> dict[str, set[str]]:
-    return {side: {r["group"] for r in rows(artifact, side)} for side in SIDES}
+def groups_by_split(artifact: Any) -> dict[str, set[str]]:
+    return {split: {r["group"] for r in rows(artifact, split)} for split in SPLITS}
 
 
 def test_worked_example_cases_t102_r550_p771_with_eval_group_r550(project: Path) -> None:
@@ -45,7 +46,7 @@ def test_worked_example_cases_t102_r550_p771_with_eval_group_r550(project: Path)
     config = dataset(path, split={"validation": 0, "test": 0, "groups": {"test": ["R550"]}})
     outcome = run(config, project / "home")["grouped_split"]
     built = outcome.artifact
-    assert sides_of(built) == {"train": {"P771", "T102"}, "validation": set(), "test": {"R550"}}
+    assert groups_by_split(built) == {"train": {"P771", "T102"}, "validation": set(), "test": {"R550"}}
     assert [(r["group"], r["line"]) for r in rows(built, "train")] == [("T102", 1), ("T102", 3), ("P771", 4)]
     assert built.manifest.counts == {
         **built.manifest.counts,
@@ -60,7 +61,7 @@ def test_worked_example_cases_t102_r550_p771_with_eval_group_r550(project: Path)
         "name": "group_overlap",
         "blocking": True,
         "passed": True,
-        "description": "0 groups are on two sides",
+        "description": "0 groups are in two splits",
     }
     assert built.manifest.accepted
     summary = json.loads(built.file("split.json").read_text())
@@ -71,11 +72,11 @@ def test_worked_example_cases_t102_r550_p771_with_eval_group_r550(project: Path)
     )
 
 
-def test_the_side_of_a_group_never_changes_between_versions() -> None:
+def test_the_split_of_a_group_never_changes_between_versions() -> None:
     config = SplitConfig()
-    sides = Sides(config)
+    assignment = SplitAssignment(config)
     assert fractions_of("salt-v1", ["T102", "R550", "P771"]).round(6).tolist() == GOLDEN_FRACTIONS
-    assert Counter(SIDES[side] for side in sides.of([str(g) for g in range(10_000)])) == GOLDEN_COUNTS
+    assert Counter(SPLITS[i] for i in assignment.of([str(g) for g in range(10_000)])) == GOLDEN_COUNTS
 
 
 GOLDEN_FRACTIONS = [0.821928, 0.596671, 0.981819]
@@ -85,19 +86,19 @@ GOLDEN_COUNTS = {"validation": 1018, "train": 7987, "test": 995}
 def test_a_dataset_grown_ten_times_moves_no_group(project: Path) -> None:
     small = [case(f"g{i // 2}", i) for i in range(80)]
     split = {"validation": 0.2, "test": 0.2}
-    before = sides_of(
+    before = groups_by_split(
         run(dataset(write_jsonl(project / "a.jsonl", small), split=split), project / "home")[
             "grouped_split"
         ].artifact
     )
     grown = [case(f"new{i // 2}", i) for i in range(720)] + small[::-1]
-    after = sides_of(
+    after = groups_by_split(
         run(dataset(write_jsonl(project / "b.jsonl", grown), split=split), project / "home")[
             "grouped_split"
         ].artifact
     )
-    assert all(before[side] for side in SIDES)
-    assert all(before[side] <= after[side] for side in SIDES)
+    assert all(before[split] for split in SPLITS)
+    assert all(before[split] <= after[split] for split in SPLITS)
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,15 +107,15 @@ def test_a_dataset_grown_ten_times_moves_no_group(project: Path) -> None:
     more=st.lists(st.text(min_size=1), max_size=40),
     salt=st.text(),
 )
-def test_the_side_depends_on_salt_and_group_alone(groups: list[str], more: list[str], salt: str) -> None:
+def test_the_split_depends_on_salt_and_group_alone(groups: list[str], more: list[str], salt: str) -> None:
     config = SplitConfig(salt=salt, validation=0.3, test=0.3)
-    alone = [int(Sides(config).of([g])[0]) for g in groups]
-    assert Sides(config).of(more + groups)[len(more) :].tolist() == alone
+    alone = [int(SplitAssignment(config).of([g])[0]) for g in groups]
+    assert SplitAssignment(config).of(more + groups)[len(more) :].tolist() == alone
 
 
 def test_growing_the_test_fraction_moves_no_group_out_of_test() -> None:
     groups = [str(g) for g in range(2_000)]
-    small, large = (Sides(SplitConfig(test=test)).of(groups) for test in (0.1, 0.2))
+    small, large = (SplitAssignment(SplitConfig(test=test)).of(groups) for test in (0.1, 0.2))
     assert (large[small == TEST] == TEST).all() and (small == TEST).any()
 
 
@@ -139,7 +140,7 @@ def test_groups_at_or_after_the_time_cutoff_are_test(project: Path) -> None:
     built = run(dataset(write_jsonl(project / "rows.jsonl", data), split=split), project / "home")[
         "grouped_split"
     ].artifact
-    assert sides_of(built) == {"train": {"old", "fixed"}, "validation": set(), "test": {"edge", "new"}}
+    assert groups_by_split(built) == {"train": {"old", "fixed"}, "validation": set(), "test": {"edge", "new"}}
 
 
 def built_alone(folder: Path, validated: Artifact, **split: Any) -> tuple[Built, Path]:
@@ -176,7 +177,7 @@ def test_built_twice_with_other_threads_in_another_folder_the_bytes_are_the_same
     validated = run(dataset(path), project / "home", until=VALIDATED_ROWS)["validated_rows"].artifact
     versions = []
     for threads in (1, 4):
-        monkeypatch.setattr(near_duplicates, "THREADS", threads)
+        monkeypatch.setattr(shingles, "THREADS", threads)
         split = {"validation": 0.2, "test": 0.2, "near_duplicates": {"threshold": 0.6}}
         built, out = built_alone(tmp_path / str(threads), validated, **split)
         assert built.counts["rejects"] > 0
@@ -184,7 +185,7 @@ def test_built_twice_with_other_threads_in_another_folder_the_bytes_are_the_same
     assert versions[0] == versions[1]
 
 
-def test_the_worst_pairs_are_shown_side_by_side(project: Path, tmp_path: Path) -> None:
+def test_the_worst_pairs_are_in_the_evidence_with_both_texts(project: Path, tmp_path: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", copies())
     validated = run(dataset(path), project / "home", until=VALIDATED_ROWS)["validated_rows"].artifact
     built, _ = built_alone(tmp_path, validated, groups={"test": ["g0"]}, near_duplicates={"threshold": 0.6})
@@ -197,25 +198,25 @@ def test_the_worst_pairs_are_shown_side_by_side(project: Path, tmp_path: Path) -
             assert pair["side"] != pair["of_side"] and pair["group"] != pair["of_group"]
 
 
-def test_files_that_hold_other_rows_than_were_dealt_are_found(project: Path) -> None:
+def test_files_that_hold_other_rows_than_were_assigned_are_found(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", [case(f"g{i}") for i in range(30)])
     artifact = run(dataset(path), project / "home")["grouped_split"].artifact
-    handed = SideSummary()
+    written = SplitSummary()
     for batch in parquet.read_batches(artifact.parts("train"), batch_rows=4):
-        handed.add(batch)
-    held = on_disk(artifact.parts("train"))
-    assert held.row_ids == handed.row_ids and held.rows == handed.rows > 1
+        written.add(batch)
+    on_disk = read_back(artifact.parts("train"))
+    assert on_disk.row_ids == written.row_ids and on_disk.rows == written.rows > 1
     table = pa.concat_tables([pq.read_table(p) for p in artifact.parts("train")])
     moved = project / "moved.parquet"
     pq.write_table(table.take([1, 0, *range(2, table.num_rows)]), moved)
-    assert on_disk([moved]).row_ids != handed.row_ids
+    assert read_back([moved]).row_ids != written.row_ids
 
 
-def test_an_empty_side_blocks_unless_its_size_is_zero(project: Path) -> None:
+def test_an_empty_split_blocks_unless_its_size_is_zero(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", [case("only")])
     outcome = run(dataset(path, split={"groups": {"train": ["only"]}}), project / "home")["grouped_split"]
     assert not outcome.artifact.manifest.accepted
-    assert check(outcome, "sides_not_empty")["description"].startswith(
+    assert check(outcome, "splits_not_empty")["description"].startswith(
         "no rows in validation, test. Add groups"
     )
     outcome = run(
@@ -233,7 +234,7 @@ def test_an_empty_side_blocks_unless_its_size_is_zero(project: Path) -> None:
 def test_contradictions_in_the_configuration_are_errors() -> None:
     for split, message in (
         ({"validation": 0.5, "test": 0.5}, "leave nothing to train on"),
-        ({"groups": {"train": ["a"], "test": ["a"]}}, "'a' is put on two sides"),
+        ({"groups": {"train": ["a"], "test": ["a"]}}, "'a' is put into two splits"),
         ({"time_cutoff": "2026-01-01"}, "needs time_column"),
         ({"time_cutoff": "soon", "time_column": "at"}, "no ISO date"),
     ):
@@ -241,5 +242,5 @@ def test_contradictions_in_the_configuration_are_errors() -> None:
             SplitConfig.model_validate(split)
 
 
-def test_sides_are_indexed_in_their_order() -> None:
-    assert (SIDES[TRAIN], SIDES[VALIDATION], SIDES[TEST]) == ("train", "validation", "test")
+def test_splits_are_indexed_in_their_order() -> None:
+    assert (SPLITS[TRAIN], SPLITS[VALIDATION], SPLITS[TEST]) == ("train", "validation", "test")

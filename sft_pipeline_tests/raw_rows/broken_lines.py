@@ -1,4 +1,4 @@
-"""Lines as they come from the world: good rows among everything that can be wrong with a row of JSON lines."""
+"""Lines as users write them: good rows among everything that can be wrong with a row of JSON lines."""
 
 import json
 import random

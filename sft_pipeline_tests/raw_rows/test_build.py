@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.asset import STAGE
+from sft_pipeline.stages.raw_rows.build import sample_sizes
 from sft_pipeline.stages.raw_rows.locate import snapshots, source_digests
-from sft_pipeline.stages.raw_rows.sample import sizes
 from sft_pipeline.store.files import sha256_file
 from sft_pipeline_tests.command import ROOT
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
@@ -124,11 +124,11 @@ def test_weights_are_the_shares_of_the_mixture(project: Path) -> None:
 
 
 def test_sizes_of_a_mixture() -> None:
-    assert sizes([10, 1000], [None, None], [1, 1]) == [10, 1000]
-    assert sizes([10, 1000], [None, 20], [1, 1]) == [10, 20]
-    assert sizes([100, 1000], [None, None], [3, 1]) == [100, 33]
-    assert sizes([100, 1000, 0], [None, None, None], [0.1, 0.3, 5]) == [100, 300, 0]
-    assert sizes([0, 0], [None, None], [1, 2]) == [0, 0]
+    assert sample_sizes([10, 1000], [None, None], [1, 1]) == [10, 1000]
+    assert sample_sizes([10, 1000], [None, 20], [1, 1]) == [10, 20]
+    assert sample_sizes([100, 1000], [None, None], [3, 1]) == [100, 33]
+    assert sample_sizes([100, 1000, 0], [None, None, None], [0.1, 0.3, 5]) == [100, 300, 0]
+    assert sample_sizes([0, 0], [None, None], [1, 2]) == [0, 0]
 
 
 def test_built_twice_it_has_the_same_data_version(project: Path) -> None:

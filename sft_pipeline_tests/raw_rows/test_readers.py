@@ -19,11 +19,9 @@ from hypothesis import strategies as st
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.raw_rows import json_document, readers, streams
 from sft_pipeline.stages.raw_rows.config import RawSource
-from sft_pipeline.stages.raw_rows.decode import Bad, Row, Rows, decode_strictly
-from sft_pipeline.stages.raw_rows.hub import read_hub
-from sft_pipeline.stages.raw_rows.lines import decode_lines, decode_object
+from sft_pipeline.stages.raw_rows.decode import Reject, Row, Rows, decode_line, decode_lines, decode_strictly
 from sft_pipeline.stages.raw_rows.locate import find_files
-from sft_pipeline.stages.raw_rows.readers import read_file
+from sft_pipeline.stages.raw_rows.readers import read_file, read_hub
 
 ROWS = [
     {
@@ -35,13 +33,13 @@ ROWS = [
 JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 
 
-def read(path: Path | str) -> list[Row | Bad]:
+def read(path: Path | str) -> list[Row | Reject]:
     files = find_files([RawSource(path=str(path), static=True)], 0, "")
     return one_by_one(found for file in files for found in read_file(file))
 
 
-def one_by_one(found: Iterable[Rows | Bad]) -> list[Row | Bad]:
-    return [row for some in found for row in ([some] if isinstance(some, Bad) else map(Row, *some))]
+def one_by_one(found: Iterable[Rows | Reject]) -> list[Row | Reject]:
+    return [row for some in found for row in ([some] if isinstance(some, Reject) else map(Row, *some))]
 
 
 def contents(path: Path | str) -> list[dict[str, Any]]:
@@ -167,7 +165,7 @@ def test_a_local_hub_folder_is_read_through_datasets(tmp_path: Path) -> None:
 def test_a_line_that_is_no_row_is_kept_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
     path = put(tmp_path, "rows.jsonl", JSONL + b"\n" + line + b"\n" + JSONL)
     found = read(path)
-    rejects = [r for r in found if isinstance(r, Bad)]
+    rejects = [r for r in found if isinstance(r, Reject)]
     assert len(found) == 101
     assert [(r.reason, r.line) for r in rejects] == [(reason, 52)]
     assert rejects[0].raw == line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "backslashreplace")
@@ -175,8 +173,8 @@ def test_a_line_that_is_no_row_is_kept_with_its_reason(tmp_path: Path, line: byt
 
 def test_the_row_id_is_the_hash_of_the_canonical_content() -> None:
     one, other = (
-        decode_object(1, b'{"b": 1.50, "a": "\\u00e9"}'),
-        decode_object(9, '{"a":"é","b":1.5}'.encode()),
+        decode_line(1, b'{"b": 1.50, "a": "\\u00e9"}'),
+        decode_line(9, '{"a":"é","b":1.5}'.encode()),
     )
     assert one.row_id == other.row_id == hashlib.sha256('{"a":"é","b":1.5}'.encode()).hexdigest()[:32]
 
@@ -192,7 +190,7 @@ def test_the_content_does_not_depend_on_the_notation_or_the_format(tmp_path: Pat
             json.dumps(row).replace("1e+20", "1E20"),
             json.dumps(row).replace("e+20", "000.0e17"),
         ]
-        found = [decode_object(1, text.encode()) for text in texts]
+        found = [decode_line(1, text.encode()) for text in texts]
         found += [decode_strictly(1, text.encode()) for text in texts]
         found += read(put(tmp_path, "rows.json", json.dumps([row], indent=1)))
         assert len({(r.row_id, r.content) for r in found if isinstance(r, Row)}) == 1
@@ -309,13 +307,13 @@ def test_the_fast_way_gives_what_the_strict_one_gives(lines: list[bytes]) -> Non
     stripped = [(number, line.strip()) for number, line in enumerate(lines, 7)]
     expected = [decode_strictly(number, data) for number, data in stripped if data]
     assert one_by_one(decode_lines(7, b"".join(line + b"\n" for line in lines))) == expected
-    assert [decode_object(number, data) for number, data in stripped if data] == expected
+    assert [decode_line(number, data) for number, data in stripped if data] == expected
 
 
 def test_a_broken_csv_record_costs_its_first_line_only(tmp_path: Path) -> None:
     text = 'prompt,completion\na,b\nragged\nc,d,e\n"open,quote\nf,g\n\nh,"i\nj"\n"x" y,z\nk,l\n'
     found = read(put(tmp_path, "rows.csv", text))
-    assert [(r.line, r.reason) for r in found if isinstance(r, Bad)] == [
+    assert [(r.line, r.reason) for r in found if isinstance(r, Reject)] == [
         (3, "ragged_row"),
         (4, "ragged_row"),
         (5, "invalid_csv"),
@@ -331,7 +329,7 @@ def test_a_broken_csv_record_costs_its_first_line_only(tmp_path: Path) -> None:
 
 def test_an_open_quote_at_the_end_does_not_swallow_the_file(tmp_path: Path) -> None:
     found = read(put(tmp_path, "rows.csv", 'p,c\n"open,1\n' + "a,b\n" * 500))
-    assert sum(isinstance(r, Row) for r in found) == 500 and sum(isinstance(r, Bad) for r in found) == 1
+    assert sum(isinstance(r, Row) for r in found) == 500 and sum(isinstance(r, Reject) for r in found) == 1
 
 
 def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
@@ -339,7 +337,7 @@ def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
         '[\n{"a": 1},\n{"a": NaN},\n{"a": tru},\n5,\n{"a": "\\ud800"},\n{"a": {"b": [1, "]"}]},\n{"a": 2}\n]'
     )
     found = read(put(tmp_path, "rows.json", text))
-    assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
+    assert [(r.line, r.reason if isinstance(r, Reject) else "row") for r in found] == [
         (2, "row"),
         (3, "not_finite"),
         (4, "invalid_json"),
@@ -349,8 +347,8 @@ def test_broken_elements_of_a_json_array_are_rejects(tmp_path: Path) -> None:
         (8, "row"),
     ]
     found = read(put(tmp_path, "bytes.json", b'[{"a": "\xff"}, {"a": "ok"}]'))
-    assert [r.reason if isinstance(r, Bad) else "row" for r in found] == ["invalid_utf8", "row"]
-    assert isinstance(found[0], Bad) and "\\xff" in found[0].raw
+    assert [r.reason if isinstance(r, Reject) else "row" for r in found] == ["invalid_utf8", "row"]
+    assert isinstance(found[0], Reject) and "\\xff" in found[0].raw
 
 
 def test_json_elements_larger_than_the_read_buffer(tmp_path: Path) -> None:
@@ -384,7 +382,7 @@ def test_an_object_of_messages_is_one_row(tmp_path: Path) -> None:
         ("rows.json", json.dumps(ROWS)[:-1], "truncated or broken: expected ']'"),
         ("rows.json", json.dumps(ROWS)[:-9], "truncated in the element"),
         ("rows.json", '{"one": [{"a": 1}], "two": [{"b": 1}]}', "second list of objects, 'two'"),
-        ("rows.json", "[1] [2]", "goes on after its end"),
+        ("rows.json", "[1] [2]", "has more text after its end"),
         ("rows.json", "hello", "neither a JSON array nor an object"),
         ("rows.json", "", "is empty"),
         ("rows.parquet", b"PAR1 nonsense", "not a readable Parquet file"),
@@ -419,14 +417,14 @@ def test_a_line_above_the_cap_is_never_in_memory_whole(
     for end in (10_000, 10_001):  # the longest line that is read, and the shortest that is not
         line = b'{"a": "' + b"x" * (end - 9) + b'"}'
         found = read(put(tmp_path, "rows.jsonl", b'{"a": 1}\n' + line + b"\n" + line))
-        assert [isinstance(r, Bad) for r in found] == [False] + [end == 10_001] * 2
+        assert [isinstance(r, Reject) for r in found] == [False] + [end == 10_001] * 2
     found = read(put(tmp_path, "rows.jsonl", b'{"a": 1}\n' + long + b"\n" + b'{"a": 2}\n'))
-    assert [(r.line, r.reason if isinstance(r, Bad) else "row") for r in found] == [
+    assert [(r.line, r.reason if isinstance(r, Reject) else "row") for r in found] == [
         (1, "row"),
         (2, "line_too_long"),
         (3, "row"),
     ]
-    assert isinstance(found[1], Bad) and str(len(long) + 1) in found[1].raw and len(found[1].raw) < 5_000
+    assert isinstance(found[1], Reject) and str(len(long) + 1) in found[1].raw and len(found[1].raw) < 5_000
     assert hashlib.sha256(long + b"\n").hexdigest() in found[1].raw
     with pytest.raises(InputError, match="never closes"):
         read(put(tmp_path, "rows.json", "[" + long.decode()[:-2] + "]"))

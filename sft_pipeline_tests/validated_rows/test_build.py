@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from sft_pipeline.config.dataset import SourceConfig
 from sft_pipeline.errors import BlockedError
 from sft_pipeline.stages import workers
-from sft_pipeline.stages.raw_rows.config import SourceConfig
-from sft_pipeline.stages.raw_rows.decode import Undecodable
 from sft_pipeline.stages.stage import Evidence
 from sft_pipeline.stages.validated_rows.asset import STAGE
-from sft_pipeline.stages.validated_rows.quarantine import Reason
+from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline_tests.dataset_runs import check, dataset, project, rows, run, write_jsonl
 from sft_pipeline_tests.raw_rows.broken_lines import broken_lines
 
@@ -69,7 +68,8 @@ def test_too_many_rejects_block_what_comes_after(project: Path) -> None:
 def test_every_line_is_accepted_or_quarantined_with_its_bytes(project: Path) -> None:
     path = project / "rows.jsonl"
     path.write_bytes(
-        b'{"prompt": "a", "completion": "b"}\n\xff\n{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n\n[]\n'
+        b'{"prompt": "a", "completion": "b"}\n\xff\n{"prompt": "a"}\n'
+        b'{"prompt": "a", "completion": "b"}\n\n[]\n'
     )
     outcome = run(dataset(path, contract={"max_reject_rate": 1}), project / "home", STAGE)["validated_rows"]
     built = outcome.artifact
@@ -89,7 +89,7 @@ def test_every_line_is_accepted_or_quarantined_with_its_bytes(project: Path) -> 
     assert (
         "4 of 5 rows (80.00%) were rejected" in report
         and "`rows.jsonl:2` `\\xff`" in report
-        and Reason.EXACT_DUPLICATE.explanation in report
+        and RejectReason.EXACT_DUPLICATE.explanation in report
     )
 
 
@@ -191,8 +191,7 @@ def test_a_misspelt_column_names_the_nearest() -> None:
 
 
 def test_every_reason_is_in_one_list_with_an_explanation() -> None:
-    assert {str(u) for u in Undecodable} <= {str(r) for r in Reason}
-    assert all(r.explanation and r.value == r.name.lower() for r in Reason)
+    assert all(r.explanation and r.value == r.name.lower() for r in RejectReason)
 
 
 def test_the_number_of_workers_changes_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,22 +199,21 @@ def test_the_number_of_workers_changes_nothing(project: Path, monkeypatch: pytes
     (project / "rows.jsonl").write_bytes(b"\n".join(broken_lines(8_000, seed=3) + good))
     config = dataset(project / "rows.jsonl", contract={"max_reject_rate": 1})
     monkeypatch.setattr(workers, "INLINE_ITEMS", 1)
-    start, started = workers.subprocess.Popen, []
+    start, started = workers.ProcessPoolExecutor, []
 
-    def counted(*arguments: Any, **more: Any) -> Any:
-        started.append(arguments)
-        return start(*arguments, **more)
+    def counted(number: int, *arguments: Any) -> Any:
+        started.append(number)
+        return start(number, *arguments)
 
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", counted)
     found = []
     for number in ("1", "3"):
         monkeypatch.setenv("SFT_WORKERS", number)
-        monkeypatch.setattr(workers.subprocess, "Popen", counted)
         outcomes = run(config, project / f"home{number}", STAGE)
-        monkeypatch.setattr(workers.subprocess, "Popen", start)
         found.append(
             [(o.artifact.manifest.data_version, o.artifact.manifest.counts) for o in outcomes.values()]
         )
-    assert sum("_serve" in str(arguments) for arguments in started) == 3
+    assert started == [3]
     assert found[0] == found[1]
     assert found[0][1][1]["accepted"] > 9_000
 

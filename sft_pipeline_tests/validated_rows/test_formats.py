@@ -9,21 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.validated_rows.config import ContractConfig
-from sft_pipeline.stages.validated_rows.contract import CONTROL_TOKEN, judge, may_warn, warnings_of
-from sft_pipeline.stages.validated_rows.formats import Conversation, normalise
+from sft_pipeline.stages.validated_rows.formats import NormalizedRow, normalize
+from sft_pipeline.stages.validated_rows.validate import CONTROL_TOKEN, check_contract, may_warn, warnings_of
 
 
 def read(
     format_: str, row: dict[str, Any], columns: dict[str, str] | None = None, **contract: Any
-) -> Conversation:
-    conversation = normalise(format_, row, columns or {})
-    judge(conversation, ContractConfig(**contract))
-    return conversation
+) -> NormalizedRow:
+    normalized = normalize(format_, row, columns or {})
+    check_contract(normalized, ContractConfig(**contract))
+    return normalized
 
 
-def said(conversation: Conversation) -> list[tuple[str, str]]:
-    assert conversation.reasons == []
-    return [(m["role"], m["content"]) for m in conversation.messages]
+def turns_of(row: NormalizedRow) -> list[tuple[str, str]]:
+    assert row.reasons == []
+    return [(m["role"], m["content"]) for m in row.messages]
 
 
 PAIR = [("user", "Q"), ("assistant", "A")]
@@ -126,7 +126,7 @@ CALLS = '[{"function":{"arguments":{"x":1},"name":"find"},"type":"function"}]'
 def test_formats(
     format_: str, row: dict[str, Any], columns: dict[str, str], expected: list[tuple[str, str]]
 ) -> None:
-    assert said(read(format_, row, columns)) == expected
+    assert turns_of(read(format_, row, columns)) == expected
 
 
 def test_loss_weights_of_messages_are_kept() -> None:
@@ -154,7 +154,7 @@ def test_function_calls_become_tool_calls_and_tool_turns() -> None:
         "sharegpt",
         {"conversations": [{"from": f, "value": v} for f, v in turns], "tools": '[{"name": "find"}]'},
     )
-    assert said(found) == [("user", "Q"), ("assistant", ""), ("tool", "R"), ("assistant", "A")]
+    assert turns_of(found) == [("user", "Q"), ("assistant", ""), ("tool", "R"), ("assistant", "A")]
     assert [m["tool_calls"] for m in found.messages] == [None, CALLS, None, None]
     assert json.loads(found.tools or "") == [{"type": "function", "function": {"name": "find"}}]
     openai = {
@@ -280,7 +280,7 @@ def test_ordinary_text_is_no_warning() -> None:
 
 
 @given(st.lists(st.text() | st.from_regex(CONTROL_TOKEN) | st.text("<|>[/]sINT｜\n\x00\x7f"), min_size=1))
-def test_the_look_at_a_whole_column_misses_no_warning(texts: list[str]) -> None:
+def test_the_search_in_a_whole_column_misses_no_warning(texts: list[str]) -> None:
     messages = [{"content": text, "tool_calls": None} for text in texts]
     column = pa.array([*texts, None], pa.string())
     assert may_warn(column).tolist() == [bool(warnings_of([m])) for m in messages] + [False]

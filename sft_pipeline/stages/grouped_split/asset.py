@@ -2,6 +2,7 @@
 
 from sft_pipeline.stages.stage import Build, Built, CheckSpec, Stage
 
+
 def _build(build: Build) -> Built:
     from sft_pipeline.stages.grouped_split.build import build as build_grouped_split
 
@@ -10,7 +11,8 @@ def _build(build: Build) -> Built:
 
 STAGE = Stage(
     name="grouped_split",
-    description="train, validation and test by group. The side is a function of (salt, group), so no later snapshot moves a group; near-duplicates of held-out rows are dropped from train.",
+    description="train, validation and test by group. The split is a function of (salt, group), so no later "
+    "snapshot moves a group; near-duplicates of held-out rows are dropped from train.",
     kinds=frozenset({"parquet"}),
     inputs=("validated_rows",),
     config=lambda branch: branch.dataset.split,
@@ -19,23 +21,27 @@ STAGE = Stage(
         CheckSpec(
             "group_overlap",
             blocking=True,
-            description="No group is on two sides, as read back from the written files",
+            description="No group is in two splits, as read back from the written files",
         ),
         CheckSpec(
             "near_duplicate_leakage",
             blocking=True,
-            description="The fraction of held-out rows with a near-duplicate on another side is within the bound",
+            description="The fraction of held-out rows with a near-duplicate in another split is within the "
+            "bound",
         ),
-        CheckSpec("sides_not_empty", blocking=True, description="Every side that should have rows has some"),
+        CheckSpec(
+            "splits_not_empty", blocking=True, description="Every split that should have rows has some"
+        ),
         CheckSpec(
             "counts_add_up",
             blocking=True,
-            description="train + validation + test + rejects = accepted rows, and the files hold exactly the rows dealt to them",
+            description="train + validation + test + rejects = accepted rows, and the files hold exactly "
+            "the rows assigned to them",
         ),
         CheckSpec(
             "fixed_groups_found",
             blocking=False,
-            description="Every group that is put on a side by hand is in the data",
+            description="Every group that is put into a split by hand is in the data",
         ),
     ),
     packages=("pyarrow",),

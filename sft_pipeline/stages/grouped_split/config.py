@@ -10,7 +10,7 @@ from sft_pipeline.config.base import Config
 
 
 class NearDuplicatesConfig(Config):
-    """The search for near-duplicates across sides."""
+    """The search for near-duplicates across splits."""
 
     threshold: Annotated[
         float,
@@ -22,40 +22,45 @@ class NearDuplicatesConfig(Config):
     ] = 0.8
     action: Annotated[
         Literal["drop_from_train", "report"],
-        Field(description="drop the training-side rows of a straddling cluster, or only list them"),
+        Field(
+            description="drop the rows of a cluster across splits that are not in its held-out split, or "
+            "only list them"
+        ),
     ] = "drop_from_train"
     max_leakage: Annotated[
         float | None,
         Field(
             ge=0,
             le=1,
-            description="the blocking check fails above this fraction of held-out rows with a near-duplicate left on another side; null: 0 where rows are dropped, no bound where they are only reported",
+            description="the blocking check fails above this fraction of held-out rows with a "
+            "near-duplicate left in another split; null: 0 where rows are dropped, no bound where they are "
+            "only reported",
         ),
     ] = None
 
 
 class FixedGroups(Config):
-    """Groups put on a side by hand."""
+    """Groups put into a split by hand."""
 
     train: list[str] = []
     validation: list[str] = []
     test: list[str] = []
 
     @model_validator(mode="after")
-    def _one_side_each(self) -> Self:
+    def _one_split_each(self) -> Self:
         twice = [g for g, n in Counter([*{*self.train}, *{*self.validation}, *{*self.test}]).items() if n > 1]
         if twice:
-            raise ValueError(f"the group {twice[0]!r} is put on two sides")
+            raise ValueError(f"the group {twice[0]!r} is put into two splits")
         return self
 
 
 class SplitConfig(Config):
-    """Sides by group: a pure function of (salt, group)."""
+    """Splits by group: a pure function of (salt, group)."""
 
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of groups")] = 0.1
     test: Annotated[float, Field(ge=0, lt=1, description="fraction of groups")] = 0.1
-    salt: Annotated[str, Field(description="another salt deals the groups anew")] = "salt-v1"
-    groups: Annotated[FixedGroups, Field(description="sides fixed by hand, before the salt is asked")] = (
+    salt: Annotated[str, Field(description="another salt assigns the groups anew")] = "salt-v1"
+    groups: Annotated[FixedGroups, Field(description="groups fixed by hand; they ignore the salt")] = (
         FixedGroups()
     )
     time_column: Annotated[
@@ -73,7 +78,8 @@ class SplitConfig(Config):
     def _consistent(self) -> Self:
         if self.validation + self.test >= 1:
             raise ValueError(
-                f"validation {self.validation} and test {self.test} leave nothing to train on: together they must stay below 1"
+                f"validation {self.validation} and test {self.test} leave nothing to train on: together they "
+                "must stay below 1"
             )
         if self.time_cutoff is not None:
             if self.time_column is None:

@@ -1,46 +1,58 @@
-"""Texts as sets of hashed word 3-grams, computed on whole batches at once.
+"""Texts as sets of hashed word 3-grams, computed on whole batches at once and kept on disk.
 
-Words are lower-cased runs of letters, marks and digits; scripts without spaces count one character as a word. A text of
-one or two words is one shingle, and so is one without any word.
+Words are lower-cased runs of letters, marks and digits; scripts without spaces count one character as a word.
+A text of one or two words is one shingle, and so is one without any word.
 
-The words are never made into strings: they are found in the UTF-8 bytes of the batch and hashed eight bytes at a time.
+The words are never made into strings: they are found in the UTF-8 bytes of the batch and hashed eight bytes
+at a time.
+
+    texts --words--> hashes --3-grams--> a set per row, on disk; in memory its size, bitmap and node
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sft_pipeline.stages.workers import threaded_map
+
 GRAM = 3
 _NO_WORD = r"[^\p{L}\p{M}\p{N}\x00-\x7F]+"  # ASCII is left to _PLAIN, which is many times faster
 _UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
-_PLAIN = bytes(ord(chr(c).lower()) if chr(c).isalnum() else ord(" ") for c in range(128)) + bytes(
-    range(128, 256)
-)
+_LOWER = bytes(ord(chr(c).lower()) if chr(c).isalnum() else ord(" ") for c in range(128))
+_PLAIN = _LOWER + bytes(range(128, 256))
 TEXT_AT_ONCE = (
     1 << 20
-)  # bytes; the arrays made of them are many times that, and should stay near the processor
+)  # bytes; the arrays made of them are many times that, and should stay in the CPU's caches
 _STEP = 8  # bytes hashed at a time
 _LONG = 8 * _STEP  # longer words are rare, and hashed one by one
 _FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(_STEP + 1)], np.uint64)
 _MIX = tuple(np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+BITS = 256  # of a set's bitmap
+FREQUENCY_SLOTS = 1 << 22
+_SLOT = np.uint32(FREQUENCY_SLOTS - 1)
+ELEMENTS_AT_ONCE = 1 << 22
+THREADS = min(4, os.cpu_count() or 1)
 
 
 def texts_of(messages: pa.ListArray) -> pa.Array:
-    """The text of each row for comparison: every message but the system's, joined by a space.
+    """The text of each row for comparison: every message except the system's, joined by a space.
 
     A system message is often the same in every row, and would make all of them look alike.
     """
     flat = messages.flatten()
-    said, calls, by_system = flat.field("content"), flat.field("tool_calls"), is_system(flat)
+    texts, calls, by_system = flat.field("content"), flat.field("tool_calls"), is_system(flat)
     if calls.null_count < len(calls):
-        said = pc.binary_join_element_wise(said, pc.fill_null(calls, ""), " ")
+        texts = pc.binary_join_element_wise(texts, pc.fill_null(calls, ""), " ")
     if pc.any(by_system).as_py():
-        said = pc.if_else(by_system, "", said)
+        texts = pc.if_else(by_system, "", texts)
     offsets = messages.offsets.to_numpy(zero_copy_only=False)
-    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), said), " ")
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), texts), " ")
 
 
 def is_system(messages: pa.StructArray) -> pa.BooleanArray:
@@ -63,7 +75,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
-    """The distinct values, ascending; sorts `keys` in place. `np.unique` hashes, at several times the cost."""
+    """The distinct values, ascending; sorts `keys` in place. `np.unique` costs several times as much."""
     keys.sort()
     keep = np.ones(len(keys), bool)
     np.not_equal(keys[1:], keys[:-1], out=keep[1:])
@@ -74,19 +86,22 @@ def shingle_sets(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The set of each text.
 
     Returns:
-        (sizes int64 [n], hashes uint32 [sum of sizes]): each text's distinct shingles in ascending order; one at least.
+        (sizes int64 [n], hashes uint32 [sum of sizes]): each text's distinct shingles in ascending order, at
+        least one.
     """
-    texts = _spelled(texts)
+    texts = _normalized(texts)
     step = max(1, len(texts) * TEXT_AT_ONCE // max(1, texts.nbytes))
-    pieces = [_sets(texts.slice(first, step)) for first in range(0, len(texts), step)]
+    pieces = [_shingle_sets(texts.slice(first, step)) for first in range(0, len(texts), step)]
     sizes, hashes = zip(*pieces, (np.zeros(0, np.int64), np.zeros(0, np.uint32)))
     return np.concatenate(sizes), np.concatenate(hashes)
 
 
-def _sets(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """`shingle_sets` of a few texts that are `_spelled`."""
+def _shingle_sets(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """`shingle_sets` of a few texts that are `_normalized`."""
     words, counts = _words(texts)
-    grams = _grams(words)
+    # The shingle that begins at each word, at first also across the ends of texts.
+    padded = np.concatenate([words, np.zeros(GRAM - 1, np.uint64)])
+    grams = _gram([padded[i : len(words) + i] for i in range(GRAM)])
     last = np.cumsum(counts)
     whole = np.ones(len(grams), bool)  # whether the gram that begins at a word ends within the word's text
     for back in range(1, GRAM):
@@ -96,22 +111,19 @@ def _sets(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         whole[only] = True
         grams[only] = _gram([words[only + i] for i in range(short)])
     text = np.arange(len(texts), dtype=np.uint64) << np.uint64(32)
+    with_words = np.repeat(text, counts)[whole] | (mixed(grams[whole]) >> np.uint64(32))
+    # The one shingle of a text without a letter or digit is made of its own characters.
     wordless = np.flatnonzero(counts == 0)
-    keys = distinct(
-        np.concatenate(
-            [
-                np.repeat(text, counts)[whole] | (mixed(grams[whole]) >> np.uint64(32)),
-                text[wordless] | _wordless(texts.take(pa.array(wordless))),
-            ]
-        )
-    )
+    signs = [_hash(" ".join(t.split()).encode(), 4) for t in texts.take(pa.array(wordless)).to_pylist()]
+    keys = distinct(np.concatenate([with_words, text[wordless] | np.array(signs, np.uint64)]))
     sizes = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))
     return sizes.astype(np.int64), keys.astype(np.uint32)
 
 
-def _spelled(texts: pa.Array) -> pa.Array:
-    """Texts with characters beyond ASCII: lower-cased, with spaces for what belongs to no word and around characters
-    that are a word each. The others as they are."""
+def _normalized(texts: pa.Array) -> pa.Array:
+    """Texts with characters beyond ASCII lower-cased, with spaces for what belongs to no word and around
+    characters that are a word each; texts of ASCII alone as they are.
+    """
     foreign = pc.invert(pc.string_is_ascii(texts))
     if not pc.any(foreign).as_py():
         return texts
@@ -152,12 +164,6 @@ def _hashes(plain: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray
     return hashes
 
 
-def _grams(words: np.ndarray) -> np.ndarray:
-    """The shingle that begins at each word, also across the ends of texts (uint64)."""
-    padded = np.concatenate([words, np.zeros(GRAM - 1, np.uint64)])
-    return _gram([padded[i : len(words) + i] for i in range(GRAM)])
-
-
 def _gram(words: Sequence[np.ndarray]) -> np.ndarray:
     """Shingles from the hashes of their first, second, ... words (uint64)."""
     gram = words[0] * _MIX[0]
@@ -166,16 +172,120 @@ def _gram(words: Sequence[np.ndarray]) -> np.ndarray:
     return gram
 
 
-def _wordless(texts: pa.Array) -> np.ndarray:
-    """The one shingle of each text without a letter or digit: its own characters (32 bits in uint64)."""
-    return np.array([_hash(" ".join(t.split()).encode(), 4) for t in texts.to_pylist()], np.uint64)
-
-
 def _hash(data: bytes, size: int) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=size).digest(), "little")
 
 
 def jaccard(one: str, other: str) -> float:
-    """The exact similarity of two texts, for tests and reports."""
-    sets: Sequence[set[int]] = [set(shingle_sets(pa.array([t]))[1].tolist()) for t in (one, other)]
+    """The exact similarity of two texts, for tests."""
+    sets = [set(shingle_sets(pa.array([t]))[1].tolist()) for t in (one, other)]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+class ShingleSets:
+    """The shingle set of every row, kept on disk; per row 32 bytes of bitmap and some 30 bytes more in
+    memory.
+
+    Attributes:
+        node: For each row, the index of the first row with an equal set (int64 [rows]).
+        size: Shingles of each row (int64 [rows]).
+    """
+
+    def __init__(self, texts: Iterable[pa.Array], folder: Path, threads: int | None = None) -> None:
+        """
+        Args:
+            texts: The rows' texts, batch by batch.
+            folder: Scratch space, emptied first; it must outlive the sets.
+            threads: Batches shingled at a time, THREADS by default. The result does not depend on it.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._path = folder / "shingles.u32"
+        sizes, signatures = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+        bitmaps = [np.zeros((0, BITS // 64), np.uint64)]
+        frequency = np.zeros(FREQUENCY_SLOTS, np.uint32)
+        with self._path.open("wb") as stream:
+            # Threads suffice, as NumPy and Arrow release the GIL.
+            for _, found in threaded_map(_sets_of_batch, texts, threads or THREADS):
+                size, hashes, bitmap, signature = found
+                hashes.tofile(stream)
+                sizes.append(size)
+                bitmaps.append(bitmap)
+                signatures.append(signature)
+                np.add.at(frequency, hashes & _SLOT, np.uint32(1))
+        self._rarity = np.minimum(frequency, 0xFFFF).astype(np.uint16)
+        self.size = np.concatenate(sizes)
+        self._start = np.cumsum(self.size) - self.size
+        self._bitmap = np.concatenate(bitmaps)
+        self.node = _first_equal(self.size, self._bitmap, np.concatenate(signatures))
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """The hashes of the rows [first, last), read from the disk (uint32)."""
+        count = int(self.size[first:last].sum())
+        return np.fromfile(self._path, np.uint32, count, offset=4 * int(self._start[first]) if count else 0)
+
+    def rarity(self, hashes: np.ndarray) -> np.ndarray:
+        """How often shingles occur, about: a rare one has a small number (uint16)."""
+        return self._rarity[hashes & _SLOT]
+
+    def may_reach(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
+        """Whether pairs of rows can be similar enough, by their sizes and bitmaps. False is always right."""
+        a, b = self.size[one], self.size[other]
+        needed = np.ceil(threshold / (1 + threshold) * (a + b) - 1e-9)
+        fits = np.minimum(a, b) >= needed
+        x, y = self._bitmap[one], self._bitmap[other]
+        only_x, only_y = (np.bitwise_count(m).sum(axis=1, dtype=np.int64) for m in (x & ~y, y & ~x))
+        return fits & (a - only_x >= needed) & (b - only_y >= needed)
+
+    def similarity(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """The exact Jaccard similarity of pairs of rows (float64)."""
+        result = np.zeros(len(one))
+        elements = self.size[one] + self.size[other]
+        hashes = np.memmap(self._path, np.uint32, "r") if elements.any() else np.zeros(0, np.uint32)
+        chunk = np.cumsum(elements) // ELEMENTS_AT_ONCE
+        for piece in np.split(np.arange(len(one)), np.flatnonzero(np.diff(chunk)) + 1):
+            x, y = one[piece], other[piece]
+            pair = np.arange(len(piece), dtype=np.uint64) << np.uint64(32)
+            keys = np.concatenate(
+                [np.repeat(pair, self.size[r]) | hashes[ranges(self._start[r], self.size[r])] for r in (x, y)]
+            )
+            keys.sort()
+            twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
+            common = np.bincount(twice.astype(np.int64), minlength=len(piece))
+            result[piece] = common / (self.size[x] + self.size[y] - common)
+        return result
+
+
+def _sets_of_batch(texts: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The sets of a batch.
+
+    Returns:
+        (sizes int64 [n], hashes uint32 [sum of sizes], bitmaps uint64 [n, BITS / 64] of which residues occur
+        in each set, signatures uint64 [n] that are equal for equal sets).
+    """
+    size, hashes = shingle_sets(texts)
+    marked = np.zeros(len(size) * BITS, bool)
+    marked[np.repeat(np.arange(len(size)) * BITS, size) + hashes % BITS] = True
+    bitmaps = np.packbits(marked).view(np.uint64).reshape(-1, BITS // 64)
+    if not len(size):  # reduceat refuses to add nothing
+        return size, hashes, bitmaps, np.zeros(0, np.uint64)
+    signatures = np.add.reduceat(mixed(hashes * _MIX[0]), np.cumsum(size) - size)
+    return size, hashes, bitmaps, signatures
+
+
+def _first_equal(size: np.ndarray, bitmaps: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+    """For each row the first row with the same set: the same size, bitmap and signature."""
+    order = np.argsort(signatures, kind="stable")
+    new = np.ones(len(order), bool)
+    one, other = order[1:], order[:-1]
+    new[1:] = (
+        (signatures[one] != signatures[other])
+        | (size[one] != size[other])
+        | (bitmaps[one] != bitmaps[other]).any(axis=1)
+    )
+    first = np.empty_like(order)
+    first[order] = order[new][np.cumsum(new) - 1]
+    return first

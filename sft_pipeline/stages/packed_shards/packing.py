@@ -158,7 +158,8 @@ def _assign(lengths: Ints, patterns: list[tuple[Pattern, int]], seed: int) -> Pa
 
 def lower_bound(histogram: Ints, max_length: int) -> int:
     """Blocks that no plan can do without: enough for all tokens, and one for each example over half a
-    block."""
+    block.
+    """
     tokens = int(histogram @ np.arange(len(histogram)))
     return max(-(-tokens // max_length), int(histogram[max_length // 2 + 1 :].sum()))
 
@@ -220,7 +221,8 @@ class _Stock:
 
     def _members(self, first: int) -> list[int]:
         """The lengths of one block that begins with an example of length `first`; the stock is left as it
-        was."""
+        was.
+        """
         mean = self.tokens / self.rows
         members: list[int] = []
         rest: list[int] | None = None
@@ -242,7 +244,8 @@ class _Stock:
 
     def _filling(self, room: int, mean: float) -> list[int] | None:
         """One to three lengths that fill the room, or nearly: those with the largest stock. None: there are
-        none."""
+        none.
+        """
         for total in range(room, max(room - max(self.max_length // LOOSE, 2), 0), -1):
             options = [(int(self.counts[total]), [total]), self._pair(total)]
             if total > 2.5 * mean or not any(supply for supply, _ in options):

@@ -130,7 +130,8 @@ def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
 def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> None:
     """Evens out what is left, in place: the richest update swaps a block with the poorest, the second richest
     with the second poorest, and so on, each pair the two blocks that bring them closest; until all are close
-    or nothing helps."""
+    or nothing helps.
+    """
     layers, updates = members.shape
     for _ in range(_ROUNDS):
         ranked = np.argsort(totals, kind="stable")
@@ -245,7 +246,8 @@ def plan_budget(
     seed: int,
 ) -> PlanBudget:
     """The budget of a training on examples of these lengths, as `packed_shards` would plan it (`sft
-    check`)."""
+    check`).
+    """
     packing = pack(lengths, max_length, strategy, seed)
     plan = plan_updates(packing.sums(supervised), blocks_per_update, epochs, seed)
     return budget_of(packing, plan, lengths, supervised, max_length)

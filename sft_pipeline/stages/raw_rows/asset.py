@@ -22,7 +22,8 @@ def _build(build: Build) -> Built:
 
 STAGE = Stage(
     name="raw_rows",
-    description="Every row of the snapshot as it lies in the source files, with source, file and line. Nothing is judged; what cannot be decoded is kept in `rejects.parquet`.",
+    description="Every row of the snapshot as it is in the source files, with source, file and line. "
+    "Nothing is judged; what cannot be decoded is kept in `rejects.parquet`.",
     kinds=frozenset({"parquet"}),
     inputs=(),
     config=_config,

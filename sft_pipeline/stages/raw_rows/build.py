@@ -1,8 +1,14 @@
-"""Builds raw_rows: every file of the snapshot read as it is, with the place of each row kept."""
+"""Builds raw_rows: every file of the snapshot read as it is, with the source, file and line of each row.
 
+Where a source has a `limit`, or weights differ, rows are sampled. They are ranked by a hash of (seed,
+row_id), so that a row's chance does not depend on its position, and a row that was sampled stays sampled when
+other rows come or go.
+"""
+
+import hashlib
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -13,11 +19,9 @@ import pyarrow as pa
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.raw_rows.config import RawRowsConfig
-from sft_pipeline.stages.raw_rows.decode import Bad, Rows, gather
-from sft_pipeline.stages.raw_rows.hub import is_hub, read_hub
-from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files
-from sft_pipeline.stages.raw_rows.readers import read_file
-from sft_pipeline.stages.raw_rows.sample import chosen, rank, sizes
+from sft_pipeline.stages.raw_rows.decode import Reject, Rows, gather
+from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files, is_hub
+from sft_pipeline.stages.raw_rows.readers import read_file, read_hub
 from sft_pipeline.stages.raw_rows.streams import SourceFile
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 from sft_pipeline.tables import parquet
@@ -34,86 +38,76 @@ ROWS = pa.schema(
 )
 FLUSH_ROWS = 4_096
 FLUSH_BYTES = 16 << 20
+SEED = b"sft-sample-v1"
 
 
 def build(b: Build) -> Built:
-    """Reads the sources of `b.snapshot`, samples them where configured, and writes rows/ and rejects.parquet."""
+    """Reads the sources of `b.snapshot`, samples them where configured, and writes rows/ and rejects.parquet.
+
+    Raises:
+        InputError: There is no such snapshot, it has no row, or a file cannot be read as a whole.
+    """
     config: RawRowsConfig = b.config
-    check_snapshot(config.sources, b.snapshot)
-    sampled = any(s.limit is not None for s in config.sources) or len({s.weight for s in config.sources}) > 1
+    sources = config.sources
+    check_snapshot(sources, b.snapshot)
+    sampled = any(s.limit is not None for s in sources) or len({s.weight for s in sources}) > 1
     spool = b.work / "spool"
     shutil.rmtree(spool, ignore_errors=True)
-    files = {
-        i: find_files(config.sources, i, b.snapshot)
-        for i, s in enumerate(config.sources)
-        if not is_hub(s.path)
-    }
-    reading = _Reading(b.report, total=sum(f.bytes for found in files.values() for f in found))
-    read: list[int] = []
+    files = [[] if is_hub(s.path) else find_files(sources, i, b.snapshot) for i, s in enumerate(sources)]
+    progress = _Progress(b.report, total=sum(f.bytes for found in files for f in found))
     ranks: list[np.ndarray] = []
     with parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         if not sampled:
             with parquet.PartWriter(b.out / "rows", ROWS) as rows:
-                for i in range(len(config.sources)):
-                    read.append(
-                        len(_read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=False))
-                    )
+                for i in range(len(sources)):
+                    ranks.append(_read_source(config, i, files[i], rows, rejects, progress, ranked=False))
         else:
-            for i in range(len(config.sources)):
+            for i in range(len(sources)):
                 with parquet.PartWriter(spool / str(i), ROWS) as rows:
-                    ranks.append(
-                        _read_source(config, i, files.get(i, []), rows, rejects, reading, ranked=True)
-                    )
-            read = [len(r) for r in ranks]
+                    ranks.append(_read_source(config, i, files[i], rows, rejects, progress, ranked=True))
+    read = [len(r) for r in ranks]
     kept = read
     if sampled:
-        kept = sizes(read, [s.limit for s in config.sources], [s.weight for s in config.sources])
+        kept = sample_sizes(read, [s.limit for s in sources], [s.weight for s in sources])
         with parquet.PartWriter(b.out / "rows", ROWS) as rows:
-            for i in range(len(config.sources)):
-                _copy_chosen(sorted((spool / str(i)).glob("*.parquet")), chosen(ranks[i], kept[i]), rows)
+            for i, source in enumerate(sources):
+                taken, start = smallest(ranks[i], kept[i]), 0
+                for batch in parquet.read_batches(sorted((spool / str(i)).glob("*.parquet"))):
+                    rows.write(batch.filter(pa.array(taken[start : start + batch.num_rows])))
+                    start += batch.num_rows
+                b.report.log(
+                    f"{source.path}: {kept[i]:,} of {read[i]:,} rows taken (limit {source.limit}, "
+                    f"weight {source.weight:g})"
+                )
         shutil.rmtree(spool)
-        for i, source in enumerate(config.sources):
-            b.report.log(
-                f"{source.path}: {kept[i]:,} of {read[i]:,} rows taken (limit {source.limit}, weight {source.weight:g})"
-            )
     bad = parquet.count_rows([b.out / "rejects.parquet"])
     if not sum(read) and not bad:
         raise InputError(
-            f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in config.sources)}. Add rows, or remove the snapshot's folder"
+            f"snapshot {b.snapshot} is empty: no rows in {', '.join(s.path for s in sources)}. Add rows, or "
+            "remove the snapshot's folder"
         )
     counts = {
         "read": sum(read) + bad,
         "rows": sum(kept),
         "rejects": bad,
         "sampled_out": sum(read) - sum(kept),
-        "files": sum(len(f) for f in files.values()),
-        "bytes": reading.total,
+        "files": sum(map(len, files)),
+        "bytes": progress.total,
     }
     return Built(counts=counts, checks=_checks(b.out, counts), evidence=_evidence(config, counts, read, kept))
 
 
-class _Reading:
-    """Progress by bytes."""
+class _Progress:
+    """Reports the bytes read, every 4 MiB."""
 
     def __init__(self, report: Reporter, total: int) -> None:
-        self.total, self._report, self._done, self._told = total, report, 0, 0
+        self.total, self._report, self._done, self._reported = total, report, 0, 0
 
     def advance(self, count: int) -> None:
         self._done += count
-        if self._done - self._told > 4 << 20 or self._done >= self.total:
-            self._told = self._done
+        if self._done - self._reported > 4 << 20 or self._done >= self.total:
+            self._reported = self._done
             self._report.progress("read", min(self._done, self.total), self.total, "bytes")
-
-
-def _rows_of(
-    config: RawRowsConfig, source: int, files: list[SourceFile], reading: _Reading
-) -> Iterator[tuple[str, Rows | Bad]]:
-    if is_hub(path := config.sources[source].path):
-        for found in gather(read_hub(path)):
-            yield path, found
-    for file in files:
-        for found in read_file(file, reading.advance):
-            yield file.name, found
 
 
 def _read_source(
@@ -122,29 +116,43 @@ def _read_source(
     files: list[SourceFile],
     rows: parquet.PartWriter,
     rejects: parquet.FileWriter,
-    reading: _Reading,
+    progress: _Progress,
     *,
     ranked: bool,
 ) -> np.ndarray:
     """Writes one source's rows and rejects. Returns a rank per row (zeros unless `ranked`)."""
+
+    def found() -> Iterator[tuple[str, Rows | Reject]]:
+        if is_hub(path := config.sources[source].path):
+            for one in gather(read_hub(path)):
+                yield path, one
+        for file in files:
+            for one in read_file(file, progress.advance):
+                yield file.name, one
+
     ranks = array("Q")
-    good, rejected = _Batch(source), _Rejected(source)
-    for name, found in _rows_of(config, source, files, reading):
-        if isinstance(found, Bad):
-            rejected.add(name, found)
-            if rejected.is_full():
-                rejects.append(rejected.take())
+    batch = _RowBatch(source)
+    rejected: list[dict[str, Any]] = []
+    characters = 0
+    for name, one in found():
+        if isinstance(one, Rows):
+            batch.add(name, one)
+            ranks.extend(map(rank, one.row_ids) if ranked else repeat(0, len(one.row_ids)))
+            if batch.is_full():
+                rows.write(batch.take())
             continue
-        good.add(name, found)
-        ranks.extend(map(rank, found.row_ids) if ranked else repeat(0, len(found.row_ids)))
-        if good.is_full():
-            rows.write(good.take())
-    rows.write(good.take())
-    rejects.append(rejected.take())
+        place = {"row_id": one.row_id, "source": source, "file": name, "line": one.line}
+        rejected.append({**place, "reasons": [str(one.reason)], "raw": one.raw})
+        characters += len(one.raw)
+        if len(rejected) >= FLUSH_ROWS or characters > FLUSH_BYTES:
+            rejects.append(rejected)
+            rejected, characters = [], 0
+    rows.write(batch.take())
+    rejects.append(rejected)
     return np.frombuffer(ranks, dtype=np.uint64) if ranks else np.zeros(0, np.uint64)
 
 
-class _Batch:
+class _RowBatch:
     """Rows of one source on their way into a file, as columns."""
 
     def __init__(self, source: int) -> None:
@@ -180,44 +188,44 @@ class _Batch:
         return pa.RecordBatch.from_arrays(columns, schema=ROWS)
 
 
-class _Rejected:
-    """Rejects of one source on their way into a file."""
-
-    def __init__(self, source: int) -> None:
-        self._source = source
-        self._rows: list[dict[str, Any]] = []
-        self._characters = 0
-
-    def add(self, name: str, row: Bad) -> None:
-        place = {"row_id": row.row_id, "source": self._source, "file": name, "line": row.line}
-        self._rows.append({**place, "reasons": [str(row.reason)], "raw": row.raw})
-        self._characters += len(row.raw)
-
-    def is_full(self) -> bool:
-        return len(self._rows) >= FLUSH_ROWS or self._characters > FLUSH_BYTES
-
-    def take(self) -> list[dict[str, Any]]:
-        rows, self._rows, self._characters = self._rows, [], 0
-        return rows
+def rank(row_id: str) -> int:
+    """A pseudo-random number below 2**64 that depends on the row's content only."""
+    return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8, key=SEED).digest(), "big")
 
 
-def _copy_chosen(paths: list[Path], mask: np.ndarray, rows: parquet.PartWriter) -> None:
-    start = 0
-    for batch in parquet.read_batches(paths):
-        rows.write(batch.filter(pa.array(mask[start : start + batch.num_rows])))
-        start += batch.num_rows
+def sample_sizes(rows: Sequence[int], limits: Sequence[int | None], weights: Sequence[float]) -> list[int]:
+    """How many rows of each source are taken.
+
+    First the limits. Then, where weights differ, as many rows as possible such that the shares are
+    proportional to the weights (rounded down, at least one) and none is taken twice. Sources without rows do
+    not count.
+    """
+    available = [n if limit is None else min(n, limit) for n, limit in zip(rows, limits)]
+    if len(set(weights)) == 1:
+        return available
+    scale = min((n / w for n, w in zip(available, weights) if n), default=0.0)
+    # The source that limits the mixture must come out whole in spite of rounding.
+    return [min(n, max(1, int(scale * w + 1e-9))) if n else 0 for n, w in zip(available, weights)]
+
+
+def smallest(ranks: np.ndarray, count: int) -> np.ndarray:
+    """The `count` smallest of `ranks` (uint64), ties by position: a mask in the order of the rows."""
+    mask = np.zeros(len(ranks), dtype=bool)
+    mask[np.argsort(ranks, kind="stable")[:count]] = True
+    return mask
 
 
 def _checks(out: Path, counts: dict[str, int]) -> tuple[Check, ...]:
     offenders = parquet.first_offenders(out / "rejects.parquet")
     evidence: dict[str, Evidence] = {"rejects": number(counts["rejects"])}
+    where = ""
     if offenders:
         reasons = parquet.count_reasons([out / "rejects.parquet"])
         evidence |= {
             "reasons": table([{"reason": k, "rows": v} for k, v in reasons.items()]),
             "first": table(list(offenders)),
         }
-    where = f"; the first is {offenders[0]['where']} ({offenders[0]['reasons']})" if offenders else ""
+        where = f"; the first is {offenders[0]['where']} ({offenders[0]['reasons']})"
     return (
         Check(
             "undecodable_rows",

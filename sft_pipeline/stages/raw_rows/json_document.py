@@ -1,28 +1,22 @@
-"""Rows of a .json file: an array of objects, an object that holds one array of objects, one object, or JSON lines.
+"""Rows of a .json file: an array of objects, an object that holds one array of objects, one object, or JSON
+lines.
 
-An array is read one element at a time, so its size does not matter. An element that is not JSON becomes a reject; a
-document that does not hold together (no closing bracket, two arrays of rows) is an error of the file.
+An array is read one element at a time, so its size does not matter. An element that is not JSON becomes a
+reject; a document that does not hold together (no closing bracket, two arrays of rows) is an error of the
+file.
 """
 
 import codecs
 import re
 from collections.abc import Generator, Iterator
+from itertools import islice
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.raw_rows.decode import (
-    MAX_LINE,
-    Bad,
-    Refused,
-    Row,
-    Undecodable,
-    bad,
-    encode,
-    guarded,
-    parse,
-    raw_decode,
-)
+from sft_pipeline.stages.raw_rows.decode import Reject, Row, reject, to_row
 from sft_pipeline.stages.raw_rows.streams import Advance, SourceFile, open_stream, read_chunks
+from sft_pipeline.tables.reasons import MAX_LINE, RejectReason
+from sft_pipeline.tables.strict_json import InvalidJson, parse, parse_at
 
 _WHITE = re.compile(r"[ \t\r\n]*")
 # A whole string (or one that the buffer's end cuts off), or a character of structure.
@@ -38,11 +32,11 @@ def looks_like_lines(file: SourceFile) -> bool:
             for line in iter(lambda: stream.readline(MAX_LINE), b"")
         )
         try:
-            first, second = [line for line, _ in zip((x for x in lines if x), range(2))]
+            first, second = islice((line for line in lines if line), 2)
         except (
             ValueError,
             OSError,
-        ):  # fewer than two lines; a file that cannot be read says so when it is read
+        ):  # fewer than two lines, or unreadable, which is reported when it is read
             return False
     if not first.startswith(b"{"):
         return False
@@ -52,18 +46,18 @@ def looks_like_lines(file: SourceFile) -> bool:
 def _is_object(line: bytes) -> bool:
     try:
         return isinstance(parse(line.decode("utf-8", "surrogateescape")), dict)
-    except Refused as refused:
-        return refused.reason is not Undecodable.INVALID_JSON
+    except InvalidJson as invalid:
+        return invalid.reason is not RejectReason.INVALID_JSON
 
 
-def read_document(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
+def read_document(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
     """The rows of one JSON document.
 
     Raises:
         InputError: The document is cut off or holds no rows in a known place; names file and line.
     """
     with open_stream(file, advance) as stream:
-        text = _Text(stream, file)
+        text = _JsonWindow(stream, file)
         start = text.peek()
         if start == "[":
             yield from text.elements()
@@ -76,7 +70,7 @@ def read_document(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
         yield from _whole(file)
 
 
-def _array_in_object(text: "_Text") -> Generator[Row | Bad, None, bool]:
+def _array_in_object(text: "_JsonWindow") -> Generator[Row | Reject, None, bool]:
     """Yields the rows of the one array of objects in an object; returns whether there was one."""
     text.take("{")
     found = False
@@ -101,22 +95,23 @@ def _array_in_object(text: "_Text") -> Generator[Row | Bad, None, bool]:
     return found
 
 
-def _whole(file: SourceFile) -> Iterator[Row | Bad]:
+def _whole(file: SourceFile) -> Iterator[Row | Reject]:
     """A document that is one row."""
     with open_stream(file) as stream:
         data = stream.read(MAX_LINE + 1)
     if len(data) > MAX_LINE:
         raise InputError(
-            f"{file.given} is one JSON object of more than {MAX_LINE >> 20} MiB and not a list of rows: write one row per line (.jsonl)"
+            f"{file.given} is one JSON object of more than {MAX_LINE >> 20} MiB and not a list of rows: "
+            "write one row per line (.jsonl)"
         )
     text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     try:
-        yield encode(1, parse(text), text)
-    except Refused as refused:
-        yield bad(1, refused.reason, data)
+        yield to_row(1, parse(text), text)
+    except InvalidJson as invalid:
+        yield reject(1, invalid.reason, data)
 
 
-class _Text:
+class _JsonWindow:
     """A window on the document's text that moves forward and knows its line."""
 
     def __init__(self, stream: Any, file: SourceFile) -> None:
@@ -168,39 +163,42 @@ class _Text:
     def take(self, character: str) -> None:
         if self.peek() != character:
             raise self.error(
-                f"is truncated or broken: expected {character!r} here. Copy it again, or write one row per line (.jsonl)"
+                f"is truncated or broken: expected {character!r} here. Copy it again, or write one row per "
+                "line (.jsonl)"
             )
         self._at += 1
 
     def must_end(self) -> None:
         if self.peek():
-            raise self.error("goes on after its end: write one row per line (.jsonl)")
+            raise self.error("has more text after its end: write one row per line (.jsonl)")
 
-    def value(self) -> tuple[Any, Refused | None, str]:
-        """Takes the next value: the value, or why it is none, and its text. White space was skipped by `peek`."""
+    def value(self) -> tuple[Any, InvalidJson | None, str]:
+        """Takes the next value (after `peek`): the value, or why it is none, and its text."""
         while True:
-            refused = None
+            invalid = None
             try:
-                value, end = guarded(raw_decode, self._text, self._at)
+                value, end = parse_at(self._text, self._at)
                 if end == len(self._text) and self._text[end - 1] not in '"]}' and self._more():
                     continue  # a number may go on
-            except Refused as problem:
-                value, refused, end = None, problem, self._end_of_value(self._at)
+            except InvalidJson as problem:
+                value, invalid, end = None, problem, self._end_of_value(self._at)
             if end is not None:
                 text = self._text[self._at : end]
                 self._at = end
-                return value, refused, text
+                return value, invalid, text
             if len(self._text) - self._at > MAX_LINE:
                 raise self.error(
-                    f"has an element of more than {MAX_LINE >> 20} MiB, or a quote or bracket that never closes"
+                    f"has an element of more than {MAX_LINE >> 20} MiB, or a quote or bracket that never "
+                    "closes"
                 )
             if not self._more():
                 raise self.error(
-                    "is truncated in the element that begins here, or a quote or bracket in it never closes. Copy the file again, or mend the element"
+                    "is truncated in the element that begins here, or a quote or bracket in it never closes. "
+                    "Copy the file again, or correct the element"
                 )
 
     def _end_of_value(self, start: int) -> int | None:
-        """Where a value that does not parse ends, by its brackets and quotes; None if the window ends first."""
+        """Where a value that does not parse ends, by brackets and quotes; None if the window ends first."""
         depth = 0
         for token in _TOKEN.finditer(self._text, start):
             mark = token[0]
@@ -216,7 +214,7 @@ class _Text:
                 return None
         return None
 
-    def elements(self) -> Iterator[Row | Bad]:
+    def elements(self) -> Iterator[Row | Reject]:
         """Takes an array, a row for each element."""
         self.take("[")
         if self.peek() == "]":
@@ -225,15 +223,15 @@ class _Text:
         while True:
             self.peek()
             line = self.line
-            value, refused, text = self.value()
-            yield bad(line, refused.reason, text) if refused else encode(line, value, text)
+            value, invalid, text = self.value()
+            yield reject(line, invalid.reason, text) if invalid else to_row(line, value, text)
             if self.peek() != ",":
                 break
             self.take(",")
         self.take("]")
 
     def array_of(self) -> str:
-        """What the array that comes next holds, judged by its first element and without taking it.
+        """What the array that comes next holds, by its first element and without taking it.
 
         "rows" (objects), "messages" (the turns of one conversation) or "values".
         """
@@ -243,9 +241,9 @@ class _Text:
                 if self._text[at] != "{":
                     return "values"
                 try:
-                    value, _ = guarded(raw_decode, self._text, at)
+                    value, _ = parse_at(self._text, at)
                     return "messages" if _MESSAGE_KEYS & value.keys() else "rows"
-                except Refused:
+                except InvalidJson:
                     if self._end_of_value(at) is not None:
                         return "rows"
             if len(self._text) - self._at > MAX_LINE or not self._more():

@@ -1,24 +1,31 @@
-"""Which snapshots a dataset has, and which files a snapshot is made of."""
+"""Which snapshots a dataset has, and which files or hub datasets a snapshot is made of.
+
+A source of the Hugging Face hub is `hf://dataset@revision?config=NAME&split=NAME`, where `dataset` may also
+be a local folder of one. The revision is required: an artifact must be made of something that does not move.
+A branch or tag is resolved to its commit when the fingerprint is taken.
+"""
 
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import digest_file
+from sft_pipeline.hub import HubId, parse_hub_id
 from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.config import RawSource
-from sft_pipeline.stages.raw_rows.hub import hub_digests, is_hub
-from sft_pipeline.stages.raw_rows.readers import SUPPORTED, is_supported
-from sft_pipeline.stages.raw_rows.streams import SourceFile
+from sft_pipeline.stages.raw_rows.streams import SUPPORTED, SourceFile
 from sft_pipeline.store.files import sha256_json
 
 if TYPE_CHECKING:
     from sft_pipeline.config.dataset import DatasetConfig
 
 _MAGIC = re.compile(r"[*?\[]")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def snapshots(dataset: "DatasetConfig") -> list[str]:
@@ -35,8 +42,8 @@ def snapshots(dataset: "DatasetConfig") -> list[str]:
 def source_digests(dataset: "DatasetConfig", snapshot: str) -> dict[str, str]:
     """{file as the configuration gives it: sha256} for every source file of the snapshot.
 
-    Keys are relative to the project root where the configured path is, so `project_path(key)` finds the file again;
-    a hub dataset is one entry with its commit.
+    Keys are relative to the project root where the configured path is, so `project_path(key)` finds the file
+    again; a hub dataset is one entry with its commit.
 
     Raises:
         InputError: Unknown snapshot, a missing path, or no file of a known format.
@@ -69,8 +76,9 @@ def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
     where = ", ".join(moving)
     if not known:
         raise InputError(
-            f"no snapshot {snapshot}: {where} has no subfolder{' that all sources share' if len(moving) > 1 else ''}. "
-            "Put each snapshot's files into a subfolder of its own, or set `static: true` for files that do not change"
+            f"no snapshot {snapshot}: {where} has no "
+            f"subfolder{' that all sources share' if len(moving) > 1 else ''}. Put each snapshot's files "
+            "into a subfolder of its own, or set `static: true` for files that do not change"
         )
     newest = ", ".join(known[-3:][::-1])
     raise InputError(f"no snapshot {snapshot}: there is no folder {snapshot} in {where}. Newest: {newest}")
@@ -87,7 +95,7 @@ def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list
     fs, path = _resolve(given)
     if fs.isfile(path):
         root, given_root, found = str(PurePosixPath(path).parent), given.rpartition("/")[0], [path]
-        if not is_supported(path):
+        if not path.lower().endswith(SUPPORTED):
             raise InputError(f"{given}: no reader for this file. Known formats: {', '.join(SUPPORTED)}")
     elif fs.isdir(path):
         root, given_root, found = path, given.rstrip("/"), fs.find(path)
@@ -97,42 +105,35 @@ def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list
         found = [p for p in fs.glob(path) if fs.isfile(p)]
     else:
         raise InputError(
-            f"{given} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml"
+            f"{given} does not exist ({path}). Check `path` in the dataset file; relative paths start at the "
+            "folder of dagster.yaml"
         )
     files = []
     for each in sorted(found):
         name = each.removeprefix(root).lstrip("/")
-        if is_supported(name) and not any(part.startswith(".") for part in name.split("/")):
-            files.append(
-                SourceFile(
-                    source,
-                    name,
-                    f"{given_root}/{name}" if given_root else name,
-                    fs,
-                    each,
-                    int(fs.size(each) or 0),
-                )
-            )
+        if name.lower().endswith(SUPPORTED) and not any(part.startswith(".") for part in name.split("/")):
+            shown = f"{given_root}/{name}" if given_root else name
+            files.append(SourceFile(source, name, shown, fs, each, int(fs.size(each) or 0)))
     if not files:
         raise InputError(f"{given}: no file to read ({path}). Known formats: {', '.join(SUPPORTED)}")
     return files
 
 
 def _digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
+    from fsspec.implementations.local import LocalFileSystem
+
     found: dict[str, str] = {}
     for i, source in enumerate(sources):
         if is_hub(source.path):
             found |= hub_digests(source.path)
-        else:
-            found |= {file.given: _digest(file) for file in find_files(sources, i, snapshot)}
+            continue
+        for file in find_files(sources, i, snapshot):
+            if isinstance(file.fs, LocalFileSystem):
+                found[file.given] = digest_file(Path(file.path))
+            else:
+                with file.fs.open(file.path, "rb") as stream:
+                    found[file.given] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
-
-
-def _digest(file: SourceFile) -> str:
-    if _is_local(file.fs):
-        return digest_file(Path(file.path))
-    with file.fs.open(file.path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_static(source: RawSource) -> bool:
@@ -144,11 +145,13 @@ def _subfolders(source: RawSource) -> set[str]:
     fs, path = _resolve(source.path)
     if fs.isfile(path) or _MAGIC.search(source.path):
         raise InputError(
-            f"{source.path} is a file, not a folder with one subfolder per snapshot: set `static: true` for this source"
+            f"{source.path} is a file, not a folder with one subfolder per snapshot: set `static: true` for "
+            "this source"
         )
     if not fs.isdir(path):
         raise InputError(
-            f"{source.path} does not exist ({path}). Check `path` in the dataset file; relative paths start at the folder of dagster.yaml"
+            f"{source.path} does not exist ({path}). Check `path` in the dataset file; relative paths start "
+            "at the folder of dagster.yaml"
         )
     names = (
         PurePosixPath(entry["name"]).name
@@ -171,7 +174,73 @@ def _resolve(path: str) -> tuple[Any, str]:
         raise InputError(f"{path}: no file system for this address ({error})") from error
 
 
-def _is_local(fs: Any) -> bool:
-    from fsspec.implementations.local import LocalFileSystem
+# -- the Hugging Face hub
+# -----------------------------------------------------------------------------------------
 
-    return isinstance(fs, LocalFileSystem)
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset at a revision. `folder` is set where it is a folder on this machine."""
+
+    name: str
+    revision: str
+    config: str | None
+    split: str | None
+
+    @property
+    def folder(self) -> Path | None:
+        path = project_path(self.name)
+        return path if path.is_dir() else None
+
+
+def is_hub(path: str) -> bool:
+    """Whether a source's path is an address of the hub."""
+    return path.startswith("hf://")
+
+
+def parse_address(path: str) -> HubDataset:
+    """The dataset of a hub address.
+
+    Raises:
+        InputError: No revision, or an unknown option.
+    """
+    address, _, query = path.removeprefix("hf://").partition("?")
+    # What is no hub id is a local folder, whose path may hold an "@" itself.
+    hub_id = parse_hub_id(address) or HubId(*address.rpartition("@")[::2])
+    if not hub_id.name or not hub_id.revision:
+        raise InputError(
+            f"{path}: add the revision, as in hf://owner/dataset@COMMIT: a dataset that may change cannot be "
+            "traced"
+        )
+    options = dict(parse_qsl(query))
+    if unknown := sorted(options.keys() - {"config", "split"}):
+        raise InputError(f"{path}: unknown option {unknown[0]}; known are config and split")
+    return HubDataset(hub_id.name, hub_id.revision, options.get("config"), options.get("split"))
+
+
+def hub_digests(path: str) -> dict[str, str]:
+    """{file: sha256} of a local folder, else {path: revision}; the hub's commit ids are content digests.
+
+    Raises:
+        InputError: A branch or tag that cannot be resolved now.
+    """
+    dataset = parse_address(path)
+    if folder := dataset.folder:
+        names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        return {
+            f"{dataset.name.rstrip('/')}/{name.as_posix()}": digest_file(folder / name)
+            for name in names
+            if not any(part.startswith(".") for part in name.parts)
+        }
+    if _COMMIT.fullmatch(dataset.revision):
+        return {path: f"commit:{dataset.revision}"}
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(dataset.name, revision=dataset.revision).sha
+    except Exception as error:  # whatever it is, the revision is not known now
+        raise InputError(
+            f"{path}: cannot resolve the revision {dataset.revision} ({error.__class__.__name__}); give the "
+            "40-digit commit instead"
+        ) from error
+    return {path: f"commit:{commit}"}

@@ -1,24 +1,16 @@
 """One streaming reader per file format. Each yields rows and rejects in file order and judges nothing."""
 
 import csv
+import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.raw_rows.decode import (
-    MAX_LINE,
-    Bad,
-    Row,
-    Rows,
-    Undecodable,
-    bad,
-    encode,
-    gather,
-    without_nan,
-)
+from sft_pipeline.stages.raw_rows.decode import Reject, Row, Rows, decode_lines, gather, reject, to_row
 from sft_pipeline.stages.raw_rows.json_document import looks_like_lines, read_document
-from sft_pipeline.stages.raw_rows.lines import decode_lines
+from sft_pipeline.stages.raw_rows.locate import parse_address
 from sft_pipeline.stages.raw_rows.streams import (
     CODECS,
     Advance,
@@ -27,17 +19,10 @@ from sft_pipeline.stages.raw_rows.streams import (
     read_blocks,
     read_lines,
 )
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-SUPPORTED = (*tuple(s + c for s in SUFFIXES[:-1] for c in ("", *CODECS)), ".parquet")
+from sft_pipeline.tables.reasons import MAX_LINE, RejectReason
 
 
-def is_supported(name: str) -> bool:
-    """Whether the file's name is that of a format with a reader."""
-    return name.lower().endswith(SUPPORTED)
-
-
-def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[Rows | Bad]:
+def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[Rows | Reject]:
     """The rows and rejects of one file, in its order.
 
     Args:
@@ -60,27 +45,28 @@ def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[R
     return _read_json_lines(file, advance)
 
 
-def _read_json_lines(file: SourceFile, advance: Advance) -> Iterator[Rows | Bad]:
+def _read_json_lines(file: SourceFile, advance: Advance) -> Iterator[Rows | Reject]:
     """One object per line; blank lines are no rows."""
     with open_stream(file, advance) as stream:
         for first, block in read_blocks(stream, file):
-            if isinstance(block, Bad):
+            if isinstance(block, Reject):
                 yield block
             else:
                 yield from decode_lines(first, block)
 
 
-# -- CSV ----------------------------------------------------------------------------------------------------------
+# -- CSV
+# ----------------------------------------------------------------------------------------------------------
 
 
-class _Lines:
+class _CsvLines:
     """Feeds the csv module line by line, and remembers the lines of the record that is being read."""
 
-    def __init__(self, lines: Iterator[tuple[int, bytes | Bad]]) -> None:
+    def __init__(self, lines: Iterator[tuple[int, bytes | Reject]]) -> None:
         self._lines = lines
         self._again: deque[tuple[int, str]] = deque()
         self.record: list[tuple[int, str]] = []
-        self.too_long: Bad | None = None
+        self.too_long: Reject | None = None
         self._bytes = 0
 
     def begin(self) -> None:
@@ -90,7 +76,7 @@ class _Lines:
         """Everything but the record's first line is read again."""
         self._again.extendleft(reversed(self.record[1:]))
 
-    def __iter__(self) -> "_Lines":
+    def __iter__(self) -> "_CsvLines":
         return self
 
     def __next__(self) -> str:
@@ -98,7 +84,7 @@ class _Lines:
             number, text = self._again.popleft()
         else:
             number, line = next(self._lines)
-            if isinstance(line, Bad):
+            if isinstance(line, Reject):
                 self.too_long = line
                 raise csv.Error("line too long")
             text = line.decode("utf-8", "surrogateescape")
@@ -111,11 +97,11 @@ class _Lines:
         return text
 
 
-def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Row | Bad]:
-    """Records under a header; every value is text. A broken record costs its first line, never the rows after it."""
+def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Row | Reject]:
+    """Records under a header; every value is text. A broken record costs its first line, no row after it."""
     csv.field_size_limit(MAX_LINE)
     with open_stream(file, advance) as stream:
-        lines = _Lines(read_lines(stream, file))
+        lines = _CsvLines(read_lines(stream, file))
         header: list[str] | None = None
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         while True:
@@ -126,7 +112,7 @@ def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Ro
                 return
             except csv.Error:
                 if lines.record:
-                    yield bad(lines.record[0][0], Undecodable.INVALID_CSV, lines.record[0][1])
+                    yield reject(lines.record[0][0], RejectReason.INVALID_CSV, lines.record[0][1])
                     lines.put_back()
                 if lines.too_long:
                     yield lines.too_long
@@ -136,28 +122,25 @@ def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Ro
             if not fields:
                 continue
             if header is None:
-                header = _header(file, fields)
+                header = fields
+                if twice := sorted({f for f in fields if fields.count(f) > 1}):
+                    raise InputError(
+                        f"{file.given}, line 1: the header names {', '.join(map(repr, twice))} twice: rename "
+                        "the columns"
+                    )
                 continue
             number, raw = lines.record[0][0], "".join(text for _, text in lines.record)
             if len(fields) != len(header):
-                yield bad(number, Undecodable.RAGGED_ROW, raw)
+                yield reject(number, RejectReason.RAGGED_ROW, raw)
             else:
-                yield encode(number, dict(zip(header, fields)), raw)
+                yield to_row(number, dict(zip(header, fields)), raw)
 
 
-def _header(file: SourceFile, fields: list[str]) -> list[str]:
-    if len(set(fields)) != len(fields):
-        twice = sorted({f for f in fields if fields.count(f) > 1})
-        raise InputError(
-            f"{file.given}, line 1: the header names {', '.join(map(repr, twice))} twice: rename the columns"
-        )
-    return fields
+# -- Parquet
+# ------------------------------------------------------------------------------------------------------
 
 
-# -- Parquet ------------------------------------------------------------------------------------------------------
-
-
-def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
+def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
     """`line` is the row's number from 1. A NaN is a missing value; times become ISO text, decimals text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -173,7 +156,8 @@ def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Bad]:
                 advance(int(batch.num_rows * share))
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"{file.given}: not a readable Parquet file after row {number} ({str(error).splitlines()[0]}): copy it again"
+            f"{file.given}: not a readable Parquet file after row {number} ({str(error).splitlines()[0]}): "
+            "copy it again"
         ) from error
 
 
@@ -191,23 +175,64 @@ def _values(batch: Any) -> list[Any]:
         return values
 
 
-def _table_row(number: int, value: Any) -> Row | Bad:
+def _table_row(number: int, value: Any) -> Row | Reject:
     if isinstance(value, UnicodeDecodeError):
-        return bad(number, Undecodable.INVALID_UTF8, value.object)
+        return reject(number, RejectReason.INVALID_UTF8, value.object)
     if isinstance(value, Exception):
-        return bad(number, Undecodable.UNSUPPORTED_VALUE, str(value))
-    row = encode(number, value, "")
-    if isinstance(row, Bad) and row.reason is Undecodable.NOT_FINITE:
-        value = without_nan(value)
-        row = encode(number, value, "")
-    return (
-        bad(number, row.reason, repr(value).encode("utf-8", "backslashreplace"))
-        if isinstance(row, Bad)
-        else row
-    )
+        return reject(number, RejectReason.UNSUPPORTED_VALUE, str(value))
+    row = to_row(number, value, "")
+    if isinstance(row, Reject) and row.reason is RejectReason.NOT_FINITE:
+        value = _without_nan(value)
+        row = to_row(number, value, "")
+    if isinstance(row, Reject):
+        return reject(number, row.reason, repr(value).encode("utf-8", "backslashreplace"))
+    return row
 
 
-def table_rows(values: Iterator[Any]) -> Iterator[Row | Bad]:
-    """Rows of a table that something else reads, numbered from 1."""
-    for number, value in enumerate(values, 1):
+def _without_nan(value: Any) -> Any:
+    """A copy with NaN as null: in a table NaN stands for a missing value."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return value
+
+
+# -- Hugging Face datasets
+# ----------------------------------------------------------------------------------------
+
+
+def read_hub(address: str) -> Iterator[Row | Reject]:
+    """The rows of one split, streamed through `datasets`. The split is `train`, or the only one, unless
+    named.
+
+    Raises:
+        InputError: The dataset, its configuration or split is not found, or cannot be read.
+    """
+    from datasets import load_dataset
+
+    dataset = parse_address(address)
+    source = str(dataset.folder or dataset.name)
+    # `datasets` raises many kinds of errors, all of which mean that this address gives no data.
+    try:
+        splits: Any = load_dataset(source, dataset.config, revision=dataset.revision, streaming=True)
+    except Exception as error:
+        raise InputError(f"{address}: cannot be loaded: {_first_line(error)}") from error
+    name = dataset.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    if name not in splits:
+        raise InputError(f"{address}: no split {name}; add ?split=NAME with one of {', '.join(splits)}")
+    values = iter(splits[name])
+    for number in count(1):
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise InputError(f"{address}: reading stopped: {_first_line(error)}") from error
         yield _table_row(number, value)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else error.__class__.__name__

@@ -1,4 +1,4 @@
-"""Bytes of source files: opened through fsspec, decompressed, counted, and cut into lines of bounded length."""
+"""Bytes of source files: opened through fsspec, decompressed, counted, cut into lines of bounded length."""
 
 import contextlib
 import hashlib
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.raw_rows.decode import KEPT_OF_LONG_LINE, MAX_LINE, Bad, long_line
+from sft_pipeline.stages.raw_rows.decode import KEPT_OF_LONG_LINE, Reject, reject_long_line
+from sft_pipeline.tables.reasons import MAX_LINE
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUPPORTED = (*tuple(s + c for s in SUFFIXES[:-1] for c in ("", *CODECS)), ".parquet")
 Advance = Callable[[int], None]
 BLOCK = 1 << 20  # bytes
 
@@ -39,8 +42,8 @@ class SourceFile:
         return next((c for end, c in CODECS.items() if self.path.lower().endswith(end)), None)
 
 
-class _Counted(io.RawIOBase):
-    """Tells how many bytes of the file were read."""
+class _CountedStream(io.RawIOBase):
+    """Reports how many bytes of the file were read."""
 
     def __init__(self, stream: IO[bytes], advance: Advance) -> None:
         self._stream, self._advance = stream, advance
@@ -67,7 +70,7 @@ def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator
     with contextlib.ExitStack() as stack:
         try:
             counted = io.BufferedReader(
-                _Counted(stack.enter_context(file.fs.open(file.path, "rb")), advance), BLOCK
+                _CountedStream(stack.enter_context(file.fs.open(file.path, "rb")), advance), BLOCK
             )
         except (OSError, ValueError) as error:
             raise InputError(f"cannot open {file.given}: {error}") from error
@@ -98,7 +101,7 @@ def _explain(file: SourceFile, line: Callable[[], int]) -> Iterator[None]:
         raise InputError(f"{file.given}: {what} after line {line()}: copy it again") from error
 
 
-def read_lines(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes | Bad]]:
+def read_lines(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes | Reject]]:
     """(line number from 1, the line with its end), or a reject for a line above MAX_LINE bytes."""
     number = 0
     with _explain(file, lambda: number):
@@ -107,7 +110,7 @@ def read_lines(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[in
             yield number, _rest_of_long_line(stream, number, data) if _is_cut(data) else data
 
 
-def read_blocks(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes | Bad]]:
+def read_blocks(stream: io.BufferedReader, file: SourceFile) -> Iterator[tuple[int, bytes | Reject]]:
     """(number of the first line, about 1 MB of whole lines), or a reject for a line above MAX_LINE bytes."""
     number = 1
     with _explain(file, lambda: number - 1):
@@ -133,17 +136,17 @@ def _is_cut(line: bytes) -> bool:
     return len(line) > MAX_LINE and not line.endswith(b"\n")
 
 
-def _rest_of_long_line(stream: io.BufferedReader, number: int, data: bytes) -> Bad:
+def _rest_of_long_line(stream: io.BufferedReader, number: int, data: bytes) -> Reject:
     """Reads the line that begins with `data` to its end, and keeps little of it."""
     beginning, length, sha = data[:KEPT_OF_LONG_LINE], len(data), hashlib.sha256(data)
     while not data.endswith(b"\n") and (data := stream.readline(BLOCK)):
         length += len(data)
         sha.update(data)
-    return long_line(number, beginning, length, sha.hexdigest())
+    return reject_long_line(number, beginning, length, sha.hexdigest())
 
 
 def read_chunks(stream: io.BufferedReader, file: SourceFile, line: Callable[[], int]) -> Iterator[bytes]:
-    """The bytes, about 1 MB at a time. `line` tells where the reader is, for messages."""
+    """The bytes, about 1 MB at a time. `line` returns where the reader is, for messages."""
     with _explain(file, line):
         while data := stream.read(BLOCK):
             yield data

@@ -20,7 +20,8 @@ def _build(build: Build) -> Built:
 
 STAGE = Stage(
     name="validated_rows",
-    description="Conversations that keep the row contract. Every other row of the snapshot is in `quarantine.parquet` with all its reasons; `quarantine.md` sums them up.",
+    description="Conversations that keep the row contract. Every other row of the snapshot is in "
+    "`quarantine.parquet` with all its reasons; `quarantine.md` sums them up.",
     kinds=frozenset({"parquet"}),
     inputs=("raw_rows",),
     config=_config,

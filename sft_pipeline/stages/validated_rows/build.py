@@ -1,4 +1,4 @@
-"""Builds validated_rows: raw rows as conversations that keep the contract, and everything else in quarantine."""
+"""Builds validated_rows: raw rows as conversations that keep the contract, all others in quarantine."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -9,51 +9,44 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.plots import charts
-from sft_pipeline.stages.painter import Painter
-from sft_pipeline.stages.stage import Build, Built, Check, Evidence, markdown, number, plot, table
+from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
-from sft_pipeline.stages.validated_rows.judge import Judge, Judged
-from sft_pipeline.stages.validated_rows.quarantine import Reason, reason_table, write_report
-from sft_pipeline.stages.validated_rows.seen import Seen
-from sft_pipeline.stages.validated_rows.statistics import Statistics
+from sft_pipeline.stages.validated_rows.report import evidence, reason_table, write_report
+from sft_pipeline.stages.validated_rows.statistics import DigestSet, RowStatistics
+from sft_pipeline.stages.validated_rows.validate import RowValidator, ValidatedBatch
 from sft_pipeline.stages.workers import ordered_map
 from sft_pipeline.tables import parquet
+from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline.tables.schemas import REJECTS, ROWS
 
 GROUP_COLUMNS = ("group", "group_id", "thread_id", "conversation_id")
-PLACE = ("row_id", "source", "file", "line")
+PROVENANCE = ("row_id", "source", "file", "line")
 
 
 def build(b: Build) -> Built:
     """Validates every raw row; writes rows/, quarantine.parquet and quarantine.md."""
-    with Painter() as painter:
-        return _build(b, painter)
-
-
-def _build(b: Build, painter: Painter) -> Built:
     config: ValidatedRowsConfig = b.config
     raw = b.inputs["raw_rows"]
     raw_rejects = [raw.file("rejects.parquet")]
     undecodable, decoded = parquet.count_rows(raw_rejects), parquet.count_rows(raw.parts("rows"))
     quarantine_path = b.out / "quarantine.parquet"
     groups = group_columns(raw.parts("rows"), config.shapes)
-    statistics, seen = Statistics(), Seen()
+    statistics, seen = RowStatistics(), DigestSet()
     with (
         parquet.PartWriter(b.out / "rows", ROWS) as rows,
         parquet.FileWriter(quarantine_path, REJECTS) as quarantine,
         closing(
-            ordered_map(Judge, (config, groups), parquet.read_batches(raw.parts("rows")))
-        ) as judged_batches,
+            ordered_map(RowValidator, (config, groups), parquet.read_batches(raw.parts("rows")))
+        ) as validated_batches,
     ):
         for batch in parquet.read_batches(raw_rejects):
             quarantine.write(batch)
-        for batch, judged in judged_batches:
-            new = seen.add(judged.keys)
-            accepted = accepted_rows(batch, judged, new)
+        for batch, validated in validated_batches:
+            new = seen.add(validated.keys)
+            accepted = accepted_rows(batch, validated, new)
             rows.write(accepted)
-            statistics.add(accepted, judged.groups[new])
-            quarantine.write(rejected_rows(batch, judged, new))
+            statistics.add(accepted, validated.groups[new])
+            quarantine.write(rejected_rows(batch, validated, new))
             b.report.progress("validate", rows.rows + quarantine.rows - undecodable, decoded, "rows")
     counts = {
         "read": undecodable + decoded,
@@ -67,31 +60,31 @@ def _build(b: Build, painter: Painter) -> Built:
     return Built(
         counts=counts,
         checks=_checks(config, counts, quarantine_path),
-        volatile=("plots/",),
-        evidence=_evidence(b.out, counts, statistics, painter),
+        volatile=("plots/", "quarantine.md"),
+        evidence=evidence(b.out, counts, statistics),
     )
 
 
-def accepted_rows(batch: pa.RecordBatch, judged: Judged, new: np.ndarray) -> pa.RecordBatch:
+def accepted_rows(batch: pa.RecordBatch, validated: ValidatedBatch, new: np.ndarray) -> pa.RecordBatch:
     """The rows of the batch that keep the contract and are new, as validated rows.
 
     Args:
-        new: For each row in `judged.rows`, whether no earlier row is the same.
+        new: For each row in `validated.rows`, whether no earlier row is the same.
     """
-    places = batch.select(PLACE).take(pa.array(judged.kept))
-    rows = pa.RecordBatch.from_arrays([*places.columns, *judged.rows.columns], schema=ROWS)
+    places = batch.select(PROVENANCE).take(pa.array(validated.kept))
+    rows = pa.RecordBatch.from_arrays([*places.columns, *validated.rows.columns], schema=ROWS)
     return rows if new.all() else rows.filter(pa.array(new))
 
 
-def rejected_rows(batch: pa.RecordBatch, judged: Judged, new: np.ndarray) -> pa.RecordBatch:
+def rejected_rows(batch: pa.RecordBatch, validated: ValidatedBatch, new: np.ndarray) -> pa.RecordBatch:
     """All other rows of the batch in their order, with their reasons."""
-    duplicates = judged.kept[~new]
-    reasons = [*judged.reasons, *([str(Reason.EXACT_DUPLICATE)] for _ in duplicates)]
-    positions = np.concatenate((judged.refused, duplicates))
+    duplicates = validated.kept[~new]
+    reasons = [*validated.reasons, *([str(RejectReason.EXACT_DUPLICATE)] for _ in duplicates)]
+    positions = np.concatenate((validated.rejected, duplicates))
     order = np.argsort(positions)
     found = batch.take(pa.array(positions[order]))
     arrays = [
-        *(found.column(name) for name in PLACE),
+        *(found.column(name) for name in PROVENANCE),
         pa.array([reasons[i] for i in order], REJECTS.field("reasons").type),
         found.column("content"),
     ]
@@ -99,7 +92,10 @@ def rejected_rows(batch: pa.RecordBatch, judged: Judged, new: np.ndarray) -> pa.
 
 
 def group_columns(paths: list[Path], shapes: Sequence[SourceShape]) -> list[str | None]:
-    """The column with the group key for each source: the mapped one, else a well-known one that its rows carry, else None."""
+    """The column with the group key for each source.
+
+    The mapped one, else a well-known one that its rows carry, else None: then each row is its own group.
+    """
     found: list[str | None] = [shape.columns.get("group") for shape in shapes]
     unknown = {i for i, column in enumerate(found) if column is None}
     if not unknown:
@@ -134,7 +130,8 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
         Check(
             "reject_rate",
             rate <= bound,
-            f"{rejected:,} of {read:,} rows ({rate:.2%}) were rejected, at most {bound:.2%} may be{': ' + named if named else ''}",
+            f"{rejected:,} of {read:,} rows ({rate:.2%}) were rejected, at most {bound:.2%} may be"
+            + (f": {named}" if named else ""),
             evidence,
         ),
         Check(
@@ -145,50 +142,3 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
         ),
         Check("has_rows", accepted > 0, f"{accepted:,} rows were accepted", {"rows": number(accepted)}),
     )
-
-
-def _evidence(
-    out: Path, counts: dict[str, int], statistics: Statistics, painter: Painter
-) -> dict[str, Evidence]:
-    prompt, completion = statistics.prompt_characters, statistics.completion_characters
-    painter.draw(
-        charts.histogram,
-        out / "plots" / "characters.png",
-        {"prompt": prompt, "completion": completion},
-        title="Characters per row",
-        x="characters",
-    )
-    reasons = reason_table(out / "quarantine.parquet")
-    lengths = [
-        {
-            "part": name,
-            "mean": round(float(a.mean()), 1),
-            "median": int(np.median(a)),
-            "longest": int(a.max()),
-        }
-        for name, a in (("prompt", prompt), ("completion", completion))
-        if len(a)
-    ]
-    return {
-        "row_count": number(counts["accepted"]),
-        "quarantined": number(counts["quarantined"]),
-        "groups": number(counts["groups"]),
-        "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),
-        "reasons": table(list(reasons)),
-        "warnings": table(
-            [
-                {"warning": w, "rows": n}
-                for w, n in sorted(statistics.warnings.items(), key=lambda x: (-x[1], x[0]))
-            ]
-        ),
-        "roles": table(
-            [
-                {"role": r, "messages": n}
-                for r, n in sorted(statistics.roles.items(), key=lambda x: (-x[1], x[0]))
-            ]
-        ),
-        "turns": table([{"replies per row": t, "rows": n} for t, n in sorted(statistics.turns.items())[:20]]),
-        "lengths": table(lengths),
-        "characters": plot("plots/characters.png"),
-        "report": markdown((out / "quarantine.md").read_text(encoding="utf-8")[:20_000]),
-    }

@@ -1,11 +1,24 @@
 """What validated_rows reads of a dataset file: the row contract and the shape of each source's rows."""
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from sft_pipeline.config.base import Config
-from sft_pipeline.stages.raw_rows.config import Format
+
+Format = Literal["messages", "prompt_completion", "instruction", "sharegpt", "dolly", "question_response"]
+
+_TURNS = ("role", "content", "from", "value", "tools", "system")
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", *_TURNS),
+    "prompt_completion": ("prompt", "completion", *_TURNS),
+    "instruction": ("instruction", "input", "output", "system", "history", "tools"),
+    "sharegpt": ("conversations", *_TURNS),
+    "dolly": ("instruction", "context", "response", "tools"),
+    "question_response": ("system_prompt", "question", "response", "tools"),
+}
+"""What `columns` may map, by format; `group` besides."""
+assert set(FIELDS) == set(get_args(Format))
 
 
 class ContractConfig(Config):

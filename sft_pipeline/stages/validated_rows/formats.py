@@ -1,15 +1,15 @@
 """The known row formats, each turned into one list of messages.
 
 A message is a dict of role (system, user, assistant, tool), content (text), weight (loss weight or None) and
-tool_calls (JSON text or None). A function here reads a raw row and says what is wrong with its shape; whether the
-conversation makes sense is for `contract.py` to say.
+tool_calls (JSON text or None). A function here reads a raw row and reports what is wrong with its shape;
+whether the conversation keeps the contract is checked in `validate.py`.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sft_pipeline.stages.validated_rows.quarantine import Reason
+from sft_pipeline.tables.reasons import RejectReason
 
 MISSING: Any = object()
 
@@ -40,27 +40,27 @@ LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
 Message = dict[str, Any]
 
 
-class Conversation:
-    """A row's messages. A message whose content is None has a reason already and is not judged further."""
+class NormalizedRow:
+    """A row's messages, tools and reasons. A message whose content is None has a reason already."""
 
     __slots__ = ("messages", "reasons", "tools")
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.tools: str | None = None
-        self.reasons: list[Reason] = []
+        self.reasons: list[RejectReason] = []
 
-    def refuse(self, reason: Reason) -> None:
+    def reject(self, reason: RejectReason) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def say(
+    def add(
         self, role: str, content: str | None, weight: float | None = None, tool_calls: str | None = None
     ) -> None:
         self.messages.append({"role": role, "content": content, "weight": weight, "tool_calls": tool_calls})
 
 
-class Fields:
+class MappedFields:
     """A raw row read through a column mapping."""
 
     __slots__ = ("_columns", "_row")
@@ -82,7 +82,7 @@ class Fields:
 
 
 def look_up(row: dict[str, Any], column: str) -> Any:
-    """A column by its name or, where there is none of that name, by a dotted path; MISSING where there is neither."""
+    """A column by its name, else by a dotted path; MISSING where there is neither."""
     if column in row:
         return row[column]
     if "." not in column:
@@ -98,76 +98,79 @@ def look_up(row: dict[str, Any], column: str) -> Any:
     return value
 
 
-def normalise(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> Conversation:
+def normalize(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> NormalizedRow:
     """The conversation in a raw row of the given format."""
-    conversation = Conversation()
-    fields = Fields(row, columns)
-    FORMATS[format_](fields, conversation)
-    conversation.tools = _tools(fields, conversation)
-    return conversation
+    normalized = NormalizedRow()
+    fields = MappedFields(row, columns)
+    FORMATS[format_](fields, normalized)
+    normalized.tools = _tools(fields, normalized)
+    return normalized
 
 
-# -- formats ------------------------------------------------------------------------------------------------------
+# -- formats
+# ------------------------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields, to: Conversation) -> None:
+def _messages(fields: MappedFields, to: NormalizedRow) -> None:
     """messages: [{role, content, weight?, tool_calls?}]; `system` beside it is put first."""
     _turns_of(fields, to, "messages")
 
 
-def _sharegpt(fields: Fields, to: Conversation) -> None:
+def _sharegpt(fields: MappedFields, to: NormalizedRow) -> None:
     """conversations: [{from, value}]; `system` beside it is put first."""
     _turns_of(fields, to, "conversations")
 
 
-def _turns_of(fields: Fields, to: Conversation, name: str) -> None:
+def _turns_of(fields: MappedFields, to: NormalizedRow, name: str) -> None:
     turns = fields.get(name)
     if not isinstance(turns, list):
-        to.refuse(Reason.MISSING_FIELD if turns is MISSING or turns is None else Reason.WRONG_TYPE)
+        to.reject(
+            RejectReason.MISSING_FIELD if turns is MISSING or turns is None else RejectReason.WRONG_TYPE
+        )
         return
     _turns(fields, to, turns)
     _put_system_first(fields, to, "system")
 
 
-def _prompt_completion(fields: Fields, to: Conversation) -> None:
+def _prompt_completion(fields: MappedFields, to: NormalizedRow) -> None:
     """prompt and completion, each text or a list of messages; `system` beside them is put first."""
     for value, role in ((fields.get("prompt"), "user"), (fields.get("completion"), "assistant")):
         if isinstance(value, list):
             _turns(fields, to, value)
         else:
-            to.say(role, _text(value, to))
+            to.add(role, _text(value, to))
     _put_system_first(fields, to, "system")
 
 
-def _instruction(fields: Fields, to: Conversation) -> None:
+def _instruction(fields: MappedFields, to: NormalizedRow) -> None:
     """Alpaca: instruction, optional input below it, output; `history` holds earlier [prompt, reply] pairs."""
     _put_system_first(fields, to, "system")
     history = fields.get("history")
     if history is not MISSING and history is not None:
         if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
-            to.refuse(Reason.WRONG_TYPE)
+            to.reject(RejectReason.WRONG_TYPE)
         else:
             for prompt, reply in history:
-                to.say("user", _text(prompt, to))
-                to.say("assistant", _text(reply, to))
-    to.say("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("input"), to)))
-    to.say("assistant", _text(fields.get("output"), to))
+                to.add("user", _text(prompt, to))
+                to.add("assistant", _text(reply, to))
+    to.add("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("input"), to)))
+    to.add("assistant", _text(fields.get("output"), to))
 
 
-def _dolly(fields: Fields, to: Conversation) -> None:
+def _dolly(fields: MappedFields, to: NormalizedRow) -> None:
     """instruction, optional context below it, response."""
-    to.say("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("context"), to)))
-    to.say("assistant", _text(fields.get("response"), to))
+    to.add("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("context"), to)))
+    to.add("assistant", _text(fields.get("response"), to))
 
 
-def _question_response(fields: Fields, to: Conversation) -> None:
+def _question_response(fields: MappedFields, to: NormalizedRow) -> None:
     """OpenOrca: optional system_prompt, question, response."""
     _put_system_first(fields, to, "system_prompt")
-    to.say("user", _text(fields.get("question"), to))
-    to.say("assistant", _text(fields.get("response"), to))
+    to.add("user", _text(fields.get("question"), to))
+    to.add("assistant", _text(fields.get("response"), to))
 
 
-FORMATS: dict[str, Callable[[Fields, Conversation], None]] = {
+FORMATS: dict[str, Callable[[MappedFields, NormalizedRow], None]] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "instruction": _instruction,
@@ -177,31 +180,32 @@ FORMATS: dict[str, Callable[[Fields, Conversation], None]] = {
 }
 
 
-# -- values -------------------------------------------------------------------------------------------------------
+# -- values
+# -------------------------------------------------------------------------------------------------------
 
 
-def _text(value: Any, to: Conversation) -> str | None:
+def _text(value: Any, to: NormalizedRow) -> str | None:
     """Required text. Null is the empty text, which the contract judges."""
     if isinstance(value, str):
         return value
     if value is None:
         return ""
-    to.refuse(Reason.MISSING_FIELD if value is MISSING else Reason.WRONG_TYPE)
+    to.reject(RejectReason.MISSING_FIELD if value is MISSING else RejectReason.WRONG_TYPE)
     return None
 
 
-def _optional(value: Any, to: Conversation) -> str:
+def _optional(value: Any, to: NormalizedRow) -> str:
     return "" if value is MISSING else _text(value, to) or ""
 
 
 def _joined(first: str | None, second: str) -> str | None:
-    """The second text below the first, where both say something."""
+    """The second text below the first, where neither is blank."""
     if first is None:
         return None
     return "\n\n".join(text for text in (first, second) if text.strip())
 
 
-def _put_system_first(fields: Fields, to: Conversation, name: str) -> None:
+def _put_system_first(fields: MappedFields, to: NormalizedRow, name: str) -> None:
     """The system message that stands beside the turns, unless one stands among them."""
     value = fields.get(name)
     if value is MISSING or any(m["role"] == "system" for m in to.messages):
@@ -210,16 +214,16 @@ def _put_system_first(fields: Fields, to: Conversation, name: str) -> None:
         to.messages.insert(0, {"role": "system", "content": system, "weight": None, "tool_calls": None})
 
 
-def _turns(fields: Fields, to: Conversation, turns: list[Any]) -> None:
+def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
     for turn in turns:
         if not isinstance(turn, dict):
-            to.refuse(Reason.WRONG_TYPE)
-            to.say("", None)
+            to.reject(RejectReason.WRONG_TYPE)
+            to.add("", None)
             continue
         name = fields.inner(turn, "role", "from")
         role = ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
-            to.refuse(Reason.MISSING_FIELD if name is MISSING else Reason.ILLEGAL_ROLE)
+            to.reject(RejectReason.MISSING_FIELD if name is MISSING else RejectReason.ILLEGAL_ROLE)
         content, calls = _content(fields.inner(turn, "content", "value"), to)
         given = turn.get("tool_calls")
         if given:
@@ -229,10 +233,10 @@ def _turns(fields: Fields, to: Conversation, turns: list[Any]) -> None:
         if calls and content is None:
             content = ""
         tool_calls = _tool_calls(calls, to) if calls else None
-        to.say(role or "", content if tool_calls or not calls else None, _weight(turn, to), tool_calls)
+        to.add(role or "", content if tool_calls or not calls else None, _weight(turn, to), tool_calls)
 
 
-def _content(value: Any, to: Conversation) -> tuple[str | None, list[Any]]:
+def _content(value: Any, to: NormalizedRow) -> tuple[str | None, list[Any]]:
     """The text of a message, and tool calls that stand among its parts."""
     if value is MISSING:
         value = None
@@ -245,20 +249,20 @@ def _content(value: Any, to: Conversation) -> tuple[str | None, list[Any]]:
         if kind in ("tool_call", "function_call"):
             calls.append(inner)
         elif kind not in (None, "text") or not isinstance(inner, str):
-            to.refuse(Reason.UNSUPPORTED_CONTENT)
+            to.reject(RejectReason.UNSUPPORTED_CONTENT)
             return None, []
         else:
             texts.append(inner)
     return "".join(texts), calls
 
 
-def _weight(turn: dict[str, Any], to: Conversation) -> float | None:
+def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
     """The loss weight of a message; `loss: false` is weight 0."""
     for key in WEIGHT_KEYS:
         if (value := turn.get(key)) is not None:
             if isinstance(value, int | float) and 0 <= value <= LARGEST_WEIGHT:
                 return float(value)
-            to.refuse(Reason.WRONG_TYPE)
+            to.reject(RejectReason.WRONG_TYPE)
     return None
 
 
@@ -272,18 +276,18 @@ def _parsed(value: Any) -> Any:
         return None
 
 
-def _compact(value: Any, otherwise: Reason, to: Conversation) -> str | None:
-    """JSON text. What came out of JSON in JSON may be no text (half a surrogate pair), or too deep to write."""
+def _compact(value: Any, otherwise: RejectReason, to: NormalizedRow) -> str | None:
+    """JSON text. What comes from JSON in JSON may hold half a surrogate pair, or be too deep to write."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         text.encode()
     except (UnicodeEncodeError, RecursionError):
-        to.refuse(otherwise)
+        to.reject(otherwise)
         return None
     return text
 
 
-def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
+def _tool_calls(calls: list[Any], to: NormalizedRow) -> str | None:
     """Calls in the common form [{type: function, function: {name, arguments}}], as JSON text."""
     found: list[dict[str, Any]] = []
     for given in calls:
@@ -291,11 +295,11 @@ def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
         for call in parsed if isinstance(parsed, list) else [parsed]:
             function = call.get("function", call) if isinstance(call, dict) else None
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                to.refuse(Reason.INVALID_TOOL_CALL)
+                to.reject(RejectReason.INVALID_TOOL_CALL)
                 return None
             arguments = _parsed(function.get("arguments", function.get("parameters", {})))
             if not isinstance(arguments, dict):
-                to.refuse(Reason.INVALID_TOOL_CALL)
+                to.reject(RejectReason.INVALID_TOOL_CALL)
                 return None
             entry: dict[str, Any] = {
                 "type": "function",
@@ -304,17 +308,17 @@ def _tool_calls(calls: list[Any], to: Conversation) -> str | None:
             if isinstance(call.get("id"), str):
                 entry["id"] = call["id"]
             found.append(entry)
-    return _compact(found, Reason.INVALID_TOOL_CALL, to)
+    return _compact(found, RejectReason.INVALID_TOOL_CALL, to)
 
 
-def _tools(fields: Fields, to: Conversation) -> str | None:
+def _tools(fields: MappedFields, to: NormalizedRow) -> str | None:
     """The tools that the row declares, in the common form, as JSON text; None where there are none."""
     value = fields.get("tools")
     if value is MISSING or value is None or value in ("", [], "[]"):
         return None
     parsed = _parsed(value)
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
-        to.refuse(Reason.INVALID_TOOLS)
+        to.reject(RejectReason.INVALID_TOOLS)
         return None
     declared = [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
-    return _compact(declared, Reason.INVALID_TOOLS, to)
+    return _compact(declared, RejectReason.INVALID_TOOLS, to)

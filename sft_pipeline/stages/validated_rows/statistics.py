@@ -1,4 +1,4 @@
-"""What the accepted rows are like, counted batch by batch."""
+"""What is kept over all batches: digests of rows and groups, and statistics of the accepted rows."""
 
 from collections import Counter
 
@@ -6,10 +6,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.validated_rows.seen import Seen
+
+class DigestSet:
+    """128-bit digests in 16 bytes each, added whole batches at a time.
+
+    They lie in a few sorted arrays, each more than twice as long as the next, so that a lookup takes a few
+    binary searches and a digest is moved about as often as there are arrays. (A Python set takes 100 bytes
+    per digest.)
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def add(self, digests: np.ndarray) -> np.ndarray:
+        """Adds digests (a NumPy bytes dtype); returns a mask of those that are new, each once."""
+        distinct, first = np.unique(digests, return_index=True)
+        known = np.zeros(len(distinct), bool)
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, distinct), len(run) - 1)
+            known |= run[at] == distinct
+        new = np.zeros(len(digests), bool)
+        new[first[~known]] = True
+        run = distinct[~known]
+        while self._runs and len(self._runs[-1]) <= 2 * len(run):
+            run = np.concatenate((self._runs.pop(), run))
+            run.sort(kind="stable")  # two sorted halves: a stable sort merges them
+        if len(run):
+            self._runs.append(run)
+        return new
 
 
-class Statistics:
+class RowStatistics:
     """Counts over accepted rows; takes 24 bytes per row."""
 
     def __init__(self) -> None:
@@ -17,7 +47,7 @@ class Statistics:
         self.warnings: Counter[str] = Counter()
         self.roles: Counter[str] = Counter()
         self.turns: Counter[int] = Counter()
-        self._groups = Seen()
+        self._groups = DigestSet()
         self._prompts: list[np.ndarray] = []
         self._completions: list[np.ndarray] = []
 
@@ -34,7 +64,7 @@ class Statistics:
         return np.concatenate([np.zeros(0, np.int32), *self._completions])
 
     def add(self, rows: pa.RecordBatch, groups: np.ndarray) -> None:
-        """Counts rows (with the columns of `JUDGED`); `groups` are the digests of their groups."""
+        """Counts rows (with the columns of `VALIDATED`); `groups` are the digests of their groups."""
         if not rows.num_rows:
             return
         self._groups.add(groups)

@@ -1,0 +1,252 @@
+"""Validates a batch of raw rows against the row contract: what a conversation must be for a model to learn
+from it.
+
+A pure function of the batch, so that it can run in any process. What depends on other batches (exact
+duplicates, totals) is left to `build.py`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sft_pipeline.stages.validated_rows.config import ContractConfig, ValidatedRowsConfig
+from sft_pipeline.stages.validated_rows.formats import MISSING, Message, NormalizedRow, look_up, normalize
+from sft_pipeline.tables.reasons import RejectReason
+from sft_pipeline.tables.schemas import KEY_BYTES, MESSAGE, ROWS, content_key, digest, time_of
+from sft_pipeline.tables.strict_json import read_canonical
+
+VALIDATED = pa.schema(
+    [ROWS.field(name) for name in ("group", "messages", "tools", "time", "warnings", "content_key")]
+)
+KEY = np.dtype(f"S{KEY_BYTES}")
+
+# Control tokens of the families in use. In a text one of these would forge a turn if it were tokenized as
+# itself.
+CONTROL_TOKEN = re.compile(
+    r"<\|[A-Za-z0-9_]{1,40}\|>"  # ChatML, Llama 3, Phi, GPT-NeoX and many more
+    r"|<｜[^｜>]{1,40}｜>"  # DeepSeek
+    r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image)>"  # SentencePiece families, Gemma
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\[TOOL_CALLS\]|<</?SYS>>"  # Llama 2, Mistral
+    r"|</?(?:think|tool_call|tool_response|tools)>"  # Qwen
+)
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_EITHER = f"{CONTROL_TOKEN.pattern}|{_CONTROL_CHARACTER.pattern}"
+
+# Which roles may follow which; None is the beginning.
+_FOLLOWS = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "tool": ("tool", "assistant"),
+}
+
+
+class ValidatedBatch(NamedTuple):
+    """What came of a batch of raw rows. Positions are those of the rows in the batch.
+
+    Attributes:
+        kept: Positions (int32) of the rows that keep the contract.
+        rows: What they are made into; columns of `VALIDATED`.
+        keys: 128-bit digests (`KEY`), equal for exact duplicates.
+        groups: 128-bit digests (`KEY`) of the groups.
+        rejected: Positions (int32) of the other rows.
+        reasons: Why, for each of them.
+    """
+
+    kept: np.ndarray
+    rows: pa.RecordBatch
+    keys: np.ndarray
+    groups: np.ndarray
+    rejected: np.ndarray
+    reasons: list[list[str]]
+
+
+class RowValidator:
+    """Validates batches of raw rows under one configuration.
+
+    Args:
+        group_columns: For each source the column with the group key, or None.
+    """
+
+    def __init__(self, config: ValidatedRowsConfig, group_columns: Sequence[str | None]) -> None:
+        self._config, self._group_columns = config, group_columns
+
+    def __call__(self, batch: pa.RecordBatch) -> ValidatedBatch:
+        """Validates a batch with the columns of raw_rows' rows/."""
+        kept: list[int] = []
+        rejected: list[int] = []
+        reasons: list[list[str]] = []
+        groups: list[str] = []
+        times: list[str | None] = []
+        found: list[NormalizedRow] = []
+        contents: list[bytes] = []
+        keys: list[bytes] = []
+        group_keys: list[bytes] = []
+        ids, sources = batch.column("row_id").to_pylist(), batch.column("source").to_pylist()
+        for i, row in enumerate(read_canonical(batch.column("content").cast(pa.binary()).to_pylist())):
+            normalized, group, time = self._validate(sources[i], row)
+            if normalized.reasons:
+                rejected.append(i)
+                reasons.append([str(r) for r in normalized.reasons])
+                continue
+            kept.append(i)
+            found.append(normalized)
+            contents.append(key := content_key(normalized.messages, normalized.tools))
+            groups.append(group or ids[i])
+            # A row that is its own group is compared by its content alone, and its id is a digest already.
+            keys.append(digest(key + group.encode()) if group else key)
+            group_keys.append(digest(group.encode()) if group else bytes.fromhex(ids[i]))
+            times.append(time)
+        return ValidatedBatch(
+            np.array(kept, np.int32),
+            _to_batch(groups, found, times, contents),
+            np.array(keys, KEY),
+            np.array(group_keys, KEY),
+            np.array(rejected, np.int32),
+            reasons,
+        )
+
+    def _validate(self, source: int, row: dict[str, Any]) -> tuple[NormalizedRow, str, str | None]:
+        """The normalized row, its group ("" where it is its own) and its time."""
+        contract, shape = self._config.contract, self._config.shapes[source]
+        normalized = normalize(shape.format, row, shape.columns)
+        check_contract(normalized, contract)
+        column = self._group_columns[source]
+        group = group_of(look_up(row, column)) if column else None
+        if isinstance(group, RejectReason):
+            normalized.reject(group)
+            group = None
+        if not group and (contract.require_group or (contract.require_group is None and column is not None)):
+            normalized.reject(RejectReason.MISSING_GROUP)
+        time = None
+        if self._config.time_column:
+            time = time_of(look_up(row, self._config.time_column))
+            if time is None:
+                normalized.reject(RejectReason.INVALID_TIME)
+        return normalized, group or "", time
+
+
+def _to_batch(
+    groups: list[str], rows: list[NormalizedRow], times: list[str | None], contents: list[bytes]
+) -> pa.RecordBatch:
+    """Rows with the columns of `VALIDATED`."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row.messages) for row in rows], out=offsets[1:])
+    flat = [m for row in rows for m in row.messages]
+    columns = [pa.array([m[f.name] for m in flat], f.type) for f in MESSAGE]
+    messages = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.StructArray.from_arrays(columns, fields=list(MESSAGE))
+    )
+    # Nearly all rows have no warning: one pass over the whole columns finds those that may have one.
+    warnings: list[list[str]] = [[] for _ in rows]
+    suspects = np.flatnonzero(may_warn(columns[1]) | may_warn(columns[3]))
+    for i in np.unique(np.searchsorted(offsets, suspects, side="right") - 1).tolist():
+        warnings[i] = warnings_of(rows[i].messages)
+    arrays = [
+        pa.array(groups, pa.string()),
+        messages,
+        pa.array([row.tools for row in rows], pa.string()),
+        pa.array(times, pa.string()),
+        pa.array(warnings, pa.list_(pa.string())),
+        pa.array(contents, pa.binary(KEY_BYTES)),
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=VALIDATED)
+
+
+def check_contract(row: NormalizedRow, contract: ContractConfig) -> None:
+    """Adds to the row's reasons everything in which its conversation breaks the contract."""
+    messages = row.messages
+    if not messages and row.reasons:
+        return
+    if not _alternates(messages):
+        row.reject(RejectReason.ROLES_DO_NOT_ALTERNATE)
+    if not messages or messages[-1]["role"] not in ("assistant", ""):
+        row.reject(RejectReason.NO_FINAL_COMPLETION)
+        _check_prompt(row, messages, contract)
+    else:
+        _check_prompt(row, messages[:-1], contract)
+        _check_completion(row, messages[-1], contract)
+
+
+def _alternates(messages: list[Message]) -> bool:
+    """Whether every role may follow the one before it; true where one is unknown: that has its own reason."""
+    before = None
+    called = False
+    follows = True
+    for message in messages:
+        role = message["role"]
+        if not role:
+            return True
+        if role not in _FOLLOWS[before] and not (before == "assistant" and called and role == "tool"):
+            follows = False
+        before, called = role, message["tool_calls"]
+    return follows
+
+
+def _check_prompt(row: NormalizedRow, messages: list[Message], contract: ContractConfig) -> None:
+    length = 0
+    any_text = any_empty = False
+    for message in messages:
+        content, calls = message["content"], message["tool_calls"]
+        if content is None:
+            return
+        length += len(content) + len(calls or "")
+        if message["role"] != "system":
+            if content.strip():
+                any_text = True
+            elif not calls and message["role"] != "tool":
+                any_empty = True
+    if not any_text:
+        if contract.min_prompt_chars:
+            row.reject(RejectReason.EMPTY_PROMPT)
+    elif any_empty:
+        row.reject(RejectReason.EMPTY_MESSAGE)
+    elif length < contract.min_prompt_chars:
+        row.reject(RejectReason.PROMPT_TOO_SHORT)
+    if length > contract.max_prompt_chars:
+        row.reject(RejectReason.PROMPT_TOO_LONG)
+
+
+def _check_completion(row: NormalizedRow, message: Message, contract: ContractConfig) -> None:
+    content, calls = message["content"], message["tool_calls"]
+    if content is None:
+        return
+    length = len(content) + len(calls or "")
+    if not content.strip() and not calls:
+        row.reject(RejectReason.EMPTY_COMPLETION)
+    elif length < contract.min_completion_chars:
+        row.reject(RejectReason.COMPLETION_TOO_SHORT)
+    if length > contract.max_completion_chars:
+        row.reject(RejectReason.COMPLETION_TOO_LONG)
+
+
+def may_warn(texts: pa.StringArray) -> np.ndarray:
+    """For which texts `warnings_of` finds something (bool)."""
+    return pc.fill_null(pc.match_substring_regex(texts, _EITHER), False).to_numpy(zero_copy_only=False)
+
+
+def warnings_of(messages: list[Message]) -> list[str]:
+    """Control tokens that stand literally in the text, and control characters; sorted."""
+    found: set[str] = set()
+    for message in messages:
+        for text in (message["content"], message["tool_calls"]):
+            if text:
+                found.update(f"control_token:{token}" for token in CONTROL_TOKEN.findall(text))
+                if _CONTROL_CHARACTER.search(text):
+                    found.add("control_character")
+    return sorted(found)
+
+
+def group_of(value: Any) -> str | RejectReason | None:
+    """The group key as text (whole numbers too); None where there is none; a reason where it is no key."""
+    if isinstance(value, str):
+        return value.strip() or None
+    if value is MISSING or value is None:
+        return None
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_whole else RejectReason.WRONG_TYPE
