@@ -10,15 +10,13 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from sft_pipeline.cli.branch import find_branch
+from sft_pipeline.cli.branch import find_branch, prepared
 from sft_pipeline.cli.console import sparkline
-from sft_pipeline.cli.prepare import prepared
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.environment import accelerator
+from sft_pipeline.stages.environment import accelerator, output_of
 from sft_pipeline.stages.packed_shards.plan import PlanBudget, plan_budget
 from sft_pipeline.stages.stage import Branch
-from sft_pipeline.store import Artifact
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.flops import training_seconds
 from sft_pipeline.training.memory import DeviceBudget, MemoryEstimate, advise, estimate
@@ -28,7 +26,7 @@ from sft_pipeline.training.schedule import Schedule, sampled, warm_up
 def check_recipe(
     recipe: str, *, snapshot: str | None, overrides: Sequence[str], console: Console
 ) -> dict[str, Any]:
-    """The JSON of the command. The data assets are brought up to date on the way: the budget is counted, not guessed.
+    """The JSON of the command. The data assets are brought up to date on the way: the budget is counted.
 
     Raises:
         BlockedError: A blocking check of the data failed.
@@ -39,7 +37,16 @@ def check_recipe(
     gpu = accelerator() is not None
     with prepared(branch, "packed_shards", console) as outcomes:
         artifacts = {name: outcome.artifact for name, outcome in outcomes.items()}
-        budget = _budget(branch, artifacts["tokenized_rows"])
+        rows = pq.read_table(artifacts["tokenized_rows"].file("train"), columns=["length", "supervised"])
+        budget = plan_budget(
+            np.asarray(rows["length"]),
+            np.asarray(rows["supervised"]),
+            max_length=config.tokens.max_length,
+            strategy=config.packing.strategy,
+            blocks_per_update=config.training.planned_blocks,
+            epochs=config.training.epochs,
+            seed=config.training.seed,
+        )
         formatting = json.loads(artifacts["tokenized_rows"].file("formatting.json").read_text())
         counts = {name: dict(a.manifest.counts) for name, a in artifacts.items()}
     tokens = config.training.per_device_batch * config.tokens.max_length
@@ -53,7 +60,7 @@ def check_recipe(
         "recipe": config.name,
         "dataset": branch.dataset.name,
         "snapshot": branch.snapshot,
-        "rows": {name: c for name, c in counts.items()},
+        "rows": counts,
         "budget": {
             **budget.to_json(),
             "blocks_per_update": config.training.planned_blocks,
@@ -75,20 +82,6 @@ def check_recipe(
     }
 
 
-def _budget(branch: Branch, tokenized: Artifact) -> PlanBudget:
-    table = pq.read_table(tokenized.file("train"), columns=["length", "supervised"])
-    recipe = branch.require_recipe()
-    return plan_budget(
-        np.asarray(table["length"]),
-        np.asarray(table["supervised"]),
-        max_length=recipe.tokens.max_length,
-        strategy=recipe.packing.strategy,
-        blocks_per_update=recipe.training.planned_blocks,
-        epochs=recipe.training.epochs,
-        seed=recipe.training.seed,
-    )
-
-
 def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
     """Where tokenizer, context and model do not fit each other."""
     recipe = branch.require_recipe()
@@ -99,29 +92,24 @@ def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
     vocabulary, size = model.get("vocab_size"), formatting.get("vocab_size")
     if vocabulary and size and size > vocabulary:
         found.append(
-            f"the tokenizer {recipe.tokenizer} has {size} tokens, the model {recipe.model.base} only {vocabulary}: its ids would fall outside. Take the model's own tokenizer"
+            f"the tokenizer {recipe.tokenizer} has {size} tokens, the model {recipe.model.base} only "
+            f"{vocabulary}: its ids would fall outside. Take the model's own tokenizer"
         )
     positions = model.get("max_position_embeddings")
     if positions and recipe.tokens.max_length > positions:
         found.append(
-            f"tokens.max_length is {recipe.tokens.max_length}, the model has {positions} positions: lower it to {positions} at most"
+            f"tokens.max_length is {recipe.tokens.max_length}, the model has {positions} positions: "
+            f"lower it to {positions} at most"
         )
     return found
 
 
 def _device_bytes(gpu: bool) -> int:
     if gpu:
-        import subprocess
-
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        if found.returncode == 0:
-            return int(found.stdout.split()[0]) * 2**20
-        raise InputError("nvidia-smi does not tell the GPU's memory")
+        mebibytes = output_of("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+        if mebibytes is None:
+            raise InputError("nvidia-smi does not report the GPU's memory")
+        return int(mebibytes.split()[0]) * 2**20
     import psutil
 
     return psutil.virtual_memory().total
@@ -133,7 +121,7 @@ def _cpu_seconds(memory: MemoryEstimate, budget: PlanBudget, epochs: int, update
 
 
 def _schedule(config: RecipeConfig, updates: int) -> dict[str, Any]:
-    """The learning rate to come, as (update, rate) pairs."""
+    """The learning rate schedule, with its curve as (update, rate) pairs."""
     schedule = Schedule.of(config.training, config.model)
     return {
         "kind": schedule.kind,
@@ -154,14 +142,22 @@ def show_check(result: dict[str, Any], console: Console) -> None:
     table.add_column(justify="right")
     rows = {
         "updates": f"{schedule['updates']:,}{stops}",
-        "blocks per update": f"{budget['blocks_per_update']:,} = {budget['per_device_batch']} per device x {budget['gradient_accumulation']} accumulated x {budget['processes']} processes",
+        "blocks per update": (
+            f"{budget['blocks_per_update']:,} = {budget['per_device_batch']} per device"
+            f" x {budget['gradient_accumulation']} accumulated x {budget['processes']} processes"
+        ),
         "training examples": f"{budget['examples']:,} in {budget['blocks']:,} blocks",
         "tokens an epoch": f"{budget['tokens']:,}, of them {budget['supervised_tokens']:,} supervised",
         "packing efficiency": f"{budget['packing_efficiency']:.1%}",
         "padding would waste": f"{budget['padding_waste']:.1%}",
-        "learning rate": f"{sparkline([rate for _, rate in schedule['curve']])}",
-        "": f"{schedule['kind']}: up to {schedule['peak']:g} in {schedule['warmup_updates']:,} updates, {schedule['curve'][-1][1]:g} at the last",
-        "parameters": f"{result['memory']['parameters']:,}, of them {result['memory']['trainable']:,} trained",
+        "learning rate schedule": sparkline([rate for _, rate in schedule["curve"]]),
+        "": (
+            f"{schedule['kind']}: up to {schedule['peak']:g} in {schedule['warmup_updates']:,} updates, "
+            f"{schedule['curve'][-1][1]:g} at the last"
+        ),
+        "parameters": (
+            f"{result['memory']['parameters']:,}, of them {result['memory']['trainable']:,} trained"
+        ),
         "memory": result["advice"],
         "time": "measured by the sanity check"
         if result["seconds"] is None

@@ -1,4 +1,4 @@
-"""Progress on a terminal: one line per asset, a bar for what is long. Plain lines where stderr is not a terminal."""
+"""Progress on a terminal: one line per asset, a bar for what is long; else plain lines."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A curve of values that are not negative, one character each, the highest the full height."""
+    """A curve of values that are not negative, one character each; the highest value has the full height."""
     top = max(values, default=0.0) or 1.0
     return "".join(LEVELS[round(value / top * (len(LEVELS) - 1))] for value in values)
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sft_pipeline.cli.branch import find_branch
-from sft_pipeline.cli.prepare import prepared
+from sft_pipeline.cli.branch import find_branch, prepared
 
 
 def inspect_recipe(

@@ -1,4 +1,4 @@
-"""`sft lineage`: the chain from an exported model back to its source files."""
+"""`sft lineage`: the chain from an exported model back to its source files. `sft trace`: where a row went."""
 
 from pathlib import Path
 from typing import Any
@@ -34,3 +34,24 @@ def show_lineage(model_dir: str, *, verify: bool, console: Console, out: Console
             print_chain(found.chain, out)
         print_verification(found, out)
     return {"chain": found.chain.to_json() if found.chain else [], **found.to_json()}
+
+
+def show_trace(group_or_row_id: str, *, console: Console, out: Console | None) -> dict[str, Any]:
+    """The JSON of the command; also prints to `out`.
+
+    Raises:
+        InputError: No artifact of the store contains it.
+    """
+    from sft_pipeline.lineage.show import print_trace
+    from sft_pipeline.lineage.trace import trace
+
+    with ConsoleReporter(console) as reporter:
+        found = trace(group_or_row_id, report=reporter)
+    if not found.found:
+        raise InputError(
+            f"nothing in the store has the group or row id {group_or_row_id!r}; "
+            "row ids are 32 hexadecimal digits, as `sft inspect` prints them"
+        )
+    if out is not None:
+        print_trace(found, out)
+    return found.to_json()

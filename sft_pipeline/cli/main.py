@@ -74,7 +74,8 @@ def sweep(
         typer.Option(
             "--set",
             metavar="A.B=V1,V2,...",
-            help="values to try of a key of the recipe; several of these make a grid, a single value holds for all points",
+            help="values to try of a key of the recipe; several of these make a grid, "
+            "a single value holds for all trials",
         ),
     ] = None,
     snapshot: Snapshot = None,
@@ -169,7 +170,7 @@ def trace(
     group_or_row_id: Annotated[str, typer.Argument(metavar="GROUP_OR_ROW_ID")], as_json: Json = False
 ) -> None:
     """Find the artifacts, updates and exported models that contain a row or a group."""
-    from sft_pipeline.cli.trace import show_trace
+    from sft_pipeline.cli.lineage import show_trace
 
     result = show_trace(group_or_row_id, console=err, out=None if as_json else _out())
     if as_json:

@@ -58,7 +58,8 @@ def find_training(training: str, store: Store) -> Artifact:
     trainings = [a for a in found if a.file("history.parquet").is_file()]
     if not trainings:
         raise InputError(
-            f"{training}: no finished training of that folder or fingerprint. `sft run --json` prints the folder as artifacts.trained_checkpoints"
+            f"{training}: no finished training of that folder or fingerprint. "
+            "`sft run --json` prints the folder as artifacts.trained_checkpoints"
         )
     if len(trainings) > 1:
         raise InputError(f"{training}: {len(trainings)} trainings begin like that: give more digits")

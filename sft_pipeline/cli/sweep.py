@@ -11,12 +11,11 @@ from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.launch.launcher import run_isolated
 from sft_pipeline.stages.run import Isolate
 from sft_pipeline.store import Store
-from sft_pipeline.sweep.budget import EVALUATIONS, TOLERANCE, off_budget
-from sft_pipeline.sweep.grid import parse_grid, recipe_lines, short_names, shown
-from sft_pipeline.sweep.plan import Point, SweepPlan, planned
+from sft_pipeline.sweep.grid import as_text, parse_grid, recipe_lines, short_names
+from sft_pipeline.sweep.plan import EVALUATIONS, TOLERANCE, SweepPlan, Trial, off_budget, planned
 from sft_pipeline.sweep.run import Sweep, run_sweep
 from sft_pipeline.sweep.stages import JUDGED_ROWS
-from sft_pipeline.sweep.trial import Result
+from sft_pipeline.sweep.trial import TrialResult
 
 
 def sweep_recipe(
@@ -38,9 +37,9 @@ def sweep_recipe(
             return run_sweep(plan, reporter, _isolate)
 
 
-def _isolate(point: Point) -> Isolate:
+def _isolate(trial: Trial) -> Isolate:
     """Every stage of a trial in a supervised child, as in a run of the branch."""
-    processes = point.branch.require_recipe().training.processes
+    processes = trial.branch.require_recipe().training.processes
     return lambda stage, build: run_isolated(
         stage, build, processes=processes if stage.name == "trial_training" else 1
     )
@@ -49,32 +48,36 @@ def _isolate(point: Point) -> Isolate:
 def show_plan(plan: SweepPlan, console: Console) -> None:
     """What will be trained, before it is."""
     recipe, budget = plan.branch.require_recipe(), plan.budget
-    names = short_names(list(plan.points[0].values))
+    names = short_names(list(plan.trials[0].values))
     table = Table(title=f"sweep {plan.name} on {plan.branch.dataset.name} {plan.branch.snapshot}")
-    for column in ("point", *names.values(), "updates", "supervised tokens"):
+    for column in ("trial", *names.values(), "updates", "supervised tokens"):
         table.add_column(column, justify="right")
-    for point in plan.points:
+    for trial in plan.trials:
         table.add_row(
-            str(point.number),
-            *(shown(v) for v in point.values.values()),
-            f"{point.updates:,}",
-            "blocked" if point.blocked else f"{point.supervised:,} {_off(point.supervised, plan)}".strip(),
+            str(trial.number),
+            *(as_text(v) for v in trial.values.values()),
+            f"{trial.updates:,}",
+            "blocked" if trial.blocked else f"{trial.supervised:,} {_off(trial.supervised, plan)}".strip(),
         )
     console.print(table)
-    for point in plan.points:
-        if point.blocked:
-            console.print(f"point {point.number} is blocked: {point.blocked}", markup=False, soft_wrap=True)
+    for trial in plan.trials:
+        if trial.blocked:
+            console.print(f"trial {trial.number} is blocked: {trial.blocked}", markup=False, soft_wrap=True)
     seconds = plan.seconds()
     time = (
         "the time is measured as it goes"
         if seconds is None
-        else f"about {seconds:,.0f} s of training on {os.cpu_count()} CPUs, very roughly; loading and judging not counted"
+        else f"about {seconds:,.0f} s of training on {os.cpu_count()} CPUs, very roughly; "
+        "loading and judging not counted"
     )
     rows = min(JUDGED_ROWS, recipe.evaluation.max_rows or JUDGED_ROWS)
     for line in (
-        f"budget: {budget.supervised:,} supervised tokens each, as in {budget.updates:,} of the recipe's {plan.planned_updates:,} updates; {time}",
-        f"each schedule ({recipe.training.schedule}) is complete within its own updates; {EVALUATIONS} evaluations, early stopping off",
-        f"judged on the validation side: the loss of all rows, replies to {rows} of them at most; the test side is not read",
+        f"budget: {budget.supervised:,} supervised tokens each, as in {budget.updates:,} of the recipe's "
+        f"{plan.planned_updates:,} updates; {time}",
+        f"each schedule ({recipe.training.schedule}) is complete within its own updates; "
+        f"{EVALUATIONS} evaluations, early stopping off",
+        f"judged on the validation split: the loss of all rows, replies to {rows} of them at most; "
+        "the test split is not read",
     ):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -82,7 +85,7 @@ def show_plan(plan: SweepPlan, console: Console) -> None:
 def show_sweep(sweep: Sweep, console: Console) -> None:
     """The ranked table, what to paste into the recipe, and where to look."""
     rule = sweep.plan.branch.require_recipe().evaluation
-    names = short_names(list(sweep.plan.points[0].values))
+    names = short_names(list(sweep.plan.trials[0].values))
     graders = [g.name for g in rule.graders]
     table = Table(title=f"{sweep.plan.name}: ranked by {', '.join([*rule.gates, *rule.rank_by])}")
     for column in (
@@ -96,18 +99,19 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
     ):
         table.add_column(column, justify="right")
     table.add_column("verdict", max_width=60)
-    for result, place in sweep.ranked():
+    for result, rank in sweep.ranked():
         table.add_row(
-            str(place.rank),
-            *(shown(v) for v in result.point.values.values()),
+            str(rank.number),
+            *(as_text(v) for v in result.trial.values.values()),
             *(_number(result.end.scores.get(name)) for name in ("val_loss", *graders)),
             *_spent(result, sweep.plan),
-            place.verdict.partition("\n")[0],
+            rank.verdict.partition("\n")[0],
         )
     console.print(table)
     if not sweep.comparable_losses():
         console.print(
-            "the points were judged on different validation tokens (the template, the tokenizer or tokens.* varies): their val_loss cannot be compared, their graders can",
+            "the trials were judged on different validation tokens (the template, the tokenizer or tokens.* "
+            "varies): their val_loss cannot be compared, their graders can",
             style="yellow",
             soft_wrap=True,
         )
@@ -123,17 +127,17 @@ def _show_best(sweep: Sweep, console: Console) -> None:
     best = sweep.best()
     if best is None:
         return
-    passed = sweep.places()[best.point.number].gates_passed
+    passed = sweep.ranks()[best.trial.number].gates_passed
     console.print(
         "best, for the recipe:"
         if passed
-        else "no point passes the gates within this budget; the best of them:"
+        else "no trial passes the gates within this budget; the best of them:"
     )
-    for line in recipe_lines(best.point.values):
+    for line in recipe_lines(best.trial.values):
         console.print(f"  {line}", markup=False, style="green", soft_wrap=True)
 
 
-def _spent(result: Result, plan: SweepPlan) -> tuple[str, str, str]:
+def _spent(result: TrialResult, plan: SweepPlan) -> tuple[str, str, str]:
     if not result.supervised:
         return "–", "–", "–"
     tokens = f"{result.supervised:,} {_off(result.supervised, plan)}".strip()
@@ -143,7 +147,7 @@ def _spent(result: Result, plan: SweepPlan) -> tuple[str, str, str]:
 
 
 def _off(supervised: int, plan: SweepPlan) -> str:
-    """A mark where a point is off the common budget by more than a few percent."""
+    """A mark where a trial is off the common budget by more than a few percent."""
     off = off_budget(supervised, plan.budget)
     return f"({off:+.1%})" if abs(off) > TOLERANCE else ""
 

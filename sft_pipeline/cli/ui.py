@@ -31,24 +31,11 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
     with dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
             console.print(message, markup=False)
-    servers = {
-        "Dagster": _start(
-            "dagster", "dev", "-h", HOST, "-p", str(port), "-w", str(project_root() / "workspace.yaml")
-        )
-    }
+    workspace = str(project_root() / "workspace.yaml")
+    servers = {"Dagster": _start("dagster", "dev", "-h", HOST, "-p", str(port), "-w", workspace)}
     if mlflow_is_ours:
-        servers["MLflow"] = _start(
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            tracking,
-            "--host",
-            HOST,
-            "--port",
-            str(mlflow_port),
-            "--workers",
-            "1",
-        )
+        where = ["--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
+        servers["MLflow"] = _start("mlflow", "server", "--backend-store-uri", tracking, *where)
     try:
         console.print("starting the UIs; Ctrl-C stops them")
         _wait(servers["Dagster"], "Dagster", f"http://{HOST}:{port}/server_info", console)
@@ -58,7 +45,8 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
             for name, server in servers.items():
                 if server.poll() is not None:
                     raise SftError(
-                        f"the {name} UI stopped with exit code {server.returncode}; is its port taken? Choose others with --port and --mlflow-port"
+                        f"the {name} UI stopped with exit code {server.returncode}; is its port taken? "
+                        "Choose others with --port and --mlflow-port"
                     )
             time.sleep(0.5)
     except KeyboardInterrupt:

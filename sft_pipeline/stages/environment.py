@@ -51,19 +51,19 @@ def package_version(package: str) -> str | None:
 @lru_cache
 def accelerator() -> str | None:
     """The name of the first GPU; None without one. The driver is asked: importing torch costs seconds."""
-    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    names = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return names.splitlines()[0] if names else None
 
 
 @lru_cache
 def _git_commit() -> str | None:
     git = ("git", "-C", str(PACKAGE_DIR))
-    commit = _output(*git, "rev-parse", "HEAD")
-    changed = _output(*git, "status", "--porcelain", "--", ".")
+    commit = output_of(*git, "rev-parse", "HEAD")
+    changed = output_of(*git, "status", "--porcelain", "--", ".")
     return f"{commit}-dirty" if commit and changed else commit
 
 
-def _output(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a program prints; None where it is not there, fails, hangs or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -1,4 +1,4 @@
-"""What a sweep varies: `--set key=a,b,c` options as a grid of points."""
+"""What a sweep varies: `--set key=a,b,c` options as a grid of trials."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import yaml
 from sft_pipeline.config.yaml_lines import parse_set
 from sft_pipeline.errors import InputError
 
-# What makes a model. Graders, gates and ranking judge the points, so they must be the same for all.
+# What makes a model. Graders, gates and ranking judge the trials, so they must be the same for all.
 SECTIONS = ("model", "template", "tokens", "packing", "training")
 # What the common budget decides.
 SET_BY_SWEEP = ("max_steps", "eval_steps", "save_steps", "early_stopping", "keep_checkpoints")
@@ -29,14 +29,14 @@ class Grid:
     """Every combination of the axes' values.
 
     Attributes:
-        common: `a.b=value` options that hold for all points.
+        common: `a.b=value` options that hold for all trials.
     """
 
     common: tuple[str, ...]
     axes: tuple[Axis, ...]
 
-    def points(self) -> list[tuple[str, ...]]:
-        """The `a.b=value` options of each point, the last axis varying fastest."""
+    def trials(self) -> list[tuple[str, ...]]:
+        """The `a.b=value` options of each trial, the last axis varying fastest."""
         return [
             tuple(f"{axis.key}={value}" for axis, value in zip(self.axes, values))
             for values in product(*(axis.values for axis in self.axes))
@@ -44,7 +44,7 @@ class Grid:
 
 
 def parse_grid(options: Sequence[str]) -> Grid:
-    """Reads the `--set` options: one with several values is an axis, one with a single value is common to all points.
+    """Reads the `--set` options: several values make an axis, a single value holds for all trials.
 
     Raises:
         InputError: An option is not of that form, cannot be swept, or nothing varies.
@@ -67,7 +67,8 @@ def parse_grid(options: Sequence[str]) -> Grid:
             axes.append(Axis(key, tuple(values)))
     if not axes:
         raise InputError(
-            "nothing to sweep: give a --set with several values, for example --set training.learning_rate=1e-5,5e-5,1e-4"
+            "nothing to sweep: give a --set with several values, "
+            "for example --set training.learning_rate=1e-5,5e-5,1e-4"
         )
     return Grid(tuple(common), tuple(axes))
 
@@ -100,14 +101,14 @@ def value_of(option: str) -> Any:
 
 
 def values_of(options: Sequence[str]) -> dict[str, Any]:
-    """{key: parsed value} of a point's options."""
+    """{key: parsed value} of a trial's options."""
     return {option.partition("=")[0]: value_of(option) for option in options}
 
 
 def label_of(values: dict[str, Any]) -> str:
-    """A point in words, for example "learning_rate 5e-05, r 16"."""
+    """A trial in words, for example "learning_rate 5e-05, r 16"."""
     names = short_names(list(values))
-    return ", ".join(f"{names[key]} {shown(value)}" for key, value in values.items())
+    return ", ".join(f"{names[key]} {as_text(value)}" for key, value in values.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -116,7 +117,8 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last)}
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as people write it in a recipe."""
     return f"{value:g}" if isinstance(value, float) else recipe_flow(value)
 
 
@@ -131,10 +133,10 @@ def recipe_lines(values: dict[str, Any]) -> list[str]:
     sections: dict[str, Any] = {}
     for key, value in values.items():
         *above, name = key.split(".")
-        place = sections
+        inner = sections
         for part in above:
-            place = place.setdefault(part, {})
-        place[name] = value
+            inner = inner.setdefault(part, {})
+        inner[name] = value
     return [f"{section}: {recipe_flow(content)}" for section, content in sections.items()]
 
 
@@ -144,13 +146,15 @@ def _must_be_sweepable(option: str, key: str, values: Sequence[str]) -> None:
     section, _, name = key.partition(".")
     if section == "training" and name.split(".")[0] in SET_BY_SWEEP:
         raise InputError(
-            f"--set {option}: a sweep sets {key} itself, from the budget that all points share; --updates N sets the budget"
+            f"--set {option}: a sweep sets {key} itself, from the budget that all trials share; "
+            "--updates N sets the budget"
         )
     if len(values) > 1 and section not in SECTIONS:
         raise InputError(
-            f"--set {option}: {section} cannot vary within a sweep, since all points are judged alike; what can: {', '.join(SECTIONS)}"
+            f"--set {option}: {section} cannot vary within a sweep, since all trials are judged alike; "
+            f"what can: {', '.join(SECTIONS)}"
         )
     parsed = [value_of(f"{key}={value}") for value in values]
     twice = next((v for i, v in enumerate(parsed) if v in parsed[:i]), None)
     if twice is not None:
-        raise InputError(f"--set {option}: the value {shown(twice)} is given twice")
+        raise InputError(f"--set {option}: the value {as_text(twice)} is given twice")

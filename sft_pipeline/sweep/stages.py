@@ -1,15 +1,17 @@
-"""The three stages of a trial. They are variants of the branch's own and live in the same rooms, but are no assets of
-the graph: a trial must never be taken for the recipe's training.
+"""The three stages of a trial.
+
+They are variants of the branch's own, made of the same code, but are no assets of the graph: a trial must
+never be taken for the recipe's training.
 
     tokenized_rows, packed_shards ─▶ trial_probe ─▶ trial_training ─▶ trial_judgement
-                                     accepted?                        validation side only
+                                     accepted?                        validation split only
 
-Before the recipe's own training stands the whole sanity check. Of that a trial asks what its result would be worthless
-without: that labels, vocabulary and example boundaries are right. The overfitting trial and the short run are left
-out: what they try, the trial itself tries longer, and that a learning rate is too high is what a sweep is to find out.
-The probe depends on data and model alone, so points that differ in how they train share one (`sanity.skip` skips it
-too, and is recorded). The model that comes out
-of a sweep is trained by `sft run`, and meets the whole check there.
+Before the recipe's own training stands the whole sanity check. Of that a trial asks what its result would be
+worthless without: that labels, vocabulary and example boundaries are right. The overfitting trial and the
+short run are left out: what they try, the trial itself tries longer, and that a learning rate is too high is
+what a sweep is to find out. The probe depends on data and model alone, so trials that differ in how they
+train share one (`sanity.skip` skips it too, and is recorded). The best configuration is trained by `sft run`,
+and meets the whole check there.
 """
 
 from dataclasses import replace
@@ -54,7 +56,7 @@ def _judgement_config(branch: Branch) -> EvaluationStageConfig:
 
 
 def _probe(build: Build) -> Built:
-    from sft_pipeline.stages.sanity_check.probe_only import build as build_probe
+    from sft_pipeline.stages.sanity_check.build import build_probe
 
     return build_probe(build)
 
@@ -79,7 +81,7 @@ TRAINING = replace(
     TRAINED_CHECKPOINTS,
     name="trial_training",
     package="trained_checkpoints",
-    description="One point of a sweep: a short training with a complete schedule.",
+    description="One trial of a sweep: a short training with a complete schedule.",
     acceptance=("trial_probe",),
 )
 
@@ -87,7 +89,7 @@ JUDGEMENT = replace(
     EVALUATION,
     name="trial_judgement",
     package="evaluation",
-    description="One point of a sweep: its last checkpoint judged on the validation side. The test side is not read.",
+    description="One trial of a sweep: its last checkpoint judged on the validation split, never on test.",
     inputs=("tokenized_rows", "trial_training"),
     config=_judgement_config,
     build=_judge,

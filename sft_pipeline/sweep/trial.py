@@ -1,4 +1,4 @@
-"""One point of a sweep: probe, training, judgement, and what became of it."""
+"""One trial of a sweep: probe, training, judgement, and what became of it."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,24 +11,23 @@ from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.run import Isolate, Run, run_stage
 from sft_pipeline.store import Artifact
-from sft_pipeline.sweep.budget import off_budget
-from sft_pipeline.sweep.plan import Point, SweepPlan
-from sft_pipeline.sweep.ranking import BAD_INPUT, BLOCKED, DIVERGED, FAILED, JUDGED, PENDING, End, Place
+from sft_pipeline.sweep.plan import SweepPlan, Trial, off_budget
+from sft_pipeline.sweep.ranking import BAD_INPUT, BLOCKED, DIVERGED, FAILED, JUDGED, PENDING, Rank, TrialEnd
 from sft_pipeline.sweep.stages import TRIAL_STAGES
 from sft_pipeline.tracking.sweep import SweepTracker
 
 
 @dataclass
-class Result:
-    """What is known of one point.
+class TrialResult:
+    """What is known of one trial.
 
     Attributes:
         loss: (supervised tokens so far, training loss) of each update; val_loss likewise at each evaluation.
         seconds: Of training.
     """
 
-    point: Point
-    end: End = field(default_factory=lambda: End(PENDING, {}))
+    trial: Trial
+    end: TrialEnd = field(default_factory=lambda: TrialEnd(PENDING, {}))
     supervised: int = 0
     tokens: int = 0
     updates: int = 0
@@ -40,20 +39,20 @@ class Result:
     loss: list[tuple[int, float]] = field(default_factory=list)
     val_loss: list[tuple[int, float]] = field(default_factory=list)
 
-    def to_json(self, plan: SweepPlan, place: Place) -> dict[str, Any]:
+    def to_json(self, plan: SweepPlan, rank: Rank) -> dict[str, Any]:
         off = off_budget(self.supervised, plan.budget) if self.supervised else None
         return {
-            "point": self.point.number,
-            "values": self.point.values,
+            "point": self.trial.number,
+            "values": self.trial.values,
             "status": self.end.status,
-            "rank": place.rank,
-            "gates_passed": place.gates_passed,
-            "verdict": place.verdict,
+            "rank": rank.number,
+            "gates_passed": rank.gates_passed,
+            "verdict": rank.verdict,
             "metrics": dict(self.end.scores),
             "updates": self.updates,
-            "planned_updates": self.point.updates,
+            "planned_updates": self.trial.updates,
             "supervised_tokens": self.supervised,
-            "planned_supervised_tokens": self.point.supervised,
+            "planned_supervised_tokens": self.trial.supervised,
             "off_budget": None if off is None else round(off, 5),
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -65,26 +64,20 @@ class Result:
         }
 
 
-def try_point(
-    point: Point, plan: SweepPlan, tracker: SweepTracker, report: Reporter, isolate: Isolate | None
-) -> Result:
-    """One point; what goes wrong with it is its result."""
-    result = Result(point)
+def run_trial(
+    trial: Trial, plan: SweepPlan, tracker: SweepTracker, report: Reporter, isolate: Isolate | None
+) -> TrialResult:
+    """One trial; what goes wrong with it is its result."""
+    result = TrialResult(trial)
     try:
-        if point.blocked:
-            raise BlockedError(point.blocked)
+        if trial.blocked:
+            raise BlockedError(trial.blocked)
         _trial(result, plan, tracker, report, isolate)
     except Interrupted:
         raise
     except SftError as error:
-        status = (
-            BLOCKED
-            if isinstance(error, BlockedError)
-            else BAD_INPUT
-            if isinstance(error, InputError)
-            else FAILED
-        )
-        result.end = End(status, {}, str(error))
+        status = {BlockedError: BLOCKED, InputError: BAD_INPUT}.get(type(error), FAILED)
+        result.end = TrialEnd(status, {}, str(error))
     if result.end.status != JUDGED:
         report.log(f"{result.end.status}: {result.end.reason}", "warning")
     tracker.ended(result.mlflow_run_id, result.end.status, result.end.scores, result.supervised)
@@ -92,45 +85,48 @@ def try_point(
 
 
 def _trial(
-    result: Result, plan: SweepPlan, tracker: SweepTracker, report: Reporter, isolate: Isolate | None
+    result: TrialResult, plan: SweepPlan, tracker: SweepTracker, report: Reporter, isolate: Isolate | None
 ) -> None:
     """Probe, training, judgement; fills the result in.
 
     Raises:
         SftError: As the stages raise them; what was found before is in the result.
     """
-    point = result.point
+    trial = result.trial
     run = Run(
         plan.store,
         report,
-        run_id=f"{plan.run_id}-{point.number}",
-        earlier_run_ids=(point.data_run,),
+        run_id=f"{plan.run_id}-{trial.number}",
+        earlier_run_ids=(trial.data_run,),
         current=False,
-        tracker=tracker.of(point.label),
+        tracker=tracker.of(trial.label),
         isolate=isolate,
     )
-    probe = run_stage(TRIAL_STAGES["trial_probe"], TRIAL_STAGES, point.branch, run)
+    probe = run_stage(TRIAL_STAGES["trial_probe"], TRIAL_STAGES, trial.branch, run)
     if not probe.artifact.manifest.accepted:
         raise BlockedError(_failed_check(probe.artifact))
-    trained = run_stage(TRIAL_STAGES["trial_training"], TRIAL_STAGES, point.branch, run)
+    trained = run_stage(TRIAL_STAGES["trial_training"], TRIAL_STAGES, trial.branch, run)
     _read_training(result, trained.artifact)
-    result.mlflow_run_id = tracker.child(point.label, point.branch, trained.artifact.manifest.fingerprint)
+    result.mlflow_run_id = tracker.child(trial.label, trial.branch, trained.artifact.manifest.fingerprint)
     tracker.copy_curves(result.mlflow_run_id, trained.artifact)
+    training = json.loads(trained.artifact.file("training.json").read_text())
     if not trained.artifact.manifest.accepted:
         finite = next(c for c in trained.artifact.manifest.checks if c["name"] == "finite_loss")
         if finite["passed"]:
             raise BlockedError(_failed_check(trained.artifact))
-        result.end = End(DIVERGED, {}, _training(trained.artifact)["stopped"])
+        result.end = TrialEnd(DIVERGED, {}, training["stopped"])
         return
-    judged = run_stage(TRIAL_STAGES["trial_judgement"], TRIAL_STAGES, point.branch, run)
+    judged = run_stage(TRIAL_STAGES["trial_judgement"], TRIAL_STAGES, trial.branch, run)
     result.artifacts["trial_judgement"] = str(judged.artifact.path)
     result.cached = trained.cached and judged.cached
     found = json.loads(judged.artifact.file("judgement.json").read_text())
     result.rows = {"rows": found["rows"], "generated": found["generated"]}
-    result.end = End(JUDGED, found["scores"], _diagnosis(trained.artifact))
+    # A trial whose loss rose can be judged, and its scores will show it.
+    rose = next((f["words"] for f in training["diagnosis"] if f["kind"] == "diverging"), "")
+    result.end = TrialEnd(JUDGED, found["scores"], rose)
 
 
-def _read_training(result: Result, trained: Artifact) -> None:
+def _read_training(result: TrialResult, trained: Artifact) -> None:
     counts = trained.manifest.counts
     result.supervised, result.tokens = counts["supervised_tokens"], counts["tokens"]
     result.updates = counts["updates"]
@@ -157,17 +153,8 @@ def _failed_check(artifact: Artifact) -> str:
     return f"{failed['name']}: {failed['description']}"
 
 
-def _training(trained: Artifact) -> dict[str, Any]:
-    return json.loads(trained.file("training.json").read_text())
-
-
-def _diagnosis(trained: Artifact) -> str:
-    """That the loss rose, where it did: such a point can be judged, and its scores will show it."""
-    findings = json.loads(trained.file("diagnosis.json").read_text())["findings"]
-    return next((f["words"] for f in findings if f["kind"] == "diverging"), "")
-
-
-def said(result: Result) -> str:
+def summary(result: TrialResult) -> str:
+    """A trial's scores, or how else it ended, on one line."""
     if result.end.status != JUDGED:
         return result.end.status
     scores = ", ".join(f"{k} {v:.4g}" for k, v in result.end.scores.items() if v is not None)

@@ -1,5 +1,7 @@
-"""A sweep in MLflow: one parent run, and below it one run for each point, opened by what it is, so that a sweep that
-was stopped goes on in the same runs."""
+"""A sweep in MLflow: one parent run, and below it one run for each trial.
+
+Runs are found again by what they are, so that a sweep that was stopped goes on in the same runs.
+"""
 
 import contextlib
 import time
@@ -20,7 +22,7 @@ SWEEP_TAG = "sft.sweep"
 TRIAL_TAG = "sft.trial_fingerprint"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI nests by it
 STATUS = {"done": "FINISHED", "interrupted": "KILLED"}
-POINT_STATUS = {"judged": "FINISHED"}
+TRIAL_STATUS = {"judged": "FINISHED"}
 DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")
 
 
@@ -73,8 +75,8 @@ class SweepTracker:
     def describe(self, sweep: Mapping[str, Any]) -> None:
         """What varies, the budget and the rule, as parameters."""
         varied: dict[str, list[str]] = {}
-        for point in sweep["points"]:
-            for key, value in point["values"].items():
+        for trial in sweep["points"]:
+            for key, value in trial["values"].items():
                 if str(value) not in varied.setdefault(key, []):
                     varied[key].append(str(value))
         self._log_params(
@@ -88,10 +90,10 @@ class SweepTracker:
             },
         )
 
-    # -- one point -----------------------------------------------------------------------------------------------
+    # -- one trial ---------------------------------------------------------------------------------
 
     def of(self, label: str) -> Tracker:
-        """The engine's tracker for one point: its training and its judgement report to one child run."""
+        """The engine's tracker for one trial: its training and its judgement report to one child run."""
 
         @contextlib.contextmanager
         def track(
@@ -120,14 +122,14 @@ class SweepTracker:
         return track
 
     def child(self, label: str, branch: Branch, training: str) -> str:
-        """The run of the point whose training has this fingerprint."""
+        """The run of the trial whose training has this fingerprint."""
         run_id = self._open(label, {TRIAL_TAG: training, PARENT_TAG: self.run_id})
-        shown = branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED))
-        self._log_params(run_id, flatten(shown))
+        recipe = branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED))
+        self._log_params(run_id, flatten(recipe))
         return run_id
 
     def copy_curves(self, run_id: str, trained: Artifact) -> None:
-        """The curves of a training that another sweep had made, so that every point's run has its own."""
+        """The curves of a training that another sweep had made, so that every trial's run has its own."""
         from mlflow.entities import Metric
 
         if self._client.get_metric_history(run_id, "loss"):
@@ -143,7 +145,7 @@ class SweepTracker:
     def ended(
         self, run_id: str | None, status: str, scores: Mapping[str, float | None], supervised: int
     ) -> None:
-        """A point's result. None where it never came to a run of its own."""
+        """A trial's result. None where it never came to a run of its own."""
         if run_id is None:
             return
         for name, value in scores.items():
@@ -151,14 +153,14 @@ class SweepTracker:
                 self._client.log_metric(run_id, f"validation/{name}", value)
         self._client.log_metric(run_id, "supervised_tokens_trained", supervised)
         self._client.set_tag(run_id, "sft.point", status)
-        self._client.set_terminated(run_id, POINT_STATUS.get(status, "FAILED"))
+        self._client.set_terminated(run_id, TRIAL_STATUS.get(status, "FAILED"))
 
-    # -- the whole -----------------------------------------------------------------------------------------------
+    # -- the whole ---------------------------------------------------------------------------------
 
     def finish(
         self, status: str, folder: Path, ranks: Mapping[str, int], best: Mapping[str, float | None]
     ) -> None:
-        """The ranks, the best point's scores, and the sweep's files."""
+        """The ranks, the best trial's scores, and the sweep's files."""
         for run_id, rank in ranks.items():
             self._client.log_metric(run_id, "rank", rank)
         for name, value in best.items():

@@ -15,13 +15,13 @@ def test_values_are_cut_at_commas_outside_brackets_and_quotes() -> None:
 def test_several_sets_make_a_grid_and_a_single_value_is_common() -> None:
     grid = parse_grid(["training.learning_rate=1e-5,1e-4", "training.epochs=3", "model.lora.r=8,16"])
     assert grid.common == ("training.epochs=3",)
-    assert [list(values_of(p).values()) for p in grid.points()] == [
+    assert [list(values_of(p).values()) for p in grid.trials()] == [
         [1e-5, 8],
         [1e-5, 16],
         [1e-4, 8],
         [1e-4, 16],
     ]
-    assert label_of(values_of(grid.points()[1])) == "learning_rate 1e-05, r 16"
+    assert label_of(values_of(grid.trials()[1])) == "learning_rate 1e-05, r 16"
 
 
 def test_the_winner_is_a_line_of_the_recipe() -> None:

@@ -1,4 +1,4 @@
-"""A real sweep on a small dataset: interrupted, resumed, with a point that diverges."""
+"""A real sweep on a small dataset: interrupted, resumed, with a trial that diverges."""
 
 import json
 from collections.abc import Iterator
@@ -85,16 +85,16 @@ def plan(*options: str, updates: int | None = None, report: Reporter | None = No
         yield found
 
 
-class StopsInSecondPoint(Reporter):
-    """Interrupts the training of the second point."""
+class StopsInSecondTrial(Reporter):
+    """Interrupts the training of the second trial."""
 
-    point = 0
+    trial = 0
 
     def log(self, message: str, level: str = "info") -> None:
-        self.point += message.startswith("point ") and " of " in message
+        self.trial += message.startswith("trial ") and " of " in message
 
     def metrics(self, values: Any, step: int) -> None:
-        if self.point == 2 and step == 3:
+        if self.trial == 2 and step == 3:
             raise KeyboardInterrupt
 
 
@@ -111,17 +111,19 @@ class Swept:
 
 @pytest.fixture(scope="module")
 def swept(project: Path) -> Swept:
-    """A sweep of three points that was interrupted in the second, and run again. Where nothing hangs on it, stages run
-    in this process, since every child spends seconds on its imports."""
+    """A sweep of three trials that was interrupted in the second, and run again.
+
+    Where nothing hangs on it, stages run in this process, since every child spends seconds on its imports.
+    """
     with plan(RATES, updates=6) as found:
-        stopped = run_sweep(found, StopsInSecondPoint(), lambda _: None)
+        stopped = run_sweep(found, StopsInSecondTrial(), lambda _: None)
     with plan(RATES, updates=6) as found:
-        again = run_sweep(found, Reporter(), lambda point: judged_in_child if point.number == 2 else None)
+        again = run_sweep(found, Reporter(), lambda trial: judged_in_child if trial.number == 2 else None)
     refs = Store().refs
     return Swept(stopped, again, [str(p.relative_to(refs)) for p in refs.rglob("*") if p.is_file()])
 
 
-def point(sweep: Sweep, number: int) -> dict[str, Any]:
+def trial(sweep: Sweep, number: int) -> dict[str, Any]:
     return sweep.to_json()["points"][number - 1]
 
 
@@ -131,12 +133,12 @@ def test_an_interrupted_sweep_says_so_and_goes_on_where_it_was(swept: Swept) -> 
     assert (swept.sweep.status, swept.sweep.exit_code) == ("done", 0)
     assert [r.cached for r in swept.sweep.results.values()] == [True, False, False]
     assert swept.sweep.mlflow_run_id == swept.stopped.mlflow_run_id
-    assert point(swept.sweep, 1)["mlflow_run_id"] == point(swept.stopped, 1)["mlflow_run_id"]
-    assert point(swept.sweep, 1)["metrics"] == point(swept.stopped, 1)["metrics"]
+    assert trial(swept.sweep, 1)["mlflow_run_id"] == trial(swept.stopped, 1)["mlflow_run_id"]
+    assert trial(swept.sweep, 1)["metrics"] == trial(swept.stopped, 1)["metrics"]
 
 
 def test_budgets_are_equal_and_the_schedules_complete(swept: Swept) -> None:
-    trained = [point(swept.sweep, n) for n in (1, 2)]
+    trained = [trial(swept.sweep, n) for n in (1, 2)]
     budget = swept.sweep.plan.budget.supervised
     assert [p["supervised_tokens"] for p in trained] == [budget, budget] and budget > 0
     assert [p["updates"] for p in trained] == [6, 6]
@@ -145,14 +147,14 @@ def test_budgets_are_equal_and_the_schedules_complete(swept: Swept) -> None:
     assert training["per_update"]["supervised_tokens"]["mean"] == pytest.approx(budget / 6, abs=0.01)
 
 
-def test_the_point_that_diverges_is_last_and_says_why(swept: Swept) -> None:
-    last = point(swept.sweep, 3)
+def test_the_trial_that_diverges_is_last_and_says_why(swept: Swept) -> None:
+    last = trial(swept.sweep, 3)
     assert (last["status"], last["rank"], last["gates_passed"]) == ("diverged", 3, None)
     assert last["verdict"] == "diverged: the loss of update 2 is nan"
 
 
 def test_the_ranking_follows_the_rule(swept: Swept) -> None:
-    first, second = sorted((point(swept.sweep, n) for n in (1, 2)), key=lambda p: p["rank"])
+    first, second = sorted((trial(swept.sweep, n) for n in (1, 2)), key=lambda p: p["rank"])
 
     def key(p: dict[str, Any]) -> tuple[bool, float, float]:
         return (not p["gates_passed"], -p["metrics"]["exact"], p["metrics"]["val_loss"])
@@ -174,12 +176,12 @@ def test_runs_are_nested_in_mlflow_with_their_curves(swept: Swept) -> None:
     client, parent = connect(), swept.sweep.mlflow_run_id
     experiment = client.get_run(parent).info.experiment_id
     children = client.search_runs([experiment], filter_string=f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert {r.info.run_id for r in children} == {point(swept.sweep, n)["mlflow_run_id"] for n in (1, 2, 3)}
+    assert {r.info.run_id for r in children} == {trial(swept.sweep, n)["mlflow_run_id"] for n in (1, 2, 3)}
     by_id = {r.info.run_id: r for r in children}
     for number, status in ((1, "FINISHED"), (2, "FINISHED"), (3, "FAILED")):
-        run = by_id[point(swept.sweep, number)["mlflow_run_id"]]
-        assert run.info.status == status and run.data.metrics["rank"] == point(swept.sweep, number)["rank"]
-    one = point(swept.sweep, 2)
+        run = by_id[trial(swept.sweep, number)["mlflow_run_id"]]
+        assert run.info.status == status and run.data.metrics["rank"] == trial(swept.sweep, number)["rank"]
+    one = trial(swept.sweep, 2)
     assert [m.step for m in client.get_metric_history(one["mlflow_run_id"], "loss")] == list(range(1, 7))
     assert by_id[one["mlflow_run_id"]].data.metrics["validation/val_loss"] == one["metrics"]["val_loss"]
     assert client.get_run(parent).info.status == "FINISHED"
@@ -198,30 +200,30 @@ def test_what_is_written_is_what_is_returned_and_no_ref_has_moved(swept: Swept) 
     )
 
 
-def test_the_test_side_is_not_read(swept: Swept) -> None:
+def test_the_test_split_is_not_read(swept: Swept) -> None:
     import pyarrow.parquet as pq
 
-    samples = Path(point(swept.sweep, 1)["artifacts"]["trial_judgement"], "samples.parquet")
+    samples = Path(trial(swept.sweep, 1)["artifacts"]["trial_judgement"], "samples.parquet")
     assert set(pq.read_table(samples)["side"].to_pylist()) == {"validation"}
 
 
-def test_points_with_other_updates_get_the_same_tokens(project: Path) -> None:
+def test_trials_with_other_updates_get_the_same_tokens(project: Path) -> None:
     with plan("training.blocks_per_update=2,4", updates=8) as found:
-        two, four = found.points
+        two, four = found.trials
         assert (two.updates, four.updates) == (8, 4)
         assert abs(two.supervised - four.supervised) < four.supervised / four.updates
         assert two.branch.require_recipe().training.max_steps == 8
     assert not list((Store().refs / ".runs").glob("*"))
 
 
-def test_a_point_whose_data_is_blocked_does_not_stop_the_others(project: Path) -> None:
+def test_a_trial_whose_data_is_blocked_does_not_stop_the_others(project: Path) -> None:
     with plan("tokens.max_length=96,8", updates=4) as found:
-        fine, bad = found.points
+        fine, bad = found.trials
         assert fine.blocked is None and bad.blocked
-    assert not found.points[1].updates
+    assert not found.trials[1].updates
 
 
-def test_no_point_trains_on_a_failed_probe(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_trial_trains_on_a_failed_probe(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sft_pipeline.stages.sanity_check import build
 
     monkeypatch.setattr(build, "changed_formatting", lambda *_: ["the template has changed"])

@@ -5,9 +5,9 @@ import pytest
 
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
-from sft_pipeline.sweep.budget import (
-    Budget,
+from sft_pipeline.sweep.plan import (
     PlannedUpdates,
+    SweepBudget,
     budget_of,
     off_budget,
     updates_within,
@@ -34,7 +34,7 @@ def plan(*supervised: int) -> PlannedUpdates:
 def test_the_budget_is_a_tenth_within_bounds_or_as_asked(
     planned: int, max_steps: int | None, asked: int | None, updates: int
 ) -> None:
-    assert budget_of(plan(*[100] * planned), max_steps, asked) == Budget(updates, 100 * updates)
+    assert budget_of(plan(*[100] * planned), max_steps, asked) == SweepBudget(updates, 100 * updates)
 
 
 def test_more_updates_than_planned_are_refused() -> None:
@@ -42,8 +42,8 @@ def test_more_updates_than_planned_are_refused() -> None:
         budget_of(plan(*[100] * 8), None, 9)
 
 
-def test_each_point_gets_as_many_updates_as_come_nearest() -> None:
-    budget = Budget(10, 1000)
+def test_each_trial_gets_as_many_updates_as_come_nearest() -> None:
+    budget = SweepBudget(10, 1000)
     assert updates_within(plan(*[100] * 50), budget) == 10
     assert updates_within(plan(*[300] * 50), budget) == 3
     assert updates_within(plan(*[400] * 50), budget) == 2  # 800 and 1,200 are equally near
