@@ -1,4 +1,5 @@
-"""A whole small branch in a store, made in-process: a BPE, a Llama, messages, tokenized rows, checkpoints, evaluation."""
+"""A whole small branch in a store, made in-process: a BPE, a Llama, messages, tokenized rows, checkpoints,
+evaluation."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from sft_pipeline.tables.schemas import REJECTS, ROWS, content_key
 from sft_pipeline.training.config import ModelConfig
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -111,7 +113,8 @@ def write_base(folder: Path, *, hidden: int = 32) -> Path:
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost these tiny models more than they give, above all on a busy machine."""
+    """Threads that wait for each other cost these tiny models more than they give, above all on a busy
+    machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -313,7 +316,8 @@ def packed(world: World, rows: Artifact) -> Artifact:
 def checkpoints(
     world: World, rows: Artifact, model: ModelConfig, steps: dict[int, int], *, learn: bool = True
 ) -> Artifact:
-    """trained_checkpoints after so many passes over the training side: {step: passes}; random adapters where not `learn`."""
+    """trained_checkpoints after so many passes over the training side: {step: passes}; random adapters where
+    not `learn`."""
     import pyarrow.parquet as pq
     import torch
 

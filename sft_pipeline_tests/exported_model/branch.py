@@ -22,8 +22,8 @@ LORA = ModelConfig.model_validate(
 def inputs_for(
     project: w.World, split: Artifact, model: ModelConfig, name: str, *, passes: int = 0, **template: Any
 ) -> dict[str, Artifact]:
-    """Everything before the export: {stage name: artifact}. The model has trained for so many passes over the rows;
-    without any, its adapter is random."""
+    """Everything before the export: {stage name: artifact}. The model has trained for so many passes over the
+    rows; without any, its adapter is random."""
     world = w.World(project.root / name, project.store)
     world.root.mkdir()
     (world.root / "base").symlink_to(project.root / "base")

@@ -1,4 +1,5 @@
-"""exported_model on real tiny models: merged weights, tokenizer, card and lineage, proved by loading them again."""
+"""exported_model on real tiny models: merged weights, tokenizer, card and lineage, proved by loading them
+again."""
 
 import json
 import shutil
@@ -192,8 +193,9 @@ def test_qlora_is_merged_into_the_unquantized_base(project, split):
 
 
 def test_a_trained_qlora_model_merged_in_bf16_answers_as_its_adapter_does(project, split):
-    """Logits within 4 % of the largest (measured: 2.0 % on the embedded base after 60 updates, less here), and the same
-    greedy answers. The adapter stands on the base as it is: on the 4-bit base it was trained on, it is another model."""
+    """Logits within 4 % of the largest (measured: 2.0 % on the embedded base after 60 updates, less here),
+    and the same greedy answers. The adapter stands on the base as it is: on the 4-bit base it was trained on,
+    it is another model."""
     pytest.importorskip("bitsandbytes")
     model = LORA.model_copy(update={"parameterization": "qlora"})
     inputs = inputs_for(project, split, model, "qlora-trained", passes=30)
@@ -279,7 +281,8 @@ def test_a_machine_path_and_a_pickle_are_found(tmp_path):
 @pytest.mark.shared_data
 @pytest.mark.parametrize("name", ["smollm2", "phi-3-mini", "qwen3", "minimind-6400", "gpt2"])
 def test_real_tokenizers_are_served_as_trained(shared_data, tmp_path, name):
-    """AutoTokenizer drops SmolLM2's digit splitting and rebuilds Phi-3's from its class; the export must not."""
+    """AutoTokenizer drops SmolLM2's digit splitting and rebuilds Phi-3's from its class; the export must
+    not."""
     from sft_pipeline.text.template import load_template
     from sft_pipeline.text.tokenizer import load_tokenizer
 

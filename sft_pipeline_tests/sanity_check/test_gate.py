@@ -34,9 +34,7 @@ def leaking(home, tmp_path, monkeypatch):
             asset = {"asset": f"r/{name}", "partition": "s1", "code_version": "", "config": {}, "inputs": {}}
             rest = {"accepted": True, "counts": {}, "environment": {}}
             store.set_ref(
-                store.commit(folder, volatile=(), fields={**asset, **rest}),
-                run_id=None,
-                current=True,
+                store.commit(folder, volatile=(), fields={**asset, **rest}), run_id=None, current=True
             )
     return branch, store
 

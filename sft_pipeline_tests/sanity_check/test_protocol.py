@@ -10,8 +10,8 @@ from sft_pipeline.stages.sanity_check import build as build_module
 from sft_pipeline.stages.sanity_check.asset import STAGE
 from sft_pipeline.stages.sanity_check.build import build
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
-from sft_pipeline.stages.sanity_check.forecast import WorstBlock, forecast
-from sft_pipeline.stages.sanity_check.protocol import ShortRun, judge
+from sft_pipeline.stages.sanity_check.protocol import ShortRun, WorstMicrobatch, instabilities
+from sft_pipeline.stages.sanity_check.report import forecast
 from sft_pipeline.stages.stage import Build
 from sft_pipeline.store import Artifact
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
@@ -120,8 +120,9 @@ def test_ids_outside_the_vocabulary_and_too_long_examples_are_stopped(root, tmp_
         tmp_path / "packed" / "train" / "part-00000.parquet", tiny.pack(rows, 512), tiny.PACKED
     )
     checks, _ = check(root, tmp_path / "out", packed=tiny.commit(tmp_path / "packed", "x"))
-    words = checks["ids_in_vocabulary"].description
-    assert "outside the model's vocabulary of 96" in words and "300 tokens, the model 256 positions" in words
+    message = checks["ids_in_vocabulary"].description
+    assert "outside the model's vocabulary of 96" in message
+    assert "300 tokens, the model 256 positions" in message
 
 
 def test_a_template_changed_after_tokenization_is_stopped(root, tmp_path):
@@ -183,23 +184,26 @@ def _curve(values):
     return list(enumerate(values, 1))
 
 
-def test_the_judge_stops_divergence_oscillation_and_nan_and_lets_noise_pass():
+def test_a_short_run_is_stopped_at_divergence_oscillation_and_nan_but_not_at_noise():
     draw = random.Random(1)
     sound = _curve([2.0 * 0.95**i * (1 + 0.3 * (draw.random() - 0.5)) for i in range(20)])
-    assert judge(sound, [(0, 2.0), (20, 0.8)], 0.01) == []
-    assert judge(_curve([2.0 + 0.02 * draw.random() for _ in range(20)]), [(0, 2.0), (20, 2.0)], 0.001) == []
-    assert "validation loss rose" in judge(sound, [(0, 2.0), (10, 9.0), (20, 1.9)])[0]
-    assert "training loss rose" in judge(_curve([2 + 0.3 * i for i in range(20)]), [])[0]
-    assert "oscillates" in judge(_curve([2.0 if i % 2 else 0.3 for i in range(20)]), [])[0]
-    assert judge(_curve([2.0, float("nan")]), []) == ["the loss is NaN or infinite"]
-    assert "times their size" in judge(sound, [], 10.0)[0]
+    assert instabilities(sound, [(0, 2.0), (20, 0.8)], 0.01) == []
+    assert (
+        instabilities(_curve([2.0 + 0.02 * draw.random() for _ in range(20)]), [(0, 2.0), (20, 2.0)], 0.001)
+        == []
+    )
+    assert "validation loss rose" in instabilities(sound, [(0, 2.0), (10, 9.0), (20, 1.9)])[0]
+    assert "training loss rose" in instabilities(_curve([2 + 0.3 * i for i in range(20)]), [])[0]
+    assert "oscillates" in instabilities(_curve([2.0 if i % 2 else 0.3 for i in range(20)]), [])[0]
+    assert instabilities(_curve([2.0, float("nan")]), []) == ["the loss is NaN or infinite"]
+    assert "times their size" in instabilities(sound, [], 10.0)[0]
     assert ShortRun(failure="the loss of update 3 is nan").problems() == ["the loss of update 3 is nan"]
 
 
 def test_the_forecast_scales_the_updates_and_says_how_sure_it_is():
-    worst = WorstBlock((0,), 64, 8, memory_mb=1e6, seconds=0.1)
+    worst = WorstMicrobatch((0,), 64, 8, memory_mb=1e6, seconds=0.1)
     found = forecast([9.0, 1.0, 1.2, 0.8, 1.0], 1000, worst, trained_parameters=2**20)
-    assert found.seconds == pytest.approx(1000) and 150 < found.error < 300 and "17 min" in found.words
+    assert found.seconds == pytest.approx(1000) and 150 < found.error < 300 and "17 min" in str(found)
     assert found.memory_mb == 1e6 + 8 and found.memory_error_mb == pytest.approx(0.05 * found.memory_mb)
     assert forecast([], 10, worst, 1) is None
 

@@ -1,4 +1,4 @@
-"""The asset `sanity_check`: the verdict that must stand before the money is spent."""
+"""The asset `sanity_check`: what must hold before training begins."""
 
 from sft_pipeline.external_files import MODEL_FILES, digest_files
 from sft_pipeline.hub import without_revision
@@ -37,7 +37,10 @@ def _build(build: Build) -> Built:
 
 STAGE = Stage(
     name="sanity_check",
-    description="Before the money: boundary probe on the real model, overfitting a few rows, a short run with evaluations, sample generations, labels and vocabulary.",
+    description=(
+        "Before training: boundary probe on the real model, overfitting a few rows, a short run with "
+        "evaluations, sample generations, labels and vocabulary."
+    ),
     kinds=frozenset({"pytorch"}),
     inputs=("tokenized_rows", "packed_shards"),
     config=_config,
@@ -51,14 +54,15 @@ STAGE = Stage(
         CheckSpec(
             "labels_match",
             True,
-            "Labels equal input ids wherever supervised, and the rows were made with this template and tokenizer.",
+            "Labels equal input ids wherever supervised; template and tokenizer are those of the rows.",
         ),
         CheckSpec(
             "boundaries",
             True,
-            "No example of a block sees another: changing one moves no other's predictions, and packed loss equals unpacked loss.",
+            "No example of a block sees another: changing one moves no other's predictions, "
+            "and packed loss equals unpacked loss.",
         ),
-        CheckSpec("overfits", True, "A throw-away copy can learn a few rows by heart."),
+        CheckSpec("overfits", True, "A throw-away copy of the model can overfit a few rows."),
         CheckSpec(
             "short_run_stable",
             True,

@@ -9,7 +9,7 @@ from sft_pipeline.training.config import ModelConfig, TrainingConfig
 
 
 class SanityConfig(Config):
-    """The protocol that runs before the money is spent."""
+    """The protocol that runs before training."""
 
     skip: Annotated[bool, Field(description="accept without running; recorded in the manifest")] = False
     overfit_rows: Annotated[int, Field(ge=1)] = 20
@@ -33,7 +33,8 @@ class SanityCheckConfig(Config):
     tokens: dict
 
     def identity(self) -> dict[str, Any]:
-        """With the micro-batch, whose memory is tried out here; without the processes, of which the check has one."""
+        """With the micro-batch, whose memory is tried out here; without the processes, of which the check has
+        one."""
         return super().identity() | {
             "training": self.training.identity() | {"per_device_batch": self.training.per_device_batch}
         }

@@ -1,4 +1,5 @@
-"""The data against the model: labels, vocabulary, positions, and how the rows were made. No weights are needed."""
+"""The data against the model: labels, vocabulary, positions, and how the rows were made. No weights are
+needed."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -7,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.tables.parquet import count_rows
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 MOST, FULLEST = 20, 64
 COLUMNS = ["block", "input_ids", "labels", "lengths", "row_ids"]
@@ -17,9 +21,13 @@ COLUMNS = ["block", "input_ids", "labels", "lengths", "row_ids"]
 
 @dataclass
 class DataFindings:
-    """Counts over every block of every side, and the first offending rows.
+    """Counts over every block of every split, and the first offending rows.
 
-    `fullest`: training blocks, the longest first, of equally long ones the most supervised.
+    Attributes:
+        longest: Tokens of the longest example.
+        without_supervision: Examples.
+        fullest: Training blocks, the longest first, of equally long ones the most supervised.
+        offenders: Rows with an id outside the vocabulary or a wrong label.
     """
 
     tokens: int = 0
@@ -37,51 +45,45 @@ def check_blocks(parts: Mapping[str, Sequence[Path]], vocabulary: int, report: R
     """Reads all blocks, one row group at a time.
 
     Args:
-        parts: Parquet parts by side.
+        parts: Parquet parts by split.
         vocabulary: Rows of the model's embedding.
     """
     found = DataFindings()
     sizes: list[tuple[int, int, int]] = []
-    total = sum(pq.ParquetFile(p).metadata.num_rows for paths in parts.values() for p in paths)
+    total = sum(count_rows(paths) for paths in parts.values())
     done = 0
-    for side, paths in parts.items():
+    for split, paths in parts.items():
         for path in paths:
             file = pq.ParquetFile(path, memory_map=True)
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=COLUMNS).combine_chunks()
                 if table.num_rows:
-                    _check(table, side, vocabulary, found)
-                if side == "train":
-                    sizes = _largest(sizes + _sizes(table))
+                    _check(table, split, vocabulary, found)
+                    if split == "train":
+                        sizes = heapq.nlargest(FULLEST, sizes + _sizes(table))
                 done += table.num_rows
                 report.progress("checking blocks", done, total, "blocks")
     found.fullest = [-block for _, _, block in sizes]
     return found
 
 
-def _sizes(table: Any) -> list[tuple[int, int, int]]:
+def _sizes(table: pa.Table) -> list[tuple[int, int, int]]:
     """(tokens, supervised, minus the number) of the fullest blocks of a row group."""
-    if not table.num_rows:
-        return []
     labels = table["labels"].chunk(0)
     lengths = labels.value_lengths().to_numpy()
     ends = np.cumsum(lengths)
-    supervised = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != -100)])
+    supervised = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() != IGNORE_LABEL)])
     counts = supervised[ends] - supervised[ends - lengths]
     numbers = table["block"].to_numpy()
     chosen = np.lexsort((-numbers, counts, lengths))[-FULLEST:]
     return [(int(lengths[i]), int(counts[i]), -int(numbers[i])) for i in chosen]
 
 
-def _largest(sizes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    return heapq.nlargest(FULLEST, sizes)
-
-
-def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:
+def _check(table: pa.Table, split: str, vocabulary: int, found: DataFindings) -> None:
     lists = {name: table[name].chunk(0) for name in ("input_ids", "labels", "lengths", "row_ids")}
     ids, labels = (lists[n].flatten().to_numpy() for n in ("input_ids", "labels"))
     starts = np.concatenate([[0], np.cumsum(lists["input_ids"].value_lengths().to_numpy())])
-    supervised = labels != -100
+    supervised = labels != IGNORE_LABEL
     outside = (ids < 0) | (ids >= vocabulary)
     wrong = supervised & (labels != ids)
     lengths = lists["lengths"].flatten().to_numpy()
@@ -106,7 +108,7 @@ def _check(table: Any, side: str, vocabulary: int, found: DataFindings) -> None:
         block = int(np.searchsorted(starts, at, side="right")) - 1
         found.offenders.append(
             {
-                "side": side,
+                "side": split,
                 "block": int(table["block"][block].as_py()),
                 "row_id": row_ids[example] if example < len(row_ids) else "",
                 "position": int(at - starts[block]),
@@ -126,8 +128,8 @@ def changed_formatting(
 ) -> list[str]:
     """What has changed since the rows were made: in words, empty where nothing has.
 
-    The tokenizer, template and mask of the recipe are fingerprinted as tokenized_rows does it, and compared with
-    formatting.json.
+    The tokenizer, template and mask of the recipe are fingerprinted as tokenized_rows does it, and compared
+    with formatting.json.
     """
     from sft_pipeline.store.files import sha256_json
     from sft_pipeline.text.template import load_template

@@ -1,7 +1,7 @@
 """The boundary probe: does any example of a packed block see another?
 
-Asked of the loaded model itself, in its dtype and with its attention, through the collator and the forward that
-training uses. Three questions, for every ordered pair (i, j) of examples:
+Asked of the loaded model itself, in its dtype and with its attention, through the collator and the forward
+that training uses. Three questions, for every ordered pair (i, j) of examples:
 
     moved[i][j]      change every token of i: how far do j's predictions move?             must be 0
     gradient[i][j]   how much of the gradient of j's loss falls on i's embeddings?         must be 0
@@ -40,51 +40,47 @@ Collate = Callable[[Sequence[Block]], list[Microbatch]]
 
 
 @dataclass(frozen=True)
-class Tolerance:
-    """moved: nats; gradient: share of the own; alone: relative."""
+class ProbeTolerance:
+    """What rounding explains. moved: nats; gradient: share of the own; alone: relative."""
 
     moved: float
     gradient: float
     alone: float
 
 
-TIGHT, ROUGH = Tolerance(1e-4, 1e-5, 1e-4), Tolerance(2e-2, 1e-3, 3e-2)
+EXACT, ROUNDED = ProbeTolerance(1e-4, 1e-5, 1e-4), ProbeTolerance(2e-2, 1e-3, 3e-2)
 
 
 @dataclass(frozen=True)
-class Probe:
-    """The verdict for one layout; matrices are [examples][examples], i is changed and j looked at."""
+class BoundaryProbe:
+    """What the probe found for one layout; matrices are [examples][examples], i is changed and j looked
+    at."""
 
     layout: str
     passed: bool
     moved: list[list[float]] = field(default_factory=list)
     gradient: list[list[float]] = field(default_factory=list)
-    alone: list[float] = field(default_factory=list)
+    packed_against_alone: list[float] = field(default_factory=list)
     cause: str | None = None
     remedy: str | None = None
 
+    @property
+    def most_moved(self) -> float:
+        """The largest move of an example's predictions by a change of another, in nats."""
+        others = (m for i, row in enumerate(self.moved) for j, m in enumerate(row) if i != j)
+        return max(others, default=0.0)
+
     def rows(self) -> list[dict[str, Any]]:
-        """The matrix of differences, for people."""
+        """The matrices as a table, for people."""
         return [
             {
                 "layout": self.layout,
                 "changed": i,
-                **{f"moved_{j}": self.moved[i][j] for j in range(len(self.moved))},
-                **{f"gradient_{j}": self.gradient[i][j] for j in range(len(self.gradient))},
+                **{f"moved_{j}": m for j, m in enumerate(moved)},
+                **{f"gradient_{j}": g for j, g in enumerate(gradient)},
             }
-            for i in range(len(self.moved))
+            for i, (moved, gradient) in enumerate(zip(self.moved, self.gradient, strict=True))
         ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "layout": self.layout,
-            "passed": self.passed,
-            "moved": self.moved,
-            "gradient": self.gradient,
-            "packed_against_alone": self.alone,
-            "cause": self.cause,
-            "remedy": self.remedy,
-        }
 
 
 def collate_as(layout: Layout) -> Collate:
@@ -115,7 +111,7 @@ def joined(segments: Sequence[np.ndarray]) -> Block:
     return Block(0, ids, ids.copy(), positions, np.array([len(s) for s in segments], dtype=np.int32))
 
 
-def probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
+def probe(model: Any, block: Block, layout: str, collate: Collate) -> BoundaryProbe:
     """Asks the three questions. The model is left as it was."""
     install_supervised_forward(model)
     training = model.training
@@ -125,76 +121,78 @@ def probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
-        cause, remedy = name_the_cause(model, layout, {"position_ids": None})
-        return Probe(layout, False, cause=f"{cause} (its forward refuses an input: {error})", remedy=remedy)
+        cause, remedy = explain_leak(model, layout, {"position_ids": None})
+        cause = f"{cause} (its forward refuses an input: {error})"
+        return BoundaryProbe(layout, False, cause=cause, remedy=remedy)
     finally:
         model.train(training)
 
 
-def _probe(model: Any, block: Block, layout: str, collate: Collate) -> Probe:
-    tolerance = (
-        TIGHT
-        if causal_model(model).dtype in (torch.float32, torch.float64) and not _four_bit(model)
-        else ROUGH
-    )
-    vocabulary = causal_model(model).get_input_embeddings().weight.shape[0]
+def _probe(model: Any, block: Block, layout: str, collate: Collate) -> BoundaryProbe:
+    causal = causal_model(model)
+    whole_precision = causal.dtype in (torch.float32, torch.float64)
+    four_bit = getattr(causal, "is_loaded_in_4bit", False)
+    tolerance = EXACT if whole_precision and not four_bit else ROUNDED
+    vocabulary = causal.get_input_embeddings().weight.shape[0]
     n = len(block.lengths)
     segments = [block.input_ids[s : s + k] for s, k in zip(block.starts, block.lengths, strict=True)]
-    before = _losses(model, collate([block]), n, segments)
+    before = _losses(model, collate([block]), segments)
     moved = []
     for i in range(n):
         changed = list(segments)
         changed[i] = (segments[i] + 1 + np.arange(len(segments[i])) % 3) % vocabulary
-        after = _losses(model, collate([joined(changed)]), n, changed)
+        after = _losses(model, collate([joined(changed)]), changed)
         moved.append([float(np.abs(after[j] - before[j]).max()) for j in range(n)])
-    gradient = _gradients(model, block, collate, n, segments)
-    single = [_losses(model, collate_as("rows")([joined([s])]), 1, [s])[0].sum() for s in segments]
+    gradient = _gradients(model, block, collate, segments)
+    single = [_losses(model, collate_as("rows")([joined([s])]), [s])[0].sum() for s in segments]
     alone = [float(abs(before[j].sum() - single[j]) / max(abs(single[j]), 1e-9)) for j in range(n)]
     others = [(i, j) for i in range(n) for j in range(n) if i != j]
+    finite = all(np.isfinite(losses).all() for losses in before)
     passed = (
-        all(moved[i][j] <= tolerance.moved and gradient[i][j] <= tolerance.gradient for i, j in others)
+        finite
+        and all(moved[i][j] <= tolerance.moved and gradient[i][j] <= tolerance.gradient for i, j in others)
         and all(a <= tolerance.alone for a in alone)
-        and all(np.isfinite(before[j]).all() for j in range(n))
     )
     if passed:
-        return Probe(layout, True, moved, gradient, alone)
-    inputs = collate([block])[0].inputs
-    cause, remedy = name_the_cause(model, layout, inputs)
-    if not all(np.isfinite(b).all() for b in before):
-        cause, remedy = (
-            "the model's predictions are not finite before any training",
-            "check the base model's weights and training.precision",
-        )
-    return Probe(layout, False, moved, gradient, alone, cause, remedy)
+        return BoundaryProbe(layout, True, moved, gradient, alone)
+    if finite:
+        cause, remedy = explain_leak(model, layout, collate([block])[0].inputs)
+    else:
+        cause = "the model's predictions are not finite before any training"
+        remedy = "check the base model's weights and training.precision"
+    return BoundaryProbe(layout, False, moved, gradient, alone, cause, remedy)
 
 
-def _four_bit(model: Any) -> bool:
-    return bool(getattr(causal_model(model), "is_loaded_in_4bit", False))
+def _token_losses(model: Any, m: Microbatch) -> torch.Tensor:
+    """NLL of each scored prediction, [N]."""
+    return model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")["nll"]
 
 
-def _losses(
-    model: Any, batches: Sequence[Microbatch], n: int, segments: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """NLL of each predicted token, by example. Examples are told apart by their ids, since a layout may reorder them."""
-    found: list[np.ndarray | None] = [None] * n
+def _losses(model: Any, batches: Sequence[Microbatch], segments: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """NLL of each predicted token, by example; they are recognized by their ids, since a layout may reorder
+    them."""
+    found: dict[int, np.ndarray] = {}
     device = causal_model(model).device
     with torch.no_grad():
         for m in batches:
             m = m.to(device)
-            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")[
-                "nll"
-            ]
-            for j, part in _owners(m, segments, found):
+            nll = _token_losses(model, m)
+            for j, part in _owners(m, segments, used=set(found)):
                 found[j] = nll[part].double().cpu().numpy()
-    if any(f is None for f in found):
+    if len(found) < len(segments):
         raise AssertionError("the collator lost an example")
-    return [f for f in found if f is not None]
+    return [found[j] for j in range(len(segments))]
 
 
-def _owners(m: Microbatch, segments: Sequence[np.ndarray], taken: list[Any]) -> list[tuple[int, slice]]:
-    """Which scored predictions belong to which example: runs of targets that equal an example's tokens after the first."""
+def _owners(m: Microbatch, segments: Sequence[np.ndarray], used: set[int]) -> list[tuple[int, slice]]:
+    """Which scored predictions belong to which example: runs of targets equal to an example's tokens after
+    the first.
+
+    Args:
+        used: Examples that are in other micro-batches.
+    """
     targets = m.targets.cpu().numpy()
-    owners, start, used = [], 0, {j for j, t in enumerate(taken) if t is not None}
+    owners, start, used = [], 0, set(used)
     while start < len(targets):
         for j, segment in enumerate(segments):
             stop = start + len(segment) - 1
@@ -209,29 +207,26 @@ def _owners(m: Microbatch, segments: Sequence[np.ndarray], taken: list[Any]) -> 
 
 
 def _gradients(
-    model: Any, block: Block, collate: Collate, n: int, segments: Sequence[np.ndarray]
+    model: Any, block: Block, collate: Collate, segments: Sequence[np.ndarray]
 ) -> list[list[float]]:
-    """Norm of d loss_j / d embeddings_i, as a share of d loss_j / d embeddings_j."""
-    embedding = causal_model(model).get_input_embeddings()
-    device = causal_model(model).device
+    """Norm of d loss_j / d embeddings_i, as a share of d loss_j / d embeddings_j; [i][j]."""
+    causal = causal_model(model)
+    n = len(segments)
     shares = [[0.0] * n for _ in range(n)]
-    taken: list[np.ndarray] = []
 
     def leaf(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         kept.append(output.detach().requires_grad_(True))
         return kept[-1]
 
     for m in collate([block]):
-        m = m.to(device)
+        m = m.to(causal.device)
         kept: list[torch.Tensor] = []
-        hook = embedding.register_forward_hook(leaf)
+        hook = causal.get_input_embeddings().register_forward_hook(leaf)
         try:
-            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="none")[
-                "nll"
-            ]
+            nll = _token_losses(model, m)
         finally:
             hook.remove()
-        owners = _owners(m, segments, [1 if any(x is j for x in taken) else None for j in range(n)])
+        owners = _owners(m, segments, used=set())
         for j, part in owners:
             (grad,) = torch.autograd.grad(nll[part].sum(), kept[0], retain_graph=True)
             norms = grad.reshape(-1, grad.shape[-1]).double().norm(dim=-1).cpu().numpy()
@@ -248,7 +243,7 @@ def _span(m: Microbatch, part: slice) -> np.ndarray:
     return np.append(index, index[-1] + 1)
 
 
-def name_the_cause(model: Any, layout: str, inputs: dict[str, Any]) -> tuple[str, str]:
+def explain_leak(model: Any, layout: str, inputs: dict[str, Any]) -> tuple[str, str]:
     """Why examples see each other, and what to do."""
     causal = causal_model(model)
     config = causal.config.get_text_config()
@@ -260,7 +255,8 @@ def name_the_cause(model: Any, layout: str, inputs: dict[str, Any]) -> tuple[str
         or getattr(causal, "_is_stateful", False)
     ):
         return (
-            f"{kind} belongs to the state-space or convolution family: its state runs on across the boundary of examples, whatever the positions say",
+            f"{kind} belongs to the state-space or convolution family: its state runs on across the boundary "
+            "of examples, whatever the positions say",
             "set packing.strategy: none",
         )
     if inputs.get("attention_mask") is not None:
@@ -276,6 +272,7 @@ def name_the_cause(model: Any, layout: str, inputs: dict[str, Any]) -> tuple[str
             "pass position ids that restart at each example",
         )
     return (
-        f"{type(causal).__name__} with attention {config._attn_implementation} does not read position ids as boundaries",
+        f"{type(causal).__name__} with attention {config._attn_implementation} "
+        "does not read position ids as boundaries",
         "set packing.strategy: none, or another model.attention",
     )

@@ -1,6 +1,8 @@
-"""The trials on a throw-away copy of the model: overfit a few rows, run for a while, say something."""
+"""The trials on a throw-away copy of the model: the fullest micro-batch, overfitting a few rows, a short
+run."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,21 +14,71 @@ import numpy as np
 import torch
 
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.data import Feed, microbatches
+from sft_pipeline.training.data import Feed, Microbatch, microbatches
 from sft_pipeline.training.loss import install_supervised_forward
-from sft_pipeline.training.progress import Intervals, NotFinite, UpdateNumbers
+from sft_pipeline.training.memory import peak_memory_mb
+from sft_pipeline.training.progress import Curve, Intervals, Listener, NotFinite, UpdateNumbers
 from sft_pipeline.training.schedule import Schedule
 from sft_pipeline.training.shards import Block, Shards
 from sft_pipeline.training.trainer import SupervisedTrainer
 
 ADAPTER_OVERFIT_RATE, FULL_OVERFIT_RATE = 2e-3, 5e-4
 EVALUATION_BLOCKS = 16
-Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Overfit:
+class WorstMicrobatch:
+    """One update's work on the fullest micro-batch.
+
+    Attributes:
+        blocks: Its block numbers.
+        tokens: With padding.
+        memory_mb: The peak, without the optimizer, which came later.
+        seconds: Forward and backward.
+    """
+
+    blocks: tuple[int, ...]
+    tokens: int
+    supervised: int
+    memory_mb: float
+    seconds: float
+
+
+def fullest_microbatch(model: Any, shards: Shards, feed: Feed, fullest: Sequence[int]) -> WorstMicrobatch:
+    """Forward and backward over the fullest blocks of the whole plan, as one micro-batch of the layout in
+    use.
+
+    Args:
+        fullest: Block numbers, the longest first, of equally long ones the most supervised.
+    """
+    blocks = [shards.block(i) for i in fullest[: feed.per_device_batch]]
+    candidates = microbatches(
+        blocks, layout=feed.layout, per_device_batch=feed.per_device_batch, max_tokens=feed.max_tokens
+    )
+    batch = max(candidates, key=lambda m: m.inputs["input_ids"].numel())
+    model.train()
+    began = time.monotonic()
+    batch = batch.to(next(model.parameters()).device)
+    _summed_loss(model, batch).backward()
+    model.zero_grad(set_to_none=True)
+    return WorstMicrobatch(
+        tuple(b.block for b in blocks),
+        batch.inputs["input_ids"].numel(),
+        len(batch.targets),
+        peak_memory_mb(),
+        time.monotonic() - began,
+    )
+
+
+def _summed_loss(model: Any, m: Microbatch) -> torch.Tensor:
+    """NLL of a micro-batch, summed over its supervised tokens."""
+    return model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")["nll"]
+
+
+@dataclass(frozen=True)
+class OverfitResult:
     """Losses per supervised token over the same rows; `target` is what had to be reached."""
 
     passed: bool
@@ -35,12 +87,31 @@ class Overfit:
     target: float
     learning_rate: float
 
-    @property
-    def words(self) -> str:
-        change = f"{self.losses[0]:.3f} to {self.losses[-1]:.3f} in {len(self.losses) - 1} updates on {self.rows} rows"
+    def __str__(self) -> str:
+        change = f"{self.losses[0]:.3f} to {self.losses[-1]:.3f}"
+        change += f" in {len(self.losses) - 1} updates on {self.rows} rows"
         if self.passed:
-            return f"Learned by heart: the loss fell from {change}."
-        return f"The loss only went from {change}, {self.target:.3f} was needed: nothing can be learned from these labels, or too little is trained (LoRA rank, frozen parts)"
+            return f"The loss fell from {change}."
+        return (
+            f"The loss only went from {change}, {self.target:.3f} was needed: nothing can be learned from "
+            "these labels, or too little is trained (LoRA rank, frozen parts)"
+        )
+
+
+def overfit_rows(shards: Shards, feed: Feed, count: int) -> list[Block]:
+    """The first `count` examples of the plan's first updates, each as a block of its own."""
+    found: list[Block] = []
+    for update in range(len(feed.plan)):
+        for number in feed.plan.blocks(update):
+            block = shards.block(int(number))
+            for start, n in zip(block.starts, block.lengths, strict=True):
+                cut = slice(int(start), int(start + n))
+                ids, labels, positions = block.input_ids[cut], block.labels[cut], block.position_ids[cut]
+                if (labels[1:] != IGNORE_LABEL).any():
+                    found.append(Block(len(found), ids, labels, positions, np.array([n], dtype=np.int32)))
+                if len(found) == count:
+                    return found
+    return found
 
 
 def overfit(
@@ -53,45 +124,47 @@ def overfit(
     max_tokens: int,
     clip: float,
     report: Reporter,
-) -> Overfit:
-    """Trains on the same few rows with AdamW until the loss is `fraction` of its start, for at most `steps` updates.
+) -> OverfitResult:
+    """Trains on the same few rows with AdamW until the loss is `fraction` of its start, for at most `steps`
+    updates.
 
-    The rate is the trial's own: whether the rows *can* be learned is asked here, whether the recipe's rate is sound is
-    asked by the short run. Where the first rate does not do, a second one is tried: a fifth of it if the loss rose,
-    five times it if the loss fell too slowly.
+    The rate is the trial's own: whether the rows *can* be learned is asked here, whether the recipe's rate is
+    sound is asked by the short run. Where the first rate does not do, a second one is tried: a fifth of it if
+    the loss rose, five times it if the loss fell too slowly.
     """
     install_supervised_forward(model)
     batches = microbatches(rows, layout="rows", per_device_batch=1, max_tokens=max_tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in parameters]
     rate = ADAPTER_OVERFIT_RATE if adapters else FULL_OVERFIT_RATE
-    count = sum(len(b.lengths) for b in rows)
-    for attempt in (0, 1):
-        losses = _descend(model, parameters, batches, steps, fraction, rate, clip, report)
-        if attempt or losses[-1] <= fraction * losses[0]:
-            break
+    losses = _overfit_at(rate, model, parameters, batches, steps, fraction, clip, report)
+    if not losses[-1] <= fraction * losses[0]:  # a NaN is not
         other = rate * 5 if losses[-1] <= losses[0] else rate / 5
         report.log(
-            f"the overfitting trial went from {losses[0]:.2f} to {losses[-1]:.2f} at a learning rate of {rate:g}; trying {other:g}"
+            f"the overfitting trial went from {losses[0]:.2f} to {losses[-1]:.2f} "
+            f"at a learning rate of {rate:g}; trying {other:g}"
         )
         rate = other
         with torch.no_grad():
             for p, s in zip(parameters, start, strict=True):
                 p.copy_(s)
+        losses = _overfit_at(rate, model, parameters, batches, steps, fraction, clip, report)
     target = fraction * losses[0]
-    return Overfit(math.isfinite(losses[-1]) and losses[-1] <= target, count, losses, target, rate)
+    passed = math.isfinite(losses[-1]) and losses[-1] <= target
+    return OverfitResult(passed, sum(len(b.lengths) for b in rows), losses, target, rate)
 
 
-def _descend(
+def _overfit_at(
+    rate: float,
     model: Any,
     parameters: list[Any],
-    batches: Sequence[Any],
+    batches: Sequence[Microbatch],
     steps: int,
     fraction: float,
-    rate: float,
     clip: float,
     report: Reporter,
 ) -> list[float]:
+    """The loss per supervised token before each update, and at the end."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
     supervised = max(1, sum(len(m.targets) for m in batches))
     device = parameters[0].device
@@ -100,21 +173,14 @@ def _descend(
     for step in range(steps + 1):
         total = 0.0
         for m in batches:
-            m = m.to(device)
-            nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")[
-                "nll"
-            ]
+            nll = _summed_loss(model, m.to(device))
             (nll / supervised).backward()
             total += float(nll.detach())
         losses.append(total / supervised)
         report.progress("overfitting a few rows", step, steps, "updates")
-        done = (
-            step == steps
-            or not math.isfinite(losses[-1])
-            or losses[-1] <= fraction * losses[0]
-            or losses[-1] > 3 * losses[0] + 1
-        )
-        if done:
+        reached = losses[-1] <= fraction * losses[0]
+        hopeless = not math.isfinite(losses[-1]) or losses[-1] > 3 * losses[0] + 1
+        if step == steps or reached or hopeless:
             report.progress("overfitting a few rows", steps, steps, "updates")
             break
         torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -126,39 +192,44 @@ def _descend(
 
 @dataclass
 class ShortRun:
-    """The curves of the short run, and what they say."""
+    """The curves of the short run, and what is wrong with them.
+
+    Attributes:
+        seconds: Of each update.
+        stride: See `stride`.
+        failure: Why it stopped before its end.
+    """
 
     loss: Curve = field(default_factory=list)
     val_loss: Curve = field(default_factory=list)
     grad_norm: Curve = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
     stride: float = 0.0
     failure: str | None = None
 
     def problems(self) -> list[str]:
         """Divergence, oscillation and NaN, in words; empty when the run is sound."""
-        return [self.failure] if self.failure else judge(self.loss, self.val_loss, self.stride)
+        if self.failure:
+            return [self.failure]
+        return instabilities(self.loss, self.val_loss, self.stride)
 
 
 def stride(parameters: Sequence[torch.Tensor], learning_rate: float) -> float:
-    """How far one AdamW update at this rate moves a trained weight, in units of the weights' own size (median of the
-    tensors' RMS; those that start at zero, as half of an adapter does, have none). About 0.001 in a sound recipe."""
-    sizes = [
-        s
-        for s in (float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1)
-        if s > 0
-    ]
+    """How far one AdamW update at this rate moves a trained weight, in units of the weights' own size (median
+    of the tensors' RMS; those that start at zero, as half of an adapter does, have none). About 0.001 in a
+    sound recipe."""
+    norms = (float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1)
+    sizes = [size for size in norms if size > 0]
     return learning_rate / median(sizes) if sizes else 0.0
 
 
-def judge(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
+def instabilities(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
     """What is wrong with a short run.
 
-    Divergence: the validation loss, or the level of the training loss, gets well above its start. Oscillation: from
-    update to update the loss jumps by half its level and more, without getting lower. Stride: an update moves weights
-    by half their size and more, so that what they held is gone, whatever the loss of a few updates says. The bounds
-    are wide: noise of a small batch must not stop a sound recipe.
+    Divergence: the validation loss, or the level of the training loss, gets well above its start.
+    Oscillation: from update to update the loss jumps by half its level and more, without getting lower.
+    Stride: an update moves weights by half their size and more, so that what they held is gone, whatever the
+    loss of a few updates says. The bounds are wide: noise of a small batch must not stop a sound recipe.
     """
     found = []
     values = [v for _, v in loss]
@@ -179,15 +250,16 @@ def judge(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str]:
         jumps = median(abs(b - a) for a, b in pairwise(values))
         if jumps > 0.5 * mean(values) and last > 0.9 * first:
             found.append(
-                f"the loss oscillates by {jumps:.2f} from update to update around {mean(values):.2f}, without falling"
+                f"the loss oscillates by {jumps:.2f} from update to update around {mean(values):.2f}, "
+                "without falling"
             )
     if values and max(values) > 4 * first + 2:
         found.append(f"the loss jumped to {max(values):.1f} from {first:.2f}")
     return found
 
 
-class _Record:
-    """The short run's listener."""
+class _ShortRunListener(Listener):
+    """Records the curves."""
 
     def __init__(self, run: ShortRun, total: int, report: Reporter) -> None:
         self.run, self.total, self.report = run, total, report
@@ -196,21 +268,10 @@ class _Record:
         self.run.loss.append((numbers.step, numbers.loss))
         self.run.grad_norm.append((numbers.step, numbers.grad_norm))
         self.run.seconds.append(numbers.seconds)
-        self.run.tokens.append(numbers.tokens)
         self.report.progress("short run", numbers.step, self.total, "updates")
 
     def evaluated(self, step: int, val_loss: float) -> None:
         self.run.val_loss.append((step, val_loss))
-
-    def should_stop(self) -> bool:
-        return False
-
-
-class FirstBlocks(Shards):
-    """The first few blocks of a side: enough for a trial's evaluations."""
-
-    def __init__(self, parts: Sequence[Path], most: int) -> None:
-        super().__init__(parts, most=most)
 
 
 def short_run(
@@ -226,26 +287,24 @@ def short_run(
     folder: Path,
     report: Reporter,
 ) -> ShortRun:
-    """The first updates of the plan with the recipe's own optimizer, peak rate and schedule, the latter compressed.
+    """The first updates of the plan with the recipe's own optimizer, peak rate and schedule, the latter
+    compressed.
 
     Three evaluations: before, in the middle, after.
     """
     steps = min(steps, len(feed.plan))
-    run = ShortRun(
-        stride=stride(
-            [p for p in model.parameters() if p.requires_grad], Schedule.of(training, model_config).peak
-        )
-    )
+    schedule = Schedule.of(training, model_config)
+    run = ShortRun(stride=stride([p for p in model.parameters() if p.requires_grad], schedule.peak))
     trainer = SupervisedTrainer(
         model,
         feed=replace(feed, updates=steps),
         validation=validation,
         tokenizer=tokenizer,
         training=training.model_copy(update={"report_to": [], "compile": False}),
-        schedule=Schedule.of(training, model_config),
+        schedule=schedule,
         precision=precision,
         folder=folder,
-        listener=_Record(run, steps, report),
+        listener=_ShortRunListener(run, steps, report),
         intervals=Intervals(steps, max(1, math.ceil(steps / 2)), steps),
     )
     try:
@@ -253,26 +312,3 @@ def short_run(
     except NotFinite as error:
         run.failure = str(error)
     return run
-
-
-def overfit_rows(shards: Shards, feed: Feed, count: int) -> list[Block]:
-    """The first `count` examples of the plan's first updates, each as a block of its own."""
-    found: list[Block] = []
-    for update in range(len(feed.plan)):
-        for number in feed.plan.blocks(update):
-            block = shards.block(int(number))
-            for start, n in zip(block.starts, block.lengths, strict=True):
-                cut = slice(int(start), int(start + n))
-                if (block.labels[cut][1:] != -100).any():
-                    found.append(
-                        Block(
-                            len(found),
-                            block.input_ids[cut],
-                            block.labels[cut],
-                            block.position_ids[cut],
-                            np.array([n], dtype=np.int32),
-                        )
-                    )
-                if len(found) == count:
-                    return found
-    return found
