@@ -13,7 +13,7 @@ from sft_pipeline.stages import workers
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import Run, StageOutcome, run_until
 from sft_pipeline.stages.stage import Branch
-from sft_pipeline.stages.tokenized_rows import batches as tokenizing
+from sft_pipeline.stages.tokenized_rows import build as tokenizing
 from sft_pipeline.store import Store
 
 WORDS = [
@@ -99,14 +99,21 @@ def test_another_mask_or_length_takes_nothing_over(tmp_path, home):
         assert counts["rows_reused"] == 0 and counts["rows_tokenized"] > 0
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_number_of_workers_changes_no_byte(tmp_path, home, monkeypatch, count):
+@pytest.mark.parametrize(
+    ("count", "compared"),
+    [
+        pytest.param(1, 20, id="one thread"),
+        pytest.param(3, 20, id="three threads, by columns"),
+        pytest.param(3, 2000, id="three processes, row by row"),
+    ],
+)
+def test_the_number_of_workers_changes_no_byte(tmp_path, home, monkeypatch, count, compared):
     source = tmp_path / "source"
     write(source, "2026-01-01", rows_of(3, 300))
     there = versions(run(source, "2026-01-01", tmp_path / "there"))
     monkeypatch.setattr(tokenizing, "BATCH", 32)
-    monkeypatch.setattr(tokenizing, "COMPARED", 20)
-    monkeypatch.setattr(tokenizing, "WORTH_WORKERS", 64)
+    monkeypatch.setattr(tokenizing, "COMPARED", compared)
+    monkeypatch.setattr(tokenizing, "WORTH_PROCESSES", 64)
     monkeypatch.setattr(workers, "INLINE_ITEMS", 1)
     monkeypatch.setenv("SFT_WORKERS", str(count))
     assert versions(run(source, "2026-01-01", tmp_path / "here")) == there
