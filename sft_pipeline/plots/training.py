@@ -9,6 +9,7 @@ Curve = list[tuple[int, float]]
 
 
 def plot_loss(path: Path, loss: Curve, val_loss: Curve, title: str = "Loss per supervised token") -> None:
+    """Training and validation loss over updates, in nats per supervised token."""
     figure, ax = _axes("update", "nats", title)
     if loss:
         ax.plot(*zip(*loss), color="#9ec1e6", linewidth=1, label="training, per update")
@@ -21,18 +22,10 @@ def plot_loss(path: Path, loss: Curve, val_loss: Curve, title: str = "Loss per s
 
 
 def plot_curve(path: Path, curve: Curve, title: str, unit: str) -> None:
+    """One value over updates."""
     figure, ax = _axes("update", unit, title)
     if curve:
         ax.plot(*zip(*curve), color="#1f5fa8", linewidth=1.4)
-    save(figure, path)
-
-
-def plot_lines(path: Path, curves: dict[str, Curve], title: str, unit: str) -> None:
-    figure, ax = _axes("update", unit, title)
-    for name, curve in curves.items():
-        if curve:
-            ax.plot(*zip(*curve), label=name, marker="o" if len(curve) < 8 else None, markersize=3)
-    ax.legend(frameon=False)
     save(figure, path)
 
 

@@ -6,8 +6,7 @@
       optimizer.safetensors, optimizer.json, scheduler.json, rng.json, curves.parquet, trainer_state.json
 
 Written under another name, flushed to the disk, then renamed. Nothing in it is a pickle, and its bytes depend
-only on
-what was trained: no clock, no path.
+only on what was trained: no clock, no path.
 """
 
 import base64

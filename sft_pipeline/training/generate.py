@@ -1,10 +1,8 @@
-"""Generation and scoring in batches, and samples during a training: greedy by default, prompts sorted by
-length.
+"""Generation and scoring in batches, and samples during a training; greedy by default.
 
 Generation pads on the left, with the mask and the positions that this needs. Scoring pads on the right, where
-a
-causal model needs neither: nothing real can see what comes after it. Both give results in the order of the
-input.
+a causal model needs neither: nothing real can see what comes after it. Both sort by length, and give results
+in the order of the input.
 """
 
 import inspect

@@ -1,8 +1,7 @@
 """Loading and saving: the base model, what of it is trained, and trained checkpoints.
 
 safetensors only, no remote code unless the recipe says so, hub models only at a pinned commit. What was asked
-for is what
-runs: attention and precision are checked after loading and reported.
+for is what runs: attention and precision are checked after loading, and reported.
 """
 
 import importlib.util
@@ -74,6 +73,7 @@ def resolve_attention(asked: str, device: torch.device, architecture: Any = None
     """
     if asked != "auto":
         return asked
+    # transformers has no public name for what an architecture supports.
     if device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
         packages = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
         for package, name in packages.items():

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,12 +27,18 @@ class UpdateNumbers:
     seconds: float
 
 
-class Listener(Protocol):
-    """Who watches a training. Every rank has one, so that they decide alike."""
+class Listener:
+    """Who watches a training. Every rank has one, so that they decide alike. This base ignores everything."""
 
-    def updated(self, numbers: UpdateNumbers) -> None: ...
-    def evaluated(self, step: int, val_loss: float) -> None: ...
-    def should_stop(self) -> bool: ...
+    def updated(self, numbers: UpdateNumbers) -> None:
+        """An update was made; called before the evaluation of the same update."""
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """The validation loss after update `step`; 0 is before the first."""
+
+    def should_stop(self) -> bool:
+        """Asked after each evaluation."""
+        return False
 
 
 class NotFinite(Exception):

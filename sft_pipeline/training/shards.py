@@ -50,7 +50,8 @@ class Shards:
     def __init__(
         self, parts: Sequence[Path], *, cache_bytes: int = CACHE_BYTES, most: int | None = None
     ) -> None:
-        """
+        """Opens the first and the last part.
+
         Args:
             parts: In order, as `artifact.parts("train")` gives them.
             cache_bytes: Bound on the row groups kept in memory; the last one always is.
@@ -72,7 +73,8 @@ class Shards:
         return self._count
 
     def block(self, number: int) -> Block:
-        """
+        """One block, as views of its row group.
+
         Raises:
             InputError: There is no such block, or its part is damaged.
         """
@@ -196,7 +198,8 @@ class Plan:
     """
 
     def __init__(self, path: Path) -> None:
-        """
+        """Reads the footer alone.
+
         Raises:
             InputError: The plan cannot be read, is empty, or its updates are not numbered 0, 1, 2, ...
         """

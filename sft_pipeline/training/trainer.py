@@ -3,8 +3,7 @@
 What TRL and transformers do well is theirs: the loop, AdamW, clipping, mixed precision, data-parallel
 wrapping, callbacks, reporting. Ours is what an update is. One item of the feed is one update of the plan, so
 a step of the loop, an update of the optimizer, a position in the plan and `global_step` are the same number.
-Its loss is the mean
-over the supervised tokens of the whole update: all micro-batches, all ranks.
+Its loss is the mean over the supervised tokens of the whole update: all micro-batches, all ranks.
 
 Overridden of their public methods: where batches come from (`get_train_dataloader`, `get_batch_samples`),
 what an update and its loss are (`training_step`, `compute_loss`, `floating_point_ops`), the learning rate

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.store.manifest import data_version, list_files
-from sft_pipeline_tests.trained_checkpoints.run_tiny import Recorder, make, recording_what_is_trained, run
+from sft_pipeline.training.schedule import Schedule, learning_rate
+from sft_pipeline_tests.trained_checkpoints.run_tiny import (
+    Recorder,
+    config_of,
+    make,
+    recording_what_is_trained,
+    run,
+)
 from sft_pipeline_tests.training import tiny
 
 
@@ -156,10 +163,20 @@ def test_what_is_written_down(root, whole):
     )
 
 
+def test_every_update_is_made_with_the_learning_rate_that_the_recipe_gives_it(root):
+    settings = {"learning_rate": 3e-3, "min_learning_rate": 1e-4, "schedule": "linear", "warmup": 0.4}
+    run(root, "rates", **settings)
+    history = pq.read_table(root / "rates" / "history.parquet").to_pylist()
+    config = config_of(root, **settings)
+    schedule = Schedule.of(config.training, config.model)
+    assert (schedule.peak, schedule.minimum, schedule.warmup) == (3e-3, 1e-4, 0.4)
+    expected = [learning_rate(n, 6, schedule) for n in range(6)]
+    assert [r["value"] for r in history if r["name"] == "learning_rate"] == pytest.approx(expected)
+
+
 def test_checkpoints_load_for_inference_and_their_validation_loss_is_that_of_the_curve(root, whole):
     from sft_pipeline.training.generate import score_nll
     from sft_pipeline.training.model import load_for_inference
-    from sft_pipeline_tests.trained_checkpoints.run_tiny import config_of
 
     for kind in ("lora", "full"):
         curve = {
@@ -303,7 +320,6 @@ def test_dora_rslora_neftune_freezing_and_checkpointing_train(root):
 def test_qlora_trains_and_its_checkpoint_scores_as_in_training(root):
     from sft_pipeline.training.generate import score_nll
     from sft_pipeline.training.model import load_for_inference
-    from sft_pipeline_tests.trained_checkpoints.run_tiny import config_of
 
     pytest.importorskip("bitsandbytes")
     run(root, "qlora", parameterization="qlora", max_steps=2)

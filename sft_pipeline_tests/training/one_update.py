@@ -17,19 +17,12 @@ from sft_pipeline.training.base import load_tokenizer
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 from sft_pipeline.training.data import make_feed
 from sft_pipeline.training.model import load_for_training
-from sft_pipeline.training.progress import UpdateNumbers
+from sft_pipeline.training.progress import Listener
 from sft_pipeline.training.schedule import Schedule
 from sft_pipeline.training.shards import Plan, Shards
 from sft_pipeline.training.trainer import SupervisedTrainer
 from sft_pipeline_tests.training import tiny
 from sft_pipeline_tests.training.reference import Gradients, away_from_zero, gradients, reference
-
-
-class Silent:
-    def updated(self, numbers: UpdateNumbers) -> None: ...
-    def evaluated(self, step: int, val_loss: float) -> None: ...
-    def should_stop(self) -> bool:
-        return False
 
 
 class Keeping(SupervisedTrainer):
@@ -65,7 +58,7 @@ def main(base: Path, out: Path, kinds: list[str]) -> None:
             schedule=Schedule.of(training, config),
             precision=loaded.precision,
             folder=own / "trainer",
-            listener=Silent(),
+            listener=Listener(),
         )
         trainer.run()
         if rank == 0:

@@ -25,7 +25,7 @@ from sft_pipeline.training.data import Feed, layout_for, make_feed
 from sft_pipeline.training.generate import score_nll
 from sft_pipeline.training.model import load_for_training, training_device
 from sft_pipeline.training.process import be_deterministic, keep_rng
-from sft_pipeline.training.progress import Curves, NotFinite, UpdateNumbers
+from sft_pipeline.training.progress import Curves, Listener, NotFinite, UpdateNumbers
 from sft_pipeline.training.schedule import Schedule
 from sft_pipeline.training.shards import Plan, Shards
 from sft_pipeline.training.trainer import SupervisedTrainer
@@ -75,7 +75,8 @@ def replay(
     work: Path,
     report: Reporter,
 ) -> Replay:
-    """
+    """Takes one update of a finished training apart.
+
     Args:
         training: The artifact's folder, with checkpoints and history.parquet.
         update: Counted from 1, as `global_step`.
@@ -163,21 +164,15 @@ class ReplayTrainer(SupervisedTrainer):
         raise UpdateReplayed
 
 
-class ReplayProgress:
+class ReplayProgress(Listener):
     """The replaying trainer's listener."""
 
     def __init__(self, start: int, update: int, report: Reporter) -> None:
         self.start, self.update, self.report = start, update, report
 
     def updated(self, numbers: UpdateNumbers) -> None:
-        self.report.progress(
-            "training again", numbers.step - self.start, self.update - 1 - self.start, "updates"
-        )
-
-    def evaluated(self, step: int, val_loss: float) -> None: ...
-
-    def should_stop(self) -> bool:
-        return False
+        done, total = numbers.step - self.start, self.update - 1 - self.start
+        self.report.progress("training again", done, total, "updates")
 
 
 def _examples(feed: Feed, update: int) -> list[tuple[str, int, np.ndarray, np.ndarray]]:

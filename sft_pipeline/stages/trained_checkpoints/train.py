@@ -259,7 +259,8 @@ def recipe_items(model: ModelConfig, training: TrainingConfig) -> dict[str, Any]
 
 
 def refuse_foreign(checkpoint: Checkpoint, data: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """
+    """Refuses a checkpoint that another training made.
+
     Args:
         data: Identity of the data, by item of the checkpoint.
         recipe: As `recipe_items` gives it.

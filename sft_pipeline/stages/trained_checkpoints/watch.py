@@ -9,10 +9,10 @@ from typing import Any
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.training.config import EarlyStopping
 from sft_pipeline.training.memory import memory_mb
-from sft_pipeline.training.progress import Curves, UpdateNumbers
+from sft_pipeline.training.progress import Curves, Listener, UpdateNumbers
 
 
-class Watch:
+class Watch(Listener):
     """Listens to the trainer on every rank; only rank 0's reporter is heard.
 
     Args:
