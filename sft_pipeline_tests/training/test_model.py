@@ -30,7 +30,7 @@ def base(tmp_path_factory):
     "config,words",
     [
         ({"base": "no/such/folder/anywhere"}, "does not exist, and this is no hub id"),
-        ({"base": "nobody/nothing"}, "pin model.revision"),
+        ({"base": "nobody/nothing"}, "pin it to a commit"),
     ],
 )
 def test_an_unknown_base_is_one_clear_message(config, words):
