@@ -242,9 +242,7 @@ def _signals_blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _launch_folder(work: Path) -> Iterator[Path]:
-    """A folder for the files of one launch, named after this process; those of launchers that are gone are
-    removed.
-    """
+    """A folder for the files of one launch, named after this process; those of ended ones are removed."""
     launches = work / LAUNCHES
     for old in launches.glob("*"):
         with contextlib.suppress(ValueError):
@@ -261,9 +259,7 @@ def _launch_folder(work: Path) -> Iterator[Path]:
 
 
 def _last_lines(log: Path, start: int, count: int) -> str:
-    """The last lines of a log from an offset on; of a progress bar that rewrote its line, only the last
-    state.
-    """
+    """The last lines of a log from an offset on; of a progress bar that rewrites its line, its last state."""
     with log.open("rb") as stream:
         stream.seek(max(start, stream.seek(0, os.SEEK_END) - 64 * 1024))
         text = stream.read().decode(errors="replace")

@@ -1,5 +1,4 @@
-"""What the launch modules ask about processes, and do to them. Standard library only: the supervisor must
-start fast.
+"""Identity, descendants and signals of processes. Standard library only: the supervisor must start fast.
 
 A process is named by its *token* `pid:start`, the start time (in clock ticks since boot) from
 /proc/<pid>/stat: a recycled pid has another start time. Without /proc (not Linux) the start is 0 and a token
@@ -48,9 +47,7 @@ def parse(token: str) -> tuple[int, int]:
 
 
 def is_running(token: str) -> bool:
-    """Whether that very process still runs. A zombie does not: it was killed, only nobody has asked for its
-    status.
-    """
+    """Whether that very process still runs. A zombie does not: only its status has not been collected."""
     pid, start = parse(token)
     if not LINUX:
         try:
@@ -65,9 +62,7 @@ def is_running(token: str) -> bool:
 
 
 def descendants(root: int) -> list[int]:
-    """Every process below `root`, zombies included, whatever its session or process group; parents before
-    children.
-    """
+    """Every process below `root`, zombies included, in any session or process group; parents first."""
     children: dict[int, list[int]] = {}
     for pid in _pids():
         found = _stat(pid)
@@ -115,8 +110,7 @@ def send(pid: int, *signals: signal.Signals) -> None:
 def kill_carrying(
     variable: str, value: str, spare: Collection[int] = (), wait_seconds: float = 3.0
 ) -> list[int]:
-    """Kills (SIGKILL) every process that carries the variable, again and again until none is left or the time
-    is over.
+    """Kills (SIGKILL) every process that carries the variable, until none is left or the time is over.
 
     Returns:
         The pids that were killed.
@@ -143,8 +137,7 @@ def become_subreaper() -> bool:
 
 
 def set_parent_death_signal(number: signal.Signals = signal.SIGKILL) -> bool:
-    """The kernel sends this process a signal when its parent dies, even while it is stopped or hangs in a C
-    loop.
+    """The kernel sends this process a signal when its parent dies, even while it is stopped or in a C loop.
 
     Strictly, when the parent's *thread* that started it ends: start such children from the main thread.
     """

@@ -96,8 +96,7 @@ class Supervisor:
             if handle is not None:
                 os.close(handle)
 
-    # -- the lock
-    # ------------------------------------------------------------------------------------------------
+    # The lock
 
     def _take(self, lock: str, wait_seconds: float) -> int:
         deadline = time.monotonic() + wait_seconds
@@ -139,8 +138,7 @@ class Supervisor:
         if killed:
             self._report(f"killed what an earlier supervisor left behind: {', '.join(map(str, killed))}")
 
-    # -- the command
-    # ---------------------------------------------------------------------------------------------
+    # The command
 
     def _start(self, command: Sequence[str], lock: str) -> None:
         own = os.getpid()
@@ -209,8 +207,7 @@ class Supervisor:
             return []
         return [group]
 
-    # -- waiting
-    # -------------------------------------------------------------------------------------------------
+    # Waiting
 
     def _must_go_on(self) -> None:
         if self._asked is not None:

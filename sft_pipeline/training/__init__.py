@@ -1,5 +1,4 @@
-"""What the model stages share, and the only packages that import torch: model, data, loss, trainer,
-checkpoint.
+"""What the model stages share: model, data, loss, trainer, checkpoint; what needs torch and what does not.
 
 config.py       the model and training sections of a recipe
 base.py         where the base model is                                  (no torch)

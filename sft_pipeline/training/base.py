@@ -10,8 +10,7 @@ from sft_pipeline.training.config import ModelConfig
 
 
 def base_folder(config: ModelConfig) -> Path:
-    """The folder of the base model: a local one, or the hub's at a pinned commit, fetched once into the hub's
-    cache.
+    """The base model's folder: local, or the hub's at a pinned commit, fetched once into the hub's cache.
 
     Raises:
         InputError: There is no such folder and it is no hub id, the hub id has no pinned commit, or the hub

@@ -178,8 +178,7 @@ def _microbatch(
 
 
 def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
-    """Examples by descending length (ties in plan order), grouped so that a padded micro-batch stays in the
-    bound.
+    """Examples by descending length (ties in plan order), in micro-batches that stay in the bound.
 
     No mask and no positions are needed: to a causal model padding on the right is invisible.
     """

@@ -142,8 +142,7 @@ def _trainable(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> int:
 def _activations(
     config: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokens: int, compute: int, checkpointing: bool
 ) -> int:
-    """Values kept per token and layer: about 8 of the hidden width and 3 of the MLP's (norms, q, k, v,
-    attention, MLP).
+    """Values kept per token and layer: 8 of the hidden width (norms, q, k, v, attention), 3 of the MLP's.
 
     After Korthikanti et al. 2022 (arXiv:2205.05198), without the attention matrix, which sdpa and flash
     attention do not keep. Checkpointing keeps one hidden vector per layer, and one layer whole while it is

@@ -203,6 +203,7 @@ def add_adapter(
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )
+    wrapped: Any
     try:
         if checkpoint is None:
             wrapped = get_peft_model(model, lora)

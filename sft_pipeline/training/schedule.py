@@ -68,9 +68,7 @@ def warm_up(total: int, schedule: Schedule) -> int:
 
 
 def sampled(total: int, schedule: Schedule, most: int = 50) -> list[tuple[int, float]]:
-    """(update counted from 1, rate) of at most `most` updates: the first, the last, the peak, and evenly
-    between.
-    """
+    """(update counted from 1, rate) of at most `most` updates: both ends, the peak, and evenly between."""
     if total <= most:
         at = list(range(total))
     else:

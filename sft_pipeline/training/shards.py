@@ -39,8 +39,7 @@ class Block:
 
 
 class Shards:
-    """The blocks of one split, read by number from memory-mapped Parquet parts; row groups are cached up to a
-    bound.
+    """The blocks of one split, read by number from Parquet parts; row groups are cached up to a bound.
 
     Blocks lie in the parts in the order of their numbers, so a block is found by bisection: the first one is
         there as soon in a large dataset as in a small one. That the numbers are right is seen in each row
@@ -235,8 +234,7 @@ class Plan:
         return np.concatenate(found)
 
     def planned(self, name: str, updates: int) -> int | None:
-        """What the plan itself says the first `updates` updates hold: `name` is examples, tokens or
-        supervised.
+        """What the plan says the first `updates` updates hold: `name` is examples, tokens or supervised.
 
         None where the plan does not say.
         """

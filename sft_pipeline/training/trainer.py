@@ -276,7 +276,8 @@ class SupervisedTrainer(SFTTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         """As theirs. Private, but the only place with the norm while the update can still be refused."""
         norm = super()._clip_grad_norm(model)
-        self._norm, self._rate = float(norm), self.lr_scheduler.get_last_lr()[0]
+        scheduler: Any = self.lr_scheduler
+        self._norm, self._rate = float(norm), scheduler.get_last_lr()[0]
         if not math.isfinite(self._norm) and self.accelerator.scaler is None:
             raise NotFinite(self.state.global_step + 1, "the gradient norm", self._norm)
         return norm
@@ -302,8 +303,7 @@ class SupervisedTrainer(SFTTrainer):
     # Learning rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Where the learning rate is applied: update n (from 0) is made with `learning_rate(n, total,
-        schedule)`.
+        """Where the learning rate is applied: update n is made with `learning_rate(n, total, schedule)`.
 
         torch's schedulers multiply: the optimizer was made with the peak, so each update takes its share of
         that.

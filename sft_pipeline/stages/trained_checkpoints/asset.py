@@ -1,10 +1,8 @@
 """The asset `trained_checkpoints`: checkpoints of one training, all of them resumable, and its curves."""
 
-from sft_pipeline.external_files import MODEL_FILES, digest_files
-from sft_pipeline.hub import without_revision
+from sft_pipeline.external_files import digest_model
 from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
-from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> TrainedCheckpointsConfig:
@@ -14,9 +12,7 @@ def _config(branch: Branch) -> TrainedCheckpointsConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.require_recipe()
-    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        without_revision(recipe.tokenizer), TOKENIZER_FILES
-    )
+    return digest_model(recipe.model.base, recipe.tokenizer)
 
 
 def _build(build: Build) -> Built:

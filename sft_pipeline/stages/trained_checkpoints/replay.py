@@ -1,5 +1,4 @@
-"""One update again: the training is resumed at the checkpoint before it, and goes on to it; then each row is
-scored.
+"""One update again: training resumes at the checkpoint before it and goes on to it; then rows are scored.
 
 On the machine that trained, with one process, the weights are bit for bit those that met the update then, so
 its loss and gradient norm come out again.
@@ -46,8 +45,7 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class Replay:
-    """What one update was, counted from 1. The recorded numbers are None where the training did not get that
-    far.
+    """What one update was, counted from 1. What the training recorded is None where it did not get that far.
 
     Attributes:
         checkpoint: The step that was gone on from; 0: the beginning.
