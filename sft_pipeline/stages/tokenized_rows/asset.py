@@ -1,10 +1,10 @@
 """The asset `tokenized_rows`: chat template, token ids, and the mask of supervised tokens."""
 
-from sft_pipeline.external_files import digest_files
+from sft_pipeline.external_files import TOKENIZER_FILES, digest_files
 from sft_pipeline.hub import without_revision
 from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.text.config import NAMED_TEMPLATES, TOKENIZER_FILES
+from sft_pipeline.text.config import NAMED_TEMPLATES
 
 
 def _config(branch: Branch) -> TokenizedRowsConfig:

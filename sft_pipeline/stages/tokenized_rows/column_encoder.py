@@ -159,7 +159,8 @@ class ColumnEncoder:
         """Examples of those rows of the group that turn out well, and their indices in the batch."""
         layout, count = group.layout, len(group.rows)
         texts = group.laid_out()
-        encoded = self._words.encode(texts)
+        is_added = np.array([parts[0] in self._tokenizer.added for parts in layout.segments])
+        encoded = self._words.encode(texts, np.tile(is_added, count))
         faithful: Bools = np.all(encoded.faithful.reshape(count, -1), axis=1)
         if not faithful.all():  # the bytes of all rows are counted together below, so these have to go first
             kept = group.filter(faithful)

@@ -1,8 +1,9 @@
 """Which tokens carry loss, derived twice.
 
 (a) From characters: the offsets of the encoding say which token covers a span's first and last character.
-(b) From tokens alone: a control token always splits the text, so the tokens before a character are those up to
-    the last control token before it (found by counting control tokens) plus the tokens of what lies between.
+(b) From tokens alone: a control token always splits the text, so the tokens before a character are those up
+    to the last control token before it (found by counting control tokens) plus the tokens of what lies
+    between.
 
 Both must name the same tokens, and (b) must find its tokens where the row has them, or the row is rejected.
 """
@@ -17,8 +18,8 @@ from sft_pipeline.text.tokenizer import Piece, Tokenizer
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One row's ids: the server's prompt, and apart from it what follows.
+class EncodedRow:
+    """One row's ids: the prompt that a server would send, and apart from it what follows.
 
     Encoding the two apart keeps a token from forming across the boundary, which no server would ever see.
     """
@@ -38,7 +39,7 @@ class Encoded:
         return self.rest, len(self.prompt.ids), char - len(self.prompt.text)
 
 
-def tokens_by_offsets(row: Encoded, span: Span) -> Span | None:
+def tokens_by_offsets(row: EncodedRow, span: Span) -> Span | None:
     """(a) The tokens of a character span, by the encoding's offsets. None where a character has no token."""
     piece, base, char = row.locate(span[0])
     start = piece.token_at(char)
@@ -57,20 +58,16 @@ def _same_char(piece: Piece, first: int, second: int) -> bool:
     return a is not None and a == piece.encoding.token_to_chars(second + piece.skip_tokens)
 
 
-def tokens_by_prefix(row: Encoded, span: Span) -> Span | None:
+def tokens_by_prefix(row: EncodedRow, span: Span) -> Span | None:
     """(b) The tokens of a character span, by the number of tokens before its ends. None where unknown."""
     start = _tokens_before(row, *row.locate(span[0]))
-    end = _tokens_before(row, *_end_of(row, span[1]))
+    piece, base, last = row.locate(span[1] - 1)  # the end may be that of the prompt: look from inside
+    end = _tokens_before(row, piece, base, last + 1)
     return None if start is None or end is None else (start, end)
 
 
-def _end_of(row: Encoded, char: int) -> tuple[Piece, int, int]:
-    """Like `locate`, for the position after a span's last character."""
-    piece, base, last = row.locate(char - 1)
-    return piece, base, last + 1
-
-
-def _tokens_before(row: Encoded, piece: Piece, base: int, char: int) -> int | None:
+def _tokens_before(row: EncodedRow, piece: Piece, base: int, char: int) -> int | None:
+    """Tokens of the row before a character of one of its pieces; None where a token spans that boundary."""
     tokenizer = row.tokenizer
     if char == 0:
         return base
@@ -97,42 +94,39 @@ def _tokens_before(row: Encoded, piece: Piece, base: int, char: int) -> int | No
     return base + after
 
 
-def control_tokens_match(row: Encoded) -> bool:
+def control_tokens_match(row: EncodedRow) -> bool:
     """Whether the control tokens among the ids are exactly those that stand in the text, in order.
 
-    The text's own were placed by the template: `ForgeryGuard` has seen to it that no message holds one.
+    The text's own were placed by the template: `ForgeryGuard` has made sure that no message holds one.
     """
-    return all(
-        _expected(row.tokenizer, p.text) == [i for i in p.ids if i in row.tokenizer.control_ids]
-        for p in (row.prompt, row.rest)
-    )
+    tokenizer = row.tokenizer
+    for piece in (row.prompt, row.rest):
+        placed = [tokenizer.control[t] for t in tokenizer.control_pattern.findall(piece.text)]
+        if placed != [i for i in piece.ids if i in tokenizer.control_ids]:
+            return False
+    return True
 
 
-def _expected(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [tokenizer.control[m] for m in tokenizer.control_pattern.findall(text)]
-
-
-Job = tuple[list[int], Span, str]
-"""(ids of the row, tokens of the turn, text of the turn)"""
-
-
-def decodes_to(tokenizer: Tokenizer, jobs: Sequence[Job]) -> list[str | None]:
-    """For each job None where decoding gives the text, else what it gives instead.
+def decoding_errors(tokenizer: Tokenizer, turns: Sequence[tuple[list[int], Span, str]]) -> list[str | None]:
+    """For each turn None where decoding its tokens gives its text, else what it gives instead.
 
     Tokenizers with a canonical-composition normalizer (Qwen's NFC) give canonically equal text.
     SentencePiece-style ones write a word's leading space as part of its token, so a span is also decoded
     behind its left neighbour.
+
+    Args:
+        turns: (ids of the row, tokens of the turn, text of the turn).
     """
-    decoded = tokenizer.decode_batch([ids[start:stop] for ids, (start, stop), _ in jobs])
-    return [
-        None if _same(found, text) or _same(_behind(tokenizer, ids, *span), text) else found
-        for (ids, span, text), found in zip(jobs, decoded, strict=True)
-    ]
-
-
-def _behind(tokenizer: Tokenizer, ids: list[int], start: int, stop: int) -> str:
-    before = ids[max(start - 1, 0) : start]
-    return tokenizer.decode(before + ids[start:stop]).removeprefix(tokenizer.decode(before))
+    decoded = tokenizer.decode_batch([ids[start:stop] for ids, (start, stop), _ in turns])
+    errors: list[str | None] = []
+    for (ids, (start, stop), text), alone in zip(turns, decoded, strict=True):
+        good = _same(alone, text)
+        if not good:
+            before = ids[max(start - 1, 0) : start]
+            behind = tokenizer.decode(before + ids[start:stop]).removeprefix(tokenizer.decode(before))
+            good = _same(behind, text)
+        errors.append(None if good else alone)
+    return errors
 
 
 def _same(a: str, b: str) -> bool:

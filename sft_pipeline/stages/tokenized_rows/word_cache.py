@@ -1,17 +1,16 @@
-"""Token ids of many texts at once: each distinct word is encoded once, by the tokenizer itself.
+"""Token ids of many texts at once: each distinct piece is encoded once, by the tokenizer itself.
 
-    The cat sat on 12 mats.|The cat ran.            texts, end to end
-    The| cat| sat| on| 12| mats.|The| cat| ran.     cut before a space that follows a visible ASCII character
-    0    1    2    3   4   5     0   1    6         numbers of the distinct words
-    [..] [..] ...                                   their ids, remembered; put end to end by one Arrow gather
+    The cat sat on 12 mats.|The cat ran.              texts, end to end
+    The| cat| sat| on| 12| mats|.|The| cat| ran|.     cut where the tokenizer's pre-tokenizer always cuts
+    0    1    2    3   4   5    6 0   1    7    6     numbers of the distinct pieces
+    [..] [..] ...                                     their ids, remembered; put end to end by one Arrow gather
 
-Cutting there is right for a tokenizer whose pre-tokenizer always cuts there: a word is then made of whole
-pre-tokens, and BPE never merges across pre-tokens (Sennrich et al., 2016). Whether it does is not derived
-from its regular expressions but tried on the tokenizer itself when it is loaded
-(`_require_cuts_before_spaces`). Finer cuts, derived from the expressions, made a third fewer distinct words
-and no measurable difference in time.
+A piece is then made of whole pre-tokens, and BPE never merges across pre-tokens (Sennrich et al., 2016). Where the
+pre-tokenizer always cuts is not derived from its regular expressions but tried on the tokenizer itself when it is
+loaded: between which kinds of ASCII character (letter, digit, punctuation, space) it cuts every time in a long random
+text, and whether each piece of that text is cut alone as it is within the whole.
 
-Only the look-up of distinct words holds the interpreter's lock, so threads can encode batches.
+Only the look-up of distinct pieces holds the interpreter's lock, so threads can encode batches.
 """
 
 import json
@@ -35,7 +34,20 @@ Ints = npt.NDArray[np.int64]
 MAX_WORDS = 1 << 20  # remembered; some 150 MB if it ever fills up
 LONGEST_WORD = 64  # characters of a word that is remembered: longer ones hardly come again
 
-_VISIBLE = string.digits + string.ascii_letters + string.punctuation
+_OTHER, _LETTER, _DIGIT, _PUNCTUATION, _SPACE = range(5)
+_TRIED = {
+    _LETTER: string.ascii_letters,
+    _DIGIT: string.digits,
+    _PUNCTUATION: string.punctuation,
+    _SPACE: " ",
+    _OTHER: "\t\n\réßЖ中ั😀\u00a0\u0301",
+}
+_KINDS = len(_TRIED)
+_KIND_OF_BYTE = bytes(
+    next((kind for kind, characters in _TRIED.items() if chr(b) in characters and b < 128), _OTHER)
+    for b in range(256)
+)
+_TRIAL = 50_000  # characters: each pair of ASCII characters comes about five times
 # Unicode normal forms change no ASCII character, and nothing across a space.
 _HARMLESS_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 
@@ -72,24 +84,28 @@ class WordCache:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         _require_byte_level_bpe(tokenizer)
-        _require_cuts_before_spaces(tokenizer.backend)
+        self._cut_between = _where_it_cuts(tokenizer.backend)
         self._encode_batch = tokenizer.backend.encode_batch_fast
         self.bytes_of = _bytes_of_ids(tokenizer)
         self.byte_lengths = np.diff(np.frombuffer(self.bytes_of.buffers()[1], np.int32)).astype(np.int64)
         self._ids_of = {token: array("i", [i]).tobytes() for token, i in tokenizer.added.items()}
 
-    def encode(self, texts: pa.StringArray) -> EncodedTexts:
+    def encode(self, texts: pa.StringArray, is_added: npt.NDArray[np.bool_]) -> EncodedTexts:
         """The ids of each text, as if it were encoded alone.
 
         Args:
-            texts: None of them empty, less than 2 GiB in all. Each is either an added token or holds none.
+            texts: None of them empty, less than 2 GiB in all.
+            is_added: bool (texts,), which of them are added tokens. The others hold none.
         """
         data, starts = text_bytes(texts)
-        octets = np.frombuffer(data, np.uint8)
-        cut = np.empty(len(octets), dtype=bool)
-        cut[1:] = (octets[1:] == ord(" ")) & (octets[:-1] > ord(" ")) & (octets[:-1] < 127)
+        kinds = np.frombuffer(data.translate(_KIND_OF_BYTE), np.uint8)
+        cut = np.empty(len(kinds), dtype=bool)
+        # translate looks bytes up several times faster than an index into an array
+        pairs = kinds[:-1] * np.uint8(_KINDS) + kinds[1:]
+        cut[1:] = np.frombuffer(pairs.tobytes().translate(self._cut_between), bool)
+        cut &= np.repeat(~is_added, np.diff(starts))
         cut[starts[:-1]] = True
-        begins = np.append(np.flatnonzero(cut), len(octets))
+        begins = np.append(np.flatnonzero(cut), len(data))
         words = pa.StringArray.from_buffers(
             len(begins) - 1, pa.py_buffer(begins.astype(np.int32)), pa.py_buffer(data)
         ).dictionary_encode()
@@ -179,18 +195,39 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
     return [] if state is None else state.get(name, [state])
 
 
-def _require_cuts_before_spaces(backend: tokenizers.Tokenizer) -> None:
-    """Tries the tokenizer's own pre-tokenizer on every visible ASCII character, a space, and what may follow."""
-    following = [chr(c) for c in (9, 10, 13, *range(32, 127))] + list("éßЖ中ั😀\u00a0\u0301")
-    pairs = [f"{a} {b}" for a in _VISIBLE for b in following]
-    for seed in range(3):  # other neighbours each time
-        shuffled = random.Random(seed)
-        shuffled.shuffle(pairs)
-        text = "".join(pair + shuffled.choice(("", "a", "7", ".", " ", "\n")) for pair in pairs)
-        cuts = {start for _, (start, _) in backend.pre_tokenizer.pre_tokenize_str(text)}
-        for at, (before, here) in enumerate(pairwise(text), 1):
-            if here == " " and before in _VISIBLE and at not in cuts:
-                raise NoFastPath(f"its pre-tokenizer does not cut {text[at - 2 : at + 3]!r} before the space")
+def _where_it_cuts(backend: tokenizers.Tokenizer) -> bytes:
+    """For each pair of kinds (first * _KINDS + second) 1 where text may be cut between the two.
+
+    Raises:
+        NoFastPath: Not even between a word and the space behind it.
+    """
+    generator = random.Random(0)
+    kinds = generator.choices(list(_TRIED), (5, 3, 5, 4, 2), k=_TRIAL)
+    text = "".join(generator.choice(_TRIED[kind]) for kind in kinds)
+    text += " it's I'LL we've THEY'RE a.b 1,234.5 (x) $7 ...   12345 x"
+    whole = backend.pre_tokenizer.pre_tokenize_str(text)
+    is_cut = np.zeros(len(text) + 1, dtype=bool)
+    is_cut[[start for _, (start, _) in whole]] = True
+    found = np.array([next(k for k, characters in _TRIED.items() if c in characters) for c in text])
+    pairs = found[:-1] * _KINDS + found[1:]
+    never = {(_OTHER, k) for k in range(_KINDS)} | {
+        (k, _OTHER) for k in range(_KINDS)
+    }  # too many to have been tried
+    never |= {(_SPACE, k) for k in range(_KINDS)}  # white space looks at what follows it: \s+(?!\S)
+    always = {divmod(int(p), _KINDS) for p in np.unique(pairs)} - {
+        divmod(int(p), _KINDS) for p in pairs[~is_cut[1:-1]]
+    }
+    before_spaces = {(k, _SPACE) for k in (_LETTER, _DIGIT, _PUNCTUATION)}
+    for allowed in (always - never, before_spaces):
+        table = np.zeros(256, np.uint8)
+        table[[first * _KINDS + second for first, second in allowed]] = 1
+        begins = [0, *(np.flatnonzero(table[pairs]) + 1).tolist(), len(text)]
+        pieces = (text[begin:end] for begin, end in pairwise(begins))
+        # Other rules than white space's may look on too, so what counts is that each piece is cut as in the whole.
+        alone = [token for piece in pieces for token, _ in backend.pre_tokenizer.pre_tokenize_str(piece)]
+        if before_spaces <= allowed and alone == [token for token, _ in whole]:
+            return table.tobytes()
+    raise NoFastPath("its pre-tokenizer does not always cut before a space")
 
 
 def byte_symbols() -> dict[int, int]:
