@@ -8,7 +8,7 @@ class SftError(Exception):
 
 
 class InputError(SftError):
-    """Bad input or configuration: a file, line, field or value the user can mend. Exit code 2."""
+    """Bad input or configuration: a file, line, field or value that the user can correct. Exit code 2."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Content digests of files read from outside the store, with a cache so that large files are hashed once."""
+"""Files read from outside the store: the names of a model's files, and digests, cached for large files."""
 
 import contextlib
 import fnmatch
@@ -7,9 +7,25 @@ import time
 from pathlib import Path
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.hub import parse_hub_id
+from sft_pipeline.hub import parse_hub_id, without_revision
 from sft_pipeline.project import project_path, sft_home
 from sft_pipeline.store.files import sha256_file
+
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+"""The files of a model folder that decide what the model computes."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Everything that is read of a tokenizer folder."""
+
+HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""What is fetched of a model on the hub: weights as safetensors, configuration, tokenizer; no pickles."""
 
 # A file changed again within the clock's resolution would keep its modification time: too young to be cached.
 YOUNG_SECONDS = 2.0
@@ -44,22 +60,27 @@ def _open_cache() -> sqlite3.Connection:
     home.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(home / "digests.db", timeout=60)
     cache.execute(
-        "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
+        "CREATE TABLE IF NOT EXISTS digests "
+        "(path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
     )
     return cache
 
 
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
-"""The files of a model folder that decide what the model computes."""
+def digest_model(base: str, tokenizer: str) -> dict[str, str]:
+    """The digests of what is read of a base model and of its tokenizer, as `digest_files` gives them.
 
-HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""What is fetched of a model repository on the hub: weights as safetensors, configuration, tokenizer; no pickles."""
+    Args:
+        base, tokenizer: Folders or hub ids.
+    """
+    tokenizer = without_revision(tokenizer)
+    return digest_files(base, MODEL_FILES) | digest_files(tokenizer, TOKENIZER_FILES)
 
 
 def digest_files(path_or_id: str, patterns: tuple[str, ...] = ("*",)) -> dict[str, str]:
     """The digest of a local file, or of each file of a local folder whose name matches.
 
-    A hub id has no local files to hash; its pinned revision, which is part of the configuration, stands for them.
+    A hub id has no local files to hash; its pinned revision, which is part of the configuration, stands for
+    them.
 
     Returns:
         {the file's path in the terms of `path_or_id`: sha256}; {"hub:<id>": "hub:<id>"} for a hub id.

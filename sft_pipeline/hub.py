@@ -1,10 +1,11 @@
-"""Hugging Face hub ids: the one place that tells a local folder from a repository, and fetches a pinned snapshot."""
+"""Hugging Face hub ids: tells a local folder from a repository, and fetches pinned snapshots."""
 
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path
@@ -40,7 +41,7 @@ def without_revision(path_or_id: str) -> str:
 
 
 def local_folder(path_or_id: str, revision: str | None, *, key: str, patterns: Sequence[str]) -> Path:
-    """A local folder as it is, or a hub repository's files at a pinned revision, from the hub's cache where it has them.
+    """A local folder as it is, or the files of a hub repository at a pinned revision, cached if possible.
 
     Args:
         revision: Counts for a hub id that names none itself.
@@ -48,7 +49,8 @@ def local_folder(path_or_id: str, revision: str | None, *, key: str, patterns: S
         patterns: The files to fetch.
 
     Raises:
-        InputError: There is no such folder and it is no hub id, no revision is pinned, or the hub cannot be reached.
+        InputError: There is no such folder and it is no hub id, no revision is pinned, or the hub cannot be
+            reached.
     """
     folder = project_path(path_or_id)
     if folder.is_dir():
@@ -62,24 +64,21 @@ def local_folder(path_or_id: str, revision: str | None, *, key: str, patterns: S
     commit = hub_id.revision or revision
     if not commit:
         raise InputError(
-            f"{key} {path_or_id}: the folder {folder} does not exist; if this is a hub id, pin it to a commit "
-            f"(model.revision: COMMIT, or {hub_id.name}@COMMIT)"
+            f"{key} {path_or_id}: the folder {folder} does not exist; if this is a hub id, pin it to a "
+            f"commit (model.revision: COMMIT, or {hub_id.name}@COMMIT)"
         )
     from huggingface_hub import snapshot_download
 
+    files: dict[str, Any] = {"repo_id": hub_id.name, "revision": commit, "allow_patterns": list(patterns)}
     with contextlib.suppress(Exception):  # not in the cache, or not whole: fetch it
-        return Path(
-            snapshot_download(
-                hub_id.name, revision=commit, allow_patterns=list(patterns), local_files_only=True
-            )
-        )
+        return Path(snapshot_download(**files, local_files_only=True))
     with clear_loading_errors(f"{key} {hub_id.name}@{commit}"):
-        return Path(snapshot_download(hub_id.name, revision=commit, allow_patterns=list(patterns)))
+        return Path(snapshot_download(**files))
 
 
 @contextlib.contextmanager
 def clear_loading_errors(what: str) -> Iterator[None]:
-    """Turns what the libraries raise for a model that is absent, unreachable or unsafe into one clear message."""
+    """Turns what libraries raise for a model that is absent, unreachable or unsafe into one message."""
     try:
         yield
     except InputError:

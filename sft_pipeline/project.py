@@ -1,4 +1,4 @@
-"""Where things are: the project root (the folder of dagster.yaml) and SFT_HOME (everything the system writes)."""
+"""Where things are: the project root (the folder of dagster.yaml), and SFT_HOME with all that is written."""
 
 import os
 from functools import lru_cache
@@ -16,7 +16,7 @@ def _root_from(cwd: Path) -> Path:
 
 
 def project_root() -> Path:
-    """The nearest folder at or above the working directory with a dagster.yaml, else the one beside the package."""
+    """The nearest folder at or above the working directory with a dagster.yaml, else the package's parent."""
     explicit = os.environ.get("SFT_PROJECT_ROOT")
     return Path(explicit).resolve() if explicit else _root_from(Path.cwd())
 

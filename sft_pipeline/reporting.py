@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing, without knowing who listens: a terminal, Dagster's log, MLflow, a file."""
+"""How a stage reports, without knowing to whom: a terminal, Dagster's event log, MLflow, a file."""
 
 import json
 import os
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Reporter:
-    """Listens to a stage. This base ignores everything, and is a reporter for callers who do not care."""
+    """What a stage reports to. This base class ignores everything."""
 
     def log(self, message: str, level: str = "info") -> None:
         """One line for people. Levels: debug, info, warning, error."""
@@ -63,7 +63,7 @@ class Tee(Reporter):
 
 
 class FileReporter(Reporter):
-    """Appends each event as one JSON line; `replay` reads them in another process. Progress at most 5 times a second."""
+    """Appends events as JSON lines, for `replay` in another process; progress 5 times a second at most."""
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("a", encoding="utf-8", buffering=1)

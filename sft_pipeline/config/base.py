@@ -11,8 +11,8 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
-        """What of it says which result is made, as JSON values: all of it, unless a class leaves out how it is made.
+        """What of it decides the result, as JSON values: all of it, unless a class leaves something out.
 
-        Two configurations of the same identity have the same fingerprint.
+        Two configurations of the same identity give the same fingerprint.
         """
         return self.model_dump(mode="json", by_alias=True)

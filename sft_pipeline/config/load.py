@@ -79,7 +79,8 @@ def find_recipe(catalog: Catalog, name_or_path: str, overrides: Iterable[str] = 
                 raise InputError(problem)
         known = list(catalog.recipes)
         raise InputError(
-            f"no recipe is named {name_or_path!r}{_nearest(name_or_path, known)}; known: {', '.join(known) or 'none'}"
+            f"no recipe is named {name_or_path!r}{_nearest(name_or_path, known)}; "
+            f"known: {', '.join(known) or 'none'}"
         )
     recipe = load_recipe(path, overrides=tuple(overrides))
     _check_dataset(recipe, catalog, path)
@@ -113,7 +114,8 @@ def _extended(document: Document, path: Path, folders: Sequence[Path], seen: tup
     target = candidates.get(parent)
     if target is None:
         raise InputError(
-            f"{origin}: extends: nothing is named {parent!r}{_nearest(parent, list(candidates))}; known: {', '.join(sorted(candidates))}"
+            f"{origin}: extends: nothing is named {parent!r}{_nearest(parent, list(candidates))}; "
+            f"known: {', '.join(sorted(candidates))}"
         )
     if target in seen:
         raise InputError(f"{origin}: extends: {parent} extends this file in turn")
@@ -124,7 +126,8 @@ def validate(model: type[M], document: Document) -> M:
     """The typed configuration of a document.
 
     Raises:
-        InputError: One line per error: file, line, field, cause, and the nearest valid key for an unknown one.
+        InputError: One line per error: file, line, field, cause, and the nearest valid key for an unknown
+            one.
     """
     try:
         return model.model_validate(document.value)
@@ -201,15 +204,11 @@ def _nearest(word: str, known: list[str]) -> str:
 
 def _check_dataset(recipe: RecipeConfig, catalog: Catalog, path: Path) -> None:
     if recipe.dataset not in catalog.datasets:
+        known = list(catalog.datasets)
         broken = [p for p in catalog.problems.values() if f"{os.sep}{recipe.dataset}.y" in p]
-        raise InputError(
-            f"{path}: dataset: no dataset is named {recipe.dataset!r}{_nearest(recipe.dataset, list(catalog.datasets))}"
-            + (
-                f"; its file does not load: {broken[0]}"
-                if broken
-                else f"; known: {', '.join(catalog.datasets) or 'none'}"
-            )
-        )
+        more = f"its file does not load: {broken[0]}" if broken else f"known: {', '.join(known) or 'none'}"
+        name = f"{recipe.dataset!r}{_nearest(recipe.dataset, known)}"
+        raise InputError(f"{path}: dataset: no dataset is named {name}; {more}")
 
 
 def _add(catalog: Catalog, into: dict[str, Any], kind: str, path: Path, config: Any) -> None:

@@ -41,7 +41,8 @@ def read_yaml(path: Path) -> Document:
     """Reads one file that holds one mapping.
 
     Raises:
-        InputError: The file cannot be read, is not YAML, repeats a key, or is not a mapping; with path and line.
+        InputError: The file cannot be read, is not YAML, repeats a key, or is not a mapping; with path and
+            line.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -52,9 +53,9 @@ def read_yaml(path: Path) -> Document:
         if node is None:
             raise InputError(f"{path}:1: the file is empty")
         if not isinstance(node, yaml.MappingNode):
-            raise InputError(
-                f"{path}:{node.start_mark.line + 1}: expected `key: value` lines, found a {type(node).__name__.removesuffix('Node').lower()}"
-            )
+            kind = type(node).__name__.removesuffix("Node").lower()
+            line = node.start_mark.line + 1
+            raise InputError(f"{path}:{line}: expected `key: value` lines, found a {kind}")
         origins: dict[Loc, Origin] = {(): Origin(str(path), 1)}
         _collect(node, (), str(path), origins)
         return Document(yaml.safe_load(content), origins)
@@ -85,9 +86,7 @@ def _collect(node: yaml.Node, loc: Loc, where: str, origins: dict[Loc, Origin]) 
 
 def overlay(base: Document, top: Document) -> Document:
     """`top` over `base`: mappings merge key by key, anything else replaces."""
-    value = _merge(base.value, top.value)
-    origins = {**base.origins, **top.origins}
-    return Document(value, origins)
+    return Document(_merge(base.value, top.value), {**base.origins, **top.origins})
 
 
 def _merge(base: Any, top: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reads what is to be shown from the artifacts."""
+"""Reads rows and blocks from the artifacts."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from sft_pipeline.tables.parquet import read_batches
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
-PACKED_SIDES = ("train", "validation")
-SIDES = (*PACKED_SIDES, "test")
+PACKED_SPLITS = ("train", "validation")
+SPLITS = (*PACKED_SPLITS, "test")
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what incomplete bytes decode to
 BLOCK_COLUMNS = ["block", "row_ids", "lengths", "labels", "position_ids"]
 LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
@@ -27,14 +27,14 @@ def inspect_rows(
     *,
     row: str | None = None,
     n: int = 3,
-    side: str = "train",
+    split: str = "train",
     tokenizer: Tokenizer | None = None,
 ) -> Inspection:
     """Looks up rows and the blocks that hold them.
 
     Args:
         packed: The `packed_shards` made of `tokenized`; None shows rows only.
-        row: A row id, or the beginning of one, searched on all sides; None takes the first `n` of `side`.
+        row: A row id, or the beginning of one, searched in all splits; None takes the first `n` of `split`.
         n: How many rows at most.
         tokenizer: By default the one that the artifact was made with.
 
@@ -44,7 +44,7 @@ def inspect_rows(
     config = tokenized.manifest.config
     overflow = config["tokens"]["overflow"]
     tokenizer = tokenizer or load_tokenizer(config["tokenizer"], config["revision"])
-    found = _find(tokenized, row, n, side)
+    found = _find(tokenized, row, n, split)
     if row is not None and not found:
         where = _rejected(tokenized, row)
         raise InputError(
@@ -53,13 +53,13 @@ def inspect_rows(
         )
     blocks: dict[tuple[str, str], BlockView] = {}
     if packed is not None:
-        for place in PACKED_SIDES:
+        for place in PACKED_SPLITS:
             ids = {values["row_id"] for at, values in found if at == place}
             blocks |= {(place, i): block for i, block in _blocks_of(packed, place, ids).items()}
     rows = [
         _view(tokenizer, at, values, overflow, blocks.get((at, values["row_id"]))) for at, values in found
     ]
-    shown = {(b.side, b.block): b for b in (blocks.get((r.side, r.row_id)) for r in rows) if b is not None}
+    shown = {(b.split, b.block): b for b in (blocks.get((r.split, r.row_id)) for r in rows) if b is not None}
     return Inspection(_title(tokenized), rows, list(shown.values()))
 
 
@@ -67,21 +67,21 @@ def _title(tokenized: Artifact) -> str:
     recorded = json.loads(tokenized.file("formatting.json").read_text(encoding="utf-8"))
     mask = recorded["mask"]
     return (
-        f"template {recorded['template_name']} ({recorded['template_sha256'][:8]}), supervise: {mask['supervise']}, "
-        f"max_length: {mask['max_length']}, overflow: {mask['overflow']}"
+        f"template {recorded['template_name']} ({recorded['template_sha256'][:8]}), "
+        f"supervise: {mask['supervise']}, max_length: {mask['max_length']}, overflow: {mask['overflow']}"
     )
 
 
-def _find(tokenized: Artifact, row: str | None, n: int, side: str) -> list[tuple[str, dict]]:
+def _find(tokenized: Artifact, row: str | None, n: int, split: str) -> list[tuple[str, dict]]:
     if row is None:
         rows = (
             values
-            for batch in read_batches(tokenized.parts(side), batch_rows=max(n, 1))
+            for batch in read_batches(tokenized.parts(split), batch_rows=max(n, 1))
             for values in batch.to_pylist()
         )
-        return [(side, values) for _, values in zip(range(n), rows, strict=False)]
+        return [(split, values) for _, values in zip(range(n), rows, strict=False)]
     found: list[tuple[str, dict]] = []
-    for place in SIDES:
+    for place in SPLITS:
         for batch in read_batches(tokenized.parts(place)):
             matches = batch.filter(pc.starts_with(batch.column("row_id"), row))
             found += [(place, values) for values in matches.to_pylist()]
@@ -97,11 +97,11 @@ def _rejected(tokenized: Artifact, row: str) -> str:
     return ""
 
 
-def _view(tokenizer: Tokenizer, side: str, values: dict, overflow: str, block: BlockView | None) -> RowView:
+def _view(tokenizer: Tokenizer, split: str, values: dict, overflow: str, block: BlockView | None) -> RowView:
     return RowView(
         row_id=values["row_id"],
         group=values["group"],
-        side=side,
+        split=split,
         tokens=token_texts(tokenizer, values["input_ids"]),
         input_ids=values["input_ids"],
         labels=values["labels"],
@@ -117,13 +117,13 @@ def _view(tokenizer: Tokenizer, side: str, values: dict, overflow: str, block: B
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it, so that the texts together are the text of the row.
 
-    A token alone may decode to something else: some tokenizers drop a leading space there, and a token may be a part
+    A token alone may decode to something else: some tokenizers drop a leading space there, and a token may be
+        a part
     of a character only. Such a character's text goes to its last token; the others are empty.
     """
     texts: list[str] = []
-    known = begin = (
-        0  # ids[:known] have given their text; ids[begin:known] are the context the next ones need
-    )
+    # ids[:known] have given their text; ids[begin:known] are the context that the next ones need.
+    known = begin = 0
     for end in range(1, len(ids) + 1):
         before, now = tokenizer.decode(ids[begin:known]), tokenizer.decode(ids[begin:end])
         whole = not now.endswith(PARTIAL) or end == len(ids) or end - known == LONGEST_CHARACTER
@@ -133,12 +133,12 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _blocks_of(packed: Artifact, side: str, row_ids: set[str]) -> dict[str, BlockView]:
-    """Row id -> the block that holds it. Reads only ids where no row is wanted, and stops when all are found."""
+def _blocks_of(packed: Artifact, split: str, row_ids: set[str]) -> dict[str, BlockView]:
+    """{row id: its block}. Reads only ids where no row is wanted, and stops when all are found."""
     wanted = pa.array(row_ids, pa.string())
     max_length = int(packed.manifest.config["max_length"])
     found: dict[str, BlockView] = {}
-    for part in packed.parts(side):
+    for part in packed.parts(split):
         with pq.ParquetFile(part) as file:
             for group in range(file.num_row_groups):
                 if len(found) == len(row_ids):
@@ -147,7 +147,7 @@ def _blocks_of(packed: Artifact, side: str, row_ids: set[str]) -> dict[str, Bloc
                 holds = pc.list_parent_indices(ids).filter(pc.is_in(ids.flatten(), wanted)).unique()
                 if len(holds):
                     for values in file.read_row_group(group, BLOCK_COLUMNS).take(holds).to_pylist():
-                        block = BlockView(values["block"], side, list(_segments(values)), max_length)
+                        block = BlockView(values["block"], split, list(_segments(values)), max_length)
                         found |= {s.row_id: block for s in block.segments if s.row_id in row_ids}
     return found
 

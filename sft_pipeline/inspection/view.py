@@ -1,4 +1,4 @@
-"""What an inspection holds: rows with their tokens, and blocks with their segments; and how text is made visible."""
+"""What an inspection holds: rows with their tokens, blocks with their segments; and how text is shown."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,8 +12,8 @@ class RowView:
     """One example, token by token.
 
     Attributes:
-        tokens: The text of each token; together they are the row's text. Where a character takes several tokens, the
-            last one has it and the others are empty.
+        tokens: The text of each token; together they are the row's text. Where a character takes several
+            tokens, the last one has it and the others are empty.
         labels: The input id where the token carries loss, else -100.
         special: Whether the token is one of the tokenizer's control tokens.
         prompt_length: Tokens of the prompt that a server would send.
@@ -24,7 +24,7 @@ class RowView:
 
     row_id: str
     group: str
-    side: str
+    split: str
     tokens: Sequence[str]
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -47,9 +47,8 @@ class RowView:
     @property
     def cut_before(self) -> str:
         """What is missing in front of the first token, in words; empty where nothing is."""
-        part = self.row_id.partition("/")[
-            2
-        ]  # further parts of a row that was split are named "<row id>/1", ...
+        # Further parts of a row that was split are named "<row id>/1", ...
+        part = self.row_id.partition("/")[2]
         if part:
             return f"part {int(part) + 1} of a row that was split; the part before overlaps"
         if self.truncated and self.overflow == "truncate_prompt":
@@ -88,10 +87,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class BlockView:
-    """One packed block: its examples in order, and the room that is left."""
+    """One packed block: its examples in order, and the space that is left."""
 
     block: int
-    side: str
+    split: str
     segments: Sequence[Segment]
     max_length: int
 
@@ -120,7 +119,7 @@ class Inspection:
                 {
                     "row_id": r.row_id,
                     "group": r.group,
-                    "side": r.side,
+                    "side": r.split,
                     "tokens": list(r.tokens),
                     "input_ids": list(r.input_ids),
                     "labels": list(r.labels),
@@ -137,7 +136,7 @@ class Inspection:
             "blocks": [
                 {
                     "block": b.block,
-                    "side": b.side,
+                    "side": b.split,
                     "length": b.length,
                     "max_length": b.max_length,
                     "segments": [asdict(s) for s in b.segments],
@@ -147,18 +146,9 @@ class Inspection:
         }
 
 
-_HIDDEN = (
-    *range(32),
-    *range(0x7F, 0xA0),
-    0x200B,
-    0x2028,
-    0x2029,
-    0xFEFF,
-    *(0x200E, 0x200F),
-    *range(0x202A, 0x202F),
-    *range(0x2060, 0x206A),  # turn the direction of writing
-)
-_TABLE = str.maketrans({chr(c): f"⟨U+{c:04X}⟩" for c in _HIDDEN} | {"\n": "⏎\n", "\t": "⇥"})
+_CONTROL = (*range(32), *range(0x7F, 0xA0), 0x200B, 0x2028, 0x2029, 0xFEFF)
+_DIRECTION = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A))  # of writing
+_TABLE = str.maketrans({chr(c): f"⟨U+{c:04X}⟩" for c in (*_CONTROL, *_DIRECTION)} | {"\n": "⏎\n", "\t": "⇥"})
 
 
 def visible(text: str) -> str:

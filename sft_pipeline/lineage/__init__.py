@@ -1,4 +1,4 @@
-"""Where a model came from: the chain of manifests back to the source files, its verification, and traces of one row."""
+"""Where a model came from: the chain of manifests to the source files, its verification, traces of rows."""
 
 from sft_pipeline.lineage.trace import Trace, trace
 from sft_pipeline.lineage.verify import Finding, Verification, verify

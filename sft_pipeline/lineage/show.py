@@ -15,15 +15,10 @@ def print_chain(chain: Chain, console: Console) -> None:
         table.add_column(name, overflow="fold")
     for node in chain.nodes:
         m = node.manifest
-        where = (
-            "here"
-            if node.path == chain.root
-            else "in the store"
-            if node.path
-            else "manifest only"
-            if m
-            else "not found"
-        )
+        if node.path:
+            where = "here" if node.path == chain.root else "in the store"
+        else:
+            where = "manifest only" if m else "not found"
         table.add_row(
             node.asset,
             m.created_at[:19].replace("T", " ") if m else "?",
@@ -55,9 +50,9 @@ def print_verification(found: Verification, console: Console) -> None:
         console.print(f"[red]wrong[/red]  {finding}", highlight=False, soft_wrap=True)
     for line in found.unreachable:
         console.print(f"[yellow]unreachable[/yellow]  {line}", highlight=False, soft_wrap=True)
-    verdict = "[green]verified[/green]" if found.verified else "[red]not verified[/red]"
+    result = "[green]verified[/green]" if found.verified else "[red]not verified[/red]"
     rest = f"; {len(found.unreachable)} recorded things could not be reached" if found.unreachable else ""
-    console.print(f"{verdict}: {found.files} files, {found.bytes / 1e6:.1f} MB hashed{rest}")
+    console.print(f"{result}: {found.files} files, {found.bytes / 1e6:.1f} MB hashed{rest}")
 
 
 def print_trace(found: Trace, console: Console) -> None:
@@ -72,7 +67,7 @@ def print_trace(found: Trace, console: Console) -> None:
         sources.add_row(s["file"], str(s["line"]), s["row_id"])
     console.print(sources)
     places = Table(title="artifacts", title_justify="left")
-    for name in ("asset", "snapshot", "side", "rows", "note"):
+    for name in ("asset", "snapshot", "split", "rows", "note"):
         places.add_column(name, overflow="fold")
     for a in found.artifacts:
         places.add_row(a["asset"], a["partition"], a["side"] or "", str(a["rows"]), a["note"] or "")

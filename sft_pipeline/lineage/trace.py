@@ -1,4 +1,4 @@
-"""Where one group or row is: source lines, sides, blocks and updates, and the exported models that learned it."""
+"""Where a group or row is: source lines, splits, blocks and updates, and the models that learned it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,12 +14,12 @@ from sft_pipeline.lineage.walk import walk
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.store import Artifact, Store
 
-SIDES = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 ROW_STAGES = {
     "raw_rows": ("rows",),
     "validated_rows": ("rows",),
-    "grouped_split": SIDES,
-    "tokenized_rows": SIDES,
+    "grouped_split": SPLITS,
+    "tokenized_rows": SPLITS,
 }
 _PART = r"/\d+$"
 REJECT_FILES = ("rejects.parquet", "quarantine.parquet")
@@ -27,13 +27,14 @@ REJECT_FILES = ("rejects.parquet", "quarantine.parquet")
 
 @dataclass
 class Trace:
-    """Where `key` was found. Every entry is a flat dict, with asset, partition, fingerprint and path of the artifact.
+    """Where `key` was found. Entries are flat dicts with asset, partition, fingerprint and path.
 
     Attributes:
         row_ids: The rows of the group, or the row itself.
         sources: source file and line: row_id, file, line.
-        artifacts: side (null where there are none), rows, note (for example why they were rejected).
-        blocks: side, block, row_ids, updates (numbers from 0; training side only).
+        artifacts: side, which is the split (null where there are none), rows, note (such as why it was
+            rejected).
+        blocks: side, block, row_ids, updates (numbers from 0; training split only).
         models: Exported models whose chosen checkpoint was trained on one of the blocks: step, updates.
     """
 
@@ -55,8 +56,8 @@ class Trace:
 def trace(key: str, store: Store | None = None, report: Reporter | None = None) -> Trace:
     """Looks for a group key or a row_id in every artifact of the store.
 
-    Held-out rows are found in artifacts, though in no block of the training side and therefore in no model. A block
-    that comes only after the chosen checkpoint's step was not learned either.
+    Held-out rows are found in artifacts, though in no block of the training split and therefore in no model.
+    A block that comes only after the chosen checkpoint's step was not learned either.
     """
     store, report = store or Store(), report or Reporter()
     by_stage: dict[str, list[Artifact]] = {}
@@ -104,9 +105,9 @@ def _row_ids(key: str, by_stage: dict[str, list[Artifact]]) -> set[str]:
     return ids
 
 
-def _row(name: str = "row_id") -> ds.Expression:
+def _row_id() -> ds.Expression:
     """The row's id without the "/1", "/2", ... that tokenized_rows appends to the parts of a row it split."""
-    return pc.replace_substring_regex(ds.field(name), pattern=_PART, replacement="")
+    return pc.replace_substring_regex(ds.field("row_id"), pattern=_PART, replacement="")
 
 
 def _scan(parts: Sequence[Path], columns: list[str], condition: ds.Expression) -> Iterator[pa.RecordBatch]:
@@ -117,9 +118,8 @@ def _scan(parts: Sequence[Path], columns: list[str], condition: ds.Expression) -
 
 def _trace_rows(artifact: Artifact, stage: str, folder: str, ids: set[str], found: Trace) -> None:
     columns = ["row_id", "file", "line"] if stage == "raw_rows" else ["row_id"]
-    rows = [
-        r for b in _scan(artifact.parts(folder), columns, _row().isin(sorted(ids))) for r in b.to_pylist()
-    ]
+    wanted = _row_id().isin(sorted(ids))
+    rows = [r for b in _scan(artifact.parts(folder), columns, wanted) for r in b.to_pylist()]
     if not rows:
         return
     found.artifacts.append(
@@ -139,9 +139,8 @@ def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
         path = artifact.file(name)
         if not path.is_file():
             continue
-        rows = [
-            r for b in _scan([path], ["row_id", "reasons"], _row().isin(sorted(ids))) for r in b.to_pylist()
-        ]
+        wanted = _row_id().isin(sorted(ids))
+        rows = [r for b in _scan([path], ["row_id", "reasons"], wanted) for r in b.to_pylist()]
         if rows:
             reasons = sorted({reason for r in rows for reason in r["reasons"]})
             found.artifacts.append(
@@ -156,9 +155,9 @@ def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
 
 def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
     wanted = pa.array(sorted(ids))
-    for side in ("train", "validation"):
+    for split in ("train", "validation"):
         held: dict[int, list[str]] = {}
-        for part in artifact.parts(side):
+        for part in artifact.parts(split):
             with pq.ParquetFile(part) as file:
                 for batch in file.iter_batches(columns=["block", "row_ids"]):
                     lists = batch.column("row_ids")
@@ -172,17 +171,17 @@ def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
                         held.setdefault(batch.column("block")[at].as_py(), []).append(row_id)
         if not held:
             continue
-        updates = _updates(artifact, set(held)) if side == "train" else {}
+        updates = _updates(artifact, set(held)) if split == "train" else {}
         found.artifacts.append(
             {
                 **_about(artifact),
-                "side": side,
+                "side": split,
                 "rows": sum(map(len, held.values())),
                 "note": f"{len(held)} blocks",
             }
         )
         found.blocks += [
-            {**_about(artifact), "side": side, "block": b, "row_ids": rows, "updates": updates.get(b, [])}
+            {**_about(artifact), "side": split, "block": b, "row_ids": rows, "updates": updates.get(b, [])}
             for b, rows in sorted(held.items())
         ]
 
@@ -198,7 +197,7 @@ def _updates(artifact: Artifact, blocks: set[int]) -> dict[int, list[int]]:
 
 
 def _trace_model(artifact: Artifact, store: Store, found: Trace) -> None:
-    """Adds an exported model if a block of its own packed_shards came into an update before its checkpoint."""
+    """Adds an exported model if a block of its own packed_shards was in an update before its checkpoint."""
     chain = walk(artifact.path, store)
     packed = {n.fingerprint for n in chain.by_stage("packed_shards")}
     step = artifact.manifest.counts.get("step")

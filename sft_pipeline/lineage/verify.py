@@ -1,7 +1,6 @@
-"""Re-hashes everything that can be reached of a model's chain, and checks that the manifests fit each other."""
+"""Hashes all that can be reached of a model's chain again, and checks that the manifests fit each other."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.store import Manifest, Store
 from sft_pipeline.store.files import sha256_file, sha256_json
 from sft_pipeline.store.manifest import MANIFEST_NAME, data_version
+
+# What the copy of a manifest in an export must have in common with the one in the store.
+COPIED = ("asset", "partition", "data_version", "code_version", "created_at", "accepted", "files", "inputs")
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class _Work:
 def verify(folder: Path, store: Store | None = None, report: Reporter | None = None) -> Verification:
     """Verifies an exported model (or any artifact) and all that it was made from.
 
-    Hashed are the artifact's own files, every upstream artifact that lies in the store, the source files, and the base
-    model's and tokenizer's files at the places that the manifests record. An export that was moved elsewhere is
-    verified with the manifests in its `lineage/` folder.
+    Hashed are the artifact's own files, every upstream artifact that lies in the store, the source files, and
+    the base model's and tokenizer's files at the places that the manifests record. An export that was moved
+    elsewhere is verified with the manifests in its `lineage/` folder.
 
     Args:
         folder: The artifact, or a folder inside it.
@@ -96,7 +98,7 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
         chain = walk(root, store)
     except InputError as error:
         return Verification(False, (Finding(str(root / MANIFEST_NAME), str(error)),), (), 0, 0)
-    work.total = _expected_bytes(chain)
+    work.total = sum(f.bytes for n in chain.nodes if n.path and n.manifest for f in n.manifest.files)
     by_fingerprint = {n.fingerprint: n for n in chain.nodes}
     for node in chain.nodes:
         _verify_node(node, work)
@@ -109,11 +111,7 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
     )
 
 
-def _expected_bytes(chain: Chain) -> int:
-    return sum(f.bytes for n in chain.nodes if n.path and n.manifest for f in n.manifest.files)
-
-
-# -- one artifact -------------------------------------------------------------------------------------------------
+# -- one artifact ----------------------------------------------------------------------------------
 
 
 def _verify_node(node: Node, work: _Work) -> None:
@@ -122,23 +120,25 @@ def _verify_node(node: Node, work: _Work) -> None:
     if node.manifest is None or node.manifest_path is None:
         if not node.problem:
             work.unreachable.append(
-                f"{node.asset} {node.partition} ({node.fingerprint[:12]}): neither in the store nor in the export's lineage"
+                f"{node.asset} {node.partition} ({node.fingerprint[:12]}): "
+                "neither in the store nor in the export's lineage"
             )
         return
     if node.manifest.fingerprint != node.fingerprint or node.manifest.asset != node.asset:
         work.wrong(
             node.manifest_path,
-            f"it is the manifest of {node.manifest.asset} ({node.manifest.fingerprint[:12]}), not of {node.asset} ({node.fingerprint[:12]})",
+            f"it is the manifest of {node.manifest.asset} ({node.manifest.fingerprint[:12]}), "
+            f"not of {node.asset} ({node.fingerprint[:12]})",
         )
-    for problem in _manifest_problems(node.manifest):
-        work.wrong(node.manifest_path, problem)
+    if data_version(node.manifest.files) != node.manifest.data_version:
+        work.wrong(node.manifest_path, "its data version is not that of the files it lists")
     if node.path is None:
         work.unreachable.append(
-            f"{node.asset} {node.partition} ({node.fingerprint[:12]}): its files are not in the store; only its manifest was checked"
+            f"{node.asset} {node.partition} ({node.fingerprint[:12]}): "
+            "its files are not in the store; only its manifest was checked"
         )
         return
-    for problem in _seal_problems(node.manifest_path):
-        work.wrong(node.manifest_path, problem)
+    _verify_seal(node.manifest_path, work)
     known = {MANIFEST_NAME}
     for entry in node.manifest.files:
         path = node.path / entry.path
@@ -152,23 +152,17 @@ def _verify_node(node: Node, work: _Work) -> None:
             work.wrong(path, f"not a file of {node.asset}: the manifest does not list it")
 
 
-def _manifest_problems(manifest: Manifest) -> Iterator[str]:
-    """What does not fit inside one manifest."""
-    if data_version(manifest.files) != manifest.data_version:
-        yield "its data version is not that of the files it lists"
-
-
-def _seal_problems(path: Path) -> Iterator[str]:
-    """What was changed in the manifest itself since it was written."""
+def _verify_seal(path: Path, work: _Work) -> None:
+    """The manifest is byte for byte what it was when it was written."""
     written = path.read_bytes()
     data = json.loads(written)
     seal = data.pop("manifest_sha256", None)
     if seal != sha256_json(data):
-        yield "the manifest was changed: it is not what its own SHA-256 (manifest_sha256) says"
+        work.wrong(path, "the manifest was changed: it is not what its own SHA-256 (manifest_sha256) says")
     elif (
         json.dumps({**data, "manifest_sha256": seal}, indent=2, ensure_ascii=False) + "\n"
     ).encode() != written:
-        yield "the manifest was changed: it is not laid out as it was written"
+        work.wrong(path, "the manifest was changed: it is not laid out as it was written")
 
 
 def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], work: _Work) -> None:
@@ -182,7 +176,8 @@ def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], work: _Work) -> 
         if upstream.manifest.data_version != entry.data_version:
             work.wrong(
                 upstream.manifest_path or upstream.asset,
-                f"{node.asset} was made from {name} with the data version {entry.data_version[:12]}, this one has {upstream.manifest.data_version[:12]}",
+                f"{node.asset} was made from {name} with the data version {entry.data_version[:12]}, "
+                f"this one has {upstream.manifest.data_version[:12]}",
             )
         if not upstream.manifest.accepted:
             work.wrong(
@@ -199,27 +194,14 @@ def _verify_copies(chain: Chain, work: _Work) -> None:
         if copy is None or node.manifest is None or node.path is None or node.path == chain.root:
             continue
         carried = Manifest.read(copy)
-        differing = [
-            name
-            for name in (
-                "asset",
-                "partition",
-                "data_version",
-                "code_version",
-                "created_at",
-                "accepted",
-                "files",
-                "inputs",
-            )
-            if getattr(carried, name) != getattr(node.manifest, name)
-        ]
+        differing = [n for n in COPIED if getattr(carried, n) != getattr(node.manifest, n)]
         if differing:
             work.wrong(
                 node.manifest_path or copy, f"differs from the copy in {copy} in {', '.join(differing)}"
             )
 
 
-# -- what lies outside the store ----------------------------------------------------------------------------------
+# -- what lies outside the store -------------------------------------------------------------------
 
 
 def _verify_outside(chain: Chain, work: _Work) -> None:

@@ -1,7 +1,8 @@
 """The chain of manifests behind an artifact, newest first, ending at the source files.
 
-export/manifest.json ── inputs ──> objects/<fingerprint>/manifest.json ── inputs ──> ... ──> raw_rows ──> source files
-                  └── lineage/ ──> copies of the same manifests, for a model that left its store
+export/manifest.json ── inputs ─▶ objects/<fingerprint>/manifest.json ── inputs ─▶ ... ─▶ raw_rows ─▶ source
+files
+                  └── lineage/ ─▶ copies of the same manifests, for a model that left its store
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.store import InputEntry, Manifest, Store
+from sft_pipeline.store import Artifact, InputEntry, Manifest, Store
 from sft_pipeline.store.files import sha256_json
 from sft_pipeline.store.manifest import MANIFEST_NAME
 
@@ -25,7 +26,8 @@ class Node:
         config: SHA-256 of the configuration it was made with.
         path: Its folder where it is at hand, None where only its manifest is.
         manifest_path: The manifest that was read.
-        manifest: What it says; None where no manifest was found (then only what its consumer recorded is known).
+        manifest: What it says; None where no manifest was found (then only what its consumer recorded is
+            known).
         problem: Why the manifest in the store could not be read.
     """
 
@@ -126,7 +128,8 @@ def copied_manifests(root: Path) -> dict[str, Path]:
 def walk(folder: Path, store: Store | None = None) -> Chain:
     """The chain behind an artifact.
 
-    Manifests are taken from the objects beside the artifact, then from the store, then from the export's own copies.
+    Manifests are taken from the objects beside the artifact, then from the store, then from the export's own
+    copies.
 
     Args:
         folder: An exported model, any artifact, or a folder inside one.
@@ -139,16 +142,8 @@ def walk(folder: Path, store: Store | None = None) -> Chain:
     manifest = Manifest.read(root / MANIFEST_NAME)
     copies = copied_manifests(root)
     objects = [root.parent, (store or Store()).objects]
-    first = Node(
-        manifest.asset,
-        manifest.partition,
-        manifest.fingerprint,
-        manifest.data_version,
-        "root",
-        root,
-        root / MANIFEST_NAME,
-        manifest,
-    )
+    entry = Artifact(root).as_input(role="root")
+    first = Node(**_recorded(entry), path=root, manifest_path=root / MANIFEST_NAME, manifest=manifest)
     nodes: dict[str, Node] = {}
     _visit(first, objects, copies, nodes)
     return Chain(root, tuple(reversed(nodes.values())))

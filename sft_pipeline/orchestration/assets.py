@@ -1,4 +1,4 @@
-"""One Dagster asset per stage and branch. Its body finds the branch, runs the stage, and yields its results."""
+"""One Dagster asset per stage and branch: it finds the branch, runs the stage, and yields the results."""
 
 import json
 import multiprocessing
@@ -70,8 +70,8 @@ def stage_asset(
             overridden, run = _run_of(context, recipe, listener)
             outcome = run_stage(stage, STAGES, Branch(dataset, context.partition_key, overridden), run)
         except SftError as error:
-            # A crash of the child is tried again, which resumes; what would fail again in the same way is not.
-            # A retry policy would also retry a step that somebody interrupted.
+            # A crash of the child is tried again, which resumes; what would fail again in the same way is
+            # not. A retry policy would also retry a step that somebody interrupted.
             crashed = stage.isolated and not isinstance(error, (InputError, BlockedError, Interrupted))
             if crashed and context.retry_number < CRASH_RETRIES:
                 context.log.warning(str(error))
@@ -84,7 +84,7 @@ def stage_asset(
 
 
 def _tag_worker(context: dg.AssetExecutionContext) -> None:
-    """Names the process that works on the run, so that a run whose worker died can be told from a running one."""
+    """Names the process that works on the run: a run whose worker died is told from a running one by it."""
     parent = multiprocessing.parent_process()
     identity = process_identity(parent.pid if parent and parent.pid else os.getpid())
     if context.run.tags.get(WORKER_TAG) != identity:
@@ -115,7 +115,7 @@ def _run_of(
 def _isolate(
     context: dg.AssetExecutionContext, stage: Stage, build: Build, recipe: RecipeConfig | None
 ) -> Built:
-    """Runs a build in a supervised child within Dagster Pipes; it ends with this step and with the run's worker."""
+    """Runs a build in a supervised child with Dagster Pipes; it ends with this step and the run's worker."""
     from sft_pipeline.launch.launcher import run_isolated
 
     processes = recipe.training.processes if recipe and stage.name == "trained_checkpoints" else 1

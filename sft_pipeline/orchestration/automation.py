@@ -25,7 +25,7 @@ def branch_job(dataset: DatasetConfig, recipe: RecipeConfig) -> Any:
 
 
 def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDefinition:
-    """Registers new snapshots as partitions, and runs the jobs of the recipes that ask for it on the newest one.
+    """Registers new snapshots as partitions, and runs the jobs of recipes that ask for it on the newest one.
 
     Args:
         jobs: Recipe name -> job, of the recipes with `retrain.on_new_snapshot`.
@@ -49,7 +49,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         new = [s for s in found if s not in known]
         newest = found[-1] if found else None
         requests = []
-        # The first look registers what is there; only a snapshot that arrives later starts runs.
+        # The first evaluation registers what is there; only a snapshot that arrives later starts runs.
         if newest and context.cursor is not None and newest > context.cursor:
             digest = sha256_json(source_digests(dataset, newest))[:12]
             requests = [

@@ -20,13 +20,12 @@ from typing import Any
 from sft_pipeline.project import PACKAGE_DIR, sft_home
 from sft_pipeline.store.files import write_json
 
-# They move artifacts about, draw and log, or read files whose digests are in the fingerprint themselves.
+# They move artifacts about, draw, log, or fetch what a pinned revision in the fingerprint names.
 NOT_COUNTED = (
     "cli",
     "config",
     "definitions",
     "errors",
-    "external_files",
     "hub",
     "inspection",
     "launch",
@@ -133,7 +132,7 @@ def _this_package() -> dict[str, Module]:
 
 
 def read_sources(package: Path) -> dict[str, bytes]:
-    """{name: source} of a package's modules ("text.template") and templates ("text/templates/chatml.jinja")."""
+    """{name: source} of modules ("text.template") and templates ("text/templates/chatml.jinja")."""
     sources = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts

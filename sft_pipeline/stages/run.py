@@ -1,4 +1,4 @@
-"""Runs one stage against the store: fingerprint, reuse, build, commit, refs. Artifacts are made nowhere else."""
+"""Runs stages against the store: fingerprint, reuse, build, commit, refs. No artifact is made elsewhere."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The artifact store: immutable objects addressed by fingerprint, refs that name the current one, manifests."""
+"""The artifact store: immutable objects addressed by fingerprint, and refs that name the current ones."""
 
 from sft_pipeline.store.artifact import Artifact
 from sft_pipeline.store.manifest import FORMAT, FileEntry, InputEntry, Manifest

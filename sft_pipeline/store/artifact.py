@@ -29,14 +29,9 @@ class Artifact:
         return sorted((self.path / folder).glob("*.parquet"))
 
     def as_input(self, role: str = "data") -> InputEntry:
-        m = self.manifest
-        return InputEntry(
-            asset=m.asset,
-            partition=m.partition,
-            fingerprint=m.fingerprint,
-            data_version=m.data_version,
-            role=role,
-        )
+        """What the manifest of a consumer records of this artifact."""
+        names = ("asset", "partition", "fingerprint", "data_version")
+        return InputEntry(**{name: getattr(self.manifest, name) for name in names}, role=role)
 
     def damage(self, *, deep: bool) -> list[str]:
         """What is wrong with the files, one line each naming the file; empty when intact.
@@ -62,12 +57,18 @@ class Artifact:
         return found
 
     def verify(self, *, deep: bool = False) -> None:
-        """Raises:
-        InputError: A file is missing or changed; the message names the first one and the remedy.
+        """Looks for missing and changed files.
+
+        Args:
+            deep: As in `damage`.
+
+        Raises:
+            InputError: There is one; the message names the first one and the remedy.
         """
         found = self.damage(deep=deep)
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise InputError(
-                f"corrupt artifact of {self.manifest.asset}: {found[0]}{more}. Delete the folder {self.path} to have it rebuilt"
+                f"corrupt artifact of {self.manifest.asset}: {found[0]}{more}. "
+                f"Delete the folder {self.path} to have it rebuilt"
             )

@@ -75,7 +75,7 @@ def remove_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait_seconds: float | None = None) -> Iterator[None]:
-    """Holds an exclusive lock on `path` (made if absent); the kernel lets go of it when the process dies.
+    """Holds an exclusive lock on `path` (made if absent); the kernel releases it when the process dies.
 
     Args:
         wait_seconds: How long to wait for another holder; None waits for ever, 0 tries once.
@@ -108,7 +108,8 @@ def clear_disk_errors(action: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"no space left on the disk while {action}: free some space and run again; nothing half-written was kept"
+                f"no space left on the disk while {action}: free some space and run again; "
+                "nothing half-written was kept"
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise InputError(

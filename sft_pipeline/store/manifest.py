@@ -17,7 +17,7 @@ class _Entry(BaseModel):
 
 
 class FileEntry(_Entry):
-    """One file of an artifact. A volatile file is hashed for verification but is not part of the data version."""
+    """One file of an artifact. A volatile one is hashed for verification but is in no data version."""
 
     path: str
     bytes: int
@@ -26,7 +26,7 @@ class FileEntry(_Entry):
 
 
 class InputEntry(_Entry):
-    """One artifact that was read. `role` is "data", or "acceptance" where only its verdict was needed."""
+    """An artifact that was read; `role` is "data", or "acceptance" if only that was needed."""
 
     asset: str
     partition: str
@@ -72,14 +72,15 @@ class Manifest(_Entry):
             manifest = cls.model_validate_json(path.read_bytes())
         except (ValidationError, ValueError) as error:
             raise InputError(
-                f"{path}: not a readable manifest ({error.__class__.__name__}); delete the folder to have it rebuilt"
+                f"{path}: not a readable manifest ({error.__class__.__name__}); "
+                "delete the folder to have it rebuilt"
             ) from error
         if manifest.format != FORMAT:
             raise InputError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}")
         return manifest
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as it is written, with `manifest_sha256` over all the rest: a changed byte in it is found too."""
+        """The manifest as it is written, with `manifest_sha256` over the rest, so that a change is found."""
         data = self.model_dump(mode="json", exclude={"manifest_sha256"})
         for entry in data["files"]:
             if not entry["volatile"]:

@@ -8,6 +8,7 @@ work/<fingerprint>/                 resumable training
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -73,9 +74,7 @@ class Store:
             finally:
                 files.remove_tree(folder)
 
-    def commit(
-        self, folder: Path, *, volatile: Sequence[str], fields: Mapping[str, Any]
-    ) -> Artifact:
+    def commit(self, folder: Path, *, volatile: Sequence[str], fields: Mapping[str, Any]) -> Artifact:
         """Makes a staged folder an artifact: files flushed, manifest last, one rename.
 
         Args:
@@ -123,12 +122,8 @@ class Store:
     def set_ref(self, artifact: Artifact, *, run_id: str | None, current: bool) -> None:
         """Names `artifact` as its asset's current one (`current`), and as what the run `run_id` made."""
         m = artifact.manifest
-        value = {
-            "asset": m.asset,
-            "partition": m.partition,
-            "fingerprint": m.fingerprint,
-            "data_version": m.data_version,
-        }
+        names = ("asset", "partition", "fingerprint", "data_version")
+        value = {name: getattr(m, name) for name in names}
         if run_id:
             files.write_json(self._ref(m.asset, m.partition, run_id), value)
         if current:
@@ -142,7 +137,7 @@ class Store:
         """
         for path in [*(self._ref(asset, partition, r) for r in run_ids), self._ref(asset, partition)]:
             if path.is_file():
-                fingerprint = files.json.loads(path.read_text())["fingerprint"]
+                fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
                 artifact = self.get(fingerprint)
                 if artifact is None:
                     raise InputError(

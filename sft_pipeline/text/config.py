@@ -1,4 +1,4 @@
-"""The recipe's template section, and which files make a tokenizer."""
+"""The recipe's template section."""
 
 from typing import Annotated
 
@@ -8,16 +8,6 @@ from sft_pipeline.config.base import Config
 
 NAMED_TEMPLATES = ("chatml", "llama3", "qwen", "mistral", "alpaca", "plain")
 """The templates in `templates/`; a recipe names one, the tokenizer's own, or a Jinja file."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Everything that is read of a tokenizer folder."""
 
 
 class TemplateConfig(Config):

@@ -14,9 +14,9 @@ import tokenizers
 from tokenizers import processors
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.external_files import TOKENIZER_FILES
 from sft_pipeline.hub import local_folder
 from sft_pipeline.store.files import sha256_file, sha256_json
-from sft_pipeline.text.config import TOKENIZER_FILES
 
 NAMED_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

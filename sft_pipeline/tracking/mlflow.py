@@ -1,7 +1,8 @@
-"""One MLflow run per training: opened by its fingerprint, so that a retry or a resume goes on in the same run.
+"""One MLflow run per training, found again by its fingerprint: a retry or a resume goes on in the same run.
 
-The orchestrator's side owns the run; the training child only writes events, which arrive here through a Reporter.
-MLflow is an index. The manifests hold the truth, so a lost metric point is a warning and not a failed training.
+The orchestrator's side owns the run; the training child only writes events, which arrive here through a
+Reporter. MLflow is an index. The manifests hold the truth, so a lost metric point is a warning and not a
+failed training.
 """
 
 import contextlib
@@ -18,12 +19,14 @@ from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.run import Tracked
 from sft_pipeline.stages.stage import Branch, Evidence, Stage
 from sft_pipeline.store import Artifact, Store
-from sft_pipeline.tracking import links
 from sft_pipeline.tracking.registry import register
 
 FINGERPRINT_TAG = "sft.training_fingerprint"
 FLUSH_SECONDS = 2.0
+DAGSTER_PORT, MLFLOW_PORT = 3000, 5000  # of `sft ui`
 TRACKED = ("trained_checkpoints", "evaluation", "exported_model")
+DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")  # parameters of a run
+MOST_METRICS = 1000  # in one request to MLflow
 
 
 class MlflowTracker:
@@ -46,20 +49,17 @@ class MlflowTracker:
             yield Tracked(None, report)
             return
         client = connect()
-        training = (
-            fingerprint
-            if stage.name == "trained_checkpoints"
-            else inputs["trained_checkpoints"].manifest.fingerprint
-        )
+        trains = stage.name == "trained_checkpoints"
+        training = fingerprint if trains else inputs["trained_checkpoints"].manifest.fingerprint
         experiment_id, run_id = _open_run(client, branch, training)
         self._describe(client, run_id, branch, inputs)
-        listener = MlflowReporter(client, run_id, report, resumes=stage.name == "trained_checkpoints")
-        url = links.mlflow_run_url(experiment_id, run_id)
+        listener = MlflowReporter(client, run_id, report, resumes=trains)
+        url = mlflow_run_url(experiment_id, run_id)
 
         def committed(artifact: Artifact) -> None:
             listener.flush()
             log_artifact(client, run_id, artifact)
-            if stage.name == "trained_checkpoints":
+            if trains:
                 fill_curves(client, run_id, artifact)
                 log_lineage(client, run_id, artifact)
             elif stage.name == "evaluation":
@@ -67,16 +67,8 @@ class MlflowTracker:
             else:
                 log_export(client, run_id, artifact)
                 if artifact.manifest.accepted:
-                    report.log(
-                        register(
-                            client,
-                            run_id,
-                            artifact,
-                            branch,
-                            Store(artifact.path.parent.parent),
-                            move=self._current,
-                        )
-                    )
+                    store = Store(artifact.path.parent.parent)
+                    report.log(register(client, run_id, artifact, branch, store, move=self._current))
 
         status = "KILLED"
         try:
@@ -96,16 +88,13 @@ class MlflowTracker:
         if self._dagster_run_id:
             tags |= {
                 "sft.dagster_run_id": self._dagster_run_id,
-                "sft.dagster_run": links.dagster_run_url(self._dagster_run_id),
+                "sft.dagster_run": dagster_run_url(self._dagster_run_id),
             }
         recipe = branch.require_recipe()
-        shown = recipe.model_dump(
-            mode="json", include={"model", "template", "tokens", "packing", "training", "dataset"}
-        )
+        described = recipe.model_dump(mode="json", include=set(DESCRIBED))
         known = client.get_run(run_id).data.params
-        params = {
-            k: v for k, v in flatten(shown).items() if k not in known
-        }  # a parameter never changes within a run
+        # A parameter never changes within a run.
+        params = {k: v for k, v in flatten(described).items() if k not in known}
         client.log_batch(
             run_id,
             params=[Param(k, v[:6000]) for k, v in params.items()],
@@ -177,9 +166,9 @@ class MlflowReporter(Reporter):
     """Logs metrics in batches.
 
     Args:
-        trouble: Told once, as a warning, when MLflow does not take what it is sent.
-        resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it had logged
-            is not logged twice. Otherwise a later point takes the place of an earlier one.
+        trouble: Gets one warning if MLflow does not accept what it is sent.
+        resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it
+            had logged is not logged twice. Otherwise a later point takes the place of an earlier one.
     """
 
     def __init__(self, client: Any, run_id: str, trouble: Reporter, *, resumes: bool) -> None:
@@ -213,34 +202,37 @@ class MlflowReporter(Reporter):
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         text = json.dumps(list(rows), indent=2, ensure_ascii=False)
-        with self._told():
+        with self._warn_once():
             self._client.log_text(self._run_id, text, f"samples/update-{step:06d}.json")
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _warn_once(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a lost point of a curve must not end a training
             if not self._warned:
                 self._warned = True
-                self._trouble.log(
-                    f"MLflow does not take what it is sent, curves may have gaps: {error}", "warning"
-                )
+                self._trouble.log(f"MLflow does not accept metrics, curves may have gaps: {error}", "warning")
 
     def flush(self) -> None:
         """Sends what is waiting; keeps it for the next time where MLflow does not answer."""
         self._last_flush = time.monotonic()
-        with self._told():
-            for start in range(0, len(self._waiting), 1000):
-                self._client.log_batch(self._run_id, metrics=self._waiting[start : start + 1000])
+        with self._warn_once():
+            log_metrics(self._client, self._run_id, self._waiting)
             self._waiting = []
+
+
+def log_metrics(client: Any, run_id: str, metrics: Sequence[Any]) -> None:
+    """Sends metrics in requests of the size that MLflow accepts."""
+    for start in range(0, len(metrics), MOST_METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + MOST_METRICS])
 
 
 def fill_curves(client: Any, run_id: str, artifact: Artifact) -> None:
     """Logs the points of the artifact's curves that MLflow lacks.
 
-    A killed orchestrator takes with it what it had not sent yet, while the checkpoint after those updates may be whole,
-    so that they are never made again. Such points get the time of the one before them.
+    A killed orchestrator takes with it what it had not sent yet, while the checkpoint after those updates may
+    be whole, so that they are never made again. Such points get the time of the one before them.
     """
     import pyarrow.parquet as pq
     from mlflow.entities import Metric
@@ -256,8 +248,7 @@ def fill_curves(client: Any, run_id: str, artifact: Artifact) -> None:
                 now = logged.get(row["step"], now)
                 if row["step"] not in logged:
                     missing.append(Metric(key, row["value"], now, row["step"]))
-    for start in range(0, len(missing), 1000):
-        client.log_batch(run_id, metrics=missing[start : start + 1000])
+    log_metrics(client, run_id, missing)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -324,3 +315,19 @@ def ancestors(artifact: Artifact) -> list[Artifact]:
                 found[entry.fingerprint] = upstream
                 todo.append(upstream)
     return list(found.values())
+
+
+# -- addresses in the two UIs, so that each can point at the other -----------------------------------
+
+
+def dagster_run_url(run_id: str) -> str:
+    base = os.environ.get("SFT_DAGSTER_URL") or f"http://127.0.0.1:{DAGSTER_PORT}"
+    return f"{base.rstrip('/')}/runs/{run_id}"
+
+
+def mlflow_run_url(experiment_id: str, run_id: str) -> str:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    base = os.environ.get("SFT_MLFLOW_URL") or (
+        uri if uri.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}"
+    )
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"

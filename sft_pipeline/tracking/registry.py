@@ -13,7 +13,7 @@ CHAMPION = "champion"
 def register(
     client: Any, run_id: str, export: Artifact, branch: Branch, store: Store, move: bool = True
 ) -> str:
-    """Registers an export, and moves the champion alias where it beats the champion on the test groups they share.
+    """Registers an export; moves the champion alias if it beats the champion on shared test groups.
 
     Args:
         move: False for a run with overrides: the alias stays.
@@ -75,20 +75,19 @@ def _beats_champion(
     if theirs is None or ours is None:
         return (
             False,
-            f"the evaluation of champion version {champion.version} is not in this store, so the two cannot be compared",
+            f"the evaluation of champion version {champion.version} is not in this store, "
+            "so the two cannot be compared",
         )
     groups, old, new = compare_on_shared_groups(theirs, ours, term.lstrip("-"))
     if not groups:
         return False, f"it shares no test group with champion version {champion.version}"
     better = new < old if term.startswith("-") else new > old
-    return (
-        better,
-        f"{term.lstrip('-')} {new:.4f} against {old:.4f} of version {champion.version} on {groups} shared test groups",
-    )
+    scores = f"{term.lstrip('-')} {new:.4f} against {old:.4f} of version {champion.version}"
+    return better, f"{scores} on {groups} shared test groups"
 
 
 def compare_on_shared_groups(old: Artifact, new: Artifact, name: str) -> tuple[int, float, float]:
-    """(number of test groups that both evaluations judged, the old winner's mean, the new winner's mean)."""
+    """(number of test groups that both evaluations judged, mean of the old winner, mean of the new one)."""
     first, second = _test_scores(old, name), _test_scores(new, name)
     shared = sorted(set(first) & set(second))
     if not shared:
@@ -109,9 +108,9 @@ def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {}
     if name not in table.column_names:
         return scores
-    for side, step, group, value in zip(
+    for split, step, group, value in zip(
         *(table[c].to_pylist() for c in ("side", "step", "group", name)), strict=True
     ):
-        if side == "test" and str(step) == winner and value is not None:
+        if split == "test" and str(step) == winner and value is not None:
             scores.setdefault(group, []).append(float(value))
     return scores

@@ -16,14 +16,21 @@ from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.run import Tracked, Tracker
 from sft_pipeline.stages.stage import Branch, Stage
 from sft_pipeline.store import Artifact
-from sft_pipeline.tracking.mlflow import MlflowReporter, connect, experiment_of, flatten, log_artifact
+from sft_pipeline.tracking.mlflow import (
+    DESCRIBED,
+    MlflowReporter,
+    connect,
+    experiment_of,
+    flatten,
+    log_artifact,
+    log_metrics,
+)
 
 SWEEP_TAG = "sft.sweep"
 TRIAL_TAG = "sft.trial_fingerprint"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI nests by it
 STATUS = {"done": "FINISHED", "interrupted": "KILLED"}
 TRIAL_STATUS = {"judged": "FINISHED"}
-DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")
 
 
 class SweepTracker:
@@ -137,8 +144,7 @@ class SweepTracker:
         rows = pq.read_table(trained.file("history.parquet")).to_pylist()
         now = int(time.time() * 1000)
         points = [Metric(r["name"], r["value"], now, r["step"]) for r in rows]
-        for start in range(0, len(points), 1000):
-            self._client.log_batch(run_id, metrics=points[start : start + 1000])
+        log_metrics(self._client, run_id, points)
         if trained.manifest.mlflow_run_id not in (None, run_id):
             self._client.set_tag(run_id, "sft.trained_in", trained.manifest.mlflow_run_id)
 

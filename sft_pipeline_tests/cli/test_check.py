@@ -10,7 +10,7 @@ from sft_pipeline.cli.check import check_recipe, show_check
 SILENT = Console(file=io.StringIO())
 
 
-def test_the_budget_of_an_update_and_the_learning_rate_to_come(home: Path) -> None:
+def test_the_budget_of_an_update_and_the_learning_rate_schedule(home: Path) -> None:
     result = check_recipe(
         "access_policy_lora", snapshot=None, overrides=["training.max_steps=200"], console=SILENT
     )

@@ -100,9 +100,9 @@ def test_each_row_is_shown_with_its_own_block_and_each_block_once(artifacts):
     assert sorted(i for ids in holds.values() for i in ids) == sorted(r["row_id"] for r in ROWS)
 
 
-def test_a_row_is_found_by_the_beginning_of_its_id_on_any_side(artifacts):
+def test_a_row_is_found_by_the_beginning_of_its_id_in_any_split(artifacts):
     found = inspect_rows(*artifacts, row=ROWS[1]["row_id"], n=5)
-    assert [(r.side, r.row_id) for r in found.rows] == [
+    assert [(r.split, r.row_id) for r in found.rows] == [
         ("train", ROWS[1]["row_id"]),
         ("test", ROWS[1]["row_id"]),
     ]

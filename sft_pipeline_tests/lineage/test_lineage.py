@@ -67,7 +67,7 @@ def shown(function, value):
     return stream.getvalue()
 
 
-# -- walk ---------------------------------------------------------------------------------------------------------
+# -- walk --------------------------------------------------------------------------------------------------
 
 
 def test_the_chain_leads_from_the_model_to_the_source_files(project, branch):
@@ -103,7 +103,7 @@ def test_a_folder_that_is_no_artifact(tmp_path):
         walk(tmp_path)
 
 
-# -- verify -------------------------------------------------------------------------------------------------------
+# -- verify ------------------------------------------------------------------------------------------------
 
 
 def test_an_untouched_chain_is_verified(project, branch):
@@ -193,7 +193,7 @@ def test_a_moved_copy_is_verified_by_its_own_lineage(project, branch, tmp_path, 
 
 
 def test_another_artifact_under_the_recorded_fingerprint_is_found(project, branch):
-    """An upstream artifact rebuilt with other content, its own manifest consistent: the consumer's record tells."""
+    """An upstream artifact rebuilt with other content, consistent in itself: its consumer's record differs."""
     path = branch["validated_rows"].path / "manifest.json"
     before = path.read_text()
     from sft_pipeline.store import Manifest
@@ -225,7 +225,7 @@ def test_what_is_gone_is_unreachable_and_not_silently_verified(project, branch):
     assert found.verified and len(found.unreachable) == 1 and "recipe/packed_shards" in found.unreachable[0]
 
 
-# -- trace --------------------------------------------------------------------------------------------------------
+# -- trace -------------------------------------------------------------------------------------------------
 
 
 def test_a_trained_group_is_traced_from_its_lines_to_the_model(project, branch):

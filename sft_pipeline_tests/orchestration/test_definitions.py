@@ -39,16 +39,23 @@ def test_every_declared_check_is_there_and_the_costly_ones_block(definitions: dg
         assert any(c.blocking for c in stage.checks), stage.name
 
 
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "mlflow")
+
+
+def imported_of(modules: str, *libraries: str) -> str:
+    """Which of these libraries a fresh interpreter has loaded after importing modules, as it prints them."""
+    code = f"import {modules}, sys; print(sorted(set({libraries!r}) & set(sys.modules)))"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def test_loading_the_code_location_imports_nothing_heavy() -> None:
-    code = "import sft_pipeline.definitions, sys; print(sorted({'torch','transformers','trl','peft','datasets','mlflow','bitsandbytes','matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert imported_of("sft_pipeline.definitions", *HEAVY, "bitsandbytes", "matplotlib", "pyarrow") == "[]"
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sft_pipeline.cli.main, sft_pipeline.cli.run, sys; print(sorted({'torch','transformers','trl','peft','datasets','mlflow','dagster'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert imported_of("sft_pipeline.cli.main, sft_pipeline.cli.run", *HEAVY, "dagster", "pyarrow") == "[]"
 
 
 def test_a_broken_file_leaves_the_other_branches_standing(tmp_path: Path) -> None:

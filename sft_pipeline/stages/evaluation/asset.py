@@ -5,12 +5,10 @@ import importlib.util
 from pathlib import Path
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.external_files import MODEL_FILES, digest_file, digest_files
-from sft_pipeline.hub import without_revision
+from sft_pipeline.external_files import digest_file, digest_model
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig, JsonSchemaGrader, PythonGrader
 from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
-from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> EvaluationStageConfig:
@@ -20,9 +18,7 @@ def _config(branch: Branch) -> EvaluationStageConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.require_recipe()
-    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        without_revision(recipe.tokenizer), TOKENIZER_FILES
-    )
+    found = digest_model(recipe.model.base, recipe.tokenizer)
     for grader in recipe.evaluation.graders:
         if isinstance(grader, JsonSchemaGrader) and isinstance(grader.schema_, str):
             found[grader.schema_] = _digest(grader.name, project_path(grader.schema_))

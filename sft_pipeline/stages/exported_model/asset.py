@@ -1,10 +1,8 @@
 """The asset `exported_model`: a servable model, proved to be the one that was judged."""
 
-from sft_pipeline.external_files import MODEL_FILES, digest_files
-from sft_pipeline.hub import without_revision
+from sft_pipeline.external_files import digest_model
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
 from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
-from sft_pipeline.text.config import TOKENIZER_FILES
 
 
 def _config(branch: Branch) -> ExportedModelConfig:
@@ -16,9 +14,7 @@ def _config(branch: Branch) -> ExportedModelConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.require_recipe()
-    return digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        without_revision(recipe.tokenizer), TOKENIZER_FILES
-    )
+    return digest_model(recipe.model.base, recipe.tokenizer)
 
 
 def _build(build: Build) -> Built:

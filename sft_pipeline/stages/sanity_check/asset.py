@@ -1,10 +1,9 @@
 """The asset `sanity_check`: what must hold before training begins."""
 
-from sft_pipeline.external_files import MODEL_FILES, digest_files
-from sft_pipeline.hub import without_revision
+from sft_pipeline.external_files import digest_files, digest_model
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
-from sft_pipeline.text.config import NAMED_TEMPLATES, TOKENIZER_FILES
+from sft_pipeline.text.config import NAMED_TEMPLATES
 
 
 def _config(branch: Branch) -> SanityCheckConfig:
@@ -22,9 +21,7 @@ def _config(branch: Branch) -> SanityCheckConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.require_recipe()
-    found = digest_files(recipe.model.base, MODEL_FILES) | digest_files(
-        without_revision(recipe.tokenizer), TOKENIZER_FILES
-    )
+    found = digest_model(recipe.model.base, recipe.tokenizer)
     template = recipe.template.chat_template
     return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)
 

@@ -1,8 +1,12 @@
-"""An inspection in the terminal: supervised tokens green and underlined, control tokens magenta, context dim.
+"""An inspection in the terminal, and as one HTML page that needs nothing else.
 
-Without colours, bars still say where supervision begins and ends.
+In the terminal supervised tokens are green and underlined, control tokens magenta, context dim. Without
+colours, bars still say where supervision begins and ends.
 """
 
+from pathlib import Path
+
+from jinja2 import Environment
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -10,6 +14,7 @@ from rich.text import Text
 from sft_pipeline.inspection.view import BlockView, Inspection, RowView, visible
 
 STYLES = {"supervised": "bold underline green", "special": "magenta", "context": "dim"}
+PAGE = Path(__file__).with_name("page.jinja")
 _WIDTH = 72
 _SHADES = ("white on green4", "white on blue3", "white on purple4", "white on grey37")
 
@@ -28,7 +33,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 def _title(row: RowView) -> str:
     parts = [
         visible(row.row_id),
-        row.side,
+        row.split,
         f"{len(row.input_ids)} tokens",
         f"{row.supervised} supervised",
         f"prompt {row.prompt_length}",
@@ -41,7 +46,7 @@ def _title(row: RowView) -> str:
 
 
 def row_text(row: RowView) -> Text:
-    """The row's text, each token in its colour; bars around what is supervised, scissors where tokens are missing."""
+    """The row's text, each token in its colour; bars around supervised text, scissors for missing tokens."""
     text = Text()
     if row.cut_before:
         text.append(f"✂ {row.cut_before} ", "bold red")
@@ -61,16 +66,28 @@ def row_text(row: RowView) -> Text:
 
 
 def block_text(block: BlockView) -> Text:
-    """The block as a bar, one shade per example, with the room that is left; then its rows."""
+    """The block as a bar, one shade per example, with the space that is left; then its rows."""
     some = f"{len(block.segments)} example{'s' if len(block.segments) != 1 else ''}"
-    text = Text(f"{block.side} block {block.block}: {some}, {block.length} of {block.max_length} tokens\n  ")
+    text = Text(f"{block.split} block {block.block}: {some}, {block.length} of {block.max_length} tokens\n  ")
     for i, segment in enumerate(block.segments, 1):
         cells = max(round(segment.length / block.max_length * _WIDTH), 1)
         text.append(f"│{i}"[:cells].ljust(cells), _SHADES[i % len(_SHADES)])
     text.append("·" * round(block.free / block.max_length * _WIDTH), "dim")
     for i, s in enumerate(block.segments, 1):
         text.append("\n  ").append(f"{i:>3} ", _SHADES[i % len(_SHADES)])
-        text.append(
-            f" {visible(s.row_id)}  {s.length} tokens, {s.supervised} supervised, positions {s.first_position} to {s.last_position}"
-        )
+        text.append(f" {visible(s.row_id)}  {s.length} tokens, {s.supervised} supervised, ")
+        text.append(f"positions {s.first_position} to {s.last_position}")
     return text
+
+
+def html_page(inspection: Inspection) -> str:
+    """The page. All text of rows is escaped."""
+    environment = Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters["visible"] = visible
+    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+        title=inspection.title,
+        rows=inspection.rows,
+        blocks=inspection.blocks,
+        shown={(r.split, r.row_id) for r in inspection.rows},
+        cuts=any(r.cut_before or r.cut_after for r in inspection.rows),
+    )
