@@ -15,7 +15,7 @@ def build_definitions(catalog: Catalog, listener: Reporter | None = None) -> dg.
     """The definitions of every dataset and recipe in the catalog.
 
     Args:
-        listener: Hears what the stages report (the terminal of `sft run`).
+        listener: Gets what the stages report (the terminal of `sft run`).
     """
     listener = listener or Reporter()
     datasets, recipes = catalog.datasets, catalog.recipes

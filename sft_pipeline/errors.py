@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each one carries its exit code; none of them is shown with a traceback."""
+"""The errors a user can meet. Each has its exit code; none is printed with a traceback."""
 
 
 class SftError(Exception):

@@ -26,7 +26,7 @@ def find_branch(recipe: str, snapshot: str | None, overrides: Sequence[str] = ()
     catalog = load_catalog()
     found = find_recipe(catalog, recipe, overrides)
     dataset = catalog.datasets[found.dataset]
-    known = snapshots(dataset)
+    known = snapshots(dataset.sources)
     if not known:
         raise InputError(
             f"dataset {dataset.name} has no snapshot: put a subfolder of rows into {dataset.sources[0].path}"

@@ -14,7 +14,8 @@ from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.config.load import Catalog
 from sft_pipeline.errors import BlockedError, InputError, Interrupted
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import checks_of, failed_blocking, needed_for
+from sft_pipeline.stages.report import checks_of, failed_blocking
+from sft_pipeline.stages.run import needed_for
 from sft_pipeline.store import Artifact, Store
 
 STATUS_OF_EXIT = {BlockedError.exit_code: "blocked", Interrupted.exit_code: "interrupted"}

@@ -53,14 +53,14 @@ def inspect_rows(
         )
     blocks: dict[tuple[str, str], BlockView] = {}
     if packed is not None:
-        for place in PACKED_SPLITS:
-            ids = {values["row_id"] for at, values in found if at == place}
-            blocks |= {(place, i): block for i, block in _blocks_of(packed, place, ids).items()}
+        for packed_split in PACKED_SPLITS:
+            ids = {values["row_id"] for at, values in found if at == packed_split}
+            blocks |= {(packed_split, i): b for i, b in _blocks_of(packed, packed_split, ids).items()}
     rows = [
         _view(tokenizer, at, values, overflow, blocks.get((at, values["row_id"]))) for at, values in found
     ]
-    shown = {(b.split, b.block): b for b in (blocks.get((r.split, r.row_id)) for r in rows) if b is not None}
-    return Inspection(_title(tokenized), rows, list(shown.values()))
+    holding = {(b.split, b.block): b for b in (blocks.get((r.split, r.row_id)) for r in rows) if b is not None}
+    return Inspection(_title(tokenized), rows, list(holding.values()))
 
 
 def _title(tokenized: Artifact) -> str:
@@ -81,10 +81,10 @@ def _find(tokenized: Artifact, row: str | None, n: int, split: str) -> list[tupl
         )
         return [(split, values) for _, values in zip(range(n), rows, strict=False)]
     found: list[tuple[str, dict]] = []
-    for place in SPLITS:
-        for batch in read_batches(tokenized.parts(place)):
+    for searched in SPLITS:
+        for batch in read_batches(tokenized.parts(searched)):
             matches = batch.filter(pc.starts_with(batch.column("row_id"), row))
-            found += [(place, values) for values in matches.to_pylist()]
+            found += [(searched, values) for values in matches.to_pylist()]
             if len(found) >= n:
                 return found[:n]
     return found

@@ -80,9 +80,9 @@ def print_trace(found: Trace, console: Console) -> None:
         )
     for m in found.models:
         console.print(
-            f"[bold]{m['asset']}[/bold] {m['partition']} learned it: {m['path']}",
+            f"[bold]{m['asset']}[/bold] {m['partition']} was trained on it: {m['path']}",
             highlight=False,
             soft_wrap=True,
         )
     if not found.models:
-        console.print("no exported model of this store learned it")
+        console.print("no exported model of this store was trained on it")

@@ -1,4 +1,4 @@
-"""Where a group or row is: source lines, splits, blocks and updates, and the models that learned it."""
+"""Where a group or row is: source lines, splits, blocks and updates, and the models trained on it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -57,7 +57,7 @@ def trace(key: str, store: Store | None = None, report: Reporter | None = None) 
     """Looks for a group key or a row_id in every artifact of the store.
 
     Held-out rows are found in artifacts, though in no block of the training split and therefore in no model.
-    A block that comes only after the chosen checkpoint's step was not learned either.
+    A block that comes only after the chosen checkpoint's step did not train it either.
     """
     store, report = store or Store(), report or Reporter()
     by_stage: dict[str, list[Artifact]] = {}

@@ -18,7 +18,8 @@ from sft_pipeline.orchestration.metadata import DagsterReporter, to_metadata
 from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Run, StageOutcome, read_report, run_stage
+from sft_pipeline.stages.report import read_report
+from sft_pipeline.stages.run import Run, StageOutcome, run_stage
 from sft_pipeline.stages.stage import Branch, Build, Built, Stage
 from sft_pipeline.store import Store
 from sft_pipeline.store.files import sha256_json
@@ -84,7 +85,7 @@ def stage_asset(
 
 
 def _tag_worker(context: dg.AssetExecutionContext) -> None:
-    """Names the process that works on the run: a run whose worker died is told from a running one by it."""
+    """Names the run's process in a tag, so that the reaper finds runs whose process died."""
     parent = multiprocessing.parent_process()
     identity = process_identity(parent.pid if parent and parent.pid else os.getpid())
     if context.run.tags.get(WORKER_TAG) != identity:

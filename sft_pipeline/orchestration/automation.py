@@ -42,7 +42,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         from sft_pipeline.stages.raw_rows.locate import snapshots, source_digests
 
         try:
-            found = snapshots(dataset)
+            found = snapshots(dataset.sources)
         except InputError as error:
             return dg.SkipReason(str(error))
         known = set(context.instance.get_dynamic_partitions(f"{dataset.name}_snapshots"))
@@ -51,7 +51,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         requests = []
         # The first evaluation registers what is there; only a snapshot that arrives later starts runs.
         if newest and context.cursor is not None and newest > context.cursor:
-            digest = sha256_json(source_digests(dataset, newest))[:12]
+            digest = sha256_json(source_digests(dataset.sources, newest))[:12]
             requests = [
                 dg.RunRequest(job_name=j.name, run_key=f"{j.name}:{newest}:{digest}", partition_key=newest)
                 for j in jobs.values()

@@ -1,1 +1,1 @@
-"""One room per asset, in graph order: its configuration, its plain functions, its checks."""
+"""One package per asset: its configuration, its plain functions, its checks."""

@@ -1,21 +1,19 @@
 """Runs stages against the store: fingerprint, reuse, build, commit, refs. No artifact is made elsewhere."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.environment import environment, package_version
+from sft_pipeline.stages.report import REPORT, failed_blocking, read_report, write_report
 from sft_pipeline.stages.stage import Branch, Build, Built, Evidence, Stage
 from sft_pipeline.store import Artifact, InputEntry, Store
-from sft_pipeline.store.files import clear_disk_errors, sha256_json, write_json
+from sft_pipeline.store.files import clear_disk_errors, sha256_json
 
-REPORT = "report.json"
 MOST_EARLIER = 3  # artifacts that a stage may take rows over from
 
 Isolate = Callable[[Stage, Build], Built]
@@ -296,44 +294,3 @@ def _commit(
             "mlflow_run_id": tracked.run_id,
         },
     )
-
-
-# -- the report: evidence for people, kept with the artifact so that a cached one shows it again -------------
-
-
-def write_report(out: Path, evidence: Mapping[str, Evidence], built: Built) -> None:
-    write_json(
-        out / REPORT,
-        {
-            "evidence": {k: asdict(v) for k, v in evidence.items()},
-            "checks": {c.name: {k: asdict(v) for k, v in c.evidence.items()} for c in built.checks},
-        },
-    )
-
-
-def read_report(artifact: Artifact) -> dict[str, Any]:
-    """{"evidence": {name: Evidence}, "checks": {check name: {name: Evidence}}}"""
-    data = json.loads(artifact.file(REPORT).read_text(encoding="utf-8"))
-
-    def evidence(entries: dict[str, Any]) -> dict[str, Evidence]:
-        return {name: Evidence(**entry) for name, entry in entries.items()}
-
-    return {
-        "evidence": evidence(data["evidence"]),
-        "checks": {name: evidence(entries) for name, entries in data["checks"].items()},
-    }
-
-
-def checks_of(artifact: Artifact, asset: str) -> list[dict[str, Any]]:
-    """The artifact's checks in the form of the command line's JSON."""
-    return [{"asset": asset, **c} for c in artifact.manifest.checks]
-
-
-def failed_blocking(artifacts: Sequence[Artifact]) -> list[str]:
-    """The blocking checks that failed, one line each: asset, check and its description."""
-    return [
-        f"{a.manifest.asset}: {c['name']}: {c['description']}"
-        for a in artifacts
-        for c in a.manifest.checks
-        if c["blocking"] and not c["passed"]
-    ]

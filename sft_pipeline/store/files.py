@@ -1,6 +1,6 @@
 """The store's only contact with the file system: hashing, durable writes, locks and renames.
 
-An object store can take this module's place later: there the manifest, written last, stands for the rename.
+An object store can replace this module later: there writing the manifest last does what the rename does here.
 """
 
 import contextlib

@@ -6,12 +6,12 @@ never be taken for the recipe's training.
     tokenized_rows, packed_shards ─▶ trial_probe ─▶ trial_training ─▶ trial_judgement
                                      accepted?                        validation split only
 
-Before the recipe's own training stands the whole sanity check. Of that a trial asks what its result would be
-worthless without: that labels, vocabulary and example boundaries are right. The overfitting trial and the
-short run are left out: what they try, the trial itself tries longer, and that a learning rate is too high is
-what a sweep is to find out. The probe depends on data and model alone, so trials that differ in how they
-train share one (`sanity.skip` skips it too, and is recorded). The best configuration is trained by `sft run`,
-and meets the whole check there.
+Before the recipe's own training the whole sanity check must pass. A trial needs only the part without which
+its result would be worthless: labels, vocabulary and example boundaries are right. The overfitting trial and
+the short run are left out: what they try, the trial itself tries longer, and whether a learning rate is too
+high is what a sweep is to find out. The probe depends on data and model alone, so trials that differ in how
+they train share one (`sanity.skip` skips it too, and is recorded). The best configuration is trained by
+`sft run`, and meets the whole check there.
 """
 
 from dataclasses import replace
@@ -19,8 +19,8 @@ from dataclasses import replace
 from sft_pipeline.stages.evaluation.asset import STAGE as EVALUATION
 from sft_pipeline.stages.evaluation.config import EvaluationConfig, EvaluationStageConfig
 from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.sanity_check.asset import PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.asset import STAGE as SANITY_CHECK
+from sft_pipeline.stages.sanity_check.checks import PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
 from sft_pipeline.stages.stage import Branch, Build, Built
 from sft_pipeline.stages.trained_checkpoints.asset import STAGE as TRAINED_CHECKPOINTS

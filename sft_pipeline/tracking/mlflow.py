@@ -1,6 +1,6 @@
 """One MLflow run per training, found again by its fingerprint: a retry or a resume goes on in the same run.
 
-The orchestrator's side owns the run; the training child only writes events, which arrive here through a
+The orchestrator owns the run; the training child only writes events, which arrive here through a
 Reporter. MLflow is an index. The manifests hold the truth, so a lost metric point is a warning and not a
 failed training.
 """
@@ -30,7 +30,7 @@ MOST_METRICS = 1000  # in one request to MLflow
 
 
 class MlflowTracker:
-    """Tracks the stages that cost money: training, evaluation, export.
+    """Tracks the expensive stages: training, evaluation, export.
 
     Args:
         dagster_run_id: Linked from the MLflow run.
@@ -168,7 +168,7 @@ class MlflowReporter(Reporter):
     Args:
         trouble: Gets one warning if MLflow does not accept what it is sent.
         resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it
-            had logged is not logged twice. Otherwise a later point takes the place of an earlier one.
+            had logged is not logged twice. Otherwise a later point replaces an earlier one.
     """
 
     def __init__(self, client: Any, run_id: str, trouble: Reporter, *, resumes: bool) -> None:

@@ -193,7 +193,7 @@ def test_a_moved_copy_is_verified_by_its_own_lineage(project, branch, tmp_path, 
 
 
 def test_another_artifact_under_the_recorded_fingerprint_is_found(project, branch):
-    """An upstream artifact rebuilt with other content, consistent in itself: its consumer's record differs."""
+    """An upstream artifact rebuilt with other content, consistent in itself: the consumer's record shows."""
     path = branch["validated_rows"].path / "manifest.json"
     before = path.read_text()
     from sft_pipeline.store import Manifest

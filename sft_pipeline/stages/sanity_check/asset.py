@@ -1,8 +1,9 @@
 """The asset `sanity_check`: what must hold before training begins."""
 
 from sft_pipeline.external_files import digest_files, digest_model
+from sft_pipeline.stages.sanity_check.checks import CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, Build, Built, Stage
 from sft_pipeline.text.config import NAMED_TEMPLATES
 
 
@@ -42,36 +43,9 @@ STAGE = Stage(
     inputs=("tokenized_rows", "packed_shards"),
     config=_config,
     build=_build,
-    checks=(
-        CheckSpec(
-            "ids_in_vocabulary",
-            True,
-            "Every id is inside the model's vocabulary, and blocks fit its positions.",
-        ),
-        CheckSpec(
-            "labels_match",
-            True,
-            "Labels equal input ids wherever supervised; template and tokenizer are those of the rows.",
-        ),
-        CheckSpec(
-            "boundaries",
-            True,
-            "No example of a block sees another: changing one moves no other's predictions, "
-            "and packed loss equals unpacked loss.",
-        ),
-        CheckSpec("overfits", True, "A throw-away copy of the model can overfit a few rows."),
-        CheckSpec(
-            "short_run_stable",
-            True,
-            "A short run at the recipe's own learning rate neither diverges nor oscillates nor meets a NaN.",
-        ),
-        CheckSpec("samples", False, "After the short run the model says something, and ends."),
-    ),
+    checks=CHECKS,
     outside=_outside,
     packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy"),
     isolated=True,
     reuse_unaccepted=False,
 )
-
-# Those that depend on data and model alone, and on nothing of how the model is trained.
-PROBE_CHECKS = tuple(c for c in STAGE.checks if c.name in ("ids_in_vocabulary", "labels_match", "boundaries"))

@@ -1,0 +1,30 @@
+"""What the sanity check reports, and what of it a sweep's trials need."""
+
+from sft_pipeline.stages.stage import CheckSpec
+
+CHECKS = (
+    CheckSpec(
+        "ids_in_vocabulary", True, "Every id is inside the model's vocabulary, and blocks fit its positions."
+    ),
+    CheckSpec(
+        "labels_match",
+        True,
+        "Labels equal input ids wherever supervised; template and tokenizer are those of the rows.",
+    ),
+    CheckSpec(
+        "boundaries",
+        True,
+        "No example of a block sees another: changing one moves no other's predictions, "
+        "and packed loss equals unpacked loss.",
+    ),
+    CheckSpec("overfits", True, "A throw-away copy of the model can overfit a few rows."),
+    CheckSpec(
+        "short_run_stable",
+        True,
+        "A short run at the recipe's own learning rate neither diverges nor oscillates nor meets a NaN.",
+    ),
+    CheckSpec("samples", False, "After the short run the model says something, and ends."),
+)
+
+# Those that depend on data and model alone, and on nothing of how the model is trained.
+PROBE_CHECKS = tuple(c for c in CHECKS if c.name in ("ids_in_vocabulary", "labels_match", "boundaries"))
