@@ -39,7 +39,7 @@ def run(
     config: DatasetConfig, home: Path, until: Stage = GROUPED_SPLIT, snapshot: str | None = None
 ) -> dict[str, StageOutcome]:
     """Builds the dataset's stages up to `until`. An unaccepted one raises BlockedError in the next."""
-    branch = Branch(config, snapshot or snapshots(config)[-1])
+    branch = Branch(config, snapshot or snapshots(config.sources)[-1])
     outcomes = {}
     for stage in STAGES.values():
         outcomes[stage.name] = run_stage(stage, STAGES, branch, Run(Store(home), Reporter()))

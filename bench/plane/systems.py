@@ -83,7 +83,7 @@ def pipeline(job: Job) -> Work:
 
     def work() -> Callable[[], Figures]:
         clock = Clock()
-        branch = Branch(dataset, snapshot or snapshots(dataset)[-1], recipe)
+        branch = Branch(dataset, snapshot or snapshots(dataset.sources)[-1], recipe)
         outcomes = run_until("packed_shards", STAGES, branch, Run(Store(Path(job.scratch)), clock))
 
         def figures() -> Figures:

@@ -74,7 +74,7 @@ def branch(kind: str, rows: Path) -> Branch:
             "training": {**TRAINING, "learning_rate": RATES[kind]},
         }
     )
-    return Branch(dataset, snapshots(dataset)[-1], recipe)
+    return Branch(dataset, snapshots(dataset.sources)[-1], recipe)
 
 
 def use_home(home: Path) -> None:

@@ -44,7 +44,7 @@ def test_the_field_example_fits_one_block():
 
 def test_strategy_none_keeps_one_example_per_block_in_order():
     packing = pack(np.array([3, 1, 2]), 4, "none")
-    assert [packing.examples(b).tolist() for b in range(3)] == [[0], [1], [2]]
+    assert packing.order.tolist() == [0, 1, 2] and packing.starts.tolist() == [0, 1, 2, 3]
 
 
 def log_normal(rows: int, sigma: float, longest: int, seed: int = 0) -> np.ndarray:

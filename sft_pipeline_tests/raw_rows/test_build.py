@@ -28,14 +28,14 @@ def test_snapshots_are_the_subfolders_that_all_moving_sources_share(project: Pat
         write_jsonl(project / name / "rows.jsonl", [{"from": name}])
     write_jsonl(project / "rules.jsonl", [{"from": "rules"}])
     config = dataset({"path": "a", "static": False}, {"path": "b/", "static": False}, {"path": "rules.jsonl"})
-    assert snapshots(config) == ["2026-02", "2026-03"]
+    assert snapshots(config.sources) == ["2026-02", "2026-03"]
     built = run(config, project / "home", STAGE, "2026-02")["raw_rows"].artifact
     assert [(r["source"], r["file"], r["line"], json.loads(r["content"])) for r in rows(built, "rows")] == [
         (0, "rows.jsonl", 1, {"from": "a/2026-02"}),
         (1, "rows.jsonl", 1, {"from": "b/2026-02"}),
         (2, "rules.jsonl", 1, {"from": "rules"}),
     ]
-    digests = source_digests(config, "2026-02")
+    digests = source_digests(config.sources, "2026-02")
     assert list(digests) == ["a/2026-02/rows.jsonl", "b/2026-02/rows.jsonl", "rules.jsonl"]
     assert all(sha256_file(project_path(name)) == digest for name, digest in digests.items())
     assert built.manifest.outside == digests
@@ -50,17 +50,17 @@ def test_an_unknown_snapshot_is_answered_with_the_newest(project: Path) -> None:
     with pytest.raises(InputError, match="set `static: true`"):
         run(dataset({"path": "flat", "static": False}), project / "home", STAGE, "1")
     with pytest.raises(InputError, match="set `static: true`"):
-        snapshots(dataset({"path": "flat/rows.jsonl", "static": False}))
+        snapshots(dataset({"path": "flat/rows.jsonl", "static": False}).sources)
     with pytest.raises(InputError, match="does not exist"):
-        snapshots(dataset({"path": "gone", "static": False}))
+        snapshots(dataset({"path": "gone", "static": False}).sources)
 
 
 def test_static_sources_have_one_snapshot_named_after_their_content(project: Path) -> None:
     path = write_jsonl(project / "rows.jsonl", MANY)
-    (first,) = snapshots(dataset(path))
+    (first,) = snapshots(dataset(path).sources)
     assert first.startswith("static-") and len(first) == len("static-") + 12
     write_jsonl(path, MANY[1:])
-    (second,) = snapshots(dataset(path))
+    (second,) = snapshots(dataset(path).sources)
     assert first != second
     with pytest.raises(InputError, match=f"their content is the snapshot {second}"):
         run(dataset(path), project / "home", STAGE, first)

@@ -34,7 +34,7 @@ JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 
 
 def read(path: Path | str) -> list[Row | Reject]:
-    files = find_files([RawSource(path=str(path), static=True)], 0, "")
+    files = find_files(RawSource(path=str(path), static=True), "")
     return one_by_one(found for file in files for found in read_file(file))
 
 
@@ -115,10 +115,10 @@ def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:
     put(tmp_path, "a.jsonl", JSONL)
     for ignored in ("README.md", ".hidden.jsonl", ".cache/x.jsonl", "b/LICENSE"):
         put(tmp_path, ignored, "not a row")
-    found = find_files([RawSource(path=str(tmp_path), static=True)], 0, "")
+    found = find_files(RawSource(path=str(tmp_path), static=True), "")
     assert [f.name for f in found] == ["a.jsonl", "b/two.jsonl"]
     assert contents(tmp_path) == ROWS * 2
-    assert [f.name for f in find_files([RawSource(path=f"{tmp_path}/*/*.jsonl", static=True)], 0, "")] == [
+    assert [f.name for f in find_files(RawSource(path=f"{tmp_path}/*/*.jsonl", static=True), "")] == [
         "b/two.jsonl"
     ]
     with fsspec.open("memory://rows/one.jsonl", "wb") as stream:
@@ -437,7 +437,7 @@ def test_progress_is_the_bytes_of_the_file(tmp_path: Path) -> None:
         ("c.json", json.dumps(ROWS).encode()),
     ):
         path = put(tmp_path, name, data)
-        file = find_files([RawSource(path=str(path), static=True)], 0, "")[0]
+        file = find_files(RawSource(path=str(path), static=True), "")[0]
         seen: list[int] = []
         list(read_file(file, seen.append))
         assert sum(seen) == len(data)

@@ -21,20 +21,6 @@ MAX_LABELS = 100
 _MERGE_GROUPS = 64  # batches after which their distinct groups are joined
 
 
-class RowIds:
-    """A digest over row ids in order, however they are cut into batches."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, row_ids: pa.StringArray) -> None:
-        self._hash.update("".join(f"{i}\n" for i in row_ids.to_pylist()).encode())
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-
 @dataclass
 class SplitSummary:
     """One split, as its rows were given to the writer.
@@ -49,7 +35,7 @@ class SplitSummary:
     sources: Counter[int] = field(default_factory=Counter)
     labels: Counter[str] | None = field(default_factory=Counter)
     _characters: list[np.ndarray] = field(default_factory=lambda: [np.zeros(0, np.int64)])
-    _ids: RowIds = field(default_factory=RowIds)
+    _ids: Any = field(default_factory=hashlib.sha256)
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Counts rows in (columns row_id, source and messages)."""
@@ -72,12 +58,12 @@ class SplitSummary:
         by_system = is_system(flat).to_numpy(zero_copy_only=False)
         total = np.concatenate([[0], np.cumsum(np.where(by_system, 0, content.astype(np.int64) + calls))])
         self._characters.append(total[ends[1:]] - total[ends[:-1]])
-        self._ids.add(batch.column("row_id"))
+        self._ids.update(_as_lines(batch.column("row_id")))
 
     @property
     def row_ids(self) -> str:
         """A digest over the row ids in order."""
-        return self._ids.digest
+        return self._ids.hexdigest()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -103,6 +89,11 @@ class SplitSummary:
         }
 
 
+def _as_lines(row_ids: pa.StringArray) -> bytes:
+    """Row ids for a digest that does not depend on how they are cut into batches."""
+    return "".join(f"{i}\n" for i in row_ids.to_pylist()).encode()
+
+
 def _counts(values: pa.Array, limit: int | None = None) -> dict[Any, int]:
     """How often each of the first `limit` distinct values occurs."""
     return {c["values"]: c["counts"] for c in pc.value_counts(values)[:limit].to_pylist()}
@@ -124,14 +115,14 @@ class SplitOnDisk:
 
 def read_back(paths: Iterable[Path]) -> SplitOnDisk:
     """Reads one split's files, a batch at a time."""
-    groups, ids, rows = [pa.array([], pa.string())], RowIds(), 0
+    groups, ids, rows = [pa.array([], pa.string())], hashlib.sha256(), 0
     for batch in parquet.read_batches(paths, ["row_id", "group"], parquet.ROW_GROUP):
         rows += batch.num_rows
-        ids.add(batch.column("row_id"))
+        ids.update(_as_lines(batch.column("row_id")))
         groups.append(pc.unique(batch.column("group")))
         if len(groups) > _MERGE_GROUPS:
             groups = [pc.unique(pa.concat_arrays(groups))]
-    return SplitOnDisk(rows, pc.unique(pa.concat_arrays(groups)), ids.digest)
+    return SplitOnDisk(rows, pc.unique(pa.concat_arrays(groups)), ids.hexdigest())
 
 
 @dataclass(frozen=True)

@@ -85,20 +85,19 @@ def neighbours(sets: ShingleSets, index: PrefixIndex, near: np.ndarray, asked: n
             here, left = here[met], left[met]
             count = np.searchsorted(shingle, asked_for[met], "right") - left
             _search(sets, index.threshold, _nodes(here), near_node, left, count, open_, found)
-    return _sorted_pairs(found, by_node=True)
+    one, other, similarity = _joined(found)
+    order = np.argsort(one, kind="stable")
+    return one[order], other[order], similarity[order]
 
 
 def _nodes(entries: np.ndarray) -> np.ndarray:
     return (entries & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def _sorted_pairs(found: list[Pairs], *, by_node: bool) -> Pairs:
-    one, other, similarity = (
-        np.concatenate(columns)
-        for columns in zip((np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)), *found)
-    )
-    order = np.argsort(one, kind="stable") if by_node else np.arange(len(one))
-    return one[order], other[order], similarity[order]
+def _joined(found: list[Pairs]) -> Pairs:
+    none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    one, other, similarity = map(np.concatenate, zip(none, *found))
+    return one, other, similarity
 
 
 def _search(
@@ -111,9 +110,10 @@ def _search(
     open_: np.ndarray,
     found: list[Pairs],
 ) -> None:
-    """Compares the candidates of each index entry, a few of every entry at a time, so that a node which has
-    found a
-    neighbour is not compared again: in a large cluster this makes the work linear. Appends to `found`.
+    """Compares the candidates of each index entry, and appends the pairs that are similar enough to `found`.
+
+    A few candidates of every entry at a time, so that a node which has found a neighbour is not compared again:
+    in a large cluster this makes the work linear.
 
     Args:
         asked, left, count: For each entry its node, and where its candidates are in `near`.
@@ -161,7 +161,7 @@ def cluster_of(sets: ShingleSets, index: PrefixIndex, start: np.ndarray, among: 
         near = np.zeros_like(near)
         near[reached[0]] = True
         asked[reached[0]] = False
-    return _sorted_pairs(found, by_node=False)
+    return _joined(found)
 
 
 @dataclass(frozen=True)

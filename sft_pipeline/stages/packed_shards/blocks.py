@@ -138,10 +138,10 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlock
         PartWriter(
             folder, BLOCKS, rows_per_part=group * GROUPS_PER_PART, row_group=group, of_tokens=True
         ) as out,
-        BackgroundWriter() as behind,
+        BackgroundWriter() as background,
     ):
         for batch in gather(rows, packing):
-            behind.submit(out.write, batch)
+            background.submit(out.write, batch)
             positions = batch.column("position_ids").flatten().to_numpy()
             lengths = batch.column("lengths").flatten().to_numpy()
             ends = np.cumsum(lengths) - 1

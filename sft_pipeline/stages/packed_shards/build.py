@@ -21,17 +21,8 @@ from sft_pipeline.tables.parquet import FileWriter, count_rows
 MIN_EFFICIENCY, ENOUGH_BLOCKS = 0.90, 50
 MAX_CV = 0.10
 
-PLAN = pa.schema(
-    [
-        ("update", pa.int32()),
-        ("position", pa.int32()),
-        ("block", pa.int32()),
-        ("epoch", pa.int32()),
-        ("tokens", pa.int32()),
-        ("supervised", pa.int32()),
-        ("examples", pa.int32()),
-    ]
-)
+_PLAN_COLUMNS = ("update", "position", "block", "epoch", "tokens", "supervised", "examples")
+PLAN = pa.schema([(name, pa.int32()) for name in _PLAN_COLUMNS])
 
 
 @dataclass(frozen=True)

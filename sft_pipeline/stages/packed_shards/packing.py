@@ -50,10 +50,6 @@ class Packing:
     def blocks(self) -> int:
         return len(self.starts) - 1
 
-    def examples(self, block: int) -> Ints:
-        """Indices of the examples in one block, in their order within it."""
-        return self.order[self.starts[block] : self.starts[block + 1]]
-
     def sums(self, values: Ints) -> Ints:
         """Per block, the sum of a value per example (tokens, supervised tokens)."""
         if not self.blocks:
@@ -243,9 +239,7 @@ class _Stock:
         return int(fitting[-1]) if len(fitting) else 0
 
     def _filling(self, room: int, mean: float) -> list[int] | None:
-        """One to three lengths that fill the room, or nearly: those with the largest stock. None: there are
-        none.
-        """
+        """One to three lengths that fill the room, or nearly: those with the most stock; None if none do."""
         for total in range(room, max(room - max(self.max_length // LOOSE, 2), 0), -1):
             options = [(int(self.counts[total]), [total]), self._pair(total)]
             if total > 2.5 * mean or not any(supply for supply, _ in options):

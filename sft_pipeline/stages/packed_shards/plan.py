@@ -113,11 +113,11 @@ def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> 
 
 
 def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
-    """The layers that are dealt by chance, and those that even things out, in the order of dealing.
+    """The layers that are assigned by chance, and those that even things out, in the order of assignment.
 
-    By chance: the layer whose blocks differ most (somebody must have them), and a third of those that differ
-        little.
-    The others follow, those that differ most first, so that the finest corrections come last.
+    By chance: the layer whose blocks differ most (some update must have them), and a third of those that
+        differ little. The others follow, those that differ most first, so that the finest corrections come
+        last.
     """
     spread = [int(supervised[layer[-1]]) - int(supervised[layer[0]]) for layer in layers]
     widest = np.argsort(spread, kind="stable")[::-1].tolist()
@@ -128,9 +128,11 @@ def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
 
 
 def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> None:
-    """Evens out what is left, in place: the richest update swaps a block with the poorest, the second richest
-    with the second poorest, and so on, each pair the two blocks that bring them closest; until all are close
-    or nothing helps.
+    """Evens out what is left, in place.
+
+    The update with the most supervised tokens swaps a block with the one that has the fewest, the second with
+    the second but last, and so on, each pair the two blocks that bring them closest; until all are close or
+    no swap helps.
     """
     layers, updates = members.shape
     for _ in range(_ROUNDS):

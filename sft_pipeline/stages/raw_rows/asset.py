@@ -32,7 +32,7 @@ STAGE = Stage(
         CheckSpec("undecodable_rows", blocking=False, description="Every line of every file can be decoded"),
         CheckSpec("has_rows", blocking=True, description="The snapshot has at least one row"),
     ),
-    outside=lambda branch: source_digests(branch.dataset, branch.snapshot),
+    outside=lambda branch: source_digests(branch.dataset.sources, branch.snapshot),
     packages=("orjson", "pyarrow"),
     of_dataset=True,
 )

@@ -53,7 +53,7 @@ def build(b: Build) -> Built:
     sampled = any(s.limit is not None for s in sources) or len({s.weight for s in sources}) > 1
     spool = b.work / "spool"
     shutil.rmtree(spool, ignore_errors=True)
-    files = [[] if is_hub(s.path) else find_files(sources, i, b.snapshot) for i, s in enumerate(sources)]
+    files = [[] if is_hub(s.path) else find_files(s, b.snapshot) for s in sources]
     progress = _Progress(b.report, total=sum(f.bytes for found in files for f in found))
     ranks: list[np.ndarray] = []
     with parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl
 
 from sft_pipeline.errors import InputError
@@ -21,25 +21,25 @@ from sft_pipeline.stages.raw_rows.config import RawSource
 from sft_pipeline.stages.raw_rows.streams import SUPPORTED, SourceFile
 from sft_pipeline.store.files import sha256_json
 
-if TYPE_CHECKING:
-    from sft_pipeline.config.dataset import DatasetConfig
-
 _MAGIC = re.compile(r"[*?\[]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def snapshots(dataset: "DatasetConfig") -> list[str]:
-    """The names of the dataset's snapshots, sorted: subfolders that every non-static source has.
+def snapshots(sources: Sequence[RawSource]) -> list[str]:
+    """The names of a dataset's snapshots, sorted: subfolders that every non-static source has.
 
     A dataset of static sources has the one snapshot `static-<digest12>`, named after its content.
 
     Raises:
         InputError: A source's folder does not exist.
     """
-    return snapshots_of(dataset.sources)
+    moving = [s for s in sources if not _is_static(s)]
+    if not moving:
+        return [f"static-{sha256_json(sorted(_digests(sources, '').values()))[:12]}"]
+    return sorted(set.intersection(*(_subfolders(s) for s in moving)))
 
 
-def source_digests(dataset: "DatasetConfig", snapshot: str) -> dict[str, str]:
+def source_digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
     """{file as the configuration gives it: sha256} for every source file of the snapshot.
 
     Keys are relative to the project root where the configured path is, so `project_path(key)` finds the file
@@ -48,24 +48,15 @@ def source_digests(dataset: "DatasetConfig", snapshot: str) -> dict[str, str]:
     Raises:
         InputError: Unknown snapshot, a missing path, or no file of a known format.
     """
-    check_snapshot(dataset.sources, snapshot)
-    return _digests(dataset.sources, snapshot)
-
-
-def snapshots_of(sources: Sequence[RawSource]) -> list[str]:
-    """As `snapshots`, from the sources."""
-    moving = [s for s in sources if not _is_static(s)]
-    if not moving:
-        return [f"static-{sha256_json(sorted(_digests(sources, '').values()))[:12]}"]
-    names = set.intersection(*(_subfolders(s) for s in moving))
-    return sorted(names)
+    check_snapshot(sources, snapshot)
+    return _digests(sources, snapshot)
 
 
 def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
     """Raises:
     InputError: There is no such snapshot; the message names the newest ones.
     """
-    known = snapshots_of(sources)
+    known = snapshots(sources)
     if snapshot in known:
         return
     moving = [s.path for s in sources if not _is_static(s)]
@@ -75,23 +66,22 @@ def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
         )
     where = ", ".join(moving)
     if not known:
+        shared = " that all sources share" if len(moving) > 1 else ""
         raise InputError(
-            f"no snapshot {snapshot}: {where} has no "
-            f"subfolder{' that all sources share' if len(moving) > 1 else ''}. Put each snapshot's files "
-            "into a subfolder of its own, or set `static: true` for files that do not change"
+            f"no snapshot {snapshot}: {where} has no subfolder{shared}. Put each snapshot's files into a "
+            "subfolder of its own, or set `static: true` for files that do not change"
         )
     newest = ", ".join(known[-3:][::-1])
     raise InputError(f"no snapshot {snapshot}: there is no folder {snapshot} in {where}. Newest: {newest}")
 
 
-def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list[SourceFile]:
+def find_files(source: RawSource, snapshot: str) -> list[SourceFile]:
     """The files of one source (not of the hub), sorted by name.
 
     Raises:
         InputError: The path does not exist, or holds no file of a known format.
     """
-    config = sources[source]
-    given = config.path if config.static else f"{config.path.rstrip('/')}/{snapshot}"
+    given = source.path if source.static else f"{source.path.rstrip('/')}/{snapshot}"
     fs, path = _resolve(given)
     if fs.isfile(path):
         root, given_root, found = str(PurePosixPath(path).parent), given.rpartition("/")[0], [path]
@@ -99,8 +89,8 @@ def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list
             raise InputError(f"{given}: no reader for this file. Known formats: {', '.join(SUPPORTED)}")
     elif fs.isdir(path):
         root, given_root, found = path, given.rstrip("/"), fs.find(path)
-    elif _MAGIC.search(given):
-        given_root = given[: _MAGIC.search(given).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    elif magic := _MAGIC.search(given):
+        given_root = given[: magic.start()].rpartition("/")[0]
         root = _resolve(given_root or ".")[1]
         found = [p for p in fs.glob(path) if fs.isfile(p)]
     else:
@@ -112,8 +102,8 @@ def find_files(sources: Sequence[RawSource], source: int, snapshot: str) -> list
     for each in sorted(found):
         name = each.removeprefix(root).lstrip("/")
         if name.lower().endswith(SUPPORTED) and not any(part.startswith(".") for part in name.split("/")):
-            shown = f"{given_root}/{name}" if given_root else name
-            files.append(SourceFile(source, name, shown, fs, each, int(fs.size(each) or 0)))
+            given_name = f"{given_root}/{name}" if given_root else name
+            files.append(SourceFile(name, given_name, fs, each, int(fs.size(each) or 0)))
     if not files:
         raise InputError(f"{given}: no file to read ({path}). Known formats: {', '.join(SUPPORTED)}")
     return files
@@ -123,11 +113,11 @@ def _digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
     from fsspec.implementations.local import LocalFileSystem
 
     found: dict[str, str] = {}
-    for i, source in enumerate(sources):
+    for source in sources:
         if is_hub(source.path):
             found |= hub_digests(source.path)
             continue
-        for file in find_files(sources, i, snapshot):
+        for file in find_files(source, snapshot):
             if isinstance(file.fs, LocalFileSystem):
                 found[file.given] = digest_file(Path(file.path))
             else:
@@ -174,8 +164,7 @@ def _resolve(path: str) -> tuple[Any, str]:
         raise InputError(f"{path}: no file system for this address ({error})") from error
 
 
-# -- the Hugging Face hub
-# -----------------------------------------------------------------------------------------
+# -- the Hugging Face hub --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

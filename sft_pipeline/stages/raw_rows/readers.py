@@ -1,4 +1,4 @@
-"""One streaming reader per file format. Each yields rows and rejects in file order and judges nothing."""
+"""One streaming reader per file format. Each yields rows and rejects in file order and checks no contract."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[R
     """The rows and rejects of one file, in its order.
 
     Args:
-        advance: Called with the number of bytes read of the file as it lies there (compressed or not).
+        advance: Called with the number of bytes read of the file as it is stored (compressed or not).
 
     Raises:
         InputError: The file cannot be read as a whole: truncated, corrupt, not what its name says.
@@ -55,8 +55,7 @@ def _read_json_lines(file: SourceFile, advance: Advance) -> Iterator[Rows | Reje
                 yield from decode_lines(first, block)
 
 
-# -- CSV
-# ----------------------------------------------------------------------------------------------------------
+# -- CSV -------------------------------------------------------------------------------------------
 
 
 class _CsvLines:
@@ -136,8 +135,7 @@ def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Ro
                 yield to_row(number, dict(zip(header, fields)), raw)
 
 
-# -- Parquet
-# ------------------------------------------------------------------------------------------------------
+# -- Parquet ---------------------------------------------------------------------------------------
 
 
 def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
@@ -200,8 +198,7 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-# -- Hugging Face datasets
-# ----------------------------------------------------------------------------------------
+# -- Hugging Face datasets -------------------------------------------------------------------------
 
 
 def read_hub(address: str) -> Iterator[Row | Reject]:

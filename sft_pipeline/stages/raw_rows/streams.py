@@ -23,14 +23,12 @@ class SourceFile:
     """One file of a source.
 
     Attributes:
-        source: Index of the source in the dataset.
         name: Path relative to the snapshot's or source's root, posix.
         given: Path as the configuration gives it (relative to the project root where it is), posix.
         fs: The fsspec file system, and `path` the file's path there.
         bytes: Its size.
     """
 
-    source: int
     name: str
     given: str
     fs: Any

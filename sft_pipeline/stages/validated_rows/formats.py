@@ -107,8 +107,7 @@ def normalize(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> 
     return normalized
 
 
-# -- formats
-# ------------------------------------------------------------------------------------------------------
+# -- formats ---------------------------------------------------------------------------------------
 
 
 def _messages(fields: MappedFields, to: NormalizedRow) -> None:
@@ -180,12 +179,11 @@ FORMATS: dict[str, Callable[[MappedFields, NormalizedRow], None]] = {
 }
 
 
-# -- values
-# -------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 def _text(value: Any, to: NormalizedRow) -> str | None:
-    """Required text. Null is the empty text, which the contract judges."""
+    """Required text. Null is the empty text, which the contract rejects."""
     if isinstance(value, str):
         return value
     if value is None:
