@@ -1,5 +1,4 @@
-"""A whole small branch in a store, made in-process: a BPE, a Llama, messages, tokenized rows, checkpoints,
-evaluation."""
+"""A whole small branch in a store, made in-process: a BPE, a Llama, rows, checkpoints, evaluation."""
 
 import json
 from collections.abc import Iterator
@@ -113,8 +112,7 @@ def write_base(folder: Path, *, hidden: int = 32) -> Path:
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost these tiny models more than they give, above all on a busy
-    machine."""
+    """Threads that wait for each other cost these tiny models more than they give."""
     import torch
 
     before = torch.get_num_threads()
@@ -316,8 +314,7 @@ def packed(world: World, rows: Artifact) -> Artifact:
 def checkpoints(
     world: World, rows: Artifact, model: ModelConfig, steps: dict[int, int], *, learn: bool = True
 ) -> Artifact:
-    """trained_checkpoints after so many passes over the training side: {step: passes}; random adapters where
-    not `learn`."""
+    """trained_checkpoints after {step: passes} over the training split; random adapters where not `learn`."""
     import pyarrow.parquet as pq
     import torch
 

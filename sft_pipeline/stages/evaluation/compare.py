@@ -146,8 +146,7 @@ def _widened(found: ConfidenceInterval, scores: np.ndarray, groups: int) -> Conf
 
 
 def _difference(base: ConfidenceInterval, tuned: ConfidenceInterval, drawn: np.ndarray) -> ConfidenceInterval:
-    """The bootstrap's interval, or where it has no width the two models' own ones combined (Newcombe
-    1998)."""
+    """The bootstrap's interval; without width, the two models' own combined (Newcombe 1998)."""
     found = _interval(tuned.value - base.value, drawn)
     if found.low != found.high or math.isnan(found.low):
         return found

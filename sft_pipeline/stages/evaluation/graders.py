@@ -104,8 +104,7 @@ def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, s
 
 
 def _json_schema(config: JsonSchemaGrader) -> Grader:
-    """JSON Schema, in the draft which the schema names (2020-12 by default). `format` is an annotation, as
-    there."""
+    """JSON Schema, in the draft that the schema names (2020-12 by default); `format` is an annotation."""
     import jsonschema
     import referencing
     import referencing.exceptions
@@ -316,8 +315,7 @@ def parse_json(text: str) -> Any:
 
 
 def field_of(value: Any, name: str) -> Any:
-    """A field of an object by its name, or by a dotted path (`subject.id`) where no key has that very
-    name."""
+    """A field of an object by its name, or by a dotted path (`subject.id`) where no key is so named."""
     if isinstance(value, dict) and name in value:
         return value[name]
     for part in name.split("."):

@@ -1,6 +1,7 @@
 """Judges checkpoints: the loss of every held-out row, and the graders' scores of generated replies."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -65,8 +66,7 @@ class CheckpointModels:
         return self.config.parameterization == "lora" and training_device().type == "cpu"
 
     def tuned(self, step: int) -> Any:
-        """The model of one checkpoint. Any model that this object gave out before must not be used any
-        more."""
+        """The model of one checkpoint; any model that was given out before must not be used any more."""
         folder = self.checkpoints[step]
         if self._merges or not (folder / "adapter_config.json").is_file():
             self._model = None  # frees the memory of the model before, ahead of loading the next
@@ -161,17 +161,11 @@ class Judgement:
     scores: dict[str, np.ndarray]
     unfinished: int
 
-    @property
-    def loss(self) -> float:
-        """The summed NLL divided by the number of tokens; NaN where there are none."""
-        total = int(self.tokens.sum())
-        return float(self.nll.sum()) / total if total else float("nan")
-
     def measures(self) -> dict[str, float]:
-        """Each grader's mean over all generated rows, and the loss as `val_loss`; NaN where there are no
-        rows."""
-        means = {name: float(s.sum()) / len(s) if len(s) else float("nan") for name, s in self.scores.items()}
-        return {**means, "val_loss": self.loss}
+        """Each grader's mean over the generated rows, then `val_loss`, NLL per token; NaN without rows."""
+        total = int(self.tokens.sum())
+        means = {name: float(s.sum()) / len(s) if len(s) else math.nan for name, s in self.scores.items()}
+        return {**means, "val_loss": float(self.nll.sum()) / total if total else math.nan}
 
 
 class _JoinedProgress(Reporter):

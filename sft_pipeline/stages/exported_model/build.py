@@ -33,7 +33,6 @@ from sft_pipeline.stages.exported_model.verify import (
     ANSWERS,
     PROBES,
     ExportProof,
-    LogitDifference,
     difference,
     free_memory,
     greedy,
@@ -49,7 +48,6 @@ from sft_pipeline.stages.stage import Build, Built, markdown, number, table
 from sft_pipeline.tables.held_out import HeldOutRow
 from sft_pipeline.text.reply import ReplyDecoder, formatting_of, tokenizer_of
 from sft_pipeline.text.template import load_template
-from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.model import load_base, load_for_inference, training_device
 
 STEPS = 6
@@ -88,10 +86,9 @@ def build(b: Build) -> Built:
         pad_id=decoder.pad_id,
         with_tools=formatting["chat_template_with_tools"],
     )
-    progress("weights")
+    progress("tokenizer written")
     rows = probe_rows(tokenized, PROBES)
-    prove = _write_merged_and_prove if merged else _prove_adapter
-    proof = prove(config, checkpoint, folder, rows, evaluation, decoder, progress)
+    proof = _write_and_prove(config, checkpoint, folder, rows, evaluation, decoder, progress, merged=merged)
     template = load_template(tokenized.manifest.config["template"]["chat_template"], tokenizer)
     prompts_equal = served_prompt_equal(
         tokenized, b.inputs["grouped_split"], reload_tokenizer(folder), tokenizer, template
@@ -158,7 +155,7 @@ class _ExportProgress:
         self.report.progress("exporting", self.done, STEPS, "steps")
 
 
-def _write_merged_and_prove(
+def _write_and_prove(
     config: ExportedModelConfig,
     checkpoint: Path,
     folder: Path,
@@ -166,76 +163,51 @@ def _write_merged_and_prove(
     evaluation: dict[str, Any],
     decoder: ReplyDecoder,
     progress: _ExportProgress,
+    *,
+    merged: bool,
 ) -> ExportProof:
-    """One model in memory at a time: base and adapter, then merged, then loaded again."""
+    """Writes merged weights where they are wanted, and loads the export again, one model in memory at a time.
+
+    Without merged weights the exported adapter on the base is compared with the checkpoint on the base, in
+    fp32.
+    """
     sequences, prompts = [r.prompt + r.target for r in rows], [r.prompt for r in rows[:ANSWERS]]
     new_tokens = min(ANSWER_TOKENS, evaluation["max_new_tokens"])
     stop_ids = sorted(decoder.stop_ids)
-    dtype = target_dtype(config.export.dtype, config.model)
+    stops: dict[str, Any] = {"eos_token_id": stop_ids, "pad_token_id": decoder.pad_id}
+    dtype = target_dtype(config.export.dtype, config.model) if merged else torch.float32
     model = load_exact(config.model, checkpoint)
-    apart = hasattr(model, "peft_config")
-    reference = logits(model, sequences)
-    model = merge_adapter(model)
-    exact = difference(reference, logits(model, sequences)) if apart else None
-    progress("adapter merged" if apart else "weights loaded")
-    model = model.to(dtype)
-    write_merged(
-        model, folder, config.model, stop_ids=stop_ids, pad_id=decoder.pad_id, decoding=evaluation["decoding"]
-    )
-    before = greedy(model, prompts, new_tokens, eos_token_id=stop_ids, pad_token_id=decoder.pad_id)
-    del model
-    free_memory()
-    progress("weights written")
-    model = reload_model(folder, trust_remote_code=config.model.trust_remote_code)
-    loaded = difference(reference, logits(model, sequences))
-    # Here the exported generation config has to stop the answers by itself.
-    after = greedy(model, prompts, new_tokens)
-    del model
-    free_memory()
-    progress("export loaded again")
-    quantized = _against_quantized(config.model, checkpoint, sequences, reference)
-    return ExportProof(exact, loaded, quantized, before, after, dtype)
-
-
-def _prove_adapter(
-    config: ExportedModelConfig,
-    checkpoint: Path,
-    folder: Path,
-    rows: list[HeldOutRow],
-    evaluation: dict[str, Any],
-    decoder: ReplyDecoder,
-    progress: _ExportProgress,
-) -> ExportProof:
-    """Without merged weights: the exported adapter on the base against the checkpoint on the base."""
-    from peft import PeftModel
-
-    sequences, prompts = [r.prompt + r.target for r in rows], [r.prompt for r in rows[:ANSWERS]]
-    new_tokens = min(ANSWER_TOKENS, evaluation["max_new_tokens"])
-    stops = {"eos_token_id": sorted(decoder.stop_ids), "pad_token_id": decoder.pad_id}
-    model = load_exact(config.model, checkpoint)
-    reference, before = logits(model, sequences), greedy(model, prompts, new_tokens, **stops)
-    del model
-    free_memory()
+    has_adapter = hasattr(model, "peft_config")
+    reference, exact = logits(model, sequences), None
     progress("checkpoint loaded")
-    base = load_base(unquantized(config.model), dtype=torch.float32, device=training_device())
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    if merged:
+        model = merge_adapter(model)
+        exact = difference(reference, logits(model, sequences)) if has_adapter else None
+        model = model.to(dtype)
+        decoding = evaluation["decoding"]
+        write_merged(model, folder, config.model, stop_ids=stop_ids, pad_id=decoder.pad_id, decoding=decoding)
+        progress("weights written")
+    before = greedy(model, prompts, new_tokens, **stops)
+    del model
+    free_memory()
+    if merged:
+        model = reload_model(folder, trust_remote_code=config.model.trust_remote_code)
+        stops = {}  # the exported generation config has to stop the answers by itself
+    else:
+        from peft import PeftModel
+
+        base = load_base(unquantized(config.model), dtype=torch.float32, device=training_device())
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+        del base
     loaded = difference(reference, logits(model, sequences))
     after = greedy(model, prompts, new_tokens, **stops)
-    del model, base
-    free_memory()
-    progress("export loaded again")
-    quantized = _against_quantized(config.model, checkpoint, sequences, reference)
-    return ExportProof(None, loaded, quantized, before, after, torch.float32)
-
-
-def _against_quantized(
-    config: ModelConfig, checkpoint: Path, sequences: list[list[int]], reference: list[torch.Tensor]
-) -> LogitDifference | None:
-    """The reference against the 4-bit model that was trained and judged; None where it was not quantized."""
-    if config.parameterization != "qlora":
-        return None
-    model = load_for_inference(config, checkpoint)
-    found = difference(reference, logits(model, sequences))
     del model
     free_memory()
-    return found
+    progress("export loaded again")
+    quantized = None
+    if config.model.parameterization == "qlora":  # against the 4-bit model that was trained and judged
+        model = load_for_inference(config.model, checkpoint)
+        quantized = difference(reference, logits(model, sequences))
+        del model
+        free_memory()
+    return ExportProof(exact, loaded, quantized, before, after, dtype)

@@ -1,5 +1,4 @@
-"""README.md of an export: the model card. No clock and no machine in it, so that it is the same when built
-again."""
+"""README.md of an export: the model card. No clock and no machine in it: built again, it is the same."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -74,8 +73,7 @@ def values_as_run(trained: Artifact) -> dict[str, Any]:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card's text: YAML front matter as the Hugging Face hub reads it, then what a person wants to
-    know."""
+    """The card's text: YAML front matter as the Hugging Face hub reads it, then sections for people."""
     sections = [
         _summary(facts),
         _results(facts),

@@ -1,5 +1,4 @@
-"""`lineage/`: the manifests behind an export, without machine paths; and the search for such paths in every
-file."""
+"""`lineage/`: the manifests behind an export, without machine paths; no exported file may hold one."""
 
 import os
 import re
@@ -37,8 +36,7 @@ _ABSOLUTE = re.compile(rb"(?<![\w.:/~<*-])/(?:" + _ROOTS + rb")/[\w.@+-]+|\b[A-Z
 
 
 def upstream(inputs: list[Artifact]) -> dict[str, Manifest]:
-    """{fingerprint: manifest} of the inputs and of everything that they were made from, the earliest stage
-    first."""
+    """{fingerprint: manifest} of the inputs and all they were made from, the earliest stage first."""
     found: dict[str, Manifest] = {}
 
     def visit(path: Path) -> None:
@@ -56,8 +54,7 @@ def upstream(inputs: list[Artifact]) -> dict[str, Manifest]:
 
 
 def write_lineage(manifests: dict[str, Manifest], folder: Path) -> None:
-    """Copies the manifests as `<stage>-<fingerprint>.json` without machine paths, and writes an index,
-    chain.json."""
+    """Copies the manifests as `<stage>-<fingerprint>.json`, and writes an index, chain.json."""
     chain, sources = [], {}
     for fingerprint, manifest in manifests.items():
         stage = manifest.asset.rpartition("/")[2]
@@ -79,8 +76,7 @@ def write_lineage(manifests: dict[str, Manifest], folder: Path) -> None:
 
 
 def portable(value: Any) -> Any:
-    """A JSON value without machine paths: those below the project root become relative, others keep their
-    name only."""
+    """A JSON value with paths relative to the project root; of paths elsewhere only the name stays."""
     if isinstance(value, dict):
         return {portable(k): portable(v) for k, v in value.items()}
     if isinstance(value, list):

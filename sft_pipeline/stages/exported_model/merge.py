@@ -59,8 +59,7 @@ def target_dtype(asked: str, config: ModelConfig) -> torch.dtype:
 
 
 def public_name(base: str) -> str:
-    """The base as it may be named outside this machine: a hub id or a relative path stays, else the folder's
-    name."""
+    """The base's name outside this machine: a hub id or a relative path stays, else the folder's name."""
     path = Path(base).expanduser()
     return path.name if path.is_absolute() or ".." in path.parts else base
 

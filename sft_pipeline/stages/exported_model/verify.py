@@ -1,5 +1,4 @@
-"""Proof that what is exported is what was judged: logits, greedy answers, and the prompts that a server will
-send."""
+"""Proof that what is exported is what was judged: logits, greedy answers, served prompts."""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sft_pipeline.stages.sanity_check import report
-from sft_pipeline.stages.sanity_check.asset import PROBE_CHECKS, STAGE
+from sft_pipeline.stages.sanity_check.checks import CHECKS, PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.sanity_check.labels import DataFindings, changed_formatting, check_blocks
 from sft_pipeline.stages.stage import Build, Built, Check, CheckSpec, Evidence, plot, table
@@ -47,12 +47,11 @@ def build(b: Build) -> Built:
     verdict = SanityVerdict()
     if b.config.sanity.skip:
         verdict.evidence |= report.plot_learning_rate(b, b.config)
-    return _judge(b, verdict, STAGE.checks, _trials)
+    return _judge(b, verdict, CHECKS, _trials)
 
 
 def build_probe(b: Build) -> Built:
-    """The part that depends on data and model alone: labels, vocabulary and the boundary probe, for a sweep's
-    trials."""
+    """What depends on data and model alone, for a sweep's trials: labels, vocabulary, boundary probe."""
     return _judge(b, SanityVerdict(), PROBE_CHECKS, _probed_copy)
 
 

@@ -33,8 +33,7 @@ class SanityCheckConfig(Config):
     tokens: dict
 
     def identity(self) -> dict[str, Any]:
-        """With the micro-batch, whose memory is tried out here; without the processes, of which the check has
-        one."""
+        """With the micro-batch, whose memory is tried out; without the processes: the check has one."""
         return super().identity() | {
             "training": self.training.identity() | {"per_device_batch": self.training.per_device_batch}
         }

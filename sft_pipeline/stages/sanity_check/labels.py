@@ -1,5 +1,4 @@
-"""The data against the model: labels, vocabulary, positions, and how the rows were made. No weights are
-needed."""
+"""The data against the model: labels, vocabulary, positions, formatting. No weights are needed."""
 
 import heapq
 from collections.abc import Mapping, Sequence

@@ -53,8 +53,7 @@ EXACT, ROUNDED = ProbeTolerance(1e-4, 1e-5, 1e-4), ProbeTolerance(2e-2, 1e-3, 3e
 
 @dataclass(frozen=True)
 class BoundaryProbe:
-    """What the probe found for one layout; matrices are [examples][examples], i is changed and j looked
-    at."""
+    """What the probe found for one layout; matrices are [changed example][observed example]."""
 
     layout: str
     passed: bool
@@ -169,8 +168,7 @@ def _token_losses(model: Any, m: Microbatch) -> torch.Tensor:
 
 
 def _losses(model: Any, batches: Sequence[Microbatch], segments: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """NLL of each predicted token, by example; they are recognized by their ids, since a layout may reorder
-    them."""
+    """NLL of each predicted token, by example, recognized by its ids: a layout may reorder them."""
     found: dict[int, np.ndarray] = {}
     device = causal_model(model).device
     with torch.no_grad():

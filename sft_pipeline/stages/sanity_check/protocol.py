@@ -1,5 +1,4 @@
-"""The trials on a throw-away copy of the model: the fullest micro-batch, overfitting a few rows, a short
-run."""
+"""The trials on a copy of the model: the fullest micro-batch, overfitting a few rows, a short run."""
 
 import math
 import time
@@ -134,10 +133,37 @@ def overfit(
     """
     install_supervised_forward(model)
     batches = microbatches(rows, layout="rows", per_device_batch=1, max_tokens=max_tokens)
+    supervised = max(1, sum(len(m.targets) for m in batches))
     parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
     start = [p.detach().clone() for p in parameters]
+
+    def losses_at(rate: float) -> list[float]:
+        """The loss per supervised token before each update, and at the end."""
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+        losses: list[float] = []
+        model.train()
+        for step in range(steps + 1):
+            total = 0.0
+            for m in batches:
+                nll = _summed_loss(model, m.to(device))
+                (nll / supervised).backward()
+                total += float(nll.detach())
+            losses.append(total / supervised)
+            report.progress("overfitting a few rows", step, steps, "updates")
+            reached = losses[-1] <= fraction * losses[0]
+            hopeless = not math.isfinite(losses[-1]) or losses[-1] > 3 * losses[0] + 1
+            if step == steps or reached or hopeless:
+                report.progress("overfitting a few rows", steps, steps, "updates")
+                break
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        return losses
+
     rate = ADAPTER_OVERFIT_RATE if adapters else FULL_OVERFIT_RATE
-    losses = _overfit_at(rate, model, parameters, batches, steps, fraction, clip, report)
+    losses = losses_at(rate)
     if not losses[-1] <= fraction * losses[0]:  # a NaN is not
         other = rate * 5 if losses[-1] <= losses[0] else rate / 5
         report.log(
@@ -148,46 +174,10 @@ def overfit(
         with torch.no_grad():
             for p, s in zip(parameters, start, strict=True):
                 p.copy_(s)
-        losses = _overfit_at(rate, model, parameters, batches, steps, fraction, clip, report)
+        losses = losses_at(rate)
     target = fraction * losses[0]
     passed = math.isfinite(losses[-1]) and losses[-1] <= target
     return OverfitResult(passed, sum(len(b.lengths) for b in rows), losses, target, rate)
-
-
-def _overfit_at(
-    rate: float,
-    model: Any,
-    parameters: list[Any],
-    batches: Sequence[Microbatch],
-    steps: int,
-    fraction: float,
-    clip: float,
-    report: Reporter,
-) -> list[float]:
-    """The loss per supervised token before each update, and at the end."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-    supervised = max(1, sum(len(m.targets) for m in batches))
-    device = parameters[0].device
-    losses: list[float] = []
-    model.train()
-    for step in range(steps + 1):
-        total = 0.0
-        for m in batches:
-            nll = _summed_loss(model, m.to(device))
-            (nll / supervised).backward()
-            total += float(nll.detach())
-        losses.append(total / supervised)
-        report.progress("overfitting a few rows", step, steps, "updates")
-        reached = losses[-1] <= fraction * losses[0]
-        hopeless = not math.isfinite(losses[-1]) or losses[-1] > 3 * losses[0] + 1
-        if step == steps or reached or hopeless:
-            report.progress("overfitting a few rows", steps, steps, "updates")
-            break
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    optimizer.zero_grad(set_to_none=True)
-    return losses
 
 
 @dataclass
