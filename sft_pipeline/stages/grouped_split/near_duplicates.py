@@ -112,8 +112,8 @@ def _search(
 ) -> None:
     """Compares the candidates of each index entry, and appends the pairs that are similar enough to `found`.
 
-    A few candidates of every entry at a time, so that a node which has found a neighbour is not compared again:
-    in a large cluster this makes the work linear.
+    It takes a few candidates of every entry at a time, so that a node which has found a neighbour is not
+    compared again: in a large cluster this makes the work linear.
 
     Args:
         asked, left, count: For each entry its node, and where its candidates are in `near`.
@@ -134,7 +134,7 @@ def _search(
         fits = sets.may_reach(one, other, threshold)
         one, other = one[fits], other[fits]
         similarity = sets.similarity(one, other)
-        good = similarity >= threshold - 1e-12
+        good = similarity >= threshold - 1e-12  # exactly the threshold counts, whatever the rounding
         one, other, similarity = one[good], other[good], similarity[good]
         best = np.lexsort((other, -similarity, one))
         firsts = best[np.unique(one[best], return_index=True)[1]]

@@ -212,6 +212,7 @@ class ShingleSets:
                 sizes.append(size)
                 bitmaps.append(bitmap)
                 signatures.append(signature)
+                # Shingles that share a slot look more frequent than they are: that costs speed, never a pair.
                 np.add.at(frequency, hashes & _SLOT, np.uint32(1))
         self._rarity = np.minimum(frequency, 0xFFFF).astype(np.uint16)
         self.size = np.concatenate(sizes)

@@ -75,7 +75,7 @@ def first_times(batches: Iterable[pa.RecordBatch]) -> dict[str, str]:
     found: dict[str, str] = {}
     for batch in batches:
         for group, time in zip(batch.column("group").to_pylist(), batch.column("time").to_pylist()):
-            if time is not None and time < found.get(group, "~"):
+            if time is not None and time < found.get(group, "~"):  # "~" sorts after every ISO time
                 found[group] = time
     return found
 

@@ -133,6 +133,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlock
     """Writes the blocks of one split as Parquet parts, about a million tokens at a time."""
     examples = tokens = supervised = bad = 0
     mean = len(rows.tokens) // max(packing.blocks, 1)
+    # About GROUP_TOKENS each: training reads a whole row group to get one block.
     group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
     with (
         PartWriter(

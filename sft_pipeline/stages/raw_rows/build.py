@@ -37,7 +37,7 @@ ROWS = pa.schema(
     ]
 )
 FLUSH_ROWS = 4_096
-FLUSH_BYTES = 16 << 20
+FLUSH_BYTES = 16 << 20  # a batch ends early here, so that rows of megabytes do not pile up
 SEED = b"sft-sample-v1"
 
 
@@ -62,6 +62,7 @@ def build(b: Build) -> Built:
                 for i in range(len(sources)):
                     ranks.append(_read_source(config, i, files[i], rows, rejects, progress, ranked=False))
         else:
+            # Which rows are taken is known when all have been read, so they wait on the disk until then.
             for i in range(len(sources)):
                 with parquet.PartWriter(spool / str(i), ROWS) as rows:
                     ranks.append(_read_source(config, i, files[i], rows, rejects, progress, ranked=True))

@@ -91,9 +91,9 @@ def decode_line(line: int, data: bytes) -> Row | Reject:
 def _decode_fast(first: int, lines: list[bytes], block: bytes) -> Rows | None:
     """The rows of lines that are all in order, through orjson; None where one might not be.
 
-    orjson refuses what the strict decoder refuses, and reads the same values, with two exceptions. Of equal keys
-    it keeps the last: then the output has fewer quotes than the input, which is so in no other case, unless a
-    quote was written as \\u0022. And it makes floats of whole numbers beyond 64 bits.
+    orjson refuses what the strict decoder refuses, and reads the same values, with two exceptions. Of equal
+    keys it keeps the last: then the output has fewer quotes than the input, which is so in no other case,
+    unless a quote was written as \\u0022. And it makes floats of whole numbers beyond 64 bits.
     """
     if b"\\u0022" in block or has_huge_number(block):
         return None

@@ -173,13 +173,9 @@ class HubDataset:
 
     name: str
     revision: str
+    folder: Path | None
     config: str | None
     split: str | None
-
-    @property
-    def folder(self) -> Path | None:
-        path = project_path(self.name)
-        return path if path.is_dir() else None
 
 
 def is_hub(path: str) -> bool:
@@ -204,7 +200,9 @@ def parse_address(path: str) -> HubDataset:
     options = dict(parse_qsl(query))
     if unknown := sorted(options.keys() - {"config", "split"}):
         raise InputError(f"{path}: unknown option {unknown[0]}; known are config and split")
-    return HubDataset(hub_id.name, hub_id.revision, options.get("config"), options.get("split"))
+    path_here = project_path(hub_id.name)
+    folder = path_here if path_here.is_dir() else None
+    return HubDataset(hub_id.name, hub_id.revision, folder, options.get("config"), options.get("split"))
 
 
 def hub_digests(path: str) -> dict[str, str]:

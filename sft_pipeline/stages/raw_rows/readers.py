@@ -98,7 +98,9 @@ class _CsvLines:
 
 def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Row | Reject]:
     """Records under a header; every value is text. A broken record costs its first line, no row after it."""
-    csv.field_size_limit(MAX_LINE)
+    csv.field_size_limit(
+        MAX_LINE
+    )  # of the whole process: the csv module has no other way, and 128 KiB is too little
     with open_stream(file, advance) as stream:
         lines = _CsvLines(read_lines(stream, file))
         header: list[str] | None = None
@@ -147,7 +149,7 @@ def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
     try:
         with file.fs.open(file.path, "rb") as stream, pq.ParquetFile(stream) as parquet:
             share = file.bytes / max(1, parquet.metadata.num_rows)
-            for batch in parquet.iter_batches(batch_size=512):
+            for batch in parquet.iter_batches(batch_size=512):  # few, as a row may have megabytes
                 for value in _values(batch):
                     number += 1
                     yield _table_row(number, value)
@@ -163,7 +165,7 @@ def _values(batch: Any) -> list[Any]:
     """The batch's rows as dicts; a row with broken text as the exception that it raised."""
     try:
         return batch.to_pylist()
-    except (UnicodeDecodeError, ValueError):
+    except (UnicodeDecodeError, ValueError):  # one broken text fails the whole batch: find it row by row
         values: list[Any] = []
         for i in range(batch.num_rows):
             try:

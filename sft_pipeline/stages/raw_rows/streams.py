@@ -73,7 +73,7 @@ def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator
         except (OSError, ValueError) as error:
             raise InputError(f"cannot open {file.given}: {error}") from error
         if file.codec:
-            if not counted.peek(1):
+            if not counted.peek(1):  # Arrow would take it for an empty file
                 raise InputError(f"{file.given}: truncated {file.codec} file (it is empty): copy it again")
             stream = io.BufferedReader(
                 pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec), BLOCK

@@ -35,7 +35,7 @@ def build(b: Build) -> Built:
     with (
         parquet.PartWriter(b.out / "rows", ROWS) as rows,
         parquet.FileWriter(quarantine_path, REJECTS) as quarantine,
-        closing(
+        closing(  # an error here ends the workers at once
             ordered_map(RowValidator, (config, groups), parquet.read_batches(raw.parts("rows")))
         ) as validated_batches,
     ):
@@ -100,6 +100,7 @@ def group_columns(paths: list[Path], shapes: Sequence[SourceShape]) -> list[str 
     unknown = {i for i, column in enumerate(found) if column is None}
     if not unknown:
         return found
+    # Canonical content has no space before a colon, so a search in the text finds the few rows worth parsing.
     key = f'"(?:{"|".join(GROUP_COLUMNS)})":'
     for batch in parquet.read_batches(paths, ["source", "content"]):
         if not unknown:

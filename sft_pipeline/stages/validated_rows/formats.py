@@ -258,6 +258,7 @@ def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
     """The loss weight of a message; `loss: false` is weight 0."""
     for key in WEIGHT_KEYS:
         if (value := turn.get(key)) is not None:
+            # A bool is an int: `loss: true` is weight 1.
             if isinstance(value, int | float) and 0 <= value <= LARGEST_WEIGHT:
                 return float(value)
             to.reject(RejectReason.WRONG_TYPE)
@@ -289,7 +290,7 @@ def _tool_calls(calls: list[Any], to: NormalizedRow) -> str | None:
     """Calls in the common form [{type: function, function: {name, arguments}}], as JSON text."""
     found: list[dict[str, Any]] = []
     for given in calls:
-        parsed = _parsed(given)
+        parsed = _parsed(given)  # many datasets give calls as JSON text, and arguments as JSON text within it
         for call in parsed if isinstance(parsed, list) else [parsed]:
             function = call.get("function", call) if isinstance(call, dict) else None
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):

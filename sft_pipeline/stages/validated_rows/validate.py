@@ -34,6 +34,7 @@ CONTROL_TOKEN = re.compile(
     r"|</?(?:think|tool_call|tool_response|tools)>"  # Qwen
 )
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# For Arrow's RE2, which has no look-around: neither pattern may use it.
 _EITHER = f"{CONTROL_TOKEN.pattern}|{_CONTROL_CHARACTER.pattern}"
 
 # Which roles may follow which; None is the beginning.
