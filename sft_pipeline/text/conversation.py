@@ -1,6 +1,4 @@
-"""A row's messages in the form that chat templates read, and the control tokens that its text must not
-hold.
-"""
+"""A row's messages as chat templates read them, and the control tokens that its text must not hold."""
 
 import json
 import re
@@ -17,10 +15,7 @@ from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
 WORD_JOINER = "\u2060"
 """Put into a literal control token to keep it text: invisible, of no width, and not white space."""
-
-
-# A Unicode noncharacter: it joins with nothing.
-_GAP = "\ufdd2"
+_GAP = "\ufdd2"  # a Unicode noncharacter: it joins with nothing
 
 
 @dataclass(frozen=True)
@@ -114,8 +109,10 @@ class ForgeryGuard:
     def check_joints(self, given: Conversation, text: str) -> None:
         """Looks for control tokens of which the template wrote one half and a message the other.
 
+        Only where a message begins or ends like a part of one, the conversation is rendered a second time.
+
         Raises:
-            Rejected: There are fewer of them in `text` once messages are set apart from the template.
+            Rejected: `text` has another number of control tokens when messages are set apart from it.
         """
         contents = [m.get("content", "") for m in given.messages]
         if not any(self._could_join(c) for c in contents):
@@ -126,9 +123,8 @@ class ForgeryGuard:
         except jinja2.TemplateError:
             placed = -1
         if placed != len(self._of_assistant.findall(text)):
-            raise Rejected(
-                Reason.CONTROL_TOKEN_IN_TEXT, "a message and the template together spell a control token"
-            )
+            detail = "a message and the template together spell a control token"
+            raise Rejected(Reason.CONTROL_TOKEN_IN_TEXT, detail)
 
     def _could_join(self, content: str) -> bool:
         return any(
@@ -155,9 +151,8 @@ class ForgeryGuard:
         if isinstance(value, dict):
             keys = [self._clean(k, pattern) for k in value]
             values = [self._clean(v, pattern) for v in value.values()]
-            return {k: v for (k, _), (v, _) in zip(keys, values, strict=True)}, sum(
-                n for _, n in keys + values
-            )
+            cleaned = {k: v for (k, _), (v, _) in zip(keys, values, strict=True)}
+            return cleaned, sum(n for _, n in keys + values)
         return value, 0
 
     def _literals(self, given: Conversation) -> Iterator[str]:
@@ -168,7 +163,7 @@ class ForgeryGuard:
 
 
 def literal_text(template: ChatTemplate) -> str:
-    """Every literal of the template's source, apart from each other: what the template itself can write."""
+    """Every literal of the template's source, separated: what the template itself can write."""
     found: list[str] = []
     for text in {template.text, template.tool_text}:
         tree = template.environment.parse(text)

@@ -1,4 +1,7 @@
-"""Why a row is rejected here. One enum; its values are what rejects.parquet holds."""
+"""Why a row is rejected when it is tokenized: the values that rejects.parquet holds, and what they mean.
+
+docs/reasons.md is the same list for users, and a test compares the two.
+"""
 
 from enum import StrEnum
 
@@ -21,10 +24,15 @@ class Reason(StrEnum):
 
 
 MEANING = {
-    Reason.CONTROL_TOKEN_IN_TEXT: "the text holds a control token of this tokenizer literally, which would forge a turn",
+    Reason.CONTROL_TOKEN_IN_TEXT: (
+        "the text holds a control token of this tokenizer literally, which would forge a turn"
+    ),
     Reason.TEMPLATE_ERROR: "the chat template refused the conversation",
     Reason.NO_FINAL_ASSISTANT: "the last message is not the assistant's, so there is nothing to learn",
-    Reason.PROMPT_NOT_PREFIX: "the rendered row does not begin with the prompt that a server would send (the template rewrites history)",
+    Reason.PROMPT_NOT_PREFIX: (
+        "the rendered row does not begin with the prompt that a server would send (the template renders "
+        "earlier turns differently)"
+    ),
     Reason.COMPLETION_NOT_RENDERED: "the template drops or alters the completion, or repeats it",
     Reason.EMPTY_PROMPT: "the prompt has no token",
     Reason.NOTHING_SUPERVISED: "no token carries loss (all weights are 0, or no turn qualifies)",

@@ -82,7 +82,7 @@ class ReplyDecoder:
         """(the reply as text, whether it ended by itself).
 
         What the template itself puts around every answer (an empty thinking block, say) is removed: the model
-        has learned to write it, and the expected completion is without it.
+        was trained to write it, and the expected completion is without it.
 
         Args:
             ids: What was generated, without the stop token.

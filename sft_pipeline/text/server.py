@@ -1,8 +1,8 @@
 """What transformers' AutoTokenizer, which most servers load, makes of texts and conversations.
 
-It is asked in a process of its own that ends with the answer and in which torch is blocked: transformers
-imports torch wherever it finds it (3.5 CPU seconds instead of 1.0), and a tokenizer has no use for it. Where
-transformers has been imported already, this process answers itself.
+It runs in a process of its own, which ends with its reply and in which torch is blocked: transformers imports
+torch wherever it finds it (3.5 CPU seconds instead of 1.0), and a tokenizer has no use for it. Where
+transformers has been imported already, this process does the work itself.
 """
 
 import json
@@ -20,7 +20,7 @@ from sft_pipeline.project import PACKAGE_DIR
 
 @dataclass(frozen=True)
 class ServerRequest:
-    """What a server is asked.
+    """What a server is to encode and to render.
 
     Attributes:
         folder: The tokenizer's folder.
@@ -35,7 +35,7 @@ class ServerRequest:
 
 @dataclass(frozen=True)
 class ServerReply:
-    """What a server makes of it, or why it cannot.
+    """What a server makes of a request, or why it cannot.
 
     Attributes:
         ids: Token ids of each text.
@@ -49,30 +49,29 @@ class ServerReply:
 
 
 class Server:
-    """Answers a request while others work. Leaving the context ends its process, whatever it is doing."""
+    """Works on one request in the background. Leaving the context ends its process, whatever it is doing."""
 
     def __init__(self, request: ServerRequest) -> None:
         self._request, self._process = request, None
         if "transformers" not in sys.modules:
-            self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context; a pipe could fill up
-            with tempfile.TemporaryFile() as asked:
-                asked.write(json.dumps(asdict(request)).encode())
-                asked.seek(0)
-                path = os.pathsep.join(
-                    [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-                )
+            # Files, not pipes: a pipe fills up, and would have to be read while others work.
+            self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
+            paths = [str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH")]
+            with tempfile.TemporaryFile() as stdin:
+                stdin.write(json.dumps(asdict(request)).encode())
+                stdin.seek(0)
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", __name__],
-                    stdin=asked,
+                    stdin=stdin,
                     stdout=self._output,
                     stderr=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 )
 
     def reply(self) -> ServerReply:
-        """Waits for the answer."""
+        """Waits for the reply."""
         if self._process is None:
-            return answer(self._request)
+            return serve(self._request)
         code = self._process.wait()
         self._output.seek(0)
         if code:
@@ -91,8 +90,8 @@ class Server:
             self._output.close()
 
 
-def answer(request: ServerRequest) -> ServerReply:
-    """Loads the tokenizer as a server does. Imports transformers."""
+def serve(request: ServerRequest) -> ServerReply:
+    """Loads the tokenizer as a server does and works on the request. Imports transformers."""
     try:
         from transformers import AutoTokenizer
 
@@ -100,16 +99,16 @@ def answer(request: ServerRequest) -> ServerReply:
         texts = list(request.texts)
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         prompts = [str(tokenizer.apply_chat_template(**p, tokenize=False)) for p in request.prompts]
-    except Exception as error:  # whatever the library raises: a server would meet it too
+    except Exception as error:  # whatever the library raises, it raises in a server too
         first = (str(error) or "no message").splitlines()[0][:300]
         return ServerReply(unavailable=f"{type(error).__name__}: {first}")
     return ServerReply(ids, prompts)
 
 
 def main() -> None:
-    # None blocks the import, and makes find_spec, which transformers asks, say that there is no such package.
+    # None blocks the import, and find_spec, by which transformers decides, finds no such package.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    reply = answer(ServerRequest(**json.load(sys.stdin)))
+    reply = serve(ServerRequest(**json.load(sys.stdin)))
     json.dump(asdict(reply), sys.stdout)
 
 

@@ -1,7 +1,6 @@
-"""Chat templates: the tokenizer's own, a named one, or a Jinja file; rendered as transformers'
-apply_chat_template does.
+"""Chat templates: the tokenizer's own, a named one, or a Jinja file; rendered as transformers renders them.
 
-https://huggingface.co/docs/transformers/chat_templating
+https://huggingface.co/docs/transformers/chat_templating (apply_chat_template)
 """
 
 import json
@@ -28,7 +27,7 @@ from sft_pipeline.text.tokenizer import Tokenizer
 Message = Mapping[str, Any]
 
 FROZEN_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
-"""What `strftime_now` says: a row must not depend on the day it was rendered."""
+"""The time that `strftime_now` gives: a row must not depend on the day it was rendered."""
 
 # Unicode noncharacters: they stand for nothing in any text, and mark where {% generation %} begins and ends.
 GENERATION_MARKS = _BEGIN, _END = "\ufdd0", "\ufdd1"
@@ -40,7 +39,7 @@ class ChatTemplate:
     """A chat template, and the special tokens it may name.
 
     Attributes:
-        name: As the recipe gives it.
+        name: As the recipe has it.
         text: Jinja source.
         tool_text: The source used for rows with tools; most tokenizers have one template for both.
         variables: "bos_token" and so on.
@@ -63,7 +62,7 @@ class ChatTemplate:
 
     @cached_property
     def has_marks(self) -> bool:
-        """Whether the template says itself which text the assistant generates."""
+        """Whether {% generation %} blocks in the template mark what the assistant generates."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
     @cached_property
@@ -84,7 +83,7 @@ class ChatTemplate:
         """The text of a conversation.
 
         Raises:
-            jinja2.TemplateError: The template refuses the conversation; its own words are the message.
+            jinja2.TemplateError: The template refuses the conversation; the message is its own.
         """
         text = self._render(messages, tools, add_generation_prompt)
         return text.translate(_WITHOUT_MARKS) if self.has_marks else text
@@ -92,9 +91,7 @@ class ChatTemplate:
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the spans of it that the template's {% generation %} blocks
-        enclose.
-        """
+        """The text of a conversation, and its character spans inside {% generation %} blocks."""
         text = self._render(messages, tools, False)
         if not self.has_marks:
             return text, []
@@ -123,6 +120,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError:
             raise
+        # What a template's own expressions raise on a conversation that they were not written for.
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
@@ -149,7 +147,8 @@ def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             names = ", ".join(NAMED_TEMPLATES)
             raise InputError(
-                f"template.chat_template {name}: neither `tokenizer`, a named template ({names}), nor a readable Jinja file: {error}"
+                f"template.chat_template {name}: neither `tokenizer`, a named template ({names}), nor a "
+                f"readable Jinja file: {error}"
             ) from None
         where = str(path)
     try:
@@ -163,18 +162,19 @@ def _own(tokenizer: Tokenizer) -> tuple[str, str]:
     found = tokenizer.templates
     if not found:
         raise InputError(
-            f"tokenizer {tokenizer.source} has no chat template: set template.chat_template to one of {', '.join(NAMED_TEMPLATES)}, or to a Jinja file"
+            f"tokenizer {tokenizer.source} has no chat template: set template.chat_template to one of "
+            f"{', '.join(NAMED_TEMPLATES)}, or to a Jinja file"
         )
     if "default" not in found:
         raise InputError(
-            f"tokenizer {tokenizer.source} has the chat templates {', '.join(found)} and no default: copy the one you mean to a Jinja file"
+            f"tokenizer {tokenizer.source} has the chat templates {', '.join(found)} and no default: copy "
+            "the one you mean to a Jinja file"
         )
     return found["default"], found.get("tool_use", found["default"])
 
 
 def _named(name: str, tokenizer: Tokenizer) -> str:
-    """A named template's source with the tokenizer's own eos (and bos, where the tokenizer adds one) written
-    into it.
+    """A named template's source with the tokenizer's own eos (and bos, where it adds one) written into it.
 
     Written in, and not passed as variables, so that the text exported beside a model renders alike
     everywhere.
@@ -182,30 +182,21 @@ def _named(name: str, tokenizer: Tokenizer) -> str:
     eos = tokenizer.special.get("eos_token")
     if eos is None or tokenizer.backend.token_to_id(eos) is None:
         raise InputError(
-            f"tokenizer {tokenizer.source} names no eos_token, which the named template {name} ends turns with"
+            f"tokenizer {tokenizer.source} names no eos_token, which the named template {name} needs to end "
+            "turns"
         )
     bos = tokenizer.special["bos_token"] if tokenizer.adds_bos else ""
     body = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     values = {"bos": bos, "eos": eos}
-    return (
-        "".join(f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items())
-        + body
-    )
+    head = [f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items()]
+    return "".join([*head, body])
 
 
 def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
-    """What follows the assistant's content: the first control token, else the text up to white space, else
-    nothing.
-    """
-    question, answer = "What is asked", "What is answered"
-    for messages in (
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        [
-            {"role": "system", "content": "Rules"},
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ],
-    ):
+    """What follows the assistant's content: text up to the first control token, else all of it, else None."""
+    answer = "What is answered"
+    turns = [{"role": "user", "content": "What is asked"}, {"role": "assistant", "content": answer}]
+    for messages in (turns, [{"role": "system", "content": "Rules"}, *turns]):  # some templates need a system
         try:
             rest = template.render(messages).rpartition(answer)[2]
         except jinja2.TemplateSyntaxError:
@@ -233,9 +224,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which remembers what it allows: that depends on nothing but the object's type and the
-    name.
-    """
+    """Jinja's sandbox, remembering what it allows, which depends only on the object's type and the name."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -1,6 +1,4 @@
-"""A tokenizer as its files define it. tokenizer.json is the truth for ids; nothing is added to its
-vocabulary.
-"""
+"""A tokenizer as its files define it: ids are those of tokenizer.json, and its vocabulary stays as it is."""
 
 import json
 import re
@@ -22,7 +20,8 @@ NAMED_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 # Added tokens that look like this delimit turns even where tokenizer.json does not call them special.
 MARKER = re.compile(
-    r"<\|.*\|>|<｜.*｜>|\[/?[A-Z_]+\]|</?s>|<(?:start|end)_of_turn>|<(?:start|end)_of_\w+>|<\w*(?:bos|eos|eot)\w*>"
+    r"<\|.*\|>|<｜.*｜>|\[/?[A-Z_]+\]|</?s>|<(?:start|end)_of_turn>|<(?:start|end)_of_\w+>"
+    r"|<\w*(?:bos|eos|eot)\w*>"
 )
 
 
@@ -53,13 +52,15 @@ class Tokenizer:
     """A tokenizer, its special tokens and its own chat templates.
 
     Attributes:
-        source: Folder or hub id, as given.
-        folder: Where the files lie.
+        source: Folder or hub id, as configured.
+        folder: Where the files are.
         special: "bos_token" and so on -> the token's text, only those that the files name.
         templates: The tokenizer's own chat templates by name ("default" where there is one).
         added: Every added token's text -> id. These split the text before anything else.
         control: Those of them that ordinary text must never become.
-        sha256: Fingerprint of the files that shape the ids.
+        sha256: Fingerprint of the files that determine the ids.
+        generation_eos: Ids at which generation_config.json ends a reply.
+        adds_bos: Whether the tokenizer itself puts bos_token before a text.
     """
 
     source: str
@@ -89,9 +90,8 @@ class Tokenizer:
     @cached_property
     def tokens(self) -> list[str | None]:
         """Id -> token, added ones included. None for an id without one."""
-        tokens = list(
-            map(self.backend.id_to_token, range(self.backend.get_vocab_size(with_added_tokens=True)))
-        )
+        size = self.backend.get_vocab_size(with_added_tokens=True)
+        tokens = list(map(self.backend.id_to_token, range(size)))
         if None not in tokens:
             return tokens
         by_id = {i: token for token, i in self.vocabulary.items()}  # some id is higher than there are tokens
@@ -108,7 +108,7 @@ class Tokenizer:
 
     @property
     def needs_context(self) -> bool:
-        """Whether text encodes differently at the beginning than behind other text."""
+        """Whether text encodes differently at the beginning than after other text."""
         return any(self._contexts.values())
 
     @cached_property
@@ -120,12 +120,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Piece]:
         """Each text from its beginning, without the special tokens that a post-processor would add."""
-        return [
-            Piece(t, e.ids, e)
-            for t, e in zip(
-                texts, self.backend.encode_batch(list(texts), add_special_tokens=False), strict=True
-            )
-        ]
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Piece(t, e.ids, e) for t, e in zip(texts, encodings, strict=True)]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of one text from its beginning."""
@@ -145,18 +141,15 @@ class Tokenizer:
         for piece, context, text in zip(pieces, contexts, texts, strict=True):
             known = self.ids(context) if context else []
             if piece.ids[: len(known)] == known:
-                out.append(
-                    Piece(text, piece.ids[len(known) :], piece.encoding, len(known), len(context or ""))
-                )
-            else:  # the context merged with the text: encode it alone, the round trip will judge
+                own, skipped = piece.ids[len(known) :], len(context or "")
+                out.append(Piece(text, own, piece.encoding, len(known), skipped))
+            else:  # the context merged with the text: encode it alone, and let the round trip judge
                 out.append(self.encode_batch([text])[0])
         return out
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a tokenizer lives as long as the process's work on it
     def tail_ids(self, control: str, tail: str) -> tuple[int, ...]:
-        """Token ids of `tail` right after a control token (or at the very beginning where `control` is
-        empty).
-        """
+        """Token ids of `tail` right after a control token, or at the beginning where `control` is empty."""
         ids = self.ids(control + tail)
         return tuple(ids[1:] if control else ids)
 
@@ -191,7 +184,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(
-            f"tokenizer {source}: {path} is missing; a fast tokenizer is needed (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+            f"tokenizer {source}: {path} is missing; a fast tokenizer is needed "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -222,25 +216,20 @@ def make_tokenizer(
     generation_eos: tuple[int, ...] = (),
     sha256: str | None = None,
 ) -> Tokenizer:
-    """A tokenizer around one of the `tokenizers` library, whose padding, truncation and post-processing are
-    switched off.
-    """
+    """A tokenizer around one of the `tokenizers` library, whose padding and truncation are switched off."""
     sha256 = sha256 or sha256_json(json.loads(backend.to_str()))
     backend.no_padding()
     backend.no_truncation()
     bos = special.get("bos_token")
     adds_bos = bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]
-    # Ids do not change by this (special tokens are never asked for); offsets are no longer trimmed of white
-    # space.
+    # The ids stay the same (special tokens are never asked for), but offsets include white space again, which
+    # the post-processors of GPT-2-like tokenizers trim away.
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     found = backend.get_added_tokens_decoder()
     added = {t.content: i for i, t in found.items()}
     control = {t.content: i for i, t in found.items() if t.special or MARKER.fullmatch(t.content)}
-    for token in (
-        special.values()
-    ):  # a named special token that tokenizer.json does not list as added cannot split text
-        if token in added:
-            control[token] = added[token]
+    # A named special token that tokenizer.json does not list as added cannot split text.
+    control |= {token: added[token] for token in special.values() if token in added}
     plain = [
         t.content
         for t in found.values()
@@ -262,17 +251,14 @@ def make_tokenizer(
 
 
 def _context(backend: tokenizers.Tokenizer, context: str) -> str | None:
-    """`context` if a text encodes differently behind it than at the beginning, else None: no context is
-    needed.
-    """
-    skip = len(backend.encode(context, add_special_tokens=False).ids)
-    for text in ("Hello", " Hello", "1", "é", "-"):
-        if (
-            backend.encode(context + text, add_special_tokens=False).ids[skip:]
-            != backend.encode(text, add_special_tokens=False).ids
-        ):
-            return context
-    return None
+    """`context` if some text encodes differently after it than at the beginning; None: none is needed."""
+
+    def ids(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    skip = len(ids(context))
+    texts = ("Hello", " Hello", "1", "é", "-")
+    return context if any(ids(context + t)[skip:] != ids(t) for t in texts) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
