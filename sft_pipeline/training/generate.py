@@ -92,8 +92,8 @@ def generate(
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                texts, limits = [prompts[i] for i in batch], [room[i] for i in batch]
-                found = _generate_batch(model, texts, limits, batch, stop_ids, pad_id, limit, decoding)
+                ids, limits = [prompts[i] for i in batch], [room[i] for i in batch]
+                found = _generate_batch(model, ids, limits, batch, stop_ids, pad_id, limit, decoding)
                 for i, reply in zip(batch, found, strict=True):
                     replies[i] = reply
                 done += len(batch)
