@@ -104,7 +104,7 @@ def _ran(arguments: tuple[str, ...], code: int, stdout: str, stderr: str) -> Ran
 @contextlib.contextmanager
 def _stages_run_here() -> Iterator[None]:
     def run_here(stage: Stage, build: Build, **_: Any) -> Built:
-        return stage.build(build)
+        return stage.load_build()(build)
 
     with mock.patch("sft_pipeline.launch.launcher.run_isolated", run_here):
         yield

@@ -59,8 +59,8 @@ def inspect_rows(
     rows = [
         _view(tokenizer, at, values, overflow, blocks.get((at, values["row_id"]))) for at, values in found
     ]
-    holding = {(b.split, b.block): b for b in (blocks.get((r.split, r.row_id)) for r in rows) if b is not None}
-    return Inspection(_title(tokenized), rows, list(holding.values()))
+    held_by = {(r.split, r.block): blocks[r.split, r.row_id] for r in rows if r.block is not None}
+    return Inspection(_title(tokenized), rows, list(held_by.values()))
 
 
 def _title(tokenized: Artifact) -> str:

@@ -23,7 +23,7 @@ class LaunchSpec:
     """What a child is asked to build; paths are absolute.
 
     Attributes:
-        build: "module:function" of the stage's build function: it is called in another process.
+        load_build: "module:function" of what imports the stage's build function.
         config_class: "module:class" of the stage's configuration.
         config: Its JSON form.
         inputs: Artifact folder by stage name.
@@ -33,7 +33,7 @@ class LaunchSpec:
         import_path: The parent's sys.path: a user's grader, for example, can be imported from there.
     """
 
-    build: str
+    load_build: str
     config_class: str
     config: Any
     inputs: dict[str, str]
@@ -50,7 +50,7 @@ class LaunchSpec:
         """What a child needs for this build; `folder` is for the files of this launch."""
         kind, folder = type(build.config), folder.absolute()
         return cls(
-            build=f"{stage.build.__module__}:{stage.build.__qualname__}",
+            load_build=f"{stage.load_build.__module__}:{stage.load_build.__qualname__}",
             config_class=f"{kind.__module__}:{kind.__qualname__}",
             config=build.config.model_dump(mode="json", by_alias=True),
             inputs={name: str(artifact.path.absolute()) for name, artifact in build.inputs.items()},
@@ -81,7 +81,7 @@ class LaunchSpec:
             snapshot=self.snapshot,
             asset=self.asset,
         )
-        return _imported(self.build)(build)
+        return _imported(self.load_build)()(build)
 
     def result_of(self, rank: int) -> Path:
         """Where one rank writes its result."""

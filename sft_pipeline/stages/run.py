@@ -124,15 +124,14 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     try:
         inputs = resolve_inputs(stage, stages, branch, run)
         fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
-        artifact = _reusable(stage, run.store, fingerprint)
-        cached = artifact is not None
+        artifact, cached = _reusable(stage, run.store, fingerprint), True
         if artifact is None:
             waiting = f"{asset}: another process is building it; waiting"
             with run.store.building(fingerprint, on_wait=lambda: run.report.log(waiting)) as out:
                 # Another process may have built it while this one waited for the lock.
                 artifact = _reusable(stage, run.store, fingerprint)
-                cached = artifact is not None
                 if artifact is None:
+                    cached = False
                     with (
                         clear_disk_errors(f"building {asset}"),
                         run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
@@ -150,7 +149,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
                         if stage.isolated and run.isolate:
                             built = run.isolate(stage, build)
                         else:
-                            built = stage.build(build)
+                            built = stage.load_build()(build)
                         artifact = _commit(stage, built, build, parts, inputs, run, tracked)
                         tracked.committed(artifact)
         run.store.set_ref(artifact, run_id=run.run_id, current=run.current)

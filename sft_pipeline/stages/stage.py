@@ -102,6 +102,9 @@ class Built:
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
 
 
+BuildFunction = Callable[[Build], Built]
+
+
 def _nothing(_: Branch) -> dict[str, str]:
     return {}
 
@@ -116,8 +119,8 @@ class Stage:
         acceptance: Names of stages that must have accepted this very input and configuration; nothing else is
             read of them.
         config: From a branch, only what this stage reads. Its `identity()` goes into the fingerprint.
-        build: The plain build function. A child process finds it by its module and name. It imports what it
-            needs when it runs, so that declaring is light.
+        load_build: Imports the plain build function: only when a stage runs, so that declaring it is light. A
+            child process finds this function by its module and name.
         checks: The checks that `build` reports.
         outside: From a branch, {what: sha256} for every file read from outside the store.
         packages: Distributions whose version shapes the output.
@@ -133,7 +136,7 @@ class Stage:
     kinds: frozenset[str]
     inputs: tuple[str, ...]
     config: Callable[[Branch], Config]
-    build: Callable[[Build], Built]
+    load_build: Callable[[], BuildFunction]
     checks: tuple[CheckSpec, ...]
     acceptance: tuple[str, ...] = ()
     outside: Callable[[Branch], dict[str, str]] = _nothing

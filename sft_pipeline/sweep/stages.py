@@ -22,7 +22,7 @@ from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.sanity_check.asset import STAGE as SANITY_CHECK
 from sft_pipeline.stages.sanity_check.checks import PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
-from sft_pipeline.stages.stage import Branch, Build, Built
+from sft_pipeline.stages.stage import Branch, BuildFunction
 from sft_pipeline.stages.trained_checkpoints.asset import STAGE as TRAINED_CHECKPOINTS
 
 JUDGED_ROWS = 200
@@ -55,16 +55,16 @@ def _judgement_config(branch: Branch) -> EvaluationStageConfig:
     return EvaluationStageConfig(evaluation=judged, model=recipe.model)
 
 
-def _probe(build: Build) -> Built:
+def _load_probe() -> BuildFunction:
     from sft_pipeline.stages.sanity_check.build import build_probe
 
-    return build_probe(build)
+    return build_probe
 
 
-def _judge(build: Build) -> Built:
+def _load_judgement() -> BuildFunction:
     from sft_pipeline.stages.evaluation.build import build_trial_judgement
 
-    return build_trial_judgement(build)
+    return build_trial_judgement
 
 
 PROBE = replace(
@@ -73,7 +73,7 @@ PROBE = replace(
     package="sanity_check",
     description="Before a sweep's trials: labels, vocabulary, and the boundary probe on the real model.",
     config=_probe_config,
-    build=_probe,
+    load_build=_load_probe,
     checks=PROBE_CHECKS,
 )
 
@@ -92,7 +92,7 @@ JUDGEMENT = replace(
     description="One trial of a sweep: its last checkpoint judged on the validation split, never on test.",
     inputs=("tokenized_rows", "trial_training"),
     config=_judgement_config,
-    build=_judge,
+    load_build=_load_judgement,
     checks=(),
 )
 

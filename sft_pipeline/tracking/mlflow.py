@@ -26,6 +26,11 @@ FLUSH_SECONDS = 2.0
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000  # of `sft ui`
 TRACKED = ("trained_checkpoints", "evaluation", "exported_model")
 DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")  # parameters of a run
+# What MLflow keeps beside manifest and plots: the whole evaluation, and what a registered version points at.
+LOGGED_FILES = {
+    "evaluation": ("evaluation.json", "samples.parquet"),
+    "exported_model": ("README.md", "manifest.json"),
+}
 MOST_METRICS = 1000  # in one request to MLflow
 
 
@@ -62,13 +67,11 @@ class MlflowTracker:
             if trains:
                 fill_curves(client, run_id, artifact)
                 log_lineage(client, run_id, artifact)
-            elif stage.name == "evaluation":
-                log_evaluation(client, run_id, artifact)
-            else:
-                log_export(client, run_id, artifact)
-                if artifact.manifest.accepted:
-                    store = Store(artifact.path.parent.parent)
-                    report.log(register(client, run_id, artifact, branch, store, move=self._current))
+            for name in LOGGED_FILES.get(stage.name, ()):
+                client.log_artifact(run_id, str(artifact.file(name)), stage.name)
+            if stage.name == "exported_model" and artifact.manifest.accepted:
+                store = Store(artifact.path.parent.parent)
+                report.log(register(client, run_id, artifact, branch, store, move=self._current))
 
         status = "KILLED"
         try:
@@ -289,18 +292,6 @@ def log_lineage(client: Any, run_id: str, artifact: Artifact) -> None:
             )
             inputs.append(DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")]))
     client.log_inputs(run_id, inputs)
-
-
-def log_evaluation(client: Any, run_id: str, artifact: Artifact) -> None:
-    """The whole judgement; its numbers came as metrics while it was made."""
-    for name in ("evaluation.json", "samples.parquet"):
-        client.log_artifact(run_id, str(artifact.file(name)), "evaluation")
-
-
-def log_export(client: Any, run_id: str, artifact: Artifact) -> None:
-    """The small files that a registered version points at: the card and the manifest."""
-    for name in ("README.md", "manifest.json"):
-        client.log_artifact(run_id, str(artifact.file(name)), "exported_model")
 
 
 def ancestors(artifact: Artifact) -> list[Artifact]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sft_pipeline.config.base import Config
 from sft_pipeline.errors import BlockedError, InputError
-from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
+from sft_pipeline.stages.stage import Build, BuildFunction, Built, Check, Evidence, number, table
 
 
 class Inner(Config):
@@ -28,6 +28,10 @@ class Toy(Config):
 def note(build: Build, name: str = "pids") -> None:
     with (Path(build.config.folder) / name).open("a") as stream:
         stream.write(f"{os.getpid()}\n")
+
+
+def load_build() -> BuildFunction:
+    return build
 
 
 def build(b: Build) -> Built:

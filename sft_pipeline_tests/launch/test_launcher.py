@@ -21,7 +21,7 @@ from sft_pipeline_tests.launch.builds import Inner, Toy
 from sft_pipeline_tests.launch.helpers import clean_up, pids_in, running, wait_until
 
 pytestmark = pytest.mark.skipif(not processes.LINUX, reason="supervision of whole trees is for Linux")
-STAGE = Stage("toy", "a toy", frozenset(), (), lambda _: Toy(), builds.build, ())
+STAGE = Stage("toy", "a toy", frozenset(), (), lambda _: Toy(), builds.load_build, ())
 
 
 class Kept(Reporter):

@@ -245,7 +245,7 @@ def test_a_trained_group_is_traced_from_its_lines_to_the_model(project, branch):
         ("recipe/exported_model", 7, [2, 3])
     ]
     text = shown(print_trace, found)
-    assert "learned it" in text and "rows.jsonl" in text
+    assert "was trained on it" in text and "rows.jsonl" in text
     assert {"models", "blocks", "artifacts", "sources"} <= set(found.to_json())
 
 
@@ -260,7 +260,7 @@ def test_a_row_id_a_row_seen_too_late_and_a_held_out_group(project, branch):
         and not held_out.blocks
         and not held_out.models
     )
-    assert "no exported model of this store learned it" in shown(print_trace, held_out)
+    assert "no exported model of this store was trained on it" in shown(print_trace, held_out)
 
 
 def test_quarantined_rows_and_unknown_keys(project, branch):

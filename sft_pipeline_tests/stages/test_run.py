@@ -48,7 +48,7 @@ def stage(name: str, value: int = 1, **more) -> Stage:
         description=name,
         kinds=frozenset(),
         config=lambda _: Numbers(value=value),
-        build=globals()[f"build_{name}"],
+        load_build=lambda: globals()[f"build_{name}"],
         **({"inputs": (), "checks": (), "of_dataset": True} | more),
     )
 

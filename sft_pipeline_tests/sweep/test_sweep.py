@@ -99,7 +99,7 @@ class StopsInSecondTrial(Reporter):
 
 
 def judged_in_child(stage: Stage, build: Build) -> Built:
-    return run_isolated(stage, build) if stage.name == "trial_judgement" else stage.build(build)
+    return run_isolated(stage, build) if stage.name == "trial_judgement" else stage.load_build()(build)
 
 
 @dataclass

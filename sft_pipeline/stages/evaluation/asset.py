@@ -8,7 +8,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import digest_file, digest_model
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import EvaluationStageConfig, JsonSchemaGrader, PythonGrader
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> EvaluationStageConfig:
@@ -92,10 +92,10 @@ def _imported(path: Path, name: str) -> list[str]:
     return [f for f in found if f and not f.startswith("sft_pipeline.")]
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.evaluation.build import build as build_evaluation
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.evaluation.build import build
 
-    return build_evaluation(build)
+    return build
 
 
 STAGE = Stage(
@@ -107,7 +107,7 @@ STAGE = Stage(
     kinds=frozenset({"pytorch", "python"}),
     inputs=("tokenized_rows", "trained_checkpoints"),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec("gates_passed", True, "The chosen checkpoint passes every gate on the validation split."),
         CheckSpec(

@@ -2,7 +2,7 @@
 
 from sft_pipeline.external_files import digest_model
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> ExportedModelConfig:
@@ -17,10 +17,10 @@ def _outside(branch: Branch) -> dict[str, str]:
     return digest_model(recipe.model.base, recipe.tokenizer)
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.exported_model.build import build as build_exported_model
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.exported_model.build import build
 
-    return build_exported_model(build)
+    return build
 
 
 STAGE = Stage(
@@ -32,7 +32,7 @@ STAGE = Stage(
     kinds=frozenset({"pytorch", "safetensors"}),
     inputs=("grouped_split", "tokenized_rows", "trained_checkpoints", "evaluation"),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec(
             "merged_equals_adapter",

@@ -1,12 +1,12 @@
 """grouped_split as an asset."""
 
-from sft_pipeline.stages.stage import Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import BuildFunction, CheckSpec, Stage
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.grouped_split.build import build as build_grouped_split
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.grouped_split.build import build
 
-    return build_grouped_split(build)
+    return build
 
 
 STAGE = Stage(
@@ -16,7 +16,7 @@ STAGE = Stage(
     kinds=frozenset({"parquet"}),
     inputs=("validated_rows",),
     config=lambda branch: branch.dataset.split,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec(
             "group_overlap",

@@ -1,7 +1,7 @@
 """packed_shards as an asset: whole examples packed into blocks, and which blocks form each update."""
 
 from sft_pipeline.stages.packed_shards.config import PackedShardsConfig
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> PackedShardsConfig:
@@ -15,10 +15,10 @@ def _config(branch: Branch) -> PackedShardsConfig:
     )
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.packed_shards.build import build as build_packed_shards
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.packed_shards.build import build
 
-    return build_packed_shards(build)
+    return build
 
 
 STAGE = Stage(
@@ -28,7 +28,7 @@ STAGE = Stage(
     kinds=frozenset({"parquet"}),
     inputs=("tokenized_rows",),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec("every_row_packed_once", True, "every tokenized row is in exactly one block"),
         CheckSpec("boundaries_restart", True, "position ids restart at 0 at each example"),

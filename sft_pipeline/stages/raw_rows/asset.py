@@ -2,7 +2,7 @@
 
 from sft_pipeline.stages.raw_rows.config import RawRowsConfig, RawSource
 from sft_pipeline.stages.raw_rows.locate import source_digests
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 
 
 def _config(branch: Branch) -> RawRowsConfig:
@@ -14,10 +14,10 @@ def _config(branch: Branch) -> RawRowsConfig:
     )
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.raw_rows.build import build as build_raw_rows
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.raw_rows.build import build
 
-    return build_raw_rows(build)
+    return build
 
 
 STAGE = Stage(
@@ -27,7 +27,7 @@ STAGE = Stage(
     kinds=frozenset({"parquet"}),
     inputs=(),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec("undecodable_rows", blocking=False, description="Every line of every file can be decoded"),
         CheckSpec("has_rows", blocking=True, description="The snapshot has at least one row"),

@@ -3,7 +3,7 @@
 from sft_pipeline.external_files import digest_files, digest_model
 from sft_pipeline.stages.sanity_check.checks import CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
-from sft_pipeline.stages.stage import Branch, Build, Built, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, Stage
 from sft_pipeline.text.config import NAMED_TEMPLATES
 
 
@@ -27,10 +27,10 @@ def _outside(branch: Branch) -> dict[str, str]:
     return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.sanity_check.build import build as build_sanity_check
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.sanity_check.build import build
 
-    return build_sanity_check(build)
+    return build
 
 
 STAGE = Stage(
@@ -42,7 +42,7 @@ STAGE = Stage(
     kinds=frozenset({"pytorch"}),
     inputs=("tokenized_rows", "packed_shards"),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=CHECKS,
     outside=_outside,
     packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy"),

@@ -2,7 +2,7 @@
 
 from sft_pipeline.external_files import TOKENIZER_FILES, digest_files
 from sft_pipeline.hub import without_revision
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.text.config import NAMED_TEMPLATES
 
@@ -26,19 +26,20 @@ def _outside(branch: Branch) -> dict[str, str]:
     return digests
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.tokenized_rows.build import build as build_tokenized_rows
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.tokenized_rows.build import build
 
-    return build_tokenized_rows(build)
+    return build
 
 
 STAGE = Stage(
     name="tokenized_rows",
-    description="Each row rendered with the chat template, tokenized, and its supervised tokens marked; every mask derived two ways that agree.",
+    description="Each row rendered with the chat template, tokenized, and its supervised tokens marked; "
+    "every mask derived two ways that agree.",
     kinds=frozenset({"parquet", "huggingface"}),
     inputs=("grouped_split",),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec(
             "supervised_everywhere", True, "every row has a supervised token, and position 0 never is one"
@@ -51,7 +52,8 @@ STAGE = Stage(
         CheckSpec(
             "decode_round_trip",
             True,
-            "decoding the supervised span gives exactly what the template emits after the prompt, with the completion in it once",
+            "decoding the supervised span gives exactly what the template emits after the prompt, with the "
+            "completion in it once",
         ),
         CheckSpec(
             "prompt_prefix_exact",
@@ -70,12 +72,14 @@ STAGE = Stage(
         CheckSpec(
             "tokenizer_skew",
             False,
-            "AutoTokenizer, which servers use, gives the ids and the prompts of tokenizer.json on a sample of these rows",
+            "AutoTokenizer, which servers use, gives the ids and the prompts of tokenizer.json on a sample "
+            "of these rows",
         ),
         CheckSpec(
             "stop_token",
             False,
-            "turns end with a single token at which a server stops, and the text does not depend on the clock",
+            "turns end with a single token at which a server stops, and the text does not depend on the "
+            "clock",
         ),
     ),
     outside=_outside,

@@ -1,7 +1,7 @@
 """The asset `trained_checkpoints`: checkpoints of one training, all of them resumable, and its curves."""
 
 from sft_pipeline.external_files import digest_model
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
 
 
@@ -15,10 +15,10 @@ def _outside(branch: Branch) -> dict[str, str]:
     return digest_model(recipe.model.base, recipe.tokenizer)
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.trained_checkpoints.build import build as build_trained_checkpoints
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.trained_checkpoints.build import build
 
-    return build_trained_checkpoints(build)
+    return build
 
 
 STAGE = Stage(
@@ -31,7 +31,7 @@ STAGE = Stage(
     inputs=("tokenized_rows", "packed_shards"),
     acceptance=("sanity_check",),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec("finite_loss", True, "No update had a loss or gradient that is NaN or infinite."),
         CheckSpec(

@@ -1,6 +1,6 @@
 """validated_rows as an asset."""
 
-from sft_pipeline.stages.stage import Branch, Build, Built, CheckSpec, Stage
+from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 
 
@@ -12,10 +12,10 @@ def _config(branch: Branch) -> ValidatedRowsConfig:
     )
 
 
-def _build(build: Build) -> Built:
-    from sft_pipeline.stages.validated_rows.build import build as build_validated_rows
+def _load_build() -> BuildFunction:
+    from sft_pipeline.stages.validated_rows.build import build
 
-    return build_validated_rows(build)
+    return build
 
 
 STAGE = Stage(
@@ -25,7 +25,7 @@ STAGE = Stage(
     kinds=frozenset({"parquet"}),
     inputs=("raw_rows",),
     config=_config,
-    build=_build,
+    load_build=_load_build,
     checks=(
         CheckSpec(
             "reject_rate",
