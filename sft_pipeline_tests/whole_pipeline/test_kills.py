@@ -1,6 +1,7 @@
 """Whatever dies, no trainer is left behind, and the next run goes on from the last whole checkpoint.
 
-Every day one kill of the whole `sft run`; `launch/` has every other death on children that import no torch.
+Every day the whole `sft run` is killed once and terminated once; `launch/` has the other deaths, with children
+that import no torch.
 """
 
 import json
@@ -18,7 +19,7 @@ from sft_pipeline_tests.command import environment_of, sft, sft_command
 
 LONG = {
     "sanity": {"skip": True},
-    "training": {"max_steps": None, "epochs": 24, "eval_steps": 6, "per_device_batch": 2},
+    "training": {"max_steps": None, "epochs": 48, "eval_steps": 6, "per_device_batch": 2},
 }
 RUN = ("run", "small_lora", "--until", "trained_checkpoints", "--json")
 
@@ -40,7 +41,12 @@ def wait_until(condition: Callable[[], object], seconds: float, otherwise: str) 
         time.sleep(0.05)
 
 
+def checkpoints(home: Path) -> set[Path]:
+    return set(home.glob("work/*/checkpoint-*/bundle.json"))
+
+
 def start_and_wait_for_a_checkpoint(home: Path, config: Path) -> subprocess.Popen[str]:
+    before = checkpoints(home)
     run = subprocess.Popen(
         sft_command(*RUN),
         env=environment_of(home, config),
@@ -49,11 +55,7 @@ def start_and_wait_for_a_checkpoint(home: Path, config: Path) -> subprocess.Pope
         text=True,
         start_new_session=True,
     )
-    wait_until(
-        lambda: any(home.glob("work/*/checkpoint-*/bundle.json")) or run.poll() is not None,
-        240,
-        "no checkpoint was written",
-    )
+    wait_until(lambda: checkpoints(home) - before or run.poll() is not None, 240, "no checkpoint was written")
     assert run.poll() is None, run.stderr.read()[-3000:]
     return run
 
@@ -64,40 +66,39 @@ def training_of(result: dict[str, Any]) -> dict[str, Any]:
     return training
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [
-        "run worker",
-        pytest.param("supervisor", marks=pytest.mark.slow),
-        pytest.param("hung trainer", marks=pytest.mark.slow),
-    ],
-)
-def test_a_kill_leaves_nothing_and_the_next_run_resumes(
-    branch: Callable[..., Path], tmp_path: Path, victim: str
+def test_killed_and_then_terminated_it_leaves_nothing_and_the_next_run_resumes(
+    branch: Callable[..., Path], tmp_path: Path
 ) -> None:
     home, config = tmp_path / "home", branch(recipe=LONG)
     run = start_and_wait_for_a_checkpoint(home, config)
-    if victim == "run worker":
-        run.kill()
-    elif victim == "supervisor":
-        next(p for p in trainers(home) if any("supervise" in part for part in p.cmdline())).kill()
-    else:
-        for process in trainers(home):
-            if any("launch.child" in part for part in process.cmdline()):
-                process.send_signal(signal.SIGSTOP)
-        run.send_signal(signal.SIGTERM)
-    if victim == "supervisor":
-        # The step sees its child die and tries again by itself, from the checkpoint.
-        out, err = run.communicate(timeout=300)
-        assert run.returncode == 0, err[-3000:]
-        training_of(json.loads(out))
-    else:
-        wait_until(lambda: not trainers(home), 20, "a trainer is left behind")
-        assert run.wait(60) == (-signal.SIGKILL if victim == "run worker" else 4)
-        ran = sft(*RUN, home=home, config=config, children=True)
-        assert ran.code == 0, ran.stderr[-3000:]
-        training_of(ran.json)
-        assert "resuming after update" in ran.stderr
+    run.kill()
+    wait_until(lambda: not trainers(home), 20, "a trainer is left behind by a kill")
+    assert run.wait(60) == -signal.SIGKILL
+    run = start_and_wait_for_a_checkpoint(home, config)
+    for process in trainers(home):
+        if any("launch.child" in part for part in process.cmdline()):
+            process.send_signal(signal.SIGSTOP)  # a trainer that hangs
+    run.send_signal(signal.SIGTERM)
+    wait_until(lambda: not trainers(home), 20, "a trainer is left behind by a termination")
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 4, err[-3000:]
+    assert json.loads(out)["status"] == "interrupted" and "resuming after update" in err
+    ran = sft(*RUN, home=home, config=config)
+    assert ran.code == 0, ran.stderr[-3000:]
+    assert "resuming after update" in ran.stderr
+    training_of(ran.json)
+
+
+@pytest.mark.slow
+def test_a_step_whose_supervisor_is_killed_goes_on_by_itself(
+    branch: Callable[..., Path], tmp_path: Path
+) -> None:
+    home, config = tmp_path / "home", branch(recipe=LONG)
+    run = start_and_wait_for_a_checkpoint(home, config)
+    next(p for p in trainers(home) if any("supervise" in part for part in p.cmdline())).kill()
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0 and "resuming after update" in err, err[-3000:]
+    training_of(json.loads(out))
     assert not trainers(home)
 
 
