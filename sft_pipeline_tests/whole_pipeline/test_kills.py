@@ -1,6 +1,6 @@
 """Whatever dies, no trainer is left behind, and the next run goes on from the last whole checkpoint.
 
-Every day the whole `sft run` is killed once and terminated once; `launch/` has the other deaths, with children
+Every day the whole `sft run` is killed once and terminated once; `launch/` has the other deaths, of children
 that import no torch.
 """
 
