@@ -175,7 +175,8 @@ class _JsonWindow:
     def value(self) -> tuple[Any, InvalidJson | None, str]:
         """Takes the next value (after `peek`): the value, or why it is none, and its text."""
         while True:
-            invalid = None
+            invalid: InvalidJson | None = None
+            end: int | None
             try:
                 value, end = parse_at(self._text, self._at)
                 if end == len(self._text) and self._text[end - 1] not in '"]}' and self._more():

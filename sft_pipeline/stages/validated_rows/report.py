@@ -18,8 +18,9 @@ EXAMPLES = 3
 
 def reason_table(path: Path) -> list[dict[str, str | int]]:
     """Rows per reason, most frequent first, with explanations. A row with two reasons counts twice."""
+    meaning = {str(reason): reason.explanation for reason in RejectReason}
     return [
-        {"reason": name, "rows": count, "meaning": RejectReason(name).explanation}
+        {"reason": name, "rows": count, "meaning": meaning[name]}
         for name, count in parquet.count_reasons([path]).items()
     ]
 
