@@ -24,6 +24,9 @@ TOKENIZER_FILES = (
 )
 """Everything that is read of a tokenizer folder."""
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of a PEFT adapter's folder."""
+
 HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """What is fetched of a model on the hub: weights as safetensors, configuration, tokenizer; no pickles."""
 

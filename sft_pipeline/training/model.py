@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.hub import clear_loading_errors
 from sft_pipeline.training.base import base_folder, load_model_config
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
@@ -263,7 +264,7 @@ def load_for_inference(
     """
     device = device or training_device()
     dtype = dtype or DTYPES[resolve_precision("auto", device)]
-    if checkpoint is None or (checkpoint / "adapter_config.json").is_file():
+    if checkpoint is None or (checkpoint / ADAPTER_CONFIG).is_file():
         model = load_base(
             config,
             dtype=dtype,
@@ -290,7 +291,7 @@ def save_weights(model: Any, folder: Path, config: ModelConfig) -> None:
     adapters = hasattr(model, "peft_config")
     model.save_pretrained(str(folder), **({"save_embedding_layers": False} if adapters else {}))
     (folder / "README.md").unlink(missing_ok=True)
-    path = folder / ("adapter_config.json" if adapters else "config.json")
+    path = folder / (ADAPTER_CONFIG if adapters else "config.json")
     data = json.loads(path.read_text(encoding="utf-8"))
     data.pop("_name_or_path", None)
     if adapters:

@@ -97,14 +97,14 @@ def test_json_schema_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content, message",
     [(None, "cannot be read"), ("{", "is not JSON"), ('{"type": "objct"}', "not a JSON Schema")],
 )
-def test_a_bad_schema_file_is_named_with_its_grader(tmp_path, content, said):
+def test_a_bad_schema_file_is_named_with_its_grader(tmp_path, content, message):
     path = tmp_path / "schema.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(InputError, match=f"grader it.*{said}"):
+    with pytest.raises(InputError, match=f"grader it.*{message}"):
         grader(kind="json_schema", schema=str(path))
 
 
@@ -238,23 +238,23 @@ def test_python_grader_scores_and_is_never_given_an_empty_reply(project):
 
 
 @pytest.mark.parametrize(
-    "name, said", [("broken", "row r1.*ZeroDivisionError"), ("strange", "row r1.*'high'")]
+    "name, message", [("broken", "row r1.*ZeroDivisionError"), ("strange", "row r1.*'high'")]
 )
-def test_an_exception_in_a_python_grader_names_grader_and_row(project, name, said):
-    with pytest.raises(InputError, match=f"grader it, {said}"):
+def test_an_exception_in_a_python_grader_names_grader_and_row(project, name, message):
+    with pytest.raises(InputError, match=f"grader it, {message}"):
         score(grader(kind="python", callable=f"my_graders_mod:{name}"), "x")
 
 
 @pytest.mark.parametrize(
-    "target, said",
+    "target, message",
     [
         ("no_such_mod:f", "No module named"),
         ("my_graders_mod:nothing", "nothing"),
         ("my_graders_mod:NUMBER", "not callable"),
     ],
 )
-def test_what_cannot_be_imported_names_the_grader(project, target, said):
-    with pytest.raises(InputError, match=f"grader it.*{said}"):
+def test_what_cannot_be_imported_names_the_grader(project, target, message):
+    with pytest.raises(InputError, match=f"grader it.*{message}"):
         grader(kind="python", callable=target)
 
 

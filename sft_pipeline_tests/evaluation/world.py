@@ -49,14 +49,14 @@ def question(i: int) -> tuple[str, str]:
 def rows_of(start: int, count: int) -> list[dict[str, Any]]:
     found = []
     for i in range(start, start + count):
-        asked, answer = question(i)
+        prompt, answer = question(i)
         messages = [
-            {"role": "user", "content": asked, "weight": None, "tool_calls": None},
+            {"role": "user", "content": prompt, "weight": None, "tool_calls": None},
             {"role": "assistant", "content": answer, "weight": None, "tool_calls": None},
         ]
         found.append(
             {
-                "row_id": sha256_json([asked, answer])[:32],
+                "row_id": sha256_json([prompt, answer])[:32],
                 "source": 0,
                 "file": "rows.jsonl",
                 "line": i + 1,
@@ -199,11 +199,11 @@ class World:
         return function(b), out
 
 
-def dataset(world: World, sides: dict[str, list[dict[str, Any]]]) -> dict[str, Artifact]:
+def dataset(world: World, splits: dict[str, list[dict[str, Any]]]) -> dict[str, Artifact]:
     """raw_rows, validated_rows and grouped_split with these rows; the source file is written too."""
     source = world.root / "snapshots" / SNAPSHOT / "rows.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
-    every = [r for rows in sides.values() for r in rows]
+    every = [r for rows in splits.values() for r in rows]
     source.write_text(
         "".join(
             json.dumps(
@@ -257,9 +257,9 @@ def dataset(world: World, sides: dict[str, list[dict[str, Any]]]) -> dict[str, A
         )
     validated = world.artifact("validated_rows", "dataset", folder, inputs={"raw_rows": raw})
     folder = fresh("grouped_split")
-    for side in ("train", "validation", "test"):
-        with PartWriter(folder / side, ROWS) as writer:
-            writer.append(sides.get(side, []))
+    for split in ("train", "validation", "test"):
+        with PartWriter(folder / split, ROWS) as writer:
+            writer.append(splits.get(split, []))
     split = world.artifact("grouped_split", "dataset", folder, inputs={"validated_rows": validated})
     return {"raw_rows": raw, "validated_rows": validated, "grouped_split": split}
 
@@ -296,11 +296,11 @@ def packed(world: World, rows: Artifact) -> Artifact:
     out = world.root / "out" / "packed_shards"
     train = pq.read_table(rows.parts("train")[0]).to_pylist()
     blocks = pa.schema([("block", pa.int32()), ("row_ids", pa.list_(pa.string()))])
-    for side in ("train", "validation"):
-        with PartWriter(out / side, blocks) as writer:
+    for split in ("train", "validation"):
+        with PartWriter(out / split, blocks) as writer:
             writer.append(
                 [{"block": i, "row_ids": [r["row_id"]]} for i, r in enumerate(train)]
-                if side == "train"
+                if split == "train"
                 else []
             )
     with FileWriter(

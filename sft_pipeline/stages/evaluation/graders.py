@@ -171,7 +171,7 @@ def _json_fields(config: JsonFieldsGrader) -> Grader:
             got, want = parse_json(reply), parse_json(completion)
         except Unparsable:
             return 0.0
-        # Absent on both sides is agreement: fields may be optional. `lacks` catches a field that exists
+        # Absent in both is agreement: fields may be optional. `lacks` catches a field that exists
         # nowhere.
         return float(all(json_equal(field_of(got, f), field_of(want, f)) for f in config.fields))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
@@ -68,7 +69,7 @@ class CheckpointModels:
     def tuned(self, step: int) -> Any:
         """The model of one checkpoint; any model that was given out before must not be used any more."""
         folder = self.checkpoints[step]
-        if self._merges or not (folder / "adapter_config.json").is_file():
+        if self._merges or not (folder / ADAPTER_CONFIG).is_file():
             self._model = None  # frees the memory of the model before, ahead of loading the next
             model = load_for_inference(self.config, folder)
             self._model = model.merge_and_unload() if hasattr(model, "peft_config") else model
@@ -220,7 +221,7 @@ class Judge:
                         "group": row.group,
                         "prompt": self.decoder.decode(row.prompt),
                     }
-                    sample = {
+                    sample: dict[str, Any] = {
                         **known,
                         "side": split.name,
                         "model": "base" if step is None else f"checkpoint-{step}",

@@ -38,7 +38,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One checkpoint and what it scored on the validation side: every grader's mean, and `val_loss`."""
+    """One checkpoint and what it scored on the validation split: every grader's mean, and `val_loss`."""
 
     step: int
     scores: Mapping[str, float]

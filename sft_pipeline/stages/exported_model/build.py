@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.hub import parse_hub_id
+from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.exported_model.card import CardFacts, model_card, paired_samples, values_as_run
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
@@ -18,10 +18,8 @@ from sft_pipeline.stages.exported_model.lineage import (
     write_lineage,
 )
 from sft_pipeline.stages.exported_model.merge import (
-    ADAPTER_CONFIG,
     load_exact,
     merge_adapter,
-    public_name,
     target_dtype,
     unquantized,
     write_adapter,
@@ -97,13 +95,8 @@ def build(b: Build) -> Built:
     manifests = upstream(list(b.inputs.values()))
     write_lineage(manifests, b.out / "lineage")
     facts = CardFacts(
-        recipe=config.recipe,
-        dataset=config.dataset,
+        config=config,
         snapshot=b.snapshot,
-        model=config.model,
-        base=public_name(config.model.base),
-        license=config.export.license,
-        step=step,
         evaluation=evaluation,
         samples=paired_samples(evaluated, step),
         # Of two manifests of one stage (one of them behind an older artifact) the one read last.
@@ -112,13 +105,12 @@ def build(b: Build) -> Built:
         template=formatting["chat_template"],
         dtype=str(proof.dtype).removeprefix("torch.") if merged else None,
         adapter=has_adapter,
-        base_is_local=parse_hub_id(config.model.base) is None,
     )
     card = model_card(facts)
     (b.out / "README.md").write_text(card, encoding="utf-8")
     progress("model card written")
     b.report.progress("exporting", STEPS, STEPS, "steps")
-    files = [
+    files: list[dict[str, Any]] = [
         {"file": p.relative_to(b.out).as_posix(), "bytes": p.stat().st_size}
         for p in sorted(b.out.rglob("*"))
         if p.is_file()

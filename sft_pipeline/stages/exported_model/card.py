@@ -7,8 +7,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from sft_pipeline.hub import parse_hub_id
+from sft_pipeline.stages.exported_model.config import ExportedModelConfig
+from sft_pipeline.stages.exported_model.merge import public_name
 from sft_pipeline.store import Artifact, Manifest
-from sft_pipeline.training.config import ModelConfig
 
 SAMPLES = 4
 TUNING = {
@@ -29,16 +31,11 @@ class CardFacts:
         training: What ran, where the recipe left it open (precision, learning rate, updates, ...).
         template: The chat template's Jinja source.
         dtype: Of the merged weights, None where there are none.
-        base: The base's public name.
+        adapter: Whether there is one.
     """
 
-    recipe: str
-    dataset: str
+    config: ExportedModelConfig
     snapshot: str
-    model: ModelConfig
-    base: str
-    license: str | None
-    step: int
     evaluation: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
     manifests: Mapping[str, Manifest]
@@ -46,7 +43,11 @@ class CardFacts:
     template: str
     dtype: str | None
     adapter: bool
-    base_is_local: bool
+
+    @property
+    def base(self) -> str:
+        """The base's name outside this machine."""
+        return public_name(self.config.model.base)
 
 
 def paired_samples(evaluated: Artifact, step: int) -> list[dict[str, Any]]:
@@ -86,11 +87,11 @@ def model_card(facts: CardFacts) -> str:
         _lineage(facts),
         "## Licence\n\n"
         + (
-            facts.license
+            facts.config.export.license
             or "Not stated in the recipe (`export.license`). The base model's and the data's terms apply."
         ),
     ]
-    return f"---\n{_front_matter(facts)}\n---\n\n# {facts.recipe}\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front_matter(facts)}\n---\n\n# {facts.config.recipe}\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -99,8 +100,8 @@ def _front_matter(facts: CardFacts) -> str:
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=facts.dataset,
-            dataset_name=f"{facts.dataset}, held-out groups",
+            dataset_type=facts.config.dataset,
+            dataset_name=f"{facts.config.dataset}, held-out groups",
             dataset_split="test",
             metric_type=name,
             metric_name=name,
@@ -110,25 +111,30 @@ def _front_matter(facts: CardFacts) -> str:
         if value is not None
     ]
     data = ModelCardData(
-        license=facts.license,
+        license=facts.config.export.license,
         library_name="transformers" if facts.dtype else "peft",
         pipeline_tag="text-generation",
-        base_model=None if facts.base_is_local else facts.base,
-        tags=["sft", facts.model.parameterization, f"dataset:{facts.dataset}", f"snapshot:{facts.snapshot}"],
-        model_name=facts.recipe,
+        base_model=facts.base if parse_hub_id(facts.config.model.base) else None,
+        tags=[
+            "sft",
+            facts.config.model.parameterization,
+            f"dataset:{facts.config.dataset}",
+            f"snapshot:{facts.snapshot}",
+        ],
+        model_name=facts.config.recipe,
         eval_results=results or None,
     )
     return data.to_yaml().strip()
 
 
 def _summary(facts: CardFacts) -> str:
-    revision = f" at `{facts.model.revision}`" if facts.model.revision else ""
+    revision = f" at `{facts.config.model.revision}`" if facts.config.model.revision else ""
     folders = [f"`merged/` (whole weights, {facts.dtype})"] if facts.dtype else []
     folders += ["`adapter/` (PEFT)"] if facts.adapter else []
     return (
         f"`{facts.base}`{revision}, tuned by supervised fine-tuning on the snapshot `{facts.snapshot}` "
-        f"of `{facts.dataset}` with {TUNING[facts.model.parameterization]}; "
-        f"the checkpoint of step {facts.step}. Here: {' and '.join(folders)}.\n\n"
+        f"of `{facts.config.dataset}` with {TUNING[facts.config.model.parameterization]}; "
+        f"the checkpoint of step {facts.evaluation['chosen_step']}. Here: {' and '.join(folders)}.\n\n"
         f"Why this checkpoint: {facts.evaluation['why']}."
     )
 
@@ -238,8 +244,8 @@ def _data(facts: CardFacts) -> str:
 def _training(facts: CardFacts) -> str:
     trained = facts.manifests.get("trained_checkpoints")
     values = dict(trained.config.get("training", {})) if trained else {}
-    model = facts.model.model_dump(mode="json")
-    if facts.model.parameterization == "full":
+    model = facts.config.model.model_dump(mode="json")
+    if facts.config.model.parameterization == "full":
         model.pop("lora")
     values |= {f"model.{k}": model[k] for k in ("parameterization", "lora", "freeze") if model.get(k)}
     values |= {f"as run: {k}": v for k, v in facts.training.items()}

@@ -55,7 +55,8 @@ def upstream(inputs: list[Artifact]) -> dict[str, Manifest]:
 
 def write_lineage(manifests: dict[str, Manifest], folder: Path) -> None:
     """Copies the manifests as `<stage>-<fingerprint>.json`, and writes an index, chain.json."""
-    chain, sources = [], {}
+    chain: list[dict[str, Any]] = []
+    sources: dict[str, str] = {}
     for fingerprint, manifest in manifests.items():
         stage = manifest.asset.rpartition("/")[2]
         name = f"{stage}-{fingerprint[:12]}.json"

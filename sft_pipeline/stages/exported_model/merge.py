@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
+from sft_pipeline.external_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sft_pipeline.project import project_path
 from sft_pipeline.text.tokenizer import Tokenizer
 from sft_pipeline.training.base import load_model_config
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.model import load_for_inference
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 GENERIC_TOKENIZER = "PreTrainedTokenizerFast"
 # What would have other code, other tokens or another template loaded than those of training, or names a
 # machine.
@@ -49,12 +48,12 @@ def merge_adapter(model: Any) -> Any:
     return model.merge_and_unload(safe_merge=True) if hasattr(model, "peft_config") else model
 
 
-def target_dtype(asked: str, config: ModelConfig) -> torch.dtype:
+def target_dtype(name: str, config: ModelConfig) -> torch.dtype:
     """The dtype of the exported weights; `auto` is the base's own, or fp32 where it does not say."""
-    if asked == "auto":
+    if name == "auto":
         # transformers gives a torch.dtype, or the name that is in config.json.
-        asked = str(getattr(load_model_config(config), "dtype", None)).removeprefix("torch.")
-    dtype = getattr(torch, asked, None)
+        name = str(getattr(load_model_config(config), "dtype", None)).removeprefix("torch.")
+    dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

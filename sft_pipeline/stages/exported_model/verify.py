@@ -106,12 +106,10 @@ def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor])
 def greedy(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any
 ) -> list[list[int]]:
-    """New ids for each prompt, by transformers' own `generate`, one prompt at a time, as any user would call
-    it.
+    """New ids for each prompt, by transformers' own `generate`, one prompt at a time, as users call it.
 
     Args:
-        settings: eos_token_id and pad_token_id, where the model's own generation config is not to be relied
-            on.
+        settings: eos_token_id and pad_token_id, where the model's generation config is not to be used.
     """
     device = next(model.parameters()).device
     found = []
@@ -186,8 +184,7 @@ def reload_answers_equal(
 ) -> Check:
     """Blocking: greedy answers are the same before saving and after loading again.
 
-    How many of them are the replies that the evaluation recorded is said beside it, where it decoded
-    greedily.
+    Where the evaluation decoded greedily, the description says how many are the replies that it recorded.
 
     Args:
         rows: What was answered.
@@ -239,8 +236,7 @@ def served_prompt(
 def served_prompt_equal(
     tokenized: Artifact, split: Artifact, served: Any, tokenizer: Tokenizer, template: ChatTemplate
 ) -> Check:
-    """Blocking: prompts rendered and tokenized as a server would, from the rows' messages, are those of
-    training.
+    """Blocking: prompts that a server would make of the rows' messages are those of training, id by id.
 
     Rows that were cut to fit are left out, since their served prompt is meant to differ.
 

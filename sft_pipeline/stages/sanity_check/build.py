@@ -172,7 +172,7 @@ def _probed_copy(
         verdict.add("boundaries", True, "There is only one example: nothing to be seen across a boundary.")
         return model, loaded.precision, shards, layout
     packing = any(len(shards.block(i).lengths) > 1 for i in range(min(len(shards), 64)))
-    layouts: list[Layout] = list(dict.fromkeys([*(["packed"] if packing else []), layout]))
+    layouts: list[Layout] = ["packed", layout] if packing and layout != "packed" else [layout]
     probes = [probe(model, block, name, collate_as(name)) for name in layouts]
     verdict.record["boundaries"] = [asdict(p) for p in probes]
     leaking = next((p for p in probes if not p.passed), None)

@@ -46,8 +46,7 @@ class WorstMicrobatch:
 
 
 def fullest_microbatch(model: Any, shards: Shards, feed: Feed, fullest: Sequence[int]) -> WorstMicrobatch:
-    """Forward and backward over the fullest blocks of the whole plan, as one micro-batch of the layout in
-    use.
+    """Forward and backward over the fullest blocks of the whole plan, as one micro-batch.
 
     Args:
         fullest: Block numbers, the longest first, of equally long ones the most supervised.
@@ -127,8 +126,8 @@ def overfit(
     """Trains on the same few rows with AdamW until the loss is `fraction` of its start, for at most `steps`
     updates.
 
-    The rate is the trial's own: whether the rows *can* be learned is asked here, whether the recipe's rate is
-    sound is asked by the short run. Where the first rate does not do, a second one is tried: a fifth of it if
+    The rate is the trial's own: it tests whether the rows *can* be learned; the short run tests the recipe's
+    rate. Where the first rate does not do, a second one is tried: a fifth of it if
     the loss rose, five times it if the loss fell too slowly.
     """
     install_supervised_forward(model)
@@ -181,21 +180,33 @@ def overfit(
 
 
 @dataclass
-class ShortRun:
-    """The curves of the short run, and what is wrong with them.
+class ShortRun(Listener):
+    """The curves of the short run, which it records as the trainer's listener, and what is wrong with them.
 
     Attributes:
+        updates: To be made.
         seconds: Of each update.
         stride: See `stride`.
         failure: Why it stopped before its end.
     """
 
+    updates: int = 0
+    report: Reporter = field(default_factory=Reporter)
     loss: Curve = field(default_factory=list)
     val_loss: Curve = field(default_factory=list)
     grad_norm: Curve = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     stride: float = 0.0
     failure: str | None = None
+
+    def updated(self, numbers: UpdateNumbers) -> None:
+        self.loss.append((numbers.step, numbers.loss))
+        self.grad_norm.append((numbers.step, numbers.grad_norm))
+        self.seconds.append(numbers.seconds)
+        self.report.progress("short run", numbers.step, self.updates, "updates")
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        self.val_loss.append((step, val_loss))
 
     def problems(self) -> list[str]:
         """Divergence, oscillation and NaN, in words; empty when the run is sound."""
@@ -205,9 +216,11 @@ class ShortRun:
 
 
 def stride(parameters: Sequence[torch.Tensor], learning_rate: float) -> float:
-    """How far one AdamW update at this rate moves a trained weight, in units of the weights' own size (median
-    of the tensors' RMS; those that start at zero, as half of an adapter does, have none). About 0.001 in a
-    sound recipe."""
+    """How far one AdamW update at this rate moves a trained weight, in units of the weights' own size.
+
+    The size is the median of the tensors' RMS; those that start at zero, as half of an adapter does, have
+    none. About 0.001 in a sound recipe.
+    """
     norms = (float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1)
     sizes = [size for size in norms if size > 0]
     return learning_rate / median(sizes) if sizes else 0.0
@@ -248,22 +261,6 @@ def instabilities(loss: Curve, val_loss: Curve, stride: float = 0.0) -> list[str
     return found
 
 
-class _ShortRunListener(Listener):
-    """Records the curves."""
-
-    def __init__(self, run: ShortRun, total: int, report: Reporter) -> None:
-        self.run, self.total, self.report = run, total, report
-
-    def updated(self, numbers: UpdateNumbers) -> None:
-        self.run.loss.append((numbers.step, numbers.loss))
-        self.run.grad_norm.append((numbers.step, numbers.grad_norm))
-        self.run.seconds.append(numbers.seconds)
-        self.report.progress("short run", numbers.step, self.total, "updates")
-
-    def evaluated(self, step: int, val_loss: float) -> None:
-        self.run.val_loss.append((step, val_loss))
-
-
 def short_run(
     model: Any,
     feed: Feed,
@@ -277,14 +274,14 @@ def short_run(
     folder: Path,
     report: Reporter,
 ) -> ShortRun:
-    """The first updates of the plan with the recipe's own optimizer, peak rate and schedule, the latter
-    compressed.
+    """The first updates of the plan with the recipe's optimizer and peak rate, its schedule compressed.
 
     Three evaluations: before, in the middle, after.
     """
     steps = min(steps, len(feed.plan))
     schedule = Schedule.of(training, model_config)
-    run = ShortRun(stride=stride([p for p in model.parameters() if p.requires_grad], schedule.peak))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run = ShortRun(steps, report, stride=stride(trained, schedule.peak))
     trainer = SupervisedTrainer(
         model,
         feed=replace(feed, updates=steps),
@@ -294,7 +291,7 @@ def short_run(
         schedule=schedule,
         precision=precision,
         folder=folder,
-        listener=_ShortRunListener(run, steps, report),
+        listener=run,
         intervals=Intervals(steps, max(1, math.ceil(steps / 2)), steps),
     )
     try:
