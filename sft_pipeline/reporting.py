@@ -94,11 +94,6 @@ def replay(line: str, reporter: Reporter) -> None:
     """Passes one line that a FileReporter wrote on to another reporter."""
     event = json.loads(line)
     kind = event["kind"]
-    if kind == "log":
-        reporter.log(event["message"], event["level"])
-    elif kind == "progress":
-        reporter.progress(event["name"], event["done"], event["total"], event["unit"])
-    elif kind == "metrics":
-        reporter.metrics(event["values"], event["step"])
-    elif kind == "samples":
-        reporter.samples(event["rows"], event["step"])
+    if kind in ("log", "progress", "metrics", "samples"):
+        arguments = {name: value for name, value in event.items() if name not in ("kind", "time", "pid")}
+        getattr(reporter, kind)(**arguments)

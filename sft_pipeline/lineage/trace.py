@@ -49,6 +49,10 @@ class Trace:
     def found(self) -> bool:
         return bool(self.artifacts)
 
+    def add(self, artifact: Artifact, split: str | None, rows: int, note: str | None) -> None:
+        """Records that an artifact holds rows."""
+        self.artifacts.append({**_about(artifact), "side": split, "rows": rows, "note": note})
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -122,16 +126,14 @@ def _trace_rows(artifact: Artifact, stage: str, folder: str, ids: set[str], foun
     rows = [r for b in _scan(artifact.parts(folder), columns, wanted) for r in b.to_pylist()]
     if not rows:
         return
-    found.artifacts.append(
-        {**_about(artifact), "side": None if folder == "rows" else folder, "rows": len(rows), "note": None}
-    )
+    found.add(artifact, None if folder == "rows" else folder, len(rows), None)
     if stage == "raw_rows":
-        places = {(s["file"], s["line"], s["row_id"]) for s in found.sources}
-        for row in rows:
-            if (row["file"], row["line"], row["row_id"]) not in places:
-                found.sources.append(
-                    {**_about(artifact), "row_id": row["row_id"], "file": row["file"], "line": row["line"]}
-                )
+        known = {(s["file"], s["line"], s["row_id"]) for s in found.sources}
+        found.sources += [
+            {**_about(artifact), "row_id": r["row_id"], "file": r["file"], "line": r["line"]}
+            for r in rows
+            if (r["file"], r["line"], r["row_id"]) not in known
+        ]
 
 
 def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
@@ -143,14 +145,7 @@ def _trace_rejects(artifact: Artifact, ids: set[str], found: Trace) -> None:
         rows = [r for b in _scan([path], ["row_id", "reasons"], wanted) for r in b.to_pylist()]
         if rows:
             reasons = sorted({reason for r in rows for reason in r["reasons"]})
-            found.artifacts.append(
-                {
-                    **_about(artifact),
-                    "side": None,
-                    "rows": len(rows),
-                    "note": f"in {name}: {', '.join(reasons)}",
-                }
-            )
+            found.add(artifact, None, len(rows), f"in {name}: {', '.join(reasons)}")
 
 
 def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
@@ -171,29 +166,23 @@ def _trace_blocks(artifact: Artifact, ids: set[str], found: Trace) -> None:
                         held.setdefault(batch.column("block")[at].as_py(), []).append(row_id)
         if not held:
             continue
-        updates = _updates(artifact, set(held)) if split == "train" else {}
-        found.artifacts.append(
+        updates: dict[int, list[int]] = {}
+        if split == "train":
+            in_plan = ds.field("block").isin(sorted(held))
+            for batch in _scan([artifact.file("plan.parquet")], ["update", "block"], in_plan):
+                for row in batch.to_pylist():
+                    updates.setdefault(row["block"], []).append(row["update"])
+        found.add(artifact, split, sum(map(len, held.values())), f"{len(held)} blocks")
+        found.blocks += [
             {
                 **_about(artifact),
                 "side": split,
-                "rows": sum(map(len, held.values())),
-                "note": f"{len(held)} blocks",
+                "block": b,
+                "row_ids": rows,
+                "updates": sorted(updates.get(b, [])),
             }
-        )
-        found.blocks += [
-            {**_about(artifact), "side": split, "block": b, "row_ids": rows, "updates": updates.get(b, [])}
             for b, rows in sorted(held.items())
         ]
-
-
-def _updates(artifact: Artifact, blocks: set[int]) -> dict[int, list[int]]:
-    updates: dict[int, list[int]] = {}
-    for batch in _scan(
-        [artifact.file("plan.parquet")], ["update", "block"], ds.field("block").isin(sorted(blocks))
-    ):
-        for row in batch.to_pylist():
-            updates.setdefault(row["block"], []).append(row["update"])
-    return {b: sorted(u) for b, u in updates.items()}
 
 
 def _trace_model(artifact: Artifact, store: Store, found: Trace) -> None:

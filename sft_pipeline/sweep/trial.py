@@ -109,20 +109,20 @@ def _trial(
     _read_training(result, trained.artifact)
     result.mlflow_run_id = tracker.child(trial.label, trial.branch, trained.artifact.manifest.fingerprint)
     tracker.copy_curves(result.mlflow_run_id, trained.artifact)
-    training = json.loads(trained.artifact.file("training.json").read_text())
     if not trained.artifact.manifest.accepted:
         finite = next(c for c in trained.artifact.manifest.checks if c["name"] == "finite_loss")
         if finite["passed"]:
             raise BlockedError(_failed_check(trained.artifact))
-        result.end = TrialEnd(DIVERGED, {}, training["stopped"])
+        result.end = TrialEnd(DIVERGED, {}, _read_json(trained.artifact, "training.json")["stopped"])
         return
     judged = run_stage(TRIAL_STAGES["trial_judgement"], TRIAL_STAGES, trial.branch, run)
     result.artifacts["trial_judgement"] = str(judged.artifact.path)
     result.cached = trained.cached and judged.cached
-    found = json.loads(judged.artifact.file("judgement.json").read_text())
+    found = _read_json(judged.artifact, "judgement.json")
     result.rows = {"rows": found["rows"], "generated": found["generated"]}
     # A trial whose loss rose can be judged, and its scores will show it.
-    rose = next((f["words"] for f in training["diagnosis"] if f["kind"] == "diverging"), "")
+    findings = _read_json(trained.artifact, "diagnosis.json")["findings"]
+    rose = next((f["words"] for f in findings if f["kind"] == "diverging"), "")
     result.end = TrialEnd(JUDGED, found["scores"], rose)
 
 
@@ -146,6 +146,10 @@ def _read_training(result: TrialResult, trained: Artifact) -> None:
 def _curve(path: Path, name: str) -> list[tuple[int, float]]:
     rows = pq.read_table(path, filters=[("name", "=", name)]).to_pylist()
     return [(row["step"], row["value"]) for row in rows]
+
+
+def _read_json(artifact: Artifact, name: str) -> Any:
+    return json.loads(artifact.file(name).read_text(encoding="utf-8"))
 
 
 def _failed_check(artifact: Artifact) -> str:

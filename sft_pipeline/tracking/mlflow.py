@@ -31,7 +31,7 @@ LOGGED_FILES = {
     "evaluation": ("evaluation.json", "samples.parquet"),
     "exported_model": ("README.md", "manifest.json"),
 }
-MOST_METRICS = 1000  # in one request to MLflow
+MOST_METRICS, LONGEST_PARAM = 1000, 6000  # what MLflow accepts in one request, and characters of a value
 
 
 class MlflowTracker:
@@ -56,8 +56,15 @@ class MlflowTracker:
         client = connect()
         trains = stage.name == "trained_checkpoints"
         training = fingerprint if trains else inputs["trained_checkpoints"].manifest.fingerprint
-        experiment_id, run_id = _open_run(client, branch, training)
-        self._describe(client, run_id, branch, inputs)
+        recipe = branch.require_recipe()
+        title = f"{recipe.name} {branch.snapshot}"
+        experiment_id, run_id = open_run(client, branch, title, {FINGERPRINT_TAG: training})
+        for name, artifact in inputs.items():
+            client.set_tag(run_id, f"sft.input.{name}", artifact.manifest.data_version)
+        if self._dagster_run_id:
+            client.set_tag(run_id, "sft.dagster_run_id", self._dagster_run_id)
+            client.set_tag(run_id, "sft.dagster_run", dagster_run_url(self._dagster_run_id))
+        log_params(client, run_id, flatten(recipe.model_dump(mode="json", include=set(DESCRIBED))))
         listener = MlflowReporter(client, run_id, report, resumes=trains)
         url = mlflow_run_url(experiment_id, run_id)
 
@@ -83,26 +90,6 @@ class MlflowTracker:
         finally:
             listener.flush()
             client.set_terminated(run_id, status)
-
-    def _describe(self, client: Any, run_id: str, branch: Branch, inputs: Mapping[str, Artifact]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        tags = {f"sft.input.{name}": artifact.manifest.data_version for name, artifact in inputs.items()}
-        if self._dagster_run_id:
-            tags |= {
-                "sft.dagster_run_id": self._dagster_run_id,
-                "sft.dagster_run": dagster_run_url(self._dagster_run_id),
-            }
-        recipe = branch.require_recipe()
-        described = recipe.model_dump(mode="json", include=set(DESCRIBED))
-        known = client.get_run(run_id).data.params
-        # A parameter never changes within a run.
-        params = {k: v for k, v in flatten(described).items() if k not in known}
-        client.log_batch(
-            run_id,
-            params=[Param(k, v[:6000]) for k, v in params.items()],
-            tags=[RunTag(k, v) for k, v in tags.items()],
-        )
 
 
 def connect() -> Any:
@@ -134,35 +121,35 @@ def _without_password(uri: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
-def experiment_of(client: Any, recipe: str) -> str:
-    """The id of a recipe's experiment, which is made where there is none."""
-    experiment = client.get_experiment_by_name(recipe)
-    if experiment is not None:
-        return experiment.experiment_id
-    # The default artifact root depends on the working directory; a server has its own.
-    local = client.tracking_uri.startswith("sqlite:") if hasattr(client, "tracking_uri") else True
-    location = (sft_home() / "mlflow_artifacts" / recipe).as_uri() if local else None
-    return client.create_experiment(recipe, artifact_location=location)
-
-
-def _open_run(client: Any, branch: Branch, training_fingerprint: str) -> tuple[str, str]:
+def open_run(client: Any, branch: Branch, title: str, identity: Mapping[str, str]) -> tuple[str, str]:
+    """(experiment id, run id) of the recipe's run with these tags, found again or made; it is RUNNING."""
     recipe = branch.require_recipe().name
-    experiment_id = experiment_of(client, recipe)
-    found = client.search_runs(
-        [experiment_id], filter_string=f"tags.`{FINGERPRINT_TAG}` = '{training_fingerprint}'", max_results=1
-    )
+    experiment = client.get_experiment_by_name(recipe)
+    if experiment is None:
+        # The default artifact root depends on the working directory; a server has its own.
+        local = getattr(client, "tracking_uri", "sqlite:").startswith("sqlite:")
+        location = (sft_home() / "mlflow_artifacts" / recipe).as_uri() if local else None
+        experiment_id = client.create_experiment(recipe, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
     if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return experiment_id, run_id
-    tags = {
-        FINGERPRINT_TAG: training_fingerprint,
-        "sft.recipe": recipe,
-        "sft.dataset": branch.dataset.name,
-        "sft.snapshot": branch.snapshot,
-    }
-    run = client.create_run(experiment_id, run_name=f"{recipe} {branch.snapshot}", tags=tags)
+        client.update_run(found[0].info.run_id, status="RUNNING")
+        return experiment_id, found[0].info.run_id
+    data = {"sft.recipe": recipe, "sft.dataset": branch.dataset.name, "sft.snapshot": branch.snapshot}
+    run = client.create_run(experiment_id, run_name=title, tags={**data, **identity})
     return experiment_id, run.info.run_id
+
+
+def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+    """Logs the parameters that a run does not have yet: MLflow refuses to change one."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    new = [Param(key, value[:LONGEST_PARAM]) for key, value in params.items() if key not in known]
+    if new:
+        client.log_batch(run_id, params=new)
 
 
 class MlflowReporter(Reporter):

@@ -20,10 +20,11 @@ from sft_pipeline.tracking.mlflow import (
     DESCRIBED,
     MlflowReporter,
     connect,
-    experiment_of,
     flatten,
     log_artifact,
     log_metrics,
+    log_params,
+    open_run,
 )
 
 SWEEP_TAG = "sft.sweep"
@@ -42,17 +43,10 @@ class SweepTracker:
 
     def __init__(self, name: str, branch: Branch) -> None:
         self._client = connect()
-        recipe = branch.require_recipe().name
-        self._experiment = experiment_of(self._client, recipe)
         self._name = name
-        self._tags = {
-            "sft.recipe": recipe,
-            "sft.dataset": branch.dataset.name,
-            "sft.snapshot": branch.snapshot,
-            SWEEP_TAG: name,
-        }
         self._ended = False
-        self.run_id = self._open(f"sweep {name}", {"sft.sweep_role": "parent"})
+        identity = {SWEEP_TAG: name, "sft.sweep_role": "parent"}
+        _, self.run_id = open_run(self._client, branch, f"sweep {name}", identity)
 
     def __enter__(self) -> "SweepTracker":
         return self
@@ -65,20 +59,6 @@ class SweepTracker:
                 self.run_id, "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
             )
 
-    def _open(self, title: str, identity: Mapping[str, str]) -> str:
-        """The run of this sweep with these tags, found again or made."""
-        wanted = {SWEEP_TAG: self._name, **identity}
-        found = self._client.search_runs(
-            [self._experiment],
-            filter_string=" and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items()),
-            max_results=1,
-        )
-        if found:
-            self._client.update_run(found[0].info.run_id, status="RUNNING")
-            return found[0].info.run_id
-        run = self._client.create_run(self._experiment, run_name=title, tags={**self._tags, **wanted})
-        return run.info.run_id
-
     def describe(self, sweep: Mapping[str, Any]) -> None:
         """What varies, the budget and the rule, as parameters."""
         varied: dict[str, list[str]] = {}
@@ -86,7 +66,8 @@ class SweepTracker:
             for key, value in trial["values"].items():
                 if str(value) not in varied.setdefault(key, []):
                     varied[key].append(str(value))
-        self._log_params(
+        log_params(
+            self._client,
             self.run_id,
             {f"varied.{key}": ", ".join(values) for key, values in varied.items()}
             | {
@@ -130,9 +111,10 @@ class SweepTracker:
 
     def child(self, label: str, branch: Branch, training: str) -> str:
         """The run of the trial whose training has this fingerprint."""
-        run_id = self._open(label, {TRIAL_TAG: training, PARENT_TAG: self.run_id})
+        identity = {SWEEP_TAG: self._name, TRIAL_TAG: training, PARENT_TAG: self.run_id}
+        _, run_id = open_run(self._client, branch, label, identity)
         recipe = branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED))
-        self._log_params(run_id, flatten(recipe))
+        log_params(self._client, run_id, flatten(recipe))
         return run_id
 
     def copy_curves(self, run_id: str, trained: Artifact) -> None:
@@ -177,11 +159,3 @@ class SweepTracker:
                 self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, STATUS.get(status, "FAILED"))
         self._ended = True
-
-    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        known = self._client.get_run(run_id).data.params  # a parameter never changes within a run
-        new = [Param(k, v[:6000]) for k, v in params.items() if k not in known]
-        if new:
-            self._client.log_batch(run_id, params=new)

@@ -1,4 +1,4 @@
-"""`sft run`: how many calls lie between the command and the work."""
+"""`sft run`: how many functions of the package lie between the command and the work."""
 
 import sys
 import traceback
