@@ -131,6 +131,7 @@ def build_trial_judgement(b: Build) -> Built:
     with SamplesWriter(b.out / "samples.parquet", graders) as samples:
         judge = Judge(config, graders, decoder, samples, b.report)
         judgement = judge.judge(model, split, step, "judging on the validation split")
+    # JSON has no NaN.
     measures = {k: None if math.isnan(v) else v for k, v in judgement.measures().items()}
     found = {
         "format": 1,

@@ -81,6 +81,7 @@ class CheckpointModels:
         elif self._adapter != name:
             self._model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
             self._model.set_adapter(name, inference_mode=True)
+            # Last, since PEFT chooses another one by itself when the active adapter is deleted.
             self._model.delete_adapter(self._adapter)
             self._adapter = name
         self._model.requires_grad_(False)

@@ -96,6 +96,7 @@ def some_samples(path: Path, step: int) -> list[dict[str, Any]]:
         path: samples.parquet.
         step: Of the chosen checkpoint.
     """
+    # From the file: the judge holds no more than a few thousand replies at a time.
     samples = ds.dataset(path)
     test = ds.field("side") == "test"
     rows = samples.head(SAMPLED_ROWS, filter=test & (ds.field("step") == step)).to_pylist()

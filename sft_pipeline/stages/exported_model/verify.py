@@ -85,6 +85,7 @@ def logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]
     device = next(model.parameters()).device
     found = []
     with threads_for(model):
+        # One by one: padding would make models differ that agree on the row itself.
         for ids in sequences:
             batch = torch.tensor([list(ids)[:PROBE_TOKENS]], device=device)
             found.append(model(input_ids=batch, use_cache=False).logits[0].float().cpu())

@@ -213,7 +213,9 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> None
     plan = Plan(packed.file("plan.parquet"))
     feed = make_feed(shards, plan, training, layout=layout, updates=len(plan))
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Kept on the CPU: a second copy of the trained weights need not fit beside the model on a GPU.
     start = [p.detach().to("cpu", copy=True) for p in trained]
+    # Before the optimizer has its moments, whose size is known without a trial.
     worst = protocol.fullest_microbatch(model, shards, feed, verdict.record["data"]["fullest"])
 
     overfit = protocol.overfit(

@@ -75,6 +75,7 @@ def _sizes(table: pa.Table) -> list[tuple[int, int, int]]:
     counts = supervised[ends] - supervised[ends - lengths]
     numbers = table["block"].to_numpy()
     chosen = np.lexsort((-numbers, counts, lengths))[-FULLEST:]
+    # Minus the number, so that of equally full blocks the first is the largest.
     return [(int(lengths[i]), int(counts[i]), -int(numbers[i])) for i in chosen]
 
 
@@ -97,6 +98,7 @@ def _check(table: pa.Table, split: str, vocabulary: int, found: DataFindings) ->
         found.without_supervision += int(
             (np.add.reduceat(supervised, example_starts[:-1], dtype=np.int64) == 0).sum()
         )
+    # Converted to Python only where something is wrong: that costs more than all the rest.
     row_ids = (
         lists["row_ids"].flatten().to_pylist()
         if (outside.any() or wrong.any()) and len(found.offenders) < MOST

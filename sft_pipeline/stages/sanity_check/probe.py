@@ -48,6 +48,7 @@ class ProbeTolerance:
     alone: float
 
 
+# In fp32 and fp64 only the order of summation differs; 16-bit and 4-bit weights round every product.
 EXACT, ROUNDED = ProbeTolerance(1e-4, 1e-5, 1e-4), ProbeTolerance(2e-2, 1e-3, 3e-2)
 
 
@@ -139,6 +140,7 @@ def _probe(model: Any, block: Block, layout: str, collate: Collate) -> BoundaryP
     moved = []
     for i in range(n):
         changed = list(segments)
+        # By 1, 2 or 3 modulo the vocabulary, so that no token stays what it was.
         changed[i] = (segments[i] + 1 + np.arange(len(segments[i])) % 3) % vocabulary
         after = _losses(model, collate([joined(changed)]), changed)
         moved.append([float(np.abs(after[j] - before[j]).max()) for j in range(n)])
@@ -212,6 +214,8 @@ def _gradients(
     n = len(segments)
     shares = [[0.0] * n for _ in range(n)]
 
+    # The embeddings of a whole micro-batch become a leaf: one backward pass per example then gives its
+    # gradient on all of them, and none reaches the weights.
     def leaf(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         kept.append(output.detach().requires_grad_(True))
         return kept[-1]
@@ -228,6 +232,7 @@ def _gradients(
         for j, part in owners:
             (grad,) = torch.autograd.grad(nll[part].sum(), kept[0], retain_graph=True)
             norms = grad.reshape(-1, grad.shape[-1]).double().norm(dim=-1).cpu().numpy()
+            # An example whose loss has no gradient at all must not divide by zero.
             own = max(float(np.sqrt((norms[_span(m, part)] ** 2).sum())), 1e-30)
             for i, other in owners:
                 if i != j:

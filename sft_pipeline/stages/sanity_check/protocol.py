@@ -23,7 +23,9 @@ from sft_pipeline.training.schedule import Schedule
 from sft_pipeline.training.shards import Block, Shards
 from sft_pipeline.training.trainer import SupervisedTrainer
 
+# Some twenty times a recipe's usual rates: the copy is thrown away, and learning has to show in a minute.
 ADAPTER_OVERFIT_RATE, FULL_OVERFIT_RATE = 2e-3, 5e-4
+# A loss that rises shows in a few blocks; the whole validation split would take minutes on a CPU.
 EVALUATION_BLOCKS = 16
 
 
@@ -60,7 +62,7 @@ def fullest_microbatch(model: Any, shards: Shards, feed: Feed, fullest: Sequence
     began = time.monotonic()
     batch = batch.to(next(model.parameters()).device)
     _summed_loss(model, batch).backward()
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)  # only their memory was wanted
     return WorstMicrobatch(
         tuple(b.block for b in blocks),
         batch.inputs["input_ids"].numel(),
@@ -139,6 +141,7 @@ def overfit(
 
     def losses_at(rate: float) -> list[float]:
         """The loss per supervised token before each update, and at the end."""
+        # Without weight decay, which would hold up the loss of rows that are learned exactly.
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
         losses: list[float] = []
         model.train()
@@ -282,12 +285,14 @@ def short_run(
     schedule = Schedule.of(training, model_config)
     trained = [p for p in model.parameters() if p.requires_grad]
     run = ShortRun(steps, report, stride=stride(trained, schedule.peak))
+    # Compiling would take longer than these updates, and the trackers must not see a run of a trial.
+    trial = training.model_copy(update={"report_to": [], "compile": False})
     trainer = SupervisedTrainer(
         model,
         feed=replace(feed, updates=steps),
         validation=validation,
         tokenizer=tokenizer,
-        training=training.model_copy(update={"report_to": [], "compile": False}),
+        training=trial,
         schedule=schedule,
         precision=precision,
         folder=folder,
