@@ -213,7 +213,7 @@ def _numbers(what: str, old: Path, new: Path) -> ContentFinding:
 
 
 def _leaves(value: Any, path: str = "", words: bool = False) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(inner, f"{path}.{key}".lstrip("."), words)
     elif words or not isinstance(value, str):
