@@ -10,9 +10,10 @@ import numpy.typing as npt
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 SUPERVISED, CONTEXT, CONTROL = "#b7e4c7", "#eceff1", "#a4161a"
-_COLUMNS, _TOKENS = 196, 110  # characters in a line, tokens of a row
+_COLUMNS, _TOKENS = 196, 110  # characters in a line, tokens drawn of a row
 _WIDTH, _HEIGHT = 7, 21  # pixels of a character and of a line
-_SIZE = _WIDTH / 0.602  # pixels: of DejaVu Sans Mono a character is this wide
+_SIZE = _WIDTH / 0.602  # font size in pixels: a character of DejaVu Sans Mono is 0.602 times as wide
+_VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍", " ": "·"})
 
 
 def plot_lengths(
@@ -45,7 +46,7 @@ def plot_masks(
 ) -> None:
     """Rows token by token: green is supervised, grey context, a red frame a control token.
 
-    Drawn as pixels with Pillow: the same as a matplotlib figure takes ten times as long.
+    Drawn with Pillow: the same as a matplotlib figure takes ten times as long.
 
     Args:
         examples: Rows of tokenized_rows.
@@ -60,13 +61,13 @@ def plot_masks(
     bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), _SIZE, layout_engine=basic)
     laid_out = [_lay_out(example, decode) for example in examples]
     lines = [1 + (boxes[-1][2] if boxes else 0) for boxes in laid_out]
-    image = Image.new(
-        "RGB", ((_COLUMNS + 4) * _WIDTH, sum(n + 2 for n in lines) * _HEIGHT + _HEIGHT // 2), "white"
-    )
+    height = sum(n + 2 for n in lines) * _HEIGHT + _HEIGHT // 2
+    image = Image.new("RGB", ((_COLUMNS + 4) * _WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
     top = _HEIGHT // 2
     for example, boxes, count in zip(examples, laid_out, lines, strict=True):
-        title = f"row {example['row_id'][:12]}: {example['length']} tokens, {example['supervised']} supervised (green)"
+        title = f"row {example['row_id'][:12]}: {example['length']} tokens, "
+        title += f"{example['supervised']} supervised (green)"
         draw.text((2 * _WIDTH, top + _HEIGHT // 2), title, "black", bold, anchor="lm")
         for text, column, line, token in boxes:
             x, y = (2 + column) * _WIDTH, top + (1 + line) * _HEIGHT
@@ -82,17 +83,14 @@ def plot_masks(
 def _lay_out(
     example: Mapping[str, Any], decode: Callable[[Sequence[int]], str]
 ) -> list[tuple[str, int, int, int]]:
-    """(text, column, line, index) of each token that is drawn, line by line, around the first supervised one."""
+    """(text, column, line, index) of each token that is drawn, around the first supervised one."""
     ids, labels = example["input_ids"], example["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORE_LABEL), 0)
     start = max(min(first - _TOKENS // 3, len(ids) - _TOKENS), 0)
     boxes: list[tuple[str, int, int, int]] = []
     column = line = 0
     for i in range(start, min(start + _TOKENS, len(ids))):
-        text = (
-            decode([ids[i]]).replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍").replace(" ", "·") or "∅"
-        )
-        text = text[:40]
+        text = decode([ids[i]]).translate(_VISIBLE)[:40] or "∅"
         if column + len(text) > _COLUMNS:
             column, line = 0, line + 1
         boxes.append((text, column, line, i))

@@ -1,13 +1,13 @@
 """The local engine of the data stages: ordered maps over items, mostly batches of rows.
 
-    for batch, judged in ordered_map(Judge, (config,), batches): ...
+    for batch, checked in ordered_map(Checker, (config,), batches): ...
 
-`Judge(config)` is made once per process and called with every item. Results come back in the order of the
-items, and never depend on the number of workers. The first items (INLINE_ITEMS of them) are done in this
-process, so little data starts no process at all; after them at most AHEAD items per worker are in flight,
-which bounds memory.
+`Checker(config)` is made once per process and called with every item. Results come back in the order of the
+items, and never depend on the number of workers. The first INLINE_ITEMS items are processed here, so that
+little data starts no process at all; after them at most AHEAD items per worker are in flight, which bounds
+memory.
 
-`SFT_WORKERS` sets the number of workers, a whole number from 1; with 1 all is done in this process. The
+`SFT_WORKERS` sets the number of workers, a whole number from 1; with 1 this process does everything. The
 default is the number of CPUs that this process may use, at most 8.
 """
 
@@ -63,10 +63,11 @@ def ordered_map(
         prepare: Called once per process with `arguments`; returns the function for the items. A function or
             class of an importable module.
         arguments: Picklable, like items and results. (A slice of an Arrow batch pickles the whole buffers.)
-        here: What `prepare` has returned in this process already; with it, workers start at the first item.
+        here: The function that `prepare` returned in this process already; with it, workers start at the
+            first item.
 
     Raises:
-        InputError: SFT_WORKERS is no number.
+        InputError: SFT_WORKERS is not a positive whole number.
         SftError: A worker died.
         Exception: Whatever `prepare`, the function or `items` raises, as itself.
     """
@@ -78,7 +79,7 @@ def ordered_map(
         for item in first:
             function = function or prepare(*arguments)
             yield item, function(item)
-        function = None  # it may be large, and is not needed beside the workers
+        function = None  # it may be large, and the workers have their own
         for item in islice(items, 1):
             context = multiprocessing.get_context("spawn")  # not forked, because this process has threads
             theirs, ours = context.Pipe(duplex=False)  # a worker ends when this end closes, also by a SIGKILL
@@ -87,8 +88,8 @@ def ordered_map(
                 yield from _in_order(pool, _work, chain([item], items), AHEAD * workers, stop=ours.close)
             except BrokenProcessPool:
                 raise SftError(
-                    "a worker process died; most often the memory ran out. Run again with SFT_WORKERS=1, or with "
-                    "fewer workers"
+                    "a worker process died, most likely because memory ran out. Run again with fewer "
+                    "workers, for example SFT_WORKERS=1"
                 ) from None
             finally:
                 ours.close()
@@ -100,9 +101,9 @@ def ordered_map(
 def threaded_map(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Yields (item, result) in the order of the items, for functions that leave the interpreter free.
+    """Yields (item, result) in the order of the items, for functions that release the interpreter's lock.
 
-    At most AHEAD items per thread are taken in advance. With one thread, all is done in this one.
+    At most AHEAD items per thread are taken in advance. One thread means the calling one.
     """
     if threads == 1:
         for item in items:
@@ -118,7 +119,7 @@ def _in_order(
     in_flight: int,
     stop: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Keeps at most so many items in flight, and shuts the pool down; calls `stop` before it shuts down early."""
+    """Yields (item, result) in order; at the end shuts the pool down, after an error calls `stop` before."""
     flying: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -147,15 +148,17 @@ def _begin_worker(
 ) -> None:
     global _prepare
     _prepare = partial(prepare, *arguments)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a Ctrl-C reaches every process of the terminal; the parent decides
+    # A Ctrl-C reaches every process of the terminal; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"SFT_WORKERS": "1", "TOKENIZERS_PARALLELISM": "false"}  # one worker, one core
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: Connection) -> None:
-    """Ends this process when the other end closes, whatever it is doing. The executor would wait for ever."""
+    """Ends this process when the parent's end of the pipe closes.
+
+    The executor has no such thing: its workers wait for ever for the next item of a parent that was killed.
+    """
     with contextlib.suppress(EOFError, OSError):
         parent.recv()
     os._exit(0)
@@ -169,6 +172,6 @@ def _work(item: Any) -> Any:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # the executor would call the pool broken
+        except Exception:  # an error that does not survive pickling makes the executor report a broken pool
             raise SftError(f"{type(error).__name__} in a worker process: {error}") from None
         raise

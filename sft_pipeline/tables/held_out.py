@@ -11,12 +11,13 @@ from sft_pipeline.tables.parquet import read_batches
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """One tokenized row.
+    """One tokenized row of a validation or test split.
 
     Attributes:
         position: Its number in the split, from 0.
+        row_id, group: As in the schema TOKENIZED.
         prompt: Ids of the prompt that a server would send.
-        target: Ids that follow the prompt in the row: what was, or would have been, learned.
+        target: Ids that follow the prompt in the row: what a model is trained on, or would have been.
         completion: The text that is expected as the reply.
     """
 
@@ -29,11 +30,11 @@ class HeldOutRow:
 
 
 def chosen_positions(parts: Sequence[Path], limit: int | None) -> list[int]:
-    """The rows of a split that are generated, in their order: all, or `limit` of them.
+    """The rows of a split for which replies are generated, in their order: all, or `limit` of them.
 
     The sample is the rows with the smallest SHA-256 of their row_id: the same for every checkpoint and every
     recipe with this limit, and mostly the same in a later snapshot. Further parts of a row that was split
-    ("<row_id>/1") begin in the middle of it: nobody would send that as a prompt, and they are not generated.
+    ("<row_id>/1") begin in the middle of it: nobody would send that as a prompt, so they are left out.
     """
     position = 0
     keyed: list[tuple[bytes, int]] = []
@@ -42,7 +43,7 @@ def chosen_positions(parts: Sequence[Path], limit: int | None) -> list[int]:
             if "/" not in row_id:
                 keyed.append((hashlib.sha256(row_id.encode()).digest(), position))
             position += 1
-        if limit is not None and len(keyed) > 4 * limit + 10_000:
+        if limit is not None and len(keyed) > 4 * limit + 10_000:  # so that memory stays bounded
             keyed = heapq.nsmallest(limit, keyed)
     if limit is not None:
         keyed = heapq.nsmallest(limit, keyed)
@@ -57,14 +58,7 @@ def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[H
     for batch in read_batches(parts, ["row_id", "group", "input_ids", "prompt_length", "completion"]):
         while following is not None and following < start + batch.num_rows:
             row = batch.slice(following - start, 1).to_pylist()[0]
-            n = row["prompt_length"]
-            yield HeldOutRow(
-                following,
-                row["row_id"],
-                row["group"],
-                row["input_ids"][:n],
-                row["input_ids"][n:],
-                row["completion"],
-            )
+            ids, n = row["input_ids"], row["prompt_length"]
+            yield HeldOutRow(following, row["row_id"], row["group"], ids[:n], ids[n:], row["completion"])
             following = next(wanted, None)
         start += batch.num_rows

@@ -8,9 +8,10 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,13 +23,13 @@ ROW_GROUP = 8_192
 ROWS_PER_PART = 262_144
 BATCH_ROWS = 4_096
 ROW_GROUP_BYTES = 64 << 20  # a row group ends early here, so that rows of megabytes do not fill the memory
-WAITING_BYTES = 64 << 20  # that wait to be written at a time, unless a single batch has more
+WAITING_BYTES = 64 << 20  # of batches that wait to be written, unless a single one has more
 
 _disk = ThreadPoolExecutor(2, "disk")
 
 
 class FileWriter:
-    """Writes one Parquet file, always, even if no row comes.
+    """Writes one Parquet file, also if there are no rows.
 
     Args:
         path: The file; its folder is made.
@@ -81,10 +82,10 @@ class FileWriter:
         while start < batch.num_rows:
             count = min(self.row_group - self._pending_rows, batch.num_rows - start)
             piece = batch.slice(start, count)
-            room = ROW_GROUP_BYTES - self._pending_bytes
-            if piece.nbytes > room:  # only with huge rows: count them one by one
+            left = ROW_GROUP_BYTES - self._pending_bytes
+            if piece.nbytes > left:  # only with huge rows: count them one by one
                 count, used = 0, 0
-                while used < room and start + count < batch.num_rows:
+                while used < left and start + count < batch.num_rows:
                     used += batch.slice(start + count, 1).nbytes
                     count += 1
                 piece = batch.slice(start, count)
@@ -101,21 +102,21 @@ class FileWriter:
         self._pending_rows = self._pending_bytes = 0
 
     def _begin_to_sync(self) -> None:
-        """Lets the disk work while there is more to write: the store flushes every file before it counts."""
+        """Starts an fsync in the background, so that the one of the store, at the end, has little to do."""
         if self._syncing is None or self._syncing.done():
             self._wait_for_sync()
             self._syncing = _disk.submit(fsync_path, self.path)
 
     def _wait_for_sync(self) -> None:
         if self._syncing:
-            self._syncing.result()  # the kernel tells of a write error once
+            self._syncing.result()  # the kernel reports a write error only once, so it must not be lost here
 
     def close(self) -> None:
         self._flush()
         self._writer.close()
         self._wait_for_sync()
 
-    def __enter__(self) -> "FileWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -125,14 +126,12 @@ class FileWriter:
             self.close()
         else:
             self._pending = []
-            with contextlib.suppress(
-                OSError
-            ):  # the first error is the one to tell, not that the footer fails too
+            with contextlib.suppress(OSError):  # the footer fails too; the first error is the one to report
                 self._writer.close()
 
 
 class PartWriter:
-    """Writes a folder of part-00000.parquet, part-00001.parquet, ...; one empty part if no row comes.
+    """Writes a folder of part-00000.parquet, part-00001.parquet, ...; one empty part if there are no rows.
 
     Args:
         folder: Where the parts go; made if absent.
@@ -192,7 +191,7 @@ class PartWriter:
 class BackgroundWriter:
     """Calls functions one after the other in a thread, for work that leaves the interpreter free.
 
-    Leaving the context waits for all calls; what one raises comes out of a later `submit`, or of the context.
+    Leaving the context waits for all calls; an error of one is raised by a later `submit`, or on leaving.
     """
 
     def __init__(self) -> None:
@@ -229,15 +228,14 @@ def read_batches(
         columns: Top-level columns to read; all by default.
         batch_rows: At most this many rows per batch.
     """
+    wanted = None if columns is None else list(columns)
     for path in paths:
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(
-                batch_size=batch_rows, columns=list(columns) if columns is not None else None
-            )
+            yield from file.iter_batches(batch_size=batch_rows, columns=wanted)
 
 
 def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of Parquet files in order, as dicts; for reports and tests. Many rows are read as batches."""
+    """The rows of Parquet files in order, as dicts: slow, for reports and tests."""
     for batch in read_batches(paths, columns):
         yield from batch.to_pylist()
 
@@ -261,16 +259,12 @@ def count_reasons(paths: Iterable[Path]) -> dict[str, int]:
 
 
 def first_offenders(path: Path, count: int = 10) -> list[dict[str, str]]:
-    """The first rows of a rejects file, for people: where, why, and the beginning of the raw row."""
-    found: list[dict[str, str]] = []
-    for row in read_rows([path]):
-        found.append(
-            {
-                "where": f"{row['file']}:{row['line']}",
-                "reasons": ", ".join(row["reasons"]),
-                "raw": row["raw"][:200],
-            }
-        )
-        if len(found) == count:
-            break
-    return found
+    """The first rows of a rejects file for a report: where, why, and the beginning of the raw row."""
+    return [
+        {
+            "where": f"{row['file']}:{row['line']}",
+            "reasons": ", ".join(row["reasons"]),
+            "raw": row["raw"][:200],
+        }
+        for row in islice(read_rows([path]), count)
+    ]

@@ -1,4 +1,4 @@
-"""Why a row is rejected before it is tokenized: the one list of the reasons in rejects and the quarantine.
+"""Why a row is rejected before it is tokenized: the reasons in rejects.parquet and quarantine.parquet.
 
 docs/reasons.md is the same list for users, and a test compares the two.
 """
@@ -6,7 +6,7 @@ docs/reasons.md is the same list for users, and a test compares the two.
 from enum import StrEnum
 
 MAX_LINE = 32 << 20  # bytes; a longer line is never in memory whole
-MAX_DEPTH = 100  # of objects and lists in each other
+MAX_DEPTH = 100  # levels of nested objects and lists
 
 
 class RejectReason(StrEnum):

@@ -30,10 +30,9 @@ ROWS = pa.schema(
         ("content_key", pa.binary(KEY_BYTES)),
     ]
 )
-"""`weight` null: the default. `tool_calls`, `tools`: JSON text or null. `time`: as `time_of` writes it, or
-null. `content_key`: equal for rows with the same messages and tools, whatever their file, line, name or
-group."""
-
+"""validated_rows and grouped_split. `weight` null: the default. `tool_calls`, `tools`: JSON text or null.
+`time`: as `time_of` writes it, or null. `content_key`: equal for rows with the same messages and tools,
+whatever their file, line, name or group."""
 
 TOKENIZED = pa.schema(
     [
@@ -59,15 +58,13 @@ REJECTS = pa.schema(
         ("raw", pa.string()),
     ]
 )
-"""rejects.parquet and quarantine.parquet of every stage: where the row came from, all that is wrong, the raw
-row.
-"""
+"""rejects.parquet and quarantine.parquet of every stage: the row's origin, all reasons, the raw row."""
 
 SPLITS = ("train", "validation", "test")
 
 
 def content_key(messages: Sequence[Mapping[str, Any]], tools: str | None) -> bytes:
-    """128-bit digest of what is said in a row; each message has the fields of `MESSAGE` in their order."""
+    """128-bit digest of a row's messages and tools; each message has the fields of `MESSAGE` in order."""
     return digest(orjson.dumps([tools, messages]))
 
 
@@ -77,15 +74,12 @@ def digest(data: bytes) -> bytes:
 
 
 def time_of(value: Any) -> str | None:
-    """An ISO time in UTC, to the microsecond, so that text order is time order; None where the value is no
-    ISO time.
-    """
+    """An ISO time in UTC, to the microsecond, so that text order is time order; None for any other value."""
     if not isinstance(value, str):
         return None
     try:
         time = datetime.fromisoformat(value.strip())
-        return (time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)).isoformat(
-            timespec="microseconds"
-        )
+        in_utc = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        return in_utc.isoformat(timespec="microseconds")
     except (ValueError, OverflowError):
         return None

@@ -1,4 +1,4 @@
-"""Strict JSON: a value from text or the reason why it is none, and the canonical form of stored rows.
+"""Strict JSON: a value from text, or the reason why there is none, and the canonical form of stored rows.
 
 Canonical content is what orjson writes (keys sorted), and what Python's encoder writes where orjson cannot
 hold the value (whole numbers beyond 64 bits): a function of the value alone, whatever file it came from.
@@ -81,7 +81,7 @@ def canonical(value: Any) -> bytes:
         content = orjson.dumps(value, _plain, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
     except TypeError:
         return _encode_in_python(value).encode()
-    if b"null" in content:  # which is what orjson makes of NaN
+    if b"null" in content:  # orjson writes NaN and Infinity as null; Python's encoder refuses them
         _encode_in_python(value)
     return content
 
@@ -118,7 +118,7 @@ _NUMBERS = bytes(48 if 48 <= c <= 57 else 45 if c == 45 else 32 for c in range(2
 
 
 def has_huge_number(data: bytes) -> bool:
-    """Whether JSON text may hold a whole number beyond 64 bits, or rather: so many digits in a row."""
+    """Whether JSON text has so many digits in a row that it may hold a whole number beyond 64 bits."""
     shape = data.translate(_NUMBERS)
     return b"0" * 20 in shape or b"-" + b"0" * 19 in shape
 
@@ -126,7 +126,7 @@ def has_huge_number(data: bytes) -> bool:
 def read_canonical(contents: Sequence[bytes]) -> list[dict[str, Any]]:
     """The rows of canonical contents.
 
-    orjson reads them as Python would, except for whole numbers beyond 64 bits, of which it makes floats.
+    orjson reads them as Python does, but turns whole numbers beyond 64 bits into floats.
     """
     if has_huge_number(b"\n".join(contents)):
         return [(json if has_huge_number(content) else orjson).loads(content) for content in contents]

@@ -16,13 +16,8 @@ from sft_pipeline.stages.packed_shards.config import PackedShardsConfig, Packing
 from sft_pipeline.stages.stage import Build
 from sft_pipeline.stages.tokenized_rows.build import build as tokenize
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
-from sft_pipeline_tests.tokenized_rows.tiny import (
-    FakeArtifact,
-    row,
-    save_tokenizer,
-    split_artifact,
-    tiny_tokenizer,
-)
+from sft_pipeline_tests.text.tiny import save_tokenizer, tiny_tokenizer
+from sft_pipeline_tests.tokenized_rows.rows import FakeArtifact, row, split_artifact
 
 EVIL = '<script>alert(1)</script> & "quoted" \x1b[31mred \u202eturned café 日本 🙂'
 ROWS = [

@@ -1,9 +1,10 @@
-"""The worker pool: order, errors, deaths, and that nothing is started for little."""
+"""The worker pool: order, errors, deaths, and that few items start no process."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -24,7 +25,7 @@ def three_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "INLINE_ITEMS", 2)
 
 
-def meeting(folder: str, parent: int) -> Callable[[int], tuple[int, int]]:
+def waiting_for_a_second_worker(folder: str, parent: int) -> Callable[[int], tuple[int, int]]:
     """In a worker, waits until a second one is at work too, so that both surely take items."""
 
     def work(item: int) -> tuple[int, int]:
@@ -81,7 +82,7 @@ def killing_itself(parent: int) -> Callable[[int], int]:
     return work
 
 
-def looking_about() -> Callable[[int], tuple[list[str], bool, str]]:
+def reporting_its_environment() -> Callable[[int], tuple[list[str], bool, str]]:
     return lambda _: (
         [name for name in ("torch", "transformers", "mlflow") if name in sys.modules],
         signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
@@ -97,28 +98,26 @@ def asleep(folder: str) -> Callable[[int], None]:
     def work(item: int) -> None:
         if item >= 2:
             Path(folder, str(os.getpid())).touch()
-            time.sleep(300)
+            time.sleep(300)  # until it is killed
 
     return work
 
 
 def workers_left() -> list[psutil.Process]:
-    """Children of this process, but for the one in which multiprocessing tracks shared resources of all
-    pools.
-    """
+    """Children of this process, without multiprocessing's tracker of shared resources, which stays."""
     found = psutil.Process().children(recursive=True)
     return [p for p in found if "resource_tracker" not in " ".join(p.cmdline())]
 
 
 def test_results_come_in_the_order_of_the_items_from_several_processes(tmp_path: Path) -> None:
-    found = list(ordered_map(meeting, (str(tmp_path), os.getpid()), iter(range(40))))
+    found = list(ordered_map(waiting_for_a_second_worker, (str(tmp_path), os.getpid()), iter(range(40))))
     assert [item for item, _ in found] == [item for _, (item, _) in found] == list(range(40))
     pids = [pid for _, (_, pid) in found]
     assert set(pids[:2]) == {os.getpid()} and len(set(pids[2:])) > 1 and os.getpid() not in pids[2:]
     assert not workers_left()
 
 
-def test_one_worker_or_few_items_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_worker_or_few_items_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
     assert [r for _, r in ordered_map(counting, (), range(2))] == [(os.getpid(), 0), (os.getpid(), 1)]
     monkeypatch.setenv("SFT_WORKERS", "1")
@@ -172,7 +171,7 @@ def test_a_dead_worker_is_a_clear_error() -> None:
 
 
 def test_workers_import_only_what_they_need_and_leave_ctrl_c_to_the_parent() -> None:
-    found = [r for _, r in ordered_map(looking_about, (), range(5))]
+    found = [r for _, r in ordered_map(reporting_its_environment, (), range(5))]
     loaded, ignored, count = found[-1]
     assert loaded == [] and ignored and count == "1"
 
@@ -198,12 +197,12 @@ def test_no_worker_outlives_its_parent(number: signal.Signals, tmp_path: Path) -
             time.sleep(0.05)
         assert len(pids) == 3
         os.kill(parent.pid, number)
-        _, told = parent.communicate(timeout=20)
+        _, stderr = parent.communicate(timeout=20)
         _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=10)
         assert not alive
-        assert told.count("Traceback") == (number == signal.SIGINT), (
-            told
-        )  # the parent's own, none of a worker
+        assert stderr.count("Traceback") == (number == signal.SIGINT), (
+            stderr
+        )  # the parent's, none of a worker
     finally:
         parent.kill()
 
@@ -229,6 +228,7 @@ def test_the_default_is_the_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_keep_the_order_and_take_few_items_ahead(threads: int) -> None:
     taken: list[int] = []
+    second_done = threading.Event()
 
     def items() -> Iterator[int]:
         for item in range(30):
@@ -236,7 +236,10 @@ def test_threads_keep_the_order_and_take_few_items_ahead(threads: int) -> None:
             yield item
 
     def work(item: int) -> int:
-        time.sleep(0.004 * (item % 3 == 0))
+        if item == 1:
+            second_done.set()
+        elif item == 0 and threads > 1:
+            assert second_done.wait(60)  # so that it is done after the second
         return item
 
     for position, (item, result) in enumerate(threaded_map(work, items(), threads)):

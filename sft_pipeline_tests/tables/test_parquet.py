@@ -1,4 +1,4 @@
-"""Parquet parts: the bytes depend on the rows alone, memory is bounded, an empty folder still has a schema."""
+"""Parquet parts: bytes depend on the rows alone, memory is bounded, no rows still make a schema."""
 
 import errno
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_reasons_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+def test_a_full_disk_raises_no_space_left(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").symlink_to("/dev/full")
     with pytest.raises(OSError) as error:
         with FileWriter(tmp_path / "x.parquet", REJECTS) as writer:

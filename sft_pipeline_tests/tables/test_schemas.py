@@ -35,8 +35,8 @@ def test_keys_are_equal_exactly_where_contents_are(given_rows):
             assert (key == other_key) == (text == other_text)
 
 
-def test_file_line_format_and_group_are_not_in_it(project: Path) -> None:
-    """The same said under another name, elsewhere, in another format; and something else under the same name."""
+def test_the_key_does_not_depend_on_file_line_format_or_group(project: Path) -> None:
+    """The same messages in another group, file and format; and other messages in the same group."""
     one = write_jsonl(project / "a.jsonl", [{"g": "x", "prompt": "Hi", "completion": "Hello"}])
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     two = write_jsonl(

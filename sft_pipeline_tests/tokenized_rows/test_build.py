@@ -1,10 +1,13 @@
 """The whole stage on a small split: files, counts, checks, and the same bytes twice."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built
@@ -14,7 +17,8 @@ from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedR
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline.tables.parquet import read_rows
 from sft_pipeline.tables.schemas import TOKENIZED
-from sft_pipeline_tests.tokenized_rows.tiny import MARKED, row, save_tokenizer, split_artifact
+from sft_pipeline_tests.text.tiny import MARKED, save_tokenizer
+from sft_pipeline_tests.tokenized_rows.rows import row, split_artifact
 
 TRAIN = [
     row(("user", f"who may read report {i}"), ("assistant", f"user {i}"), row_id=f"{i:032x}")
@@ -31,9 +35,9 @@ def run(
     name: str = "out",
     tokens: TokensConfig | None = None,
     template: str | None = MARKED,
-    **sides,
+    **splits,
 ) -> tuple[Built, Path]:
-    sides = sides or {"train": TRAIN + BAD, "validation": TRAIN[:3], "test": TRAIN[3:5]}
+    splits = splits or {"train": TRAIN + BAD, "validation": TRAIN[:3], "test": TRAIN[3:5]}
     folder = save_tokenizer(tmp_path / "tokenizer", template)
     config = TokenizedRowsConfig(
         tokenizer=str(folder),
@@ -43,7 +47,7 @@ def run(
     )
     out = tmp_path / name
     out.mkdir()
-    split = split_artifact(tmp_path / f"split-{name}", **sides)
+    split = split_artifact(tmp_path / f"split-{name}", **splits)
     return build(
         Build(
             config=config, inputs={"grouped_split": split}, out=out, work=tmp_path / "work", report=Reporter()
@@ -72,7 +76,7 @@ def test_rows_read_are_rows_written_and_rejects(tmp_path):
     )
 
 
-def test_the_columns_hold_what_they_say(tmp_path):
+def test_columns_and_formatting_json_describe_the_rows(tmp_path):
     _, out = run(tmp_path)
     rows = list(read_rows(sorted((out / "train").glob("*.parquet"))))
     assert pq.read_schema(next((out / "train").glob("*.parquet"))).equals(TOKENIZED)
@@ -99,7 +103,7 @@ def test_built_twice_it_has_the_same_data_version(tmp_path):
     assert len(versions) == 1
 
 
-def test_a_side_that_loses_all_its_rows_fails_a_blocking_check(tmp_path):
+def test_a_split_that_loses_all_its_rows_fails_a_blocking_check(tmp_path):
     built, _ = run(tmp_path, train=TRAIN, validation=BAD)
     checks = {c.name: c for c in built.checks}
     assert not checks["splits_not_empty"].passed and "validation" in checks["splits_not_empty"].description
@@ -107,9 +111,7 @@ def test_a_side_that_loses_all_its_rows_fails_a_blocking_check(tmp_path):
     assert not {c.name: c for c in built.checks}["splits_not_empty"].passed
 
 
-def test_a_tokenizer_that_does_not_give_text_back_is_blocked(tmp_path):
-    from tokenizers import Tokenizer, normalizers
-
+def test_a_tokenizer_that_does_not_decode_to_the_text_fails_a_blocking_check(tmp_path):
     folder = save_tokenizer(tmp_path / "lossy")
     lossy = Tokenizer.from_file(str(folder / "tokenizer.json"))
     lossy.normalizer = normalizers.Lowercase()
@@ -145,13 +147,10 @@ def test_overflow_policies_are_counted(tmp_path, policy):
 
 
 def test_declaring_the_stage_imports_nothing_heavy():
-    import subprocess
-    import sys
-
-    code = "import sys, sft_pipeline.stages.tokenized_rows.asset, sft_pipeline.stages.packed_shards.asset; print([m for m in ('torch', 'transformers', 'pyarrow', 'tokenizers', 'matplotlib', 'numpy') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
+    code = (
+        "import sys, sft_pipeline.stages.tokenized_rows.asset, sft_pipeline.stages.packed_shards.asset\n"
+        "heavy = ('torch', 'transformers', 'pyarrow', 'tokenizers', 'matplotlib', 'numpy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,34 +1,40 @@
-"""Whole columns against row by row: equal examples for every row that comes back, whatever the template does."""
+"""Whole columns against row by row: equal examples for every row that is encoded as a column."""
 
 import json
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_pipeline.stages.tokenized_rows import word_cache
 from sft_pipeline.stages.tokenized_rows.column_encoder import ColumnEncoder
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of
 from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RowEncoder, to_batch
 from sft_pipeline.stages.tokenized_rows.row_layout import find_layout
+from sft_pipeline.tables.schemas import ROWS
 from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
-from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SPLIT, row, tiny_tokenizer
+from sft_pipeline_tests.text.tiny import CHATML, MARKED, tiny_tokenizer
+from sft_pipeline_tests.tokenized_rows.rows import row
 
 _END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 _TURN = "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
 BRANCHING = (
-    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' %}"
+    "{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{% if c.startswith('the') and loop.last %}{% set c = c + ' (the)' %}{% endif %}{% endif %}"
     + _TURN
     + "{% endfor %}"
     + _END
 )
 THINKING = (
-    "{% macro shown(text) %}{{ text }}{% endmacro %}{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
-    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ shown(m.content) }}{{ '<|im_end|>\n' }}{% endfor %}"
-    + _END
+    "{% macro body(text) %}{{ text }}{% endmacro %}"
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ body(m.content) }}{{ '<|im_end|>\n' }}{% endfor %}" + _END
 )
 TRIMMING = "{% for m in messages %}{% set c = m.content | trim %}" + _TURN + "{% endfor %}" + _END
 CAPTURING = (
@@ -81,14 +87,30 @@ def conversations(draw):
     return row(*messages, weights=weights, tools=draw(st.sampled_from([None, None, [{"name": "look_up"}]])))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cuts_are_found_once() -> Iterator[None]:
+    """Finding where a pre-tokenizer cuts takes 0.35 s, and each example here makes an encoder of its own."""
+    found, find = {}, word_cache._where_it_cuts
+
+    def find_once(backend):
+        key = bytes(backend.pre_tokenizer.__getstate__())
+        if key not in found:
+            found[key] = find(backend)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_cache, "_where_it_cuts", find_once)
+        yield
+
+
 def compare(rows, template, tokens, system=None, tokenizer=None):
-    """How many of the rows came back as columns; each must be what the row encoder makes of it."""
+    """How many of the rows are encoded as columns; the row encoder must make the same of each of them."""
     tokenizer = tokenizer or tiny_tokenizer(template)
     loaded = load_template(template if tokenizer.folder.name else "tokenizer", tokenizer)
     fast = ColumnEncoder(tokenizer, loaded, tokens, system)
     exact = RowEncoder(tokenizer, loaded, tokens, system).encode(rows)
-    batch = pa.RecordBatch.from_pylist(rows, schema=SPLIT)
-    for _ in range(2):  # the second time with what was learnt the first time
+    batch = pa.RecordBatch.from_pylist(rows, schema=ROWS)
+    for _ in range(2):  # the second time with the layouts and words of the first
         found = fast.encode(batch)
         for at, index in enumerate(found.rows.tolist()):
             result = exact[index]
@@ -121,7 +143,7 @@ PLAIN_ROWS = [
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ordinary_rows_do_come_back(name):
+def test_ordinary_rows_are_all_encoded_as_columns(name):
     assert compare(PLAIN_ROWS, TEMPLATES[name], TokensConfig()) == len(PLAIN_ROWS)
 
 
@@ -130,12 +152,12 @@ def test_rows_whose_text_changes_the_rendering_are_left_to_the_row_encoder():
         row(("user", "which key"), ("assistant", text))
         for text in ("rotate the key", "</think> it is stale", "rotate it now", " it is stale")
     ]
-    assert compare(rows, BRANCHING, TokensConfig()) == 2  # "the" and "</think>" are asked for
+    assert compare(rows, BRANCHING, TokensConfig()) == 2  # the template tests for "the" and "</think>"
     assert compare(rows, CHATML, TokensConfig()) == 4
     assert compare(rows, TRIMMING, TokensConfig()) == 3  # white space at the edge is trimmed
 
 
-def test_any_text_may_come_back_but_for_forged_control_tokens():
+def test_unusual_text_is_encoded_as_columns_but_forged_control_tokens_are_not():
     rows = [
         row(("user", "é\x0b"), ("assistant", "naïve 😀")),
         row(("user", "a <|im_end|>"), ("assistant", "never again")),
@@ -185,7 +207,7 @@ def test_templates_that_keep_the_content_have_a_layout(expression):
 @pytest.mark.parametrize(
     "test", ["c | length > 3000", "c | length < 3", "c is lower", "'&' in c", "c | int > 0"]
 )
-def test_templates_that_ask_what_no_string_constant_shows_have_no_layout(test):
+def test_templates_that_test_contents_without_a_string_constant_have_no_layout(test):
     source = (
         "{% for m in messages %}{% set c = m.content %}{% if "
         + test
@@ -211,7 +233,7 @@ def test_templates_that_ask_what_no_string_constant_shows_have_no_layout(test):
         ("gpt2", "llama3"),
     ],
 )
-def test_real_rows_under_real_tokenizers(shared_data, name, template, supervise):
+def test_rows_of_gsm8k_under_real_tokenizers_are_encoded_as_columns(shared_data, name, template, supervise):
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:250]
     asked = [json.loads(line) for line in lines]
     rows = [row(("user", r["question"]), ("assistant", r["answer"])) for r in asked]

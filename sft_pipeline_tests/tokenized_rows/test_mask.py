@@ -9,7 +9,8 @@ from sft_pipeline.stages.tokenized_rows.row_encoder import Example, RejectedRow,
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
-from sft_pipeline_tests.tokenized_rows.tiny import CHATML, MARKED, SHORT, row, tiny_tokenizer
+from sft_pipeline_tests.text.tiny import CHATML, MARKED, SHORT, tiny_tokenizer
+from sft_pipeline_tests.tokenized_rows.rows import row
 
 
 def encoder(template: str = CHATML, name: str = "tokenizer", **tokens) -> RowEncoder:
@@ -26,7 +27,7 @@ def example(e: RowEncoder, given_row: dict) -> Example:
     return x
 
 
-def learnt(e: RowEncoder, x: Example) -> list[str]:
+def supervised_texts(e: RowEncoder, x: Example) -> list[str]:
     """The text of each supervised stretch."""
     out, current = [], []
     for token, label in zip(x.input_ids.tolist(), x.labels.tolist(), strict=True):
@@ -37,7 +38,7 @@ def learnt(e: RowEncoder, x: Example) -> list[str]:
     return [*out, e.tokenizer.decode(current)] if current else out
 
 
-def test_five_prefix_tokens_and_two_target_tokens_end_of_turn_included_give_5_masked_2_supervised():
+def test_five_prompt_tokens_are_masked_and_answer_and_stop_token_are_supervised():
     e = encoder(SHORT)
     x = example(e, row(("user", "xyz"), ("assistant", "q")))
     start, end = e.tokenizer.control["<|im_start|>"], e.tokenizer.control["<|im_end|>"]
@@ -81,9 +82,9 @@ MULTI = (
     ],
 )
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_modes(supervise, expected, template):
+def test_each_mode_supervises_its_turns(supervise, expected, template):
     e = encoder(template, supervise=supervise)
-    assert learnt(e, example(e, row(*MULTI))) == expected
+    assert supervised_texts(e, example(e, row(*MULTI))) == expected
     assert e.encode([row(*MULTI)])[0].marks_agree is (None if template == CHATML else True)
 
 
@@ -91,13 +92,13 @@ def test_all_supervises_everything_but_the_first_position_and_weight_0_messages(
     e = encoder(supervise="all")
     x = example(e, row(*MULTI))
     assert (x.labels[1:] == x.input_ids[1:]).all() and x.labels[0] == IGNORE_LABEL
-    weightless = learnt(e, example(e, row(*MULTI, weights=[None, 0.0, 0.0])))
+    weightless = supervised_texts(e, example(e, row(*MULTI, weights=[None, 0.0, 0.0])))
     assert not any("one?" in t or "first" in t for t in weightless) and any("second" in t for t in weightless)
 
 
 def test_weight_0_takes_a_turn_out_and_a_row_without_any_is_rejected():
     e = encoder(supervise="assistant")
-    assert learnt(e, example(e, row(*MULTI, weights=[None, None, 0.0]))) == [
+    assert supervised_texts(e, example(e, row(*MULTI, weights=[None, None, 0.0]))) == [
         "second<|im_end|>",
         "third<|im_end|>",
     ]
@@ -105,25 +106,26 @@ def test_weight_0_takes_a_turn_out_and_a_row_without_any_is_rejected():
     assert isinstance(refused, RejectedRow) and refused.reason is Reason.NOTHING_SUPERVISED
 
 
-def test_a_token_never_forms_across_the_prompt_and_the_answer():
-    """The header ends in a newline and so does the answer begin: a server would have encoded them apart."""
+def test_no_token_forms_across_the_end_of_the_prompt():
+    """The prompt ends with a newline and the answer begins with one; a server encodes the prompt alone."""
     tokenizer = tiny_tokenizer()
     e = encoder()
     x = example(e, row(("user", "who"), ("assistant", "\n\nthe user")))
     prompt = tokenizer.ids("<|im_start|>user\nwho<|im_end|>\n<|im_start|>assistant\n")
     assert x.input_ids[: x.prompt_length].tolist() == prompt
-    assert learnt(e, x) == ["\n\nthe user<|im_end|>"]
+    assert supervised_texts(e, x) == ["\n\nthe user<|im_end|>"]
 
 
 THINKING = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if loop.last and '</think>' not in m.content else '')"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n'"
+    " + ('<think>\n\n</think>\n\n' if loop.last and '</think>' not in m.content else '')"
     " + (m.content if loop.last else m.content.split('</think>')[-1].lstrip()) + '<|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
+def test_earlier_turns_that_the_template_shortens_are_not_supervised():
     e = encoder(THINKING, supervise="assistant")
     (outcome,) = e.encode(
         [
@@ -136,18 +138,18 @@ def test_templates_that_rewrite_history_supervise_only_turns_that_are_whole():
         ]
     )
     (x,) = outcome.examples
-    assert learnt(e, x) == ["<think>\n\n</think>\n\nsecond<|im_end|>"]
+    assert supervised_texts(e, x) == ["<think>\n\n</think>\n\nsecond<|im_end|>"]
     assert outcome.turns_not_supervised == 1
     assert outcome.inserted == ("<think>\n\n</think>\n\n", "")
 
 
-def test_a_template_whose_history_is_not_the_prompt_rejects_the_row():
+def test_a_row_that_does_not_begin_with_its_prompt_is_rejected():
     different = CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\nSure: ' }}")
     (refused,) = encoder(different).encode([row(("user", "a"), ("assistant", "b"))])
     assert isinstance(refused, RejectedRow) and refused.reason is Reason.PROMPT_NOT_PREFIX
 
 
-def test_a_template_that_loses_the_completion_rejects_the_row():
+def test_a_row_whose_completion_the_template_drops_is_rejected():
     (refused,) = encoder(CHATML.replace("m.content", "m.content[:3]")).encode(
         [row(("user", "ab"), ("assistant", "abcdef"))]
     )
@@ -198,7 +200,7 @@ def test_no_label_is_on_a_prompt_token_and_decoding_gives_completion_and_stop(
     assert (x.labels[supervised] == x.input_ids[supervised]).all() and not supervised[0]
     if supervise == "completion":
         assert not supervised[: len(prompt)].any()
-    last = learnt(e, x)[-1]
+    last = supervised_texts(e, x)[-1]
     assert last.endswith(e.template.stop or "") and turns[-1][1].strip() in last
     assert e.template.render(plain).startswith(e.tokenizer.decode(prompt) + last)
-    assert all(any(a.strip() in text for _, a in turns) for text in learnt(e, x))
+    assert all(any(a.strip() in text for _, a in turns) for text in supervised_texts(e, x))

@@ -1,4 +1,4 @@
-"""Rows longer than max_length: rejected, shortened or split, and never without a trace."""
+"""Rows longer than max_length: rejected, shortened or split, and counted."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncod
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
-from sft_pipeline_tests.tokenized_rows.tiny import row, tiny_tokenizer
+from sft_pipeline_tests.text.tiny import tiny_tokenizer
+from sft_pipeline_tests.tokenized_rows.rows import row
 
 LONG_ANSWER = row(("user", "who may read"), ("assistant", " ".join(f"part{i}" for i in range(40))))
 LONG_PROMPT = row(("user", " ".join(f"word{i}" for i in range(40))), ("assistant", "the user"))
@@ -29,7 +30,7 @@ def whole(given: dict, **tokens):
 
 
 @pytest.mark.parametrize("policy", ["reject", "split", "truncate_answer"])
-def test_a_prompt_that_fills_max_length_is_rejected_by_the_truncation_guard(policy):
+def test_a_prompt_that_fills_max_length_is_rejected(policy):
     full = whole(LONG_PROMPT)
     for limit in (full.prompt_length, full.prompt_length - 3):
         e = encoder(limit, policy)
@@ -41,16 +42,14 @@ def test_reject_keeps_a_row_that_just_fits_and_rejects_one_token_more():
     full = whole(LONG_ANSWER)
     (x,) = encoder(len(full.input_ids), "reject").encode([LONG_ANSWER])[0].examples
     assert x.truncated == 0
-    (outcome,) = encoder(len(full.input_ids) - 1, "reject").encode(
-        [LONG_ANSWER]
-    )  # only the newline after the stop is lost
-    (x,) = outcome.examples
+    # One token less: only the newline after the stop token is lost.
+    (x,) = encoder(len(full.input_ids) - 1, "reject").encode([LONG_ANSWER])[0].examples
     assert x.truncated == 0 and (x.labels != IGNORE_LABEL).sum() == (full.labels != IGNORE_LABEL).sum()
     (refused,) = encoder(len(full.input_ids) - 2, "reject").encode([LONG_ANSWER])
     assert isinstance(refused, RejectedRow) and refused.reason is Reason.TOO_LONG
 
 
-def test_truncate_answer_loses_the_end_and_its_stop_and_says_so():
+def test_truncate_answer_cuts_the_end_with_its_stop_token_and_counts_the_tokens():
     full = whole(LONG_ANSWER)
     e = encoder(40, "truncate_answer")
     (x,) = e.encode([LONG_ANSWER])[0].examples
@@ -61,14 +60,13 @@ def test_truncate_answer_loses_the_end_and_its_stop_and_says_so():
     assert x.truncated == len(full.input_ids) - 40
 
 
-def test_truncate_prompt_gives_the_prompt_of_a_shorter_conversation():
+def test_truncate_prompt_gives_the_served_prompt_of_a_shorter_conversation():
     e = encoder(60, "truncate_prompt")
     (x,) = e.encode([LONG_PROMPT])[0].examples
     text = e.tokenizer.decode(x.input_ids.tolist())
     question = text.removeprefix("<|im_start|>user\n").split("<|im_end|>")[0]
-    assert 0 < len(question) < len(LONG_PROMPT["messages"][0]["content"]) and LONG_PROMPT["messages"][0][
-        "content"
-    ].endswith(question)
+    whole_question = LONG_PROMPT["messages"][0]["content"]
+    assert 0 < len(question) < len(whole_question) and whole_question.endswith(question)
     prompt = e.tokenizer.ids(
         e.template.render([{"role": "user", "content": question}], add_generation_prompt=True)
     )
@@ -97,7 +95,7 @@ def test_truncate_prompt_rejects_an_answer_that_does_not_fit_by_itself():
 
 
 @pytest.mark.parametrize("limit", [40, 64, 100])
-def test_split_learns_every_supervised_token_once(limit):
+def test_split_supervises_every_token_in_one_part(limit):
     full = whole(LONG_ANSWER)
     e = encoder(limit, "split")
     parts = e.encode([LONG_ANSWER])[0].examples
@@ -106,8 +104,8 @@ def test_split_learns_every_supervised_token_once(limit):
         len(p.input_ids) <= limit and (p.labels != IGNORE_LABEL).any() and p.labels[0] == IGNORE_LABEL
         for p in parts
     )
-    learnt = np.concatenate([p.labels[p.labels != IGNORE_LABEL] for p in parts])
-    assert learnt.tolist() == full.labels[full.labels != IGNORE_LABEL].tolist()
+    supervised = np.concatenate([p.labels[p.labels != IGNORE_LABEL] for p in parts])
+    assert supervised.tolist() == full.labels[full.labels != IGNORE_LABEL].tolist()
     assert (
         parts[0].input_ids[: parts[0].prompt_length].tolist() == full.input_ids[: full.prompt_length].tolist()
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sft_pipeline.errors import InputError
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
 from sft_pipeline.stages.tokenized_rows.served_prompts import find_skew
@@ -16,7 +15,7 @@ from sft_pipeline.text.conversation import conversation
 from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
-from sft_pipeline_tests.tokenized_rows.tiny import row
+from sft_pipeline_tests.tokenized_rows.rows import row
 
 pytestmark = pytest.mark.shared_data
 
@@ -64,7 +63,7 @@ def load(shared_data: Path):
 
 
 def served(tokenizer: Tokenizer):
-    """transformers' view of the same tokenizer.json (AutoTokenizer drops part of SmolLM2's)."""
+    """The same tokenizer.json, loaded by transformers (AutoTokenizer drops part of SmolLM2's)."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(tokenizer.folder))
@@ -86,9 +85,11 @@ def test_prompt_ids_equal_apply_chat_template_and_rows_decode(load, name):
         assert not isinstance(outcome, RejectedRow), (given["messages"], outcome)
         (x,) = outcome.examples
         assert x.input_ids[: x.prompt_length].tolist() == prompt
-        learnt = tokenizer.decode(x.labels[x.labels != IGNORE_LABEL].tolist())
-        assert learnt.endswith(template.stop or "") and (x.labels[: x.prompt_length] == IGNORE_LABEL).all()
-        assert "".join(plain.completion.split()) in "".join(learnt.split())
+        supervised = tokenizer.decode(x.labels[x.labels != IGNORE_LABEL].tolist())
+        assert (
+            supervised.endswith(template.stop or "") and (x.labels[: x.prompt_length] == IGNORE_LABEL).all()
+        )
+        assert "".join(plain.completion.split()) in "".join(supervised.split())
         joined = other(text, add_special_tokens=False)["input_ids"]
         if joined[: len(prompt)] == prompt and not plain.completion[:1].isspace():
             assert x.input_ids.tolist() == joined
@@ -107,18 +108,14 @@ def test_named_templates_never_add_tokens_and_end_turns_with_the_tokenizers_eos(
     for given, outcome in zip(ROWS, e.encode(ROWS), strict=True):
         assert not isinstance(outcome, RejectedRow), (given["messages"], outcome)
         (x,) = outcome.examples
-        learnt = x.labels[x.labels != IGNORE_LABEL]
-        assert learnt[-1] == tokenizer.id_of("eos_token") and x.input_ids.max() < tokenizer.vocab_size
+        supervised = x.labels[x.labels != IGNORE_LABEL]
+        assert supervised[-1] == tokenizer.id_of("eos_token") and x.input_ids.max() < tokenizer.vocab_size
         assert (x.input_ids[:1].tolist() == [tokenizer.id_of("bos_token")]) or not tokenizer.adds_bos
         prompt = named.render(conversation(given).messages[:-1], add_generation_prompt=True)
         assert x.input_ids[: x.prompt_length].tolist() == tokenizer.ids(prompt)
 
 
-def test_phi_3_ends_turns_with_a_token_that_is_not_eos(load):
-    assert load_template("tokenizer", load("phi-3-mini")).stop == "<|end|>"
-
-
-def test_an_empty_thinking_block_is_reported_and_history_without_thinking_is_supervised(load):
+def test_an_empty_thinking_block_is_reported_and_shortened_turns_are_counted(load):
     tokenizer = load("qwen3")
     e = RowEncoder(
         tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096, supervise="assistant")
@@ -128,7 +125,7 @@ def test_an_empty_thinking_block_is_reported_and_history_without_thinking_is_sup
     assert thinking.turns_not_supervised == 1
 
 
-def test_a_template_that_always_opens_with_thinking_refuses_a_row_that_thinks(load):
+def test_a_row_with_thinking_is_rejected_where_the_prompt_already_opens_a_thinking_block(load):
     tokenizer = load("minimind-6400")
     e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096))
     (refused,) = e.encode([row(("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"))])
@@ -147,13 +144,7 @@ def test_skew_of_smollm2_is_found_and_qwen3_has_none(load):
     assert not find_skew(qwen, load_template("tokenizer", qwen), texts).found
 
 
-def test_a_tokenizer_without_a_template_asks_for_a_named_one(load):
-    with pytest.raises(InputError, match="chatml"):
-        load_template("tokenizer", load("gpt2"))
-
-
-def test_real_answers_keep_their_ids(load, shared_data):
-    """Encoding prompt and answer apart changes nothing on real rows."""
+def test_encoding_prompt_and_answer_apart_keeps_the_ids_of_gsm8k(load, shared_data):
     tokenizer = load("qwen3")
     e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig(max_length=4096))
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]

@@ -1,4 +1,4 @@
-"""Cost follows the change: rows tokenized before are taken over by their content, and nothing else is."""
+"""Cost follows the change: rows tokenized before are reused by their content, and no others."""
 
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from sft_pipeline.stages.tokenized_rows.word_cache import WordCache
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline.tables.parquet import read_rows
 from sft_pipeline.tables.schemas import IGNORE_LABEL
-from sft_pipeline_tests.tokenized_rows.tiny import CHATML, FakeArtifact, row, save_tokenizer, split_artifact
+from sft_pipeline_tests.text.tiny import CHATML, save_tokenizer
+from sft_pipeline_tests.tokenized_rows.rows import FakeArtifact, row, split_artifact
 
 LONG = row(("user", "who"), ("assistant", "user " * 90), row_id="a" * 32)
 FORGED = row(("user", "hi<|im_end|>"), ("assistant", "no"), row_id="f" * 32)
@@ -37,7 +38,7 @@ def numbered(count: int, start: int = 0) -> list[dict]:
     ]
 
 
-class Told(Reporter):
+class RecordingReporter(Reporter):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
@@ -46,7 +47,9 @@ class Told(Reporter):
         self.lines.append(message)
 
 
-def run(tmp_path: Path, name: str, earlier: tuple = (), **sides) -> tuple[Built, FakeArtifact, Told]:
+def run(
+    tmp_path: Path, name: str, earlier: tuple = (), **splits
+) -> tuple[Built, FakeArtifact, RecordingReporter]:
     folder = tmp_path / "tokenizer"
     if not folder.exists():
         save_tokenizer(folder, CHATML)
@@ -54,21 +57,21 @@ def run(tmp_path: Path, name: str, earlier: tuple = (), **sides) -> tuple[Built,
     config = TokenizedRowsConfig(
         tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=tokens
     )
-    out, told = tmp_path / name, Told()
+    out, report = tmp_path / name, RecordingReporter()
     out.mkdir()
-    inputs = {"grouped_split": split_artifact(tmp_path / f"split-{name}", **sides)}
+    inputs = {"grouped_split": split_artifact(tmp_path / f"split-{name}", **splits)}
     built = stage_build.build(
         Build(
             config=config,
             inputs=inputs,
             out=out,
             work=tmp_path / f"work-{name}",
-            report=told,
+            report=report,
             earlier=earlier,
         )
     )
     (out / "config.json").unlink(missing_ok=True)
-    return built, FakeArtifact(out), told
+    return built, FakeArtifact(out), report
 
 
 def version(built: Built, artifact: FakeArtifact) -> str:
@@ -90,30 +93,28 @@ def test_only_changed_rows_are_tokenized_and_the_bytes_are_those_of_a_cold_build
         r |= {"row_id": f"{i + 5000:032x}", "group": f"g{i}", "line": i, "file": "other.jsonl"}
     edited = row(("user", "who may read report 7"), ("assistant", "nobody"), row_id=after[10]["row_id"])
     after[10] = edited  # an edited row under an old name
-    sides = {"train": after + numbered(2, 300), "validation": numbered(5, 100), "test": numbered(4, 201)}
-    built, warm, _ = run(tmp_path, "warm", (old,), **sides)
-    cold_built, cold, _ = run(tmp_path, "cold", **sides)
+    splits = {"train": after + numbered(2, 300), "validation": numbered(5, 100), "test": numbered(4, 201)}
+    built, warm, _ = run(tmp_path, "warm", (old,), **splits)
+    cold_built, cold, _ = run(tmp_path, "cold", **splits)
     assert (built.counts["rows_tokenized"], built.counts["rows_reused"]) == (3, 70)
     assert cold_built.counts["rows_reused"] == 0
     assert version(built, warm) == version(cold_built, cold)
-    told = {
-        k: v for k, v in built.counts.items() if not k.startswith(("rows_tok", "rows_reu", "by_", "compared"))
-    }
-    assert (
-        told == {k: cold_built.counts[k] for k in told} and told["split"] == 1 and told["rows_rejected"] == 1
-    )
+    how = ("rows_tokenized", "rows_reused", "by_columns", "by_rows", "compared")
+    counts = {k: v for k, v in built.counts.items() if k not in how}
+    assert counts == {k: cold_built.counts[k] for k in counts}
+    assert counts["split"] == 1 and counts["rows_rejected"] == 1
     assert [r["row_id"] for r in read_rows([warm.file("rejects.parquet")])] == [after[0]["row_id"]]
     assert all(c.passed for c in built.checks if c.name not in ("reject_rate",))
 
 
-def test_several_earlier_builds_are_asked(tmp_path):
+def test_rows_are_taken_from_several_earlier_builds(tmp_path):
     _, one, _ = run(tmp_path, "one", train=numbered(20))
     _, two, _ = run(tmp_path, "two", train=numbered(20, 20))
     built, _, _ = run(tmp_path, "three", (two, one), train=numbered(41))
     assert (built.counts["rows_tokenized"], built.counts["rows_reused"]) == (1, 40)
 
 
-def test_fast_and_slow_give_the_same_bytes_and_say_how_many(tmp_path, monkeypatch):
+def test_the_fast_and_the_reference_encoder_write_the_same_bytes_and_count_their_rows(tmp_path, monkeypatch):
     fast_built, fast, _ = run(tmp_path, "fast", train=[*numbered(60), LONG, FORGED])
     assert fast_built.counts["by_columns"] > 40 and fast_built.counts["compared"] >= 8
     monkeypatch.setattr(stage_build, "COMPARED", 1000)
@@ -122,22 +123,22 @@ def test_fast_and_slow_give_the_same_bytes_and_say_how_many(tmp_path, monkeypatc
     assert version(fast_built, fast) == version(slow_built, slow)
 
 
-def test_a_fast_encoder_that_errs_is_found_out_and_not_used(tmp_path, monkeypatch):
-    exact, sides = WordCache._encode, {"train": [*numbered(60), LONG, FORGED]}
-    good_built, good, _ = run(tmp_path, "good", **sides)
+def test_when_the_fast_encoder_differs_the_reference_encodes_all_rows(tmp_path, monkeypatch):
+    exact, splits = WordCache._encode, {"train": [*numbered(60), LONG, FORGED]}
+    good_built, good, _ = run(tmp_path, "good", **splits)
 
-    def merged_otherwise(self: WordCache, texts: list[str]) -> list[bytes]:
-        """Bytes one by one: the text is right, the ids are not those of the tokenizer."""
+    def ids_of_single_bytes(self: WordCache, texts: list[str]) -> list[bytes]:
+        """They decode to the text, but are not the ids of the tokenizer."""
         return [
             b"".join(exact(self, list(text))) if text.isascii() else ids
             for text, ids in zip(texts, exact(self, texts))
         ]
 
-    monkeypatch.setattr(WordCache, "_encode", merged_otherwise)
-    built, artifact, told = run(tmp_path, "erring", **sides)
+    monkeypatch.setattr(WordCache, "_encode", ids_of_single_bytes)
+    built, artifact, report = run(tmp_path, "erring", **splits)
     assert version(built, artifact) == version(good_built, good)
     assert built.counts["by_columns"] == 0 and any(
-        "differs from the reference" in line for line in told.lines
+        "differs from the reference" in line for line in report.lines
     )
     assert "differs from the reference" in str(built.evidence["encoding"].value)
 
@@ -154,7 +155,7 @@ def test_few_new_rows_go_row_by_row(tmp_path):
 
 @settings(max_examples=200, deadline=None)
 @given(rows=st.lists(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=3), max_size=6))
-def test_what_is_supervised_is_told_by_its_spans(rows):
+def test_spans_record_the_mask_of_each_row(rows):
     """Rows of examples of tokens, each supervised or not."""
     examples = [mask for row in rows for mask in row]
     flat = np.array([on for mask in examples for on in mask], dtype=bool)
@@ -176,7 +177,7 @@ def test_what_is_supervised_is_told_by_its_spans(rows):
 
 
 @pytest.mark.parametrize("held", [0, 3_000, 1 << 20])
-def test_tokens_come_in_any_order_from_little_memory(tmp_path, monkeypatch, held):
+def test_token_groups_give_ids_in_any_order_within_a_memory_bound(tmp_path, monkeypatch, held):
     monkeypatch.setattr(row_cache, "HELD_BYTES", held)
     rng = np.random.default_rng(5)
     lengths = rng.integers(1, 20, 300)

@@ -1,4 +1,4 @@
-"""Texts as distinct words against the reference: the same ids for any text, under any known way of cutting."""
+"""Texts encoded piece by piece: the ids of the reference for any text, under any way of cutting."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from sft_pipeline.stages.tokenized_rows.word_cache import NoFastPath, WordCache
 from sft_pipeline.text.tokenizer import make_tokenizer
-from sft_pipeline_tests.tokenized_rows.tiny import SPECIAL, tiny_backend
+from sft_pipeline_tests.text.tiny import SPECIAL, tiny_backend
 
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -57,7 +57,7 @@ CUTS = {
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
-    "looking on": [
+    "lookahead": [
         pre_tokenizers.Split(Regex(r"[a-z]+(?=\d)|\d"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
@@ -77,7 +77,8 @@ def tokenizer(cuts, normalizer=None):
     return make_tokenizer(backend, special=dict(SPECIAL))
 
 
-NEVER_CUT = {"symbols are no punctuation", "looking on", "nothing"}  # their words are not always cut before a space
+# Their words are not always cut before a space.
+NEVER_CUT = {"symbols are no punctuation", "lookahead", "nothing"}
 MADE = {name: tokenizer(cuts, normalizers.NFC()) for name, cuts in CUTS.items()}
 FAST = {name: WordCache(made) for name, made in MADE.items() if name not in NEVER_CUT}
 ANY = st.text(max_size=30)

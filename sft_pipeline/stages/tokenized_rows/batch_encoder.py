@@ -1,6 +1,6 @@
 """Batches of grouped_split as examples: whole columns where that is certain, row by row where it must be.
 
-A sample of what was encoded as columns is encoded row by row too, by the reference tokenizer, and compared.
+A sample of the rows that were encoded as columns is encoded row by row as well, and compared.
 """
 
 import json
@@ -29,12 +29,12 @@ class FastPathDiffers(Exception):
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What became of rows of grouped_split; all in their order.
+    """The results of a batch of grouped_split, in the order of its rows.
 
     Attributes:
         outcomes: One line per row, in the schema OUTCOMES.
-        examples: Of the accepted ones, in the schema TOKENIZED.
-        numbers: by_columns, by_rows and compared (rows).
+        examples: Those of the accepted rows, in the schema TOKENIZED.
+        numbers: Rows by_columns, by_rows and compared.
         why_not: Why no row can be encoded as a column, where that is so.
     """
 
@@ -79,7 +79,7 @@ class BatchEncoder:
             compared: bool (rows,): which of them are encoded row by row as well, where they come as columns.
 
         Raises:
-            FastPathDiffers: One of these came out differently.
+            FastPathDiffers: One of these got another result.
         """
         columns = self._by_columns(rows)
         by_row = np.ones(rows.num_rows, dtype=bool)

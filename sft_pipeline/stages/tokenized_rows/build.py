@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +20,23 @@ from sft_pipeline.stages.tokenized_rows.batch_encoder import (
 )
 from sft_pipeline.stages.tokenized_rows.checks import checks
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
-from sft_pipeline.stages.tokenized_rows.formatting import formatting_of
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE
 from sft_pipeline.stages.tokenized_rows.report import evidence
 from sft_pipeline.stages.tokenized_rows.row_cache import RowCache
 from sft_pipeline.stages.tokenized_rows.served_prompts import PromptSample, find_skew, known_skew
 from sft_pipeline.stages.tokenized_rows.stats import StageStats
 from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
-from sft_pipeline.store.files import write_json
+from sft_pipeline.store.files import sha256_json, write_json
 from sft_pipeline.tables.parquet import BackgroundWriter, FileWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
+from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
+from sft_pipeline.text.tokenizer import Tokenizer
 
 BATCH = 4_096
 COMPARED = 2_000  # rows encoded both ways, at least; where there are not twice as many, all go row by row
-WORTH_PROCESSES = (
-    8_000  # new rows; a worker process first imports and loads the tokenizer, which takes a second
-)
+WORTH_PROCESSES = 8_000  # new rows; a worker process first needs a second to load the tokenizer
+_COUNTED: tuple[str, ...] = ("tokens", "supervised_tokens", "truncated", "split", "neutralised")
+_COUNTED += ("turns_not_supervised", "by_columns", "by_rows", "compared")
 _COLUMNS = ["row_id", "source", "file", "line", "group", "messages", "tools", "content_key"]
 
 
@@ -43,7 +45,7 @@ class Batch:
     """A batch of one split.
 
     Attributes:
-        found: int64 (rows,), the row of the earlier builds that is the same (-1: none).
+        found: int64 (rows,), for each row the same row of an earlier build (-1: none).
         new: The rows that have none.
         compared: bool (new rows,), which of them are encoded both ways where they are encoded as columns.
     """
@@ -56,7 +58,7 @@ class Batch:
 
 
 def build(b: Build) -> Built:
-    """Renders, tokenizes and masks every row of every split; rejects.parquet has the others, with reasons."""
+    """Renders, tokenizes and masks the rows of every split; those rejected are in rejects.parquet."""
     config: TokenizedRowsConfig = b.config
     encoder, sample = BatchEncoder(config, fast=True), PromptSample()
     try:
@@ -73,7 +75,7 @@ def build(b: Build) -> Built:
     n = stats.numbers
     on_disk = {split: count_rows(sorted((b.out / split).glob("*.parquet"))) for split in SPLITS}
     rejected_on_disk = count_rows([b.out / "rejects.parquet"])
-    formatting = formatting_of(config, encoder.tokenizer, encoder.template) | {"counts": stats.summed_up()}
+    formatting = _formatting(config, encoder.tokenizer, encoder.template) | {"counts": stats.summed_up()}
     write_json(b.out / "formatting.json", formatting)
     return Built(
         counts={
@@ -84,15 +86,39 @@ def build(b: Build) -> Built:
             "rows_tokenized": n["tokenized"],
             "rows_reused": n["reused"],
             **on_disk,
-            **{
-                name: n[name] for name in ("tokens", "supervised_tokens", "truncated", "split", "neutralised")
-            },
-            **{name: n[name] for name in ("turns_not_supervised", "by_columns", "by_rows", "compared")},
+            **{name: n[name] for name in _COUNTED},
         },
         checks=checks(stats, sample, skew, formatting, on_disk, rejected_on_disk),
         volatile=("plots/",),
         evidence=evidence(stats, formatting, config, encoder.tokenizer, b.out),
     )
+
+
+def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, Any]:
+    """What formatting.json records; everything that serves or evaluates the model must use the same."""
+    stop_ids = tokenizer.ids(template.stop) if template.stop else []
+    stop = stop_ids[0] if len(stop_ids) == 1 else None
+    ends = {i for i in (stop, tokenizer.id_of("eos_token"), *tokenizer.generation_eos) if i is not None}
+    mask = {**config.tokens.model_dump(mode="json"), "system": config.template.system}
+    return {
+        "template_sha256": template.sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "mask_sha256": sha256_json(mask),
+        "template_name": "file" if "/" in template.name else template.name,
+        "chat_template": template.text,
+        "chat_template_with_tools": template.tool_text if template.tool_text != template.text else None,
+        "clock": FROZEN_CLOCK.date().isoformat() if template.uses_clock else None,
+        "special_tokens": dict(tokenizer.special),
+        "stop_text": template.stop,
+        "stop_token_id": stop,
+        "stop_token_ids": sorted(ends),
+        "eos_token_id": tokenizer.id_of("eos_token"),
+        "bos_token_id": tokenizer.id_of("bos_token"),
+        "pad_token_id": tokenizer.id_of("pad_token"),
+        "vocab_size": tokenizer.vocab_size,
+        "control_tokens": dict(sorted(tokenizer.control.items(), key=lambda item: item[1])),
+        "mask": mask,
+    }
 
 
 def _encode_all(b: Build, encoder: BatchEncoder, sample: PromptSample) -> StageStats:
@@ -103,7 +129,7 @@ def _encode_all(b: Build, encoder: BatchEncoder, sample: PromptSample) -> StageS
     """
     parts = {split: b.inputs["grouped_split"].parts(split) for split in SPLITS}
     total, done, stats = count_rows(chain(*parts.values())), 0, StageStats()
-    for split in SPLITS:  # what an attempt before this one has written
+    for split in SPLITS:  # an attempt with the fast encoder may have written some
         shutil.rmtree(b.out / split, ignore_errors=True)
     scratch = b.work / "row_cache"
     with ExitStack() as stack:
@@ -149,7 +175,7 @@ def _batches(parts: dict[str, list], cache: RowCache, total: int, every: int) ->
 def _encode(
     encoder: BatchEncoder, batches: Iterator[Batch], new: int
 ) -> Generator[tuple[Batch, EncodedBatch], None, None]:
-    """Every batch in order, with what became of its new rows.
+    """Every batch in order, with the results of its new rows.
 
     Whole columns leave the interpreter free, so threads encode them; rows one by one keep it busy, so where
     most rows go that way and there are many, worker processes do.

@@ -11,7 +11,7 @@ from sft_pipeline.text.reasons import MEANING, Reason
 MAX_REJECT_RATE = 0.05
 
 MAX_BROKEN_RATE = 0.01
-"""Rows that fail a proof are rejected singly; if more than this share do, tokenizer and template do not fit."""
+"""Rows that fail a proof are rejected one by one; beyond this share, tokenizer and template do not fit."""
 
 
 def checks(
@@ -22,7 +22,7 @@ def checks(
     on_disk: Mapping[str, int],
     rejected_on_disk: int,
 ) -> tuple[Check, ...]:
-    """One outcome per declared check.
+    """One result per declared check.
 
     Args:
         formatting: What formatting.json holds.
@@ -43,6 +43,8 @@ def checks(
         for (before, after), rows in stats.inserted.most_common(10)
         if before or after
     ]
+    agreement = f"; the template's generation marks name the same turns in {n['marks_agree']} of {marks} rows"
+    insertion = f"; the template writes text of its own into {sum(w['rows'] for w in written)} answers"
     return (
         Check(
             "supervised_everywhere",
@@ -54,13 +56,8 @@ def checks(
         Check(
             "mask_certificate",
             stats.broken["supervised count is wrong"] == 0 and few(Reason.MASK_DISAGREEMENT),
-            f"both derivations agree on all {n['accepted']} rows kept; {disagreed} rows were rejected because they "
-            "do not"
-            + (
-                f"; the template's own generation marks name the same turns in {n['marks_agree']} of {marks} rows"
-                if marks
-                else ""
-            ),
+            f"both derivations agree on all {n['accepted']} rows kept; {disagreed} rows were rejected "
+            "because they do not" + (agreement if marks else ""),
             {"agreed": number(n["accepted"]), "disagreed": number(disagreed)},
         ),
         Check(
@@ -69,11 +66,7 @@ def checks(
             f"decoding gives back the text of all {n['accepted']} rows kept, the completion in it once; "
             f"{rejected[Reason.DECODE_MISMATCH]} rows were rejected because it does not, "
             f"{rejected[Reason.COMPLETION_NOT_RENDERED]} because the template alters the completion"
-            + (
-                f"; the template writes text of its own into {sum(w['rows'] for w in written)} answers"
-                if written
-                else ""
-            ),
+            + (insertion if written else ""),
             {"inserted_by_the_template": table(written)} if written else {},
         ),
         # Every row is encoded as prompt + rest; a sample is rendered and encoded again from its messages.
@@ -82,16 +75,17 @@ def checks(
             not sample.wrong,
             "every row kept begins with the ids of the prompt that a server sends "
             f"({len(sample.conversations)} rendered and encoded again: {len(sample.wrong)} differ); "
-            f"{rejected[Reason.PROMPT_NOT_PREFIX]} rows were rejected because the template renders their history "
-            "differently",
+            f"{rejected[Reason.PROMPT_NOT_PREFIX]} rows were rejected because the template renders their "
+            "earlier turns differently",
             {"wrong": table(sample.wrong[:10])} if sample.wrong else {},
         ),
         Check(
             "no_forged_control_tokens",
             few(Reason.CONTROL_TOKEN_MISMATCH),
             f"the control tokens of all {n['accepted']} rows kept are those of the template, in order; "
-            f"{rejected[Reason.CONTROL_TOKEN_IN_TEXT]} rows were rejected for literal ones, {n['neutralised']} "
-            f"neutralised, {rejected[Reason.CONTROL_TOKEN_MISMATCH]} rejected for a mismatch",
+            f"{rejected[Reason.CONTROL_TOKEN_IN_TEXT]} rows were rejected for literal ones, "
+            f"{n['neutralised']} neutralised, {rejected[Reason.CONTROL_TOKEN_MISMATCH]} rejected for a "
+            "mismatch",
             {
                 "rejected": number(rejected[Reason.CONTROL_TOKEN_IN_TEXT]),
                 "neutralised": number(n["neutralised"]),
@@ -123,18 +117,11 @@ def _counts(stats: StageStats, on_disk: Mapping[str, int], rejected_on_disk: int
         and n["examples"] == sum(on_disk.values())
         and all(on_disk[split] == stats.written[split] for split in on_disk)
     )
-    further = n["examples"] - n["accepted"]
-    return Check(
-        "counts_add_up",
-        good,
-        f"{read} read = {n['accepted']} accepted + {n['rejected']} rejected"
-        + (f"; {further} further parts of split rows" if further else ""),
-        {
-            "splits": table(
-                [{"split": s, "rows_read": stats.read[s], "examples": count} for s, count in on_disk.items()]
-            )
-        },
-    )
+    description = f"{read} read = {n['accepted']} accepted + {n['rejected']} rejected"
+    if further := n["examples"] - n["accepted"]:
+        description += f"; {further} further parts of split rows"
+    splits = [{"split": s, "rows_read": stats.read[s], "examples": count} for s, count in on_disk.items()]
+    return Check("counts_add_up", good, description, {"splits": table(splits)})
 
 
 def _splits(stats: StageStats) -> Check:
@@ -151,15 +138,12 @@ def _splits(stats: StageStats) -> Check:
 def _rate(stats: StageStats) -> Check:
     n, context_only = stats.numbers, stats.numbers["turns_not_supervised"]
     share = (n["rejected"] + n["truncated"]) / max(n["rows"], 1)
-    description = (
-        f"{n['rejected']} rows rejected and {n['truncated']} truncated of {n['rows']} ({share:.1%})"
-        + (
-            f"; {context_only} assistant turns are context only, because the template or a token boundary changes "
-            "them once they are history"
-            if context_only
-            else ""
+    description = f"{n['rejected']} rows rejected and {n['truncated']} truncated of {n['rows']} ({share:.1%})"
+    if context_only:
+        description += (
+            f"; {context_only} assistant turns are context only, because the template or a token boundary "
+            "changes them in later prompts"
         )
-    )
     reasons = [
         {"reason": str(reason), "rows": count, "meaning": MEANING[Reason(reason)]}
         for reason, count in stats.reasons.most_common()
@@ -178,12 +162,13 @@ def _stop(formatting: Mapping[str, Any]) -> Check:
         problems.append("nothing ends an assistant's turn, so the model never learns to stop")
     elif formatting["stop_token_id"] is None:
         problems.append(
-            f"turns end with the text {formatting['stop_text']!r}, which is several tokens: servers need it as a stop "
-            "string"
+            f"turns end with the text {formatting['stop_text']!r}, which is several tokens: servers need it "
+            "as a stop string"
         )
     if formatting["clock"]:
         problems.append(
-            f"the template reads the clock: rows are rendered as of {formatting['clock']}, a server renders today's date"
+            f"the template reads the clock: rows are rendered as of {formatting['clock']}, a server renders "
+            "today's date"
         )
     good = f"turns end with {formatting['stop_text']!r} (id {formatting['stop_token_id']})"
     return Check("stop_token", not problems, "; ".join(problems) or good)

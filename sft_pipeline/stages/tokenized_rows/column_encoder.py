@@ -18,14 +18,19 @@ import pyarrow.compute as pc
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.row_layout import Boundary, RowLayout, find_layout, find_triggers
-from sft_pipeline.stages.tokenized_rows.word_cache import Ints, NoFastPath, WordCache, text_bytes
+from sft_pipeline.stages.tokenized_rows.word_cache import (
+    Ints,
+    NoFastPath,
+    WordCache,
+    running_totals,
+    text_bytes,
+)
 from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
-MAX_LAYOUTS = (
-    200  # sequences of roles; finding a layout costs a few milliseconds, which rare ones do not repay
-)
+# Sequences of roles. Finding a layout costs a few milliseconds, which rare ones do not repay.
+MAX_LAYOUTS = 200
 TEXT_AT_ONCE = 64 << 20  # bytes of text that are encoded together, unless one row has more
 _WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace())  # what Python's strip() takes away
 Bools = npt.NDArray[np.bool_]
@@ -79,7 +84,7 @@ class ColumnEncoder:
         examples: list[pa.RecordBatch] = []
         layouts: list[RowLayout] = []
         for group in self._groups(batch):
-            for part in _manageable(group):
+            for part in _by_size(group):
                 done, kept = self._encode_group(batch, part)
                 rows.append(kept)
                 examples.append(done)
@@ -93,7 +98,7 @@ class ColumnEncoder:
         return EncodedColumns(indices[order], one_batch(table), layouts, which[order])
 
     def _groups(self, batch: pa.RecordBatch) -> list["_Group"]:
-        """The rows that have a layout and nothing that hinders it, by layout."""
+        """The rows that are rendered as a layout predicts, by layout."""
         messages = batch.column("messages")
         flat = messages.flatten()
         bounds = messages.offsets.to_numpy().astype(np.int64)
@@ -103,7 +108,7 @@ class ColumnEncoder:
             pc.or_(pc.equal(pc.fill_null(content, ""), ""), pc.is_valid(flat.field("tool_calls"))),
             pc.equal(pc.fill_null(flat.field("weight"), 1.0), 0.0),
         )
-        unfit_before = np.concatenate([[0], np.cumsum(unfit.to_numpy(zero_copy_only=False))])
+        unfit_before = running_totals(unfit.to_numpy(zero_copy_only=False))
         fit = (unfit_before[bounds[1:]] == unfit_before[bounds[:-1]]) & (bounds[1:] > bounds[:-1])
         fit &= batch.column("tools").is_null().to_numpy(zero_copy_only=False)
         roles = flat.field("role").dictionary_encode()
@@ -119,7 +124,7 @@ class ColumnEncoder:
             if self._system is not None and "system" not in of_roles:
                 of_roles, contents = ("system", *of_roles), [pa.repeat(self._system, len(rows)), *contents]
             if of_roles[-1] == "assistant" and (layout := self._layout(of_roles)) is not None:
-                group = self._without_hindrances(layout, rows, contents)
+                group = self._as_predicted(layout, rows, contents)
                 groups += [group] if len(group.rows) else []
         return groups
 
@@ -133,36 +138,32 @@ class ColumnEncoder:
                 )
             return self._layouts[roles]
 
-    def _without_hindrances(
-        self, layout: RowLayout, rows: Ints, contents: Sequence[pa.StringArray]
-    ) -> "_Group":
-        """The rows whose contents are rendered as the layout says, with the texts of their segments."""
+    def _as_predicted(self, layout: RowLayout, rows: Ints, contents: Sequence[pa.StringArray]) -> "_Group":
+        """The rows whose contents do not change the rendering, with the texts of their segments."""
         good = np.ones(len(rows), dtype=bool)
         for column in contents:
             good &= ~self._triggers.found_in(column)
             if self._edges_matter:
                 good &= pc.equal(column, pc.utf8_trim(column, _WHITE_SPACE)).to_numpy(zero_copy_only=False)
-        good &= ~_found_in_inserted(
-            contents[-1], layout.outcome.inserted_before, layout.outcome.inserted_after
-        )
+        outcome = layout.outcome
+        good &= ~_found_in_inserted(contents[-1], outcome.inserted_before or "", outcome.inserted_after or "")
         texts = []
         for index in layout.text_segments:
             parts = layout.segments[index]
-            column = pc.binary_join_element_wise(
-                *(p if isinstance(p, str) else contents[p] for p in parts), ""
-            )
+            texts_of_parts = [p if isinstance(p, str) else contents[p] for p in parts]
+            column = pc.binary_join_element_wise(*texts_of_parts, "")
             good &= ~self._added.found_in(column)  # also one that the template and a content spell together
             texts.append(column)
         return _Group(layout, rows, texts).filter(good)
 
     def _encode_group(self, batch: pa.RecordBatch, group: "_Group") -> tuple[pa.RecordBatch, Ints]:
-        """Examples of those rows of the group that turn out well, and their indices in the batch."""
+        """Examples of those rows of the group that pass every check, and their indices in the batch."""
         layout, count = group.layout, len(group.rows)
         texts = group.laid_out()
         is_added = np.array([parts[0] in self._tokenizer.added for parts in layout.segments])
         encoded = self._words.encode(texts, np.tile(is_added, count))
         faithful: Bools = np.all(encoded.faithful.reshape(count, -1), axis=1)
-        if not faithful.all():  # the bytes of all rows are counted together below, so these have to go first
+        if not faithful.all():  # bytes are counted over all rows below, so these have to be left out before
             kept = group.filter(faithful)
             return self._encode_group(batch, kept) if len(kept.rows) else (_NONE, kept.rows)
         width, ids = len(layout.segments), encoded.ids
@@ -170,7 +171,7 @@ class ColumnEncoder:
         begins = np.cumsum(self._words.byte_lengths[ids])
         begins -= self._words.byte_lengths[ids]
         good = np.ones(count, dtype=bool)
-        change = np.zeros(len(ids) + 1, dtype=np.int8)
+        change = np.zeros(len(ids) + 1, dtype=np.int8)  # +1 where a span begins, -1 where it ends
         for begin, end in {*layout.loss, *layout.turns, layout.final}:
             first, stop = (
                 grid.locate(b, self._tokenizer.ids(b.literal) if b.literal else [], ids, begins, good)
@@ -186,8 +187,7 @@ class ColumnEncoder:
         good &= (counted > 0) & (control == layout.control_tokens)
         good &= (grid.lengths <= self._tokens.max_length) & (grid.tokens[:, layout.prompt.segment] > 0)
         of_rows = batch.take(pa.array(group.rows))
-        messages, lists = of_rows.column("messages"), pa.array(grid.starts.astype(np.int32))
-        last = messages.offsets.to_numpy()[1:] - 1 - messages.offsets[0].as_py()
+        lists = pa.array(grid.starts.astype(np.int32))
         labels = np.where(supervised, ids, np.int32(IGNORE_LABEL))
         examples = pa.RecordBatch.from_arrays(
             [
@@ -199,7 +199,7 @@ class ColumnEncoder:
                 pa.array(counted.astype(np.int32)),
                 pa.array(grid.tokens[:, layout.prompt.segment].astype(np.int32)),
                 pa.array(np.zeros(count, np.int32)),
-                messages.flatten().field("content").take(pa.array(last)),
+                completions_of(of_rows),
             ],
             schema=TOKENIZED,
         )
@@ -243,7 +243,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the segments of a group's rows lie.
+    """Where the segments of a group's rows begin.
 
     Attributes:
         tokens: int64 (rows, segments + 1): tokens of the row before each segment, and in all.
@@ -260,7 +260,7 @@ class _Grid:
     @property
     def starts(self) -> Ints:
         """int64 (rows + 1,): tokens before each row, and in all."""
-        return np.concatenate([[0], np.cumsum(self.lengths)])
+        return running_totals(self.lengths)
 
     def locate(
         self,
@@ -272,8 +272,8 @@ class _Grid:
     ) -> Ints:
         """The token at which a boundary lies in every row, derived twice; where the two differ, not `good`.
 
-        By token counts: those of the segments before it (and of the literal, whose ids must be there). By bytes:
-        token that begins where the text before the boundary ends.
+        By token counts: those of the segments before it (and of the literal, whose ids must be there).
+        By bytes: the token that begins where the text before the boundary ends.
 
         Args:
             literal: Ids of the boundary's literal.
@@ -284,27 +284,25 @@ class _Grid:
         for i, expected in enumerate(literal):
             good &= ids[np.minimum(by_tokens + i, len(ids) - 1)] == expected
         by_tokens = by_tokens + len(literal)
-        octets_before = np.concatenate([[0], np.cumsum(self.octets[:, -1])])
+        octets_before = running_totals(self.octets[:, -1])
         octet = octets_before[:-1] + self.octets[:, boundary.segment] + len(boundary.literal.encode())
         by_bytes = np.searchsorted(begins, octet)
-        begins_there = (
-            np.append(begins, octets_before[-1])[by_bytes] == octet
-        )  # where the last row ends, none begins
+        # A row's end is where the next one's first token begins, and none follows the last row.
+        begins_there = np.append(begins, octets_before[-1])[by_bytes] == octet
         good &= (by_bytes == by_tokens) & begins_there
         return np.minimum(by_tokens, len(ids))
 
 
 class _Finder:
-    """Finds out which texts hold one of some strings; most texts hold none."""
+    """Finds the texts that hold one of some strings; most hold none."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         strings = list(strings)
         self._search = any_of(strings).search
         # Their first two characters are rarely in a text. One regular expression over a column finds them,
         # without making Python strings; a thousand whole tokens would be too many for it.
-        self._hint = "|".join(
-            "".join(f"\\x{{{ord(c):x}}}" for c in h) for h in sorted({s[:2] for s in strings})
-        )
+        hints = sorted({s[:2] for s in strings})
+        self._hint = "|".join("".join(f"\\x{{{ord(c):x}}}" for c in hint) for hint in hints)
 
     def found_in(self, texts: pa.StringArray) -> Bools:
         """bool (texts,)"""
@@ -315,13 +313,12 @@ class _Finder:
         return found
 
 
-def _found_in_inserted(completions: pa.StringArray, before: str | None, after: str | None) -> Bools:
-    """Which completions also stand in what the template writes around them, so that they would be found there."""
-    before, after = before or "", after or ""
+def _found_in_inserted(completions: pa.StringArray, before: str, after: str) -> Bools:
+    """Which completions are also in what the template writes around them, and would be found there."""
     found = np.zeros(len(completions), dtype=bool)
     if not before and not after:
         return found
-    # They are in it, or go on where it ends: so they are short, or begin with one of its ends.
+    # Such a completion is inside that text, or begins inside it: it is short, or begins with one of its ends.
     suspect = pc.less_equal(pc.binary_length(completions), max(len(before.encode()), len(after.encode())))
     for i in range(len(before)):
         suspect = pc.or_(suspect, pc.starts_with(completions, before[i:]))
@@ -331,19 +328,26 @@ def _found_in_inserted(completions: pa.StringArray, before: str | None, after: s
     return found
 
 
-def _manageable(group: _Group) -> list[_Group]:
-    """The group in parts whose text fits into the memory and into 32-bit offsets."""
+def _by_size(group: _Group) -> list[_Group]:
+    """The group in parts whose text fits into memory and into Arrow's 32-bit offsets."""
     count = len(group.rows)
     if count < 2 or sum(pc.sum(pc.binary_length(t)).as_py() for t in group.texts) <= TEXT_AT_ONCE:
         return [group]
     first: Bools = np.arange(count) < count // 2
-    return [part for half in (first, ~first) for part in _manageable(group.filter(half))]
+    return [part for half in (first, ~first) for part in _by_size(group.filter(half))]
 
 
 def _per_row(ends: Ints, width: int) -> Ints:
     """int64 (rows, width + 1): totals from the beginning of each row, given totals over all rows."""
     rows = np.arange(0, len(ends) - 1, width)[:, None]
     return ends[rows + np.arange(width + 1)] - ends[rows]
+
+
+def completions_of(rows: pa.RecordBatch) -> pa.StringArray:
+    """The final assistant message of each row; "" where it has no text."""
+    messages = rows.column("messages")
+    last = np.maximum(messages.offsets.to_numpy()[1:] - 1 - messages.offsets[0].as_py(), 0)
+    return pc.fill_null(messages.flatten().field("content").take(pa.array(last)), "")
 
 
 def one_batch(table: pa.Table) -> pa.RecordBatch:

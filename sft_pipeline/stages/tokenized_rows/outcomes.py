@@ -1,6 +1,6 @@
 """What became of each row that was read: one line each in outcomes.parquet.
 
-With the key of a row's content this is also the index by which a later build finds what it need not do again.
+With the key of a row's content it is also the index by which a later build finds rows to reuse.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,14 @@ OUTCOMES = pa.schema(
         ("marks_agree", pa.bool_()),  # with the template's own generation marks; null where it has none
         ("turns_not_supervised", pa.int32()),  # earlier assistant turns that are context only
         ("neutralised", pa.bool_()),  # literal control tokens were made plain text
-        (
-            "spans",
-            pa.list_(pa.int32()),
-        ),  # begin, end, begin, ... of what is supervised, its examples laid end to end
+        # begin, end, begin, ... of what is supervised, the examples of the row laid end to end
+        ("spans", pa.list_(pa.int32())),
     ]
 )
 
 
 class RowOutcome(NamedTuple):
-    """A line of outcomes.parquet without what is the row's own: its key and its spans."""
+    """A line of outcomes.parquet without the columns that differ from row to row: key and spans."""
 
     examples: int
     reason: str | None = None
@@ -51,14 +49,14 @@ def outcome_of(result: AcceptedRow | RejectedRow) -> RowOutcome:
     """What became of a row."""
     if isinstance(result, RejectedRow):
         return RowOutcome(0, str(result.reason), result.detail)
+    before, after = result.inserted
     return RowOutcome(
-        len(result.examples),
-        None,
-        None,
-        *result.inserted,
-        result.marks_agree,
-        result.turns_not_supervised,
-        result.neutralised,
+        examples=len(result.examples),
+        inserted_before=before,
+        inserted_after=after,
+        marks_agree=result.marks_agree,
+        turns_not_supervised=result.turns_not_supervised,
+        neutralised=result.neutralised,
     )
 
 
@@ -68,9 +66,9 @@ def to_outcomes(
     """One line per row.
 
     Args:
-        keys: Of the rows' contents.
-        outcomes: The different ones.
-        which: For each row the one that it has.
+        keys: binary(16) (rows,), the content keys.
+        outcomes: The distinct outcomes; most rows share one.
+        which: int64 (rows,), which of them each row has.
         examples: All examples of the rows, in their order.
     """
     columns = list(zip(*outcomes, strict=True)) or [()] * len(RowOutcome._fields)
@@ -83,10 +81,10 @@ def to_outcomes(
 
 
 def _spans(examples: pa.RecordBatch, ends: npt.NDArray[np.int64]) -> pa.ListArray:
-    """What is supervised of each row, given how many examples there are before it (and in all)."""
+    """The supervised spans of each row, given how many examples there are before it (and in all)."""
     starts = np.concatenate([[0], np.cumsum(examples.column("length").to_numpy(), dtype=np.int64)])[ends]
     on = examples.column("labels").flatten().to_numpy() != IGNORE_LABEL
-    inner = np.ones(len(on) + 1, dtype=bool)  # places between two tokens of a row
+    inner = np.ones(len(on) + 1, dtype=bool)  # whether a boundary of tokens is inside a row
     inner[starts] = False
     padded = np.concatenate([[False], on, [False]])
     begins = np.flatnonzero(on & ~(padded[:-2] & inner[:-1]))

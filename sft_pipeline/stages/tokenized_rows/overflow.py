@@ -2,10 +2,11 @@
 
 reject           the row goes to rejects.parquet (`too_long`, or `no_room_for_completion`)
 truncate_prompt  the oldest turns go first, then the beginning of the last question; the row is rendered
-                 anew, so that its prompt is still exactly what a server would send for the shorter conversation
+                 anew, so that its prompt is still exactly what a server would send for the shorter
+                 conversation
 truncate_answer  the end of the answer goes, with its stop token: nothing teaches the model to stop there
 split            windows of max_length over the row, each with up to half a window of the text before it
-                 as context; every supervised token is learnt in exactly one of them
+                 as context; every supervised token has its label in exactly one of them
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from sft_pipeline.stages.tokenized_rows.rendering import Span
 from sft_pipeline.text.conversation import Conversation
-from sft_pipeline.text.reasons import Reason, Rejected
 from sft_pipeline.text.tokenizer import Tokenizer
 
 
@@ -27,22 +27,11 @@ class Cut:
     dropped_before: int = 0
 
 
-def truncate_answer(loss: Sequence[Span], limit: int) -> Cut:
-    """The first `limit` tokens of the row.
-
-    Raises:
-        Rejected: No supervised token is among them.
-    """
-    if loss[0][0] >= limit:
-        raise Rejected(Reason.NO_ROOM_FOR_COMPLETION)
-    return Cut(0, limit)
-
-
 def windows(loss: Sequence[Span], length: int, limit: int) -> list[Cut]:
     """Windows of at most `limit` tokens that supervise every supervised token once.
 
-    The first one begins with the row, so that it holds the server's prompt. A later one begins half a window
-    before the first token that is not supervised yet.
+    The first one begins with the row, so that it holds the prompt that a server would send. A later one
+    begins half a window before the first token that is not supervised yet.
     """
     cuts = [Cut(0, limit)]
     while (done := cuts[-1].stop) < loss[-1][1]:
@@ -52,7 +41,7 @@ def windows(loss: Sequence[Span], length: int, limit: int) -> list[Cut]:
 
 
 def shorten_prompt(given: Conversation, tokenizer: Tokenizer, excess: int) -> Conversation | None:
-    """The conversation with less in front of its final turn; None where nothing is left to leave out.
+    """The conversation with less in front of its final turn; None where nothing more can be left out.
 
     System messages stay. While an earlier question can go (with its answers), the oldest one goes; then the
     last question loses tokens from its beginning.
@@ -63,18 +52,16 @@ def shorten_prompt(given: Conversation, tokenizer: Tokenizer, excess: int) -> Co
     asked = [i for i, m in enumerate(given.messages) if m["role"] == "user"]
     if len(asked) > 1:
         keep = [i for i, m in enumerate(given.messages) if i >= asked[1] or m["role"] == "system"]
-        return replace(
-            given, messages=[given.messages[i] for i in keep], weights=[given.weights[i] for i in keep]
-        )
+        messages = [given.messages[i] for i in keep]
+        return replace(given, messages=messages, weights=[given.weights[i] for i in keep])
     if not asked:
         return None
     content = given.messages[asked[0]].get("content", "")
     offsets = tokenizer.encode_batch([content])[0].encoding.offsets
     if excess >= len(offsets):
         return None
-    begin = next(
-        (start for start, _ in offsets[excess:] if start > 0), len(content)
-    )  # moves on even where tokens share a character
+    # Not offsets[excess] itself: where tokens share a character it may be 0, and nothing would be left out.
+    begin = next((start for start, _ in offsets[excess:] if start > 0), len(content))
     shorter = content[begin:]
     if not shorter.strip():
         return None

@@ -19,7 +19,7 @@ from sft_pipeline.text.template import ChatTemplate
 
 Span = tuple[int, int]
 
-# A completion of this length that stands in the template's own text is repeated by it, not there by chance.
+# A completion of this length that is in the template's own text is repeated by it, not there by chance.
 _REPEATED = 12
 
 
@@ -92,8 +92,8 @@ def _turns(
     """The supervised turns, and how many earlier ones do not qualify.
 
     An earlier turn qualifies where the text begins with the prompt that a server would have sent for it, and
-    its whole content follows. Templates that rewrite history (thinking stripped from earlier turns) fail one
-    of the two.
+    its whole content follows. Templates that render earlier turns differently (without their thinking) fail
+    one of the two.
     """
     found, left_out = [], 0
     for index in _supervised_messages(given, supervise):
@@ -110,7 +110,7 @@ def _turns(
 
 
 def _supervised_messages(given: Conversation, supervise: str) -> list[int]:
-    """Indices of the assistant messages that are to be learnt, in order."""
+    """Indices of the assistant messages to be supervised, in order."""
     assistants = [
         i for i, m in enumerate(given.messages) if m["role"] == "assistant" and given.weights[i] != 0
     ]
@@ -125,10 +125,10 @@ def _supervised_messages(given: Conversation, supervise: str) -> list[int]:
 def _final_turn(
     text: str, start: int, message: dict[str, Any], stop: str | None
 ) -> tuple[Span, tuple[str, str]]:
-    """The final turn's span, and what the template wrote around the completion.
+    """The final turn's span, and what the template wrote before and after the completion.
 
     Raises:
-        Rejected: The completion is not in the text once.
+        Rejected: The completion is not in the text exactly once.
     """
     emitted = text[start:]
     content = message.get("content", "")
@@ -166,7 +166,7 @@ def _earlier_turn(
 
 
 def _locate(emitted: str, content: str) -> Span:
-    """Where the content stands in the text, whole or stripped at its ends; (-1, -1) where it does not."""
+    """Where the content is in the text, whole or stripped at its ends; (-1, -1) where it is not."""
     for candidate in (content, content.strip("\n"), content.strip()):
         begin = emitted.find(candidate)
         if begin >= 0:
@@ -175,7 +175,7 @@ def _locate(emitted: str, content: str) -> Span:
 
 
 def _finish(emitted: str, content_end: int, stop: str | None) -> int:
-    """Where the final turn ends: after its stop, or after the last visible character that the template writes."""
+    """Where the final turn ends: after its stop, or after the last visible character."""
     if stop is not None:
         found = emitted.find(stop, content_end)
         if found >= 0:

@@ -1,4 +1,4 @@
-"""What people see of tokenized_rows: numbers, tables, plots, and how the rows were encoded."""
+"""The report of tokenized_rows: numbers, tables, plots, and how the rows were encoded."""
 
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,11 @@ def evidence(
 
 def _how_encoded(stats: StageStats) -> str:
     n = stats.numbers
-    reused = (
-        f"{n['tokenized']:,} rows tokenized, {n['reused']:,} reused from earlier builds by their content."
-    )
+    reused = f"{n['tokenized']:,} rows tokenized, {n['reused']:,} reused from earlier builds."
     if n["by_columns"]:
         how = (
-            f"{n['by_columns']:,} rows by the fast encoder, {n['by_rows']:,} row by row. {n['compared']:,} rows were "
-            "encoded both ways: no difference."
+            f"{n['by_columns']:,} rows by the fast encoder, {n['by_rows']:,} row by row. "
+            f"{n['compared']:,} rows were encoded both ways: no difference."
         )
     else:
         why = f" ({stats.why_not_fast})" if stats.why_not_fast else ""

@@ -1,8 +1,8 @@
 """Rows that an earlier build has tokenized already, found by their content.
 
 A row's `content_key` is a hash of its messages and tools, whatever file, line, name or group it has. Only
-builds with the same code, tokenizer, template and mask are asked (see `Build.earlier`), so an equal key means
-equal examples.
+builds with the same code, tokenizer, template and mask are searched (see `Build.earlier`), so an equal key
+means equal examples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sft_pipeline.stages.tokenized_rows.batch_encoder import EncodedBatch
-from sft_pipeline.stages.tokenized_rows.column_encoder import one_batch
+from sft_pipeline.stages.tokenized_rows.column_encoder import completions_of, one_batch
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE, mask_of
+from sft_pipeline.stages.tokenized_rows.word_cache import Ints, running_totals
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.schemas import IGNORE_LABEL, KEY_BYTES, SPLITS, TOKENIZED
 
-HELD_BYTES = 128 << 20  # token ids of earlier builds that are held in memory; more of them wait on the disk
-Ints = npt.NDArray[np.int64]
+HELD_BYTES = 128 << 20  # of token ids of earlier builds in memory; more of them wait on the disk
 _CARRIED = ("length", "supervised", "prompt_length", "truncated")
 
 
@@ -29,13 +29,13 @@ class RowCache:
     """What earlier builds made of the rows that are wanted now.
 
     Args:
-        artifacts: tokenized_rows of the same code, tokenizer, template and mask; the first that has a row
-            gives it.
-        wanted: Keys of the rows of this build, in order.
-        scratch: A folder for tokens that do not fit into the memory, for as long as this is used.
+        artifacts: tokenized_rows of the same code, tokenizer, template and mask; a row is taken from the
+            first that has it.
+        wanted: Content keys of the rows of this build, in order.
+        scratch: A folder for tokens that do not fit into memory, for as long as this is used.
 
     Attributes:
-        found: int64, for each of them the row of the earlier builds that is the same (-1: none).
+        found: int64 (rows,), for each wanted row the same row of the earlier builds (-1: none).
     """
 
     def __init__(self, artifacts: Sequence[Artifact], wanted: Sequence[pa.Array], scratch: Path) -> None:
@@ -53,7 +53,7 @@ class RowCache:
                 continue
             missing = missing[~np.isin(missing, keys)]
             outcomes.append(theirs.filter(pa.array(has)))
-            first.append(sum(map(len, carried)) + _running(theirs["examples"].to_numpy())[:-1][has])
+            first.append(sum(map(len, carried)) + running_totals(theirs["examples"].to_numpy())[:-1][has])
             here = [part for split in SPLITS for part in artifact.parts(split)]
             carried += [_read(part, _CARRIED) for part in here]
             parts += here
@@ -69,18 +69,18 @@ class RowCache:
         self._tokens = TokenGroups(parts, self._carried["length"], examples_wanted, scratch)
 
     def merge(self, found: Ints, rows: pa.RecordBatch, new: EncodedBatch) -> EncodedBatch:
-        """What became of all rows of a batch, under the names and groups they have now.
+        """The results of all rows of a batch, under the row ids and groups that they have now.
 
         Args:
             found: As in the attribute, for the rows of the batch.
-            new: What became of those that were not found.
+            new: The results of those that were not found.
         """
         known = found >= 0
         if not known.any():
             return new
         outcomes = _in_order(known, self._outcomes.take(pa.array(found[known])), new.outcomes)
         each = outcomes.column("examples").to_numpy()
-        first = _running(each)
+        first = running_totals(each)
         row = np.repeat(np.arange(len(found)), each)  # of each example
         part = np.arange(len(row)) - first[row]
         old = known[row]
@@ -88,25 +88,24 @@ class RowCache:
         carried = {
             n: _filled(old, self._carried[n][given], new.examples.column(n).to_numpy()) for n in _CARRIED
         }
-        begins = _running(carried["length"])
+        begins = running_totals(carried["length"])
         ids = np.empty(begins[-1], np.int32)
         self._tokens.copy(given, ids, begins[:-1][old])
-        copy_runs(
+        new_ids, starts = (
             new.examples.column("input_ids").flatten().to_numpy(),
-            _running(carried["length"][~old]),
-            ids,
-            begins[:-1][~old],
+            running_totals(carried["length"][~old]),
         )
+        for begin, end, place in _runs(starts[:-1], starts[1:], begins[:-1][~old]):
+            ids[place : place + end - begin] = new_ids[begin:end]
         supervised = mask_of(outcomes.column("spans"), begins[first])
+        labels = np.where(supervised, ids, np.int32(IGNORE_LABEL))
         lists = pa.array(begins.astype(np.int32))
         columns = {
             "row_id": _named(rows.column("row_id").take(pa.array(row)), part),
             "group": rows.column("group").take(pa.array(row)),
             "input_ids": pa.ListArray.from_arrays(lists, pa.array(ids)),
-            "labels": pa.ListArray.from_arrays(
-                lists, pa.array(np.where(supervised, ids, np.int32(IGNORE_LABEL)))
-            ),
-            "completion": _completions(rows).take(pa.array(row)),
+            "labels": pa.ListArray.from_arrays(lists, pa.array(labels)),
+            "completion": completions_of(rows).take(pa.array(row)),
             **{name: pa.array(values) for name, values in carried.items()},
         }
         examples = pa.RecordBatch.from_arrays([columns[name] for name in TOKENIZED.names], schema=TOKENIZED)
@@ -193,18 +192,8 @@ class TokenGroups:
         return self._scratch / f"{g}.bin"
 
 
-def copy_runs(ids: npt.NDArray[np.int32], starts: Ints, to: npt.NDArray[np.int32], at: Ints) -> None:
-    """Puts the ids of examples, which lie end to end, where they belong in `to`.
-
-    Args:
-        starts: Where each example begins, and where the last one ends.
-    """
-    for begin, end, place in _runs(starts[:-1], starts[1:], at):
-        to[place : place + end - begin] = ids[begin:end]
-
-
 def _runs(begins: Ints, ends: Ints, at: Ints) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, place) of neighbours that stay neighbours."""
+    """(begin, end, place) of each run of neighbours that stay neighbours, so that copies are few."""
     if not len(at):
         return
     apart = (begins[1:] != ends[:-1]) | (at[1:] != at[:-1] + ends[:-1] - begins[:-1])
@@ -218,14 +207,9 @@ def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(columns=list(columns) if columns else None)
 
 
-def _running(counts: npt.NDArray) -> Ints:
-    """Totals before each count, and in all."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
 def _ranges(first: Ints, counts: npt.NDArray) -> Ints:
-    """The numbers first, first + 1, ... of each range, end to end."""
-    before = _running(counts)
+    """first, first + 1, ... of each range, end to end."""
+    before = running_totals(counts)
     return np.repeat(first - before[:-1], counts) + np.arange(before[-1])
 
 
@@ -239,7 +223,7 @@ def _numbers(keys: Sequence[pa.Array]) -> npt.NDArray[np.uint64]:
 
 
 def _find(wanted: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> Ints:
-    """For each wanted key the first place where it is known, else -1."""
+    """For each wanted key the index where it is first known, else -1."""
     if not len(known):
         return np.full(len(wanted), -1, np.int64)
     order = np.argsort(known[:, 0], kind="stable")
@@ -256,22 +240,15 @@ def _named(row_ids: pa.Array, part: Ints) -> pa.Array:
     return pc.binary_join_element_wise(row_ids, suffix, "")
 
 
-def _completions(rows: pa.RecordBatch) -> pa.Array:
-    """The final assistant message of each row."""
-    messages = rows.column("messages")
-    last = np.maximum(messages.offsets.to_numpy()[1:] - 1 - messages.offsets[0].as_py(), 0)
-    return pc.fill_null(messages.flatten().field("content").take(pa.array(last)), "")
-
-
 def _filled(chosen: npt.NDArray[np.bool_], here: npt.NDArray, elsewhere: npt.NDArray) -> npt.NDArray:
-    """Values in the places that are chosen, and others in the other places."""
+    """`here` in the places that are chosen, `elsewhere` in the others."""
     values = np.empty(len(chosen), here.dtype)
     values[chosen], values[~chosen] = here, elsewhere
     return values
 
 
 def _in_order(chosen: npt.NDArray[np.bool_], here: pa.Table, elsewhere: pa.RecordBatch) -> pa.RecordBatch:
-    """The same with rows."""
+    """The same with rows of outcomes."""
     at = np.arange(len(chosen))
     order = _filled(chosen, at[: len(here)], at[len(here) :])
     both = pa.concat_tables([here, pa.Table.from_batches([elsewhere], here.schema)])

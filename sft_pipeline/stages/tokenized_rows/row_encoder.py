@@ -22,7 +22,7 @@ from sft_pipeline.stages.tokenized_rows.mask import (
     tokens_by_offsets,
     tokens_by_prefix,
 )
-from sft_pipeline.stages.tokenized_rows.overflow import Cut, shorten_prompt, truncate_answer, windows
+from sft_pipeline.stages.tokenized_rows.overflow import Cut, shorten_prompt, windows
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
 from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.text.conversation import Conversation, ForgeryGuard, conversation
@@ -215,7 +215,9 @@ class RowEncoder:
         if policy == "reject":
             raise Rejected(Reason.TOO_LONG, f"{whole} tokens, max_length {limit}")
         if policy == "truncate_answer":
-            return masked, [truncate_answer(masked.loss, limit)]
+            if masked.loss[0][0] >= limit:
+                raise Rejected(Reason.NO_ROOM_FOR_COMPLETION)
+            return masked, [Cut(0, limit)]
         if policy == "split":
             return masked, windows(masked.loss, whole, limit)
         # truncate_prompt: the shorter conversation is rendered and encoded anew, as a server would send it.

@@ -6,9 +6,9 @@
 A layout is found by rendering sentinels in place of the contents, and is a prediction: with other contents,
 the text and every position in it shift by the contents' lengths. The prediction is tried against the template
 itself, on contents that templates are known to treat specially, before it is used (`_Prediction.holds`).
-Contents that hold one of the template's own string constants which change the rendering ("</think>" in Qwen's),
-and white space at the ends where the template strips it, are not predicted; their rows are rendered one by one
-(`find_triggers`). What such trials cannot show, the comparison of a sample of the rows does.
+Contents that hold one of the template's own string constants which change the rendering ("</think>" in
+Qwen's), and white space at the ends where the template strips it, are not predicted; their rows are rendered
+one by one (`find_triggers`). What such trials cannot show, the comparison of a sample of the rows does.
 """
 
 import re
@@ -54,12 +54,12 @@ class RowLayout:
     """What all rows with these roles share.
 
     Attributes:
-        segments: The row's text in order. A segment is an added token, or text without one; the server's
-            prompt and what follows never share a segment, since they are encoded apart.
-        prompt: Where the server's prompt ends.
+        segments: The row's text in order. A segment is an added token, or text without one; the prompt that
+            a server sends and what follows never share a segment, since they are encoded apart.
+        prompt: Where that prompt ends.
         final, turns, loss: (begin, end) of the final turn, of the supervised turns, and of what carries loss.
         control_tokens: How many of the segments are control tokens.
-        outcome: What outcomes.parquet says of each such row.
+        outcome: The line of each such row in outcomes.parquet.
     """
 
     roles: tuple[str, ...]
@@ -99,8 +99,7 @@ def find_layout(
         roles: Of all messages, the last of them "assistant".
         supervise: "completion", "assistant", "last_turn" or "all".
     """
-    sentinels = [_SENTINEL.format(i, i) for i in range(len(roles))]
-    found = _Prediction.of(template, roles, sentinels, supervise)
+    found = _Prediction.of(template, roles, supervise)
     if found is None or found.rendered.not_supervised:
         return None
     for shift in range(len(_PROBES)):
@@ -111,31 +110,21 @@ def find_layout(
 
 def find_triggers(template: ChatTemplate, supervise: str) -> Triggers:
     """Tries every string constant of the template's source, and white space, as contents."""
-    predictions = [
-        p
-        for roles in (("user", "assistant"), ("system", "user", "assistant", "user", "assistant"))
-        if (
-            p := _Prediction.of(
-                template, roles, [_SENTINEL.format(i, i) for i in range(len(roles))], supervise
-            )
-        )
-    ]
+    both = (("user", "assistant"), ("system", "user", "assistant", "user", "assistant"))
+    predictions = [p for roles in both if (p := _Prediction.of(template, roles, supervise))]
     constants = {
         node.value
         for text in {template.text, template.tool_text}
         for node in template.environment.parse(text).find_all(nodes.Const)
         if isinstance(node.value, str) and node.value.strip()
     }
-    # At both ends and inside at once, and alone: what startswith, endswith, in and == are asked, one of them shows.
-    texts = [
-        c
-        for c in sorted(constants)
-        if not all(
-            p.holds([each] * len(p.roles)) for p in predictions for each in (f"{c} and {c} or\n{c}", c)
-        )
-    ]
-    edges = not all(p.holds([each] * len(p.roles)) for p in predictions for each in (" x", "x ", "\n\nx\n"))
-    return Triggers((*texts, *GENERATION_MARKS), edges)
+
+    def matters(contents: Sequence[str]) -> bool:
+        return not all(p.holds([content] * len(p.roles)) for p in predictions for content in contents)
+
+    # At both ends and inside at once, and alone: one of the two shows a startswith, endswith, in or ==.
+    texts = [c for c in sorted(constants) if matters([f"{c} and {c} or\n{c}", c])]
+    return Triggers((*texts, *GENERATION_MARKS), edges=matters([" x", "x ", "\n\nx\n"]))
 
 
 @dataclass(frozen=True)
@@ -151,10 +140,9 @@ class _Prediction:
     sentinels: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, template: ChatTemplate, roles: tuple[str, ...], sentinels: Sequence[str], supervise: str
-    ) -> "_Prediction | None":
-        """None where the template refuses the conversation, or does not render each content once, in order."""
+    def of(cls, template: ChatTemplate, roles: tuple[str, ...], supervise: str) -> "_Prediction | None":
+        """None where the template refuses the conversation, or does not render each content once in order."""
+        sentinels = tuple(_SENTINEL.format(i, i) for i in range(len(roles)))
         rendered = _render(template, roles, sentinels, supervise)
         if rendered is None:
             return None
@@ -168,15 +156,8 @@ class _Prediction:
             at = begin + len(sentinel)
             ends.append(at)
         parts.append(rendered.text[at:])
-        return cls(
-            template,
-            roles,
-            supervise,
-            rendered,
-            tuple(p for p in parts if p != ""),
-            tuple(ends),
-            tuple(sentinels),
-        )
+        filled = tuple(p for p in parts if p != "")
+        return cls(template, roles, supervise, rendered, filled, tuple(ends), sentinels)
 
     def holds(self, contents: Sequence[str]) -> bool:
         """Whether the template renders these contents as predicted: the same text, the same positions."""
@@ -184,20 +165,19 @@ class _Prediction:
         longer = [len(c) - len(s) for c, s in zip(contents, self.sentinels, strict=True)]
 
         def shifted(position: int) -> int:
-            return position + sum(
-                more for end, more in zip(self.ends, longer, strict=True) if end <= position
-            )
+            before = [more for end, more in zip(self.ends, longer, strict=True) if end <= position]
+            return position + sum(before)
 
-        def span(s: Span) -> Span:
-            return shifted(s[0]), shifted(s[1])
+        def shifted_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
+            return tuple((shifted(begin), shifted(end)) for begin, end in spans)
 
         expected = replace(
             r,
             text="".join(p if isinstance(p, str) else contents[p] for p in self.parts),
             prompt_end=shifted(r.prompt_end),
-            final=span(r.final),
-            turns=tuple(map(span, r.turns)),
-            loss=tuple(map(span, r.loss)),
+            final=shifted_spans([r.final])[0],
+            turns=shifted_spans(r.turns),
+            loss=shifted_spans(r.loss),
         )
         return expected == _render(self.template, self.roles, contents, self.supervise)
 
@@ -206,10 +186,9 @@ def _render(
     template: ChatTemplate, roles: Sequence[str], contents: Sequence[str], supervise: str
 ) -> Rendered | None:
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    given = Conversation(messages, [1.0] * len(messages), None, contents[-1])
     try:
-        return render_row(
-            template, Conversation(messages, [1.0] * len(messages), None, contents[-1]), supervise
-        )
+        return render_row(template, given, supervise)
     except (Rejected, jinja2.TemplateError):
         return None
 
@@ -242,9 +221,9 @@ def _cut_into_segments(found: _Prediction, tokenizer: Tokenizer) -> RowLayout | 
             return Boundary(starts.index(char) if char in starts else len(segments))
         index = max(i for i, start in enumerate(starts) if start < char)
         literal, inside = segments[index][0], char - starts[index]
-        return (
-            Boundary(index, literal[:inside]) if isinstance(literal, str) and inside <= len(literal) else None
-        )
+        if isinstance(literal, str) and inside <= len(literal):
+            return Boundary(index, literal[:inside])
+        return None
 
     def boundaries(span: Span) -> tuple[Boundary, Boundary] | None:
         begin, end = boundary(span[0]), boundary(span[1])

@@ -1,6 +1,6 @@
 """A sample of the rows, compared with what a server would make of them.
 
-Two comparisons, on the first rows that were not known: the prompt, rendered and encoded again from the
+Two comparisons, on the first rows that were not reused: the prompt, rendered and encoded again from the
 messages before the final turn, must be what the training row begins with; and transformers' AutoTokenizer
 should give the same ids and prompts as tokenizer.json. It may not: transformers 5.23 reads SmolLM2's config
 as a plain GPT-2 tokenizer and drops the digit splitting that its tokenizer.json declares, so 8 % of ordinary
@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from sft_pipeline.stages.tokenized_rows.batch_encoder import BatchEncoder, EncodedBatch
 from sft_pipeline.store import Artifact
+from sft_pipeline.text.auto_tokenizer import ask_auto_tokenizer
 from sft_pipeline.text.conversation import Conversation, conversation
-from sft_pipeline.text.server import Server, ServerRequest
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class TokenizerSkew:
 
 
 class PromptSample:
-    """The sample, and what was found of it.
+    """The sampled conversations, and what was found wrong.
 
     Attributes:
         conversations: Of the sampled rows.
@@ -47,13 +47,12 @@ class PromptSample:
         self.wrong: list[dict[str, Any]] = []
 
     def add(self, encoder: BatchEncoder, rows: pa.RecordBatch, encoded: EncodedBatch) -> None:
-        """Takes rows of a batch into the sample until it is full: accepted ones of which nothing was cut off."""
+        """Takes accepted, uncut rows of a batch into the sample until it is full."""
         missing = SAMPLE - len(self.conversations)
         if missing <= 0 or not rows.num_rows:
             return
-        by_id = {
-            e["row_id"]: e for e in encoded.examples.slice(0, 2 * missing).to_pylist() if not e["truncated"]
-        }
+        examples = encoded.examples.slice(0, 2 * missing).to_pylist()
+        by_id = {e["row_id"]: e for e in examples if not e["truncated"]}
         given = [row for row in rows.slice(0, 2 * missing).to_pylist() if row["row_id"] in by_id][:missing]
         reference = encoder.row_encoder
         sampled = [reference.guard.check(conversation(row, reference.system)) for row in given]
@@ -70,7 +69,7 @@ class PromptSample:
 
 
 def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> TokenizerSkew:
-    """Asks AutoTokenizer for each row's ids, and for its prompt unless the template reads the clock."""
+    """Compares each row's ids with AutoTokenizer's, and its prompt unless the template reads the clock."""
     if not sample:
         return TokenizerSkew(False, "no row to compare AutoTokenizer with")
     texts = [template.render(c.messages, c.tools) for c in sample]
@@ -83,8 +82,7 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
         }
         for c in ([] if template.uses_clock else sample)
     ]
-    with Server(ServerRequest(str(tokenizer.folder), texts, prompts)) as server:
-        reply = server.reply()
+    reply = ask_auto_tokenizer(str(tokenizer.folder), texts, prompts)
     if reply.unavailable:
         return TokenizerSkew(
             True,
@@ -103,15 +101,15 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
         )
     return TokenizerSkew(
         True,
-        f"AutoTokenizer gives other ids on {len(differing)} and another prompt on {other_prompts} of {len(sample)} "
-        "sampled rows; the ids here follow tokenizer.json. Serve with PreTrainedTokenizerFast, or correct "
-        "tokenizer_class in tokenizer_config.json",
+        f"AutoTokenizer gives other ids on {len(differing)} and another prompt on {other_prompts} of "
+        f"{len(sample)} sampled rows; the ids here follow tokenizer.json. Serve with "
+        "PreTrainedTokenizerFast, or correct tokenizer_class in tokenizer_config.json",
         _first_difference(tokenizer, *differing[0]) if differing else {},
     )
 
 
 def known_skew(earlier: Sequence[Artifact]) -> TokenizerSkew | None:
-    """What the newest of the earlier builds has found, with the same tokenizer, template and versions."""
+    """What the newest of the earlier builds found, with the same tokenizer, template and versions."""
     for artifact in earlier[:1]:
         for check in artifact.manifest.checks:
             if check["name"] == SKEW_CHECK:

@@ -49,8 +49,8 @@ class StageStats:
         """Counts a batch.
 
         Args:
-            encoded: What was encoded of it now.
-            whole: What became of all of its rows, those that an earlier build had included.
+            encoded: The rows of it that were encoded now.
+            whole: All of its rows, those reused from an earlier build included.
             rejects: Its rows in rejects.parquet.
         """
         read, tokenized = whole.outcomes.num_rows, encoded.outcomes.num_rows
@@ -91,7 +91,7 @@ class StageStats:
             self.reasons[entry["values"]] += entry["counts"]
 
     def _inspect(self, examples: pa.RecordBatch) -> None:
-        """Looks at what is about to be written, as arrays: it must hold what the checks promise."""
+        """Counts what in the examples about to be written would break a promise of the checks."""
         if not examples.num_rows:
             return
         ids, labels = (examples.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))

@@ -3,12 +3,12 @@
     The cat sat on 12 mats.|The cat ran.              texts, end to end
     The| cat| sat| on| 12| mats|.|The| cat| ran|.     cut where the tokenizer's pre-tokenizer always cuts
     0    1    2    3   4   5    6 0   1    7    6     numbers of the distinct pieces
-    [..] [..] ...                                     their ids, remembered; put end to end by one Arrow gather
+    [..] [..] ...                                     their ids, cached; one Arrow gather concatenates them
 
-A piece is then made of whole pre-tokens, and BPE never merges across pre-tokens (Sennrich et al., 2016). Where the
-pre-tokenizer always cuts is not derived from its regular expressions but tried on the tokenizer itself when it is
-loaded: between which kinds of ASCII character (letter, digit, punctuation, space) it cuts every time in a long random
-text, and whether each piece of that text is cut alone as it is within the whole.
+A piece is then made of whole pre-tokens, and BPE never merges across them (Sennrich et al., 2016).
+Where the pre-tokenizer always cuts is not derived from its regular expressions but tried on the tokenizer
+itself when it is loaded: between which kinds of ASCII character (letter, digit, punctuation, space) it cuts
+every time in a long random text, and whether each piece of that text is cut alone as it is within the whole.
 
 Only the look-up of distinct pieces holds the interpreter's lock, so threads can encode batches.
 """
@@ -50,6 +50,9 @@ _KIND_OF_BYTE = bytes(
 _TRIAL = 50_000  # characters: each pair of ASCII characters comes about five times
 # Unicode normal forms change no ASCII character, and nothing across a space.
 _HARMLESS_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
+# Settings of a BPE model under which ids depend on chance, on neighbours, or do not spell the bytes.
+_REFUSED: tuple[str, ...] = ("dropout", "unk_token", "fuse_unk", "byte_fallback")
+_REFUSED += ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 class NoFastPath(Exception):
@@ -100,7 +103,7 @@ class WordCache:
         data, starts = text_bytes(texts)
         kinds = np.frombuffer(data.translate(_KIND_OF_BYTE), np.uint8)
         cut = np.empty(len(kinds), dtype=bool)
-        # translate looks bytes up several times faster than an index into an array
+        # bytes.translate looks up several times faster than an index into an array.
         pairs = kinds[:-1] * np.uint8(_KINDS) + kinds[1:]
         cut[1:] = np.frombuffer(pairs.tobytes().translate(self._cut_between), bool)
         cut &= np.repeat(~is_added, np.diff(starts))
@@ -145,14 +148,9 @@ class WordCache:
         ids = np.frombuffer(ids_of_words.buffers()[2] or b"", np.int32)
         if self.bytes_for(ids) == text_bytes(words)[0]:
             return np.zeros(0, np.int64)
-        each = zip(ids_of_words.to_pylist(), words.to_pylist(), strict=True)
-        return np.array(
-            [
-                i
-                for i, (ids, w) in enumerate(each)
-                if self.bytes_for(np.frombuffer(ids, np.int32)) != w.encode()
-            ]
-        )
+        spelled = [self.bytes_for(np.frombuffer(b, np.int32)) for b in ids_of_words.to_pylist()]
+        pairs = zip(spelled, words.to_pylist(), strict=True)
+        return np.array([i for i, (octets, word) in enumerate(pairs) if octets != word.encode()])
 
 
 def text_bytes(texts: pa.StringArray) -> tuple[bytes, Ints]:
@@ -163,18 +161,16 @@ def text_bytes(texts: pa.StringArray) -> tuple[bytes, Ints]:
     return (data.slice(begin, end - begin).to_pybytes() if data else b""), at - begin
 
 
+def running_totals(counts: Sequence[int] | npt.NDArray) -> Ints:
+    """int64 (counts + 1,): totals before each count, and in all."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
 def _require_byte_level_bpe(tokenizer: Tokenizer) -> None:
     backend = tokenizer.backend
     if type(backend.model).__name__ != "BPE":
         raise NoFastPath(f"its model is {type(backend.model).__name__}, not BPE")
-    for name in (
-        "dropout",
-        "unk_token",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "fuse_unk",
-        "byte_fallback",
-    ):
+    for name in _REFUSED:
         if getattr(backend.model, name):
             raise NoFastPath(f"its model has {name}")
     for part in _parts(backend.normalizer, "normalizers"):
@@ -210,20 +206,18 @@ def _where_it_cuts(backend: tokenizers.Tokenizer) -> bytes:
     is_cut[[start for _, (start, _) in whole]] = True
     found = np.array([next(k for k, characters in _TRIED.items() if c in characters) for c in text])
     pairs = found[:-1] * _KINDS + found[1:]
-    never = {(_OTHER, k) for k in range(_KINDS)} | {
-        (k, _OTHER) for k in range(_KINDS)
-    }  # too many to have been tried
-    never |= {(_SPACE, k) for k in range(_KINDS)}  # white space looks at what follows it: \s+(?!\S)
-    always = {divmod(int(p), _KINDS) for p in np.unique(pairs)} - {
-        divmod(int(p), _KINDS) for p in pairs[~is_cut[1:-1]]
-    }
+    # Other characters are too many to be tried; white space looks at what follows it (\s+(?!\S)).
+    never = {(first, k) for first in (_OTHER, _SPACE) for k in range(_KINDS)}
+    never |= {(k, _OTHER) for k in range(_KINDS)}
+    uncut = np.unique(pairs[~is_cut[1:-1]])
+    always = {divmod(int(p), _KINDS) for p in np.setdiff1d(pairs, uncut)}
     before_spaces = {(k, _SPACE) for k in (_LETTER, _DIGIT, _PUNCTUATION)}
     for allowed in (always - never, before_spaces):
         table = np.zeros(256, np.uint8)
         table[[first * _KINDS + second for first, second in allowed]] = 1
         begins = [0, *(np.flatnonzero(table[pairs]) + 1).tolist(), len(text)]
         pieces = (text[begin:end] for begin, end in pairwise(begins))
-        # Other rules than white space's may look on too, so what counts is that each piece is cut as in the whole.
+        # Other rules may look on too, so what counts is that each piece is cut alone as within the whole.
         alone = [token for piece in pieces for token, _ in backend.pre_tokenizer.pre_tokenize_str(piece)]
         if before_spaces <= allowed and alone == [token for token, _ in whole]:
             return table.tobytes()
@@ -239,22 +233,15 @@ def byte_symbols() -> dict[int, int]:
 
 def _bytes_of_ids(tokenizer: Tokenizer) -> pa.BinaryArray:
     tokens = [token or "" for token in tokenizer.tokens]
-    for (
-        token,
-        i,
-    ) in tokenizer.added.items():  # they stand for their own text: spell it as the others are spelled
-        tokens[i] = token.encode().decode("latin-1").translate(byte_symbols())
+    symbols = byte_symbols()
+    for token, i in tokenizer.added.items():  # they stand for their own text: spell it as the others are
+        tokens[i] = token.encode().decode("latin-1").translate(symbols)
     try:
-        bytes_of = {symbol: byte for byte, symbol in byte_symbols().items()}
+        bytes_of = {symbol: byte for byte, symbol in symbols.items()}
         data = "".join(tokens).translate(bytes_of).encode("latin-1")
     except UnicodeEncodeError as error:
         raise NoFastPath(f"the vocabulary is not byte-level: it has {error.object[error.start]!r}") from None
-    offsets = _running(list(map(len, tokens))).astype(np.int32)
+    offsets = running_totals(list(map(len, tokens))).astype(np.int32)
     return pa.BinaryArray.from_buffers(
         pa.binary(), len(tokens), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
     )
-
-
-def _running(lengths: Sequence[int]) -> Ints:
-    """Totals before each length, and in all."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

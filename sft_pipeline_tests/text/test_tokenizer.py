@@ -1,13 +1,14 @@
-"""Reading tokenizer files and templates: what is wrong is said clearly."""
+"""Reading tokenizer files and templates; an error names the file and what is wrong with it."""
 
 import json
 
+import jinja2
 import pytest
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
-from sft_pipeline_tests.tokenized_rows.tiny import CHATML, save_tokenizer, tiny_tokenizer
+from sft_pipeline_tests.text.tiny import CHATML, save_tokenizer, tiny_tokenizer
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
@@ -24,18 +25,17 @@ def test_special_tokens_may_be_text_or_dicts_and_templates_a_list(tmp_path):
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.special["eos_token"] == "<|im_end|>" and tokenizer.generation_eos == (3, 4)
     template = load_template("tokenizer", tokenizer)
-    assert template.render(HI).startswith("<|im_start|>") and template.render(HI, [{"name": "f"}]).startswith(
-        "T<|im_start|>"
-    )
+    assert template.render(HI).startswith("<|im_start|>")
+    assert template.render(HI, [{"name": "f"}]).startswith("T<|im_start|>")
 
 
-def test_a_jinja_file_beside_the_tokenizer_wins(tmp_path):
+def test_a_jinja_file_beside_the_tokenizer_comes_before_its_config(tmp_path):
     folder = save_tokenizer(tmp_path)
     (folder / "chat_template.jinja").write_text("X" + CHATML)
     assert load_template("tokenizer", load_tokenizer(str(folder))).render(HI).startswith("X")
 
 
-def test_a_jinja_file_of_the_recipe(tmp_path):
+def test_a_recipe_may_name_a_jinja_file_and_its_syntax_errors_have_a_line(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text(CHATML)
     assert load_template(str(path), tiny_tokenizer()).stop == "<|im_end|>"
@@ -59,7 +59,7 @@ def test_broken_files_are_named(tmp_path, spoil, message):
         load_tokenizer(str(folder))
 
 
-def test_a_missing_folder_and_an_unpinned_hub_id_are_told_apart(tmp_path):
+def test_a_missing_folder_and_an_unpinned_hub_id_give_different_errors(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="pin it to a commit"):
@@ -87,12 +87,18 @@ def test_the_fingerprint_follows_the_files(tmp_path):
     assert load_template("tokenizer", before).sha256 != load_template("tokenizer", after).sha256
 
 
-def test_a_sandboxed_template_cannot_reach_out():
-    from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-    from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
-    from sft_pipeline_tests.tokenized_rows.tiny import row
+def test_templates_run_in_a_sandbox():
+    template = load_template("tokenizer", tiny_tokenizer("{{ ''.__class__.__mro__[1].__subclasses__() }}"))
+    with pytest.raises(jinja2.TemplateError, match="unsafe"):
+        template.render(HI)
 
-    tokenizer = tiny_tokenizer("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), TokensConfig())
-    (refused,) = e.encode([row(("user", "a"), ("assistant", "b"))])
-    assert isinstance(refused, RejectedRow) and refused.reason == "template_error"
+
+@pytest.mark.shared_data
+def test_phi_3_ends_turns_with_a_token_that_is_not_eos(shared_data):
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "phi-3-mini"))
+    assert load_template("tokenizer", tokenizer).stop == "<|end|>" != tokenizer.special["eos_token"]
+
+
+def test_a_tokenizer_without_a_template_asks_for_a_named_one():
+    with pytest.raises(InputError, match="chatml"):
+        load_template("tokenizer", tiny_tokenizer(template=None))
