@@ -15,6 +15,7 @@ from sft_pipeline.stages.run import Run, StageOutcome, run_until
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.stages.tokenized_rows import build as tokenizing
 from sft_pipeline.store import Store
+from sft_pipeline.tables.parquet import read_batches
 
 WORDS = [
     "who",
@@ -111,7 +112,11 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, home, monkeypatch, coun
     source = tmp_path / "source"
     write(source, "2026-01-01", rows_of(3, 300))
     there = versions(run(source, "2026-01-01", tmp_path / "there"))
-    monkeypatch.setattr(tokenizing, "BATCH", 32)
+
+    def read_few(paths, columns=None, batch_rows=None):
+        return read_batches(paths, columns, batch_rows=32)  # BATCH itself is also the size of a row group
+
+    monkeypatch.setattr(tokenizing, "read_batches", read_few)
     monkeypatch.setattr(tokenizing, "COMPARED", compared)
     monkeypatch.setattr(tokenizing, "WORTH_PROCESSES", 64)
     monkeypatch.setattr(workers, "INLINE_ITEMS", 1)
