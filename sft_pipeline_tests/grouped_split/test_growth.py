@@ -43,28 +43,29 @@ def grams(row: dict[str, Any]) -> set[tuple[str, ...]]:
 def test_no_group_moves_and_no_near_duplicates_cross_splits_while_a_dataset_grows_tenfold(
     project: Path,
 ) -> None:
-    split = {
+    config = {
         "validation": 0.2,
         "test": 0.25,
         "groups": {"test": ["tenant 3.3"], "train": ["tenant 0.0"]},
         "near_duplicates": {"threshold": THRESHOLD},
     }
-    home: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     dropped = 0
     for number, data in enumerate(grown()):
         source = {
             "path": str(write_jsonl(project / f"snapshot-{number}.jsonl", data)),
             "columns": {"group": "tenant"},
         }
-        outcome = run(dataset(source, split=split), project / "home")["grouped_split"]
+        outcome = run(dataset(source, split=config), project / "home")["grouped_split"]
         built = outcome.artifact
         splits = {split: rows(built, split) for split in SPLITS}
         rejects = rows(built, "rejects.parquet")
         assert sum(map(len, splits.values())) + len(rejects) == len(data)
         for split, found in splits.items():
             for group in {row["group"] for row in found}:
-                assert home.setdefault(group, split) == split
-        assert home.get("tenant 3.3", "test") == "test" and home.get("tenant 0.0", "train") == "train"
+                assert split_of.setdefault(group, split) == split
+        assert split_of.get("tenant 3.3", "test") == "test"
+        assert split_of.get("tenant 0.0", "train") == "train"
         said = {split: [grams(row) for row in found] for split, found in splits.items()}
         for one, other in combinations(SPLITS, 2):
             assert all(len(x & y) < THRESHOLD * len(x | y) for x, y in product(said[one], said[other]))
@@ -72,4 +73,4 @@ def test_no_group_moves_and_no_near_duplicates_cross_splits_while_a_dataset_grow
             check(outcome, "group_overlap")["passed"] and check(outcome, "near_duplicate_leakage")["passed"]
         )
         dropped += len(rejects)
-    assert dropped > 10 and set(home.values()) == set(SPLITS)
+    assert dropped > 10 and set(split_of.values()) == set(SPLITS)
