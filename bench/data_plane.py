@@ -8,28 +8,23 @@
 
 What is compared, and how it is kept fair:
 
-- The same texts, as JSON Lines, for each system in the shape it reads at once: text for the pipeline, lists
-of
-  messages for TRL, so that neither converts. Both render the chat template, mask the prompt, and pack into
-  blocks of 1,024 tokens by best-fit-decreasing; what is longer is truncated. The pipeline also keeps
-  provenance, judges rows, splits by group, proves masks, hashes and fsyncs; the peer does not.
+- The same texts, as JSON Lines, for each system in the shape it reads at once: text for the pipeline,
+  lists of messages for TRL, so that neither converts. Both render the chat template, mask the prompt, and
+  pack into blocks of 1,024 tokens by best-fit-decreasing; what is longer is truncated. The pipeline also
+  keeps provenance, judges rows, splits by group, proves masks, hashes and fsyncs; the peer does not.
 - The near-duplicate search has no counterpart, so the pipeline runs with and without it, as two systems.
-- TRL maps with as many processes as there are cores; its caches start empty. `encode_batch` has all texts in
-memory
-  and only encodes: no reading, no template, no mask, no output. It is a limit for the tokenizer of that
-  library, not a peer.
-- Each measurement is a fresh process with a fresh store, so nothing is warm but the page cache of the source,
-for all
-  alike. Seconds are wall time of the work, which begins after the system's imports; what a stage imports only
-  while it works (plots, the comparison with AutoTokenizer) counts, and so does loading the tokenizer (but for
-  `encode_batch`). "With imports" is the time since the process began.
+- TRL maps with as many processes as there are cores; its caches start empty. `encode_batch` has all texts
+  in memory and only encodes: no reading, no template, no mask, no output. It is a limit for the tokenizer
+  of that library, not a peer.
+- Each measurement is a fresh process with a fresh store, so nothing is warm but the page cache of the
+  source, for all alike. Seconds are wall time of the work, which begins after the system's imports; what
+  a stage imports only while it works (plots, the comparison with AutoTokenizer) counts, and so does
+  loading the tokenizer (but for `encode_batch`). "With imports" is the time since the process began.
 - Systems take turns, every other round backwards, so that a machine whose speed drifts drifts for all.
-Seconds and
-  ratios are medians over the rounds, with the least and the greatest; ratios are taken within a round. Memory
-  is the largest seen over the process tree.
-- With the small vocabulary of the embedded base model, tokenizing costs other than with a real one: name a
-real
-  tokenizer's folder for figures that mean something elsewhere.
+  Seconds and ratios are medians over the rounds, with the least and the greatest; ratios are taken within
+  a round. Memory is the largest seen over the process tree.
+- With the small vocabulary of the embedded base model, tokenizing costs other than with a real one: name
+  a real tokenizer's folder for figures that mean something elsewhere.
 """
 
 import argparse

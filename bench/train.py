@@ -1,36 +1,33 @@
 """This pipeline's trainer and TRL's SFTTrainer, on the same rows and the same weights.
 
-    python bench/train.py                       three to four minutes on 2 cores: vocabularies of 1k and 49k,
-    LoRA python bench/train.py --full                1k, 49k and 152k, LoRA and full; on a GPU 1B and 8B
-    python bench/train.py --gpu-settings --hidden 64 --tokens 256     the GPU's settings, small, wherever
-    there is none
+    python bench/train.py                       three to four minutes on 2 cores: vocabularies of 1k and 49k, LoRA
+    python bench/train.py --full                1k, 49k and 152k, LoRA and full; on a GPU 1B and 8B
+    python bench/train.py --gpu-settings --hidden 64 --tokens 256     the GPU's settings, small, without one
 
 What is compared, and how it is kept fair:
 
-- One model, made by the same function from the same seed, fp32 on a CPU and bf16 on a GPU; LoRA (r 16 on all
-linear
-  layers) or all weights; one optimizer, learning rate and clipping. That the trainings are the same is seen
-  in the losses of the updates, whose largest difference is printed.
-- One set of rows, 30 % supervised, in blocks that are full, so that packing wastes nothing. An update holds
-the same
-  examples in every system; TRL accumulates the micro-batches of 2,048 tokens (4,096 on a GPU) that make it.
+- One model, made by the same function from the same seed, fp32 on a CPU and bf16 on a GPU; LoRA (r 16 on
+  all linear layers) or all weights; one optimizer, learning rate and clipping. That the trainings are the
+  same is seen in the losses of the updates, whose largest difference is printed.
+- One set of rows, 30 % supervised, in blocks that are full, so that packing wastes nothing. An update
+  holds the same examples in every system; TRL accumulates the micro-batches of 2,048 tokens (4,096 on a
+  GPU) that make it.
 - This pipeline reads packed shards and lays them out as its device likes it. TRL has its rows in memory,
-prepared, in
-  four configurations: packed (`packing`, `padding_free`) and plainly padded, each with its own fused loss and
-  with whole logits. The padded one gets the rows of an update sorted by length, which wastes least. Its
-  defaults that would slow it down on a CPU, bf16 and activation checkpointing, are off. With Liger installed
-  on a GPU, its layer kernels are tried with the fused loss too.
-- Each measurement is a fresh process. The time to the first update begins when everything is imported: model,
-trainer
-  and one update. Speed is the median over the later updates. Peak memory is the process's resident size at
-  its highest (on a GPU, its allocated memory), imports and building of the model included.
-- The first round has all systems. TRL's fastest then goes on against this pipeline, taking turns, every other
-round
-  backwards; ratios are taken within a round, and medians over the rounds.
-- On a busy machine wall time says little, so CPU time of all threads is beside it. OpenMP threads wait asleep
-on all
-  systems (OMP_WAIT_POLICY=passive): spinning ones would make every system slower where anything else runs.
-- MFU: what an update must compute (`sft_pipeline.training.flops`) over the bf16 peak that the maker states.
+  prepared, in four configurations: packed (`packing`, `padding_free`) and plainly padded, each with its
+  own fused loss and with whole logits. The padded one gets the rows of an update sorted by length, which
+  wastes least. Its defaults that would slow it down on a CPU, bf16 and activation checkpointing, are off.
+  With Liger installed on a GPU, its layer kernels are tried with the fused loss too.
+- Each measurement is a fresh process. The time to the first update begins when everything is imported:
+  model, trainer and one update. Speed is the median over the later updates. Peak memory is the process's
+  resident size at its highest (on a GPU, its allocated memory), imports and building of the model
+  included.
+- The first round has all systems. TRL's fastest then goes on against this pipeline, taking turns, every
+  other round backwards; ratios are taken within a round, and medians over the rounds.
+- On a busy machine wall time says little, so CPU time of all threads is beside it. OpenMP threads wait
+  asleep on all systems (OMP_WAIT_POLICY=passive): spinning ones would make every system slower where
+  anything else runs.
+- MFU: what an update must compute (`sft_pipeline.training.flops`) over the bf16 peak that the maker
+  states.
 """
 
 import argparse
