@@ -103,6 +103,35 @@ def test_an_equal_output_of_changed_code_keeps_downstream_fresh(
     assert BUILT == ["first", "gate", "last", "first"]
 
 
+def test_another_output_of_changed_code_rebuilds_what_follows(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_other(build: Build) -> Built:
+        built = build_first(build)
+        (build.out / "value.txt").write_text("other")
+        return built
+
+    before = run_until("last", graph(), BRANCH, run)
+    monkeypatch.setattr(
+        "sft_pipeline.stages.run.code_version", lambda name: "new" if name == "first" else "c"
+    )
+    stages = graph()
+    stages["first"] = replace(stages["first"], load_build=lambda: build_other)
+    after = run_until("last", stages, BRANCH, run)
+    assert BUILT == ["first", "gate", "last"] * 2
+    for name in stages:
+        assert after[name].artifact.manifest.fingerprint != before[name].artifact.manifest.fingerprint
+
+
+def test_which_checks_block_is_part_of_the_fingerprint(run: Run) -> None:
+    run_until("first", graph(), BRANCH, run)
+    stages = graph()
+    stages["first"] = replace(stages["first"], checks=(CheckSpec("good", False, "other words"),))
+    assert not run_until("first", stages, BRANCH, run)["first"].cached
+    stages["first"] = replace(stages["first"], checks=(CheckSpec("good", False, "more words"),))
+    assert run_until("first", stages, BRANCH, run)["first"].cached
+
+
 def test_a_failed_blocking_check_stops_and_a_later_run_refuses(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
