@@ -18,11 +18,13 @@ from sft_pipeline_tests.command import OF_THE_CALLER, ROOT
 # The costliest modules first, so that no worker begins one when the other has nothing left to do.
 COSTLY_FIRST = (
     "whole_pipeline/test_branch.py",
+    "trained_checkpoints/test_training.py",
     "whole_pipeline/test_gsm8k.py",
     "whole_pipeline/test_kills.py",
-    "trained_checkpoints/test_training.py",
+    "training/test_loss.py",
+    "launch/",
     "sweep/test_sweep.py",
-    "launch/test_launcher.py",
+    "tokenized_rows/test_columns.py",
 )
 
 

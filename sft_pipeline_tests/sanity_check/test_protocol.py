@@ -71,8 +71,9 @@ def failed(checks):
 
 def test_a_sound_recipe_passes_with_its_evidence(root, tmp_path):
     checks, built = check(root, tmp_path / "out")
-    assert failed(checks) in ([], ["samples"])
     record = json.loads((tmp_path / "out" / "sanity.json").read_text())
+    replied = any(sample["reply"].strip() for sample in record["samples"])
+    assert failed(checks) == ([] if replied else ["samples"])  # a tiny random model may well say nothing
     assert (
         record["passed"]
         and [p["layout"] for p in record["boundaries"]] == ["packed", "rows"]
