@@ -132,21 +132,17 @@ class RowEncoder:
         # All rows at once, here and in decoding: the library encodes a batch with several threads.
         encoded = self._tokenize([rendered for _, rendered in texts.values()])
         fitted: dict[int, tuple[_MaskedRow, list[Cut]]] = {}
-        for (i, (given, rendered)), ids in zip(texts.items(), encoded, strict=True):
+        for (i, (given, rendered)), encoded_row in zip(texts.items(), encoded, strict=True):
             try:
-                fitted[i] = self._fit(self._mask(given, rendered, ids))
+                fitted[i] = self._fit(self._mask(given, rendered, encoded_row))
             except Rejected as why:
                 results[i] = RejectedRow(rows[i], why.reason, why.detail)
-        wrong = iter(
-            decoding_errors(
-                self.tokenizer,
-                [
-                    (m.ids, span, m.rendered.text[slice(*turn)])
-                    for m, _ in fitted.values()
-                    for turn, span in m.turns
-                ],
-            )
-        )
+        turns = [
+            (masked.ids, tokens, masked.rendered.text[slice(*characters)])
+            for masked, _ in fitted.values()
+            for characters, tokens in masked.turns
+        ]
+        wrong = iter(decoding_errors(self.tokenizer, turns))
         for i, (masked, cuts) in fitted.items():
             details = [d for d in islice(wrong, len(masked.turns)) if d is not None]
             if details:
