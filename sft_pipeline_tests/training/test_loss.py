@@ -35,7 +35,7 @@ BF16_TOLERANCE = 0.06
 
 
 def checkpointed(model):
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     return model
 
@@ -129,7 +129,7 @@ def test_chunks_and_gradient_checkpointing_change_nothing(monkeypatch):
     expected, expected_grads = ours(model, rows, layout="packed", accumulation=1)
     monkeypatch.setattr(loss_module, "chunk_rows", lambda vocabulary, device: 5)
     checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     checkpointed.train()
     found, grads = ours(checkpointed, rows, layout="packed", accumulation=1)
     assert found == pytest.approx(expected, rel=1e-6)

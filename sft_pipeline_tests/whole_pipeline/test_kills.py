@@ -18,8 +18,9 @@ import pytest
 from sft_pipeline_tests.command import environment_of, sft, sft_command
 
 LONG = {
+    "tokens": {"max_length": 96},
     "sanity": {"skip": True},
-    "training": {"max_steps": None, "epochs": 48, "eval_steps": 6, "per_device_batch": 2},
+    "training": {"max_steps": None, "epochs": 8, "eval_steps": 6, "per_device_batch": 2},
 }
 RUN = ("run", "small_lora", "--until", "trained_checkpoints", "--json")
 
