@@ -1,6 +1,6 @@
 """This pipeline's trainer and TRL's SFTTrainer, on the same rows and the same weights.
 
-    python bench/train.py                       three to four minutes on 2 cores: 1k and 49k vocabularies, LoRA
+    python bench/train.py                       three to four minutes on 2 cores: two vocabularies, LoRA
     python bench/train.py --full                1k, 49k and 152k, LoRA and full; on a GPU 1B and 8B
     python bench/train.py --gpu-settings --hidden 64 --tokens 256     the GPU's settings, small, without one
 
