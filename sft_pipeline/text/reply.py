@@ -76,6 +76,18 @@ class ReplyDecoder:
             stop_text=formatting["stop_text"] if formatting["stop_token_id"] is None else None,
         )
 
+    def expected(self, target: Sequence[int], completion: str) -> str:
+        """What a reply is compared with: the completion, or without one (tool calls alone) the whole turn.
+
+        Args:
+            target, completion: As in `reply`.
+        """
+        if completion:
+            return completion
+        end = next((i for i, token in enumerate(target) if token in self.stop_ids), len(target))
+        text = self.decode(target[:end])
+        return text.partition(self.stop_text)[0] if self.stop_text else text
+
     def reply(
         self, ids: Sequence[int], finished: bool, *, target: Sequence[int], completion: str
     ) -> tuple[str, bool]:
@@ -88,14 +100,16 @@ class ReplyDecoder:
             ids: What was generated, without the stop token.
             finished: Whether a stop token ended it.
             target: The ids that follow the prompt in the training row.
-            completion: The expected reply, which `target` contains.
+            completion: The final message's text, which `target` contains; "" for tool calls alone, where the
+                reply is all that was generated.
         """
         text = self.decode(ids)
         if self.stop_text and self.stop_text in text:
             text, finished = text.partition(self.stop_text)[0], True
-        before, found, after = self.decode(target).partition(completion)
-        if found and before.strip():
-            text = text.removeprefix(before)
-        if found and after.strip():
-            text = text.removesuffix(after)
+        if completion:
+            before, found, after = self.decode(target).partition(completion)
+            if found and before.strip():
+                text = text.removeprefix(before)
+            if found and after.strip():
+                text = text.removesuffix(after)
         return text, finished

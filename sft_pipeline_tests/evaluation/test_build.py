@@ -175,6 +175,28 @@ def test_max_rows_takes_the_same_rows_for_every_checkpoint(project, rows, learne
     assert built.counts["validation_generated"] == 5
 
 
+def test_a_final_message_of_tool_calls_alone_is_graded_by_the_rendered_turn(project, learned, tmp_path):
+    calls = [{"function": {"name": "open"}}]
+    template = tmp_path / "tools.jinja"
+    rendered = (
+        "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}</call>{% endif %}<|im_end|>"
+    )
+    template.write_text(w.TEMPLATE.replace("{{ m.content }}<|im_end|>{% endgen", rendered + "{% endgen"))
+    splits = {"train": w.rows_of(100, 4), "validation": w.rows_of(104, 3), "test": w.rows_of(108, 3)}
+    for name in ("validation", "test"):
+        last = splits[name][0]["messages"][-1]
+        last["content"], last["tool_calls"] = None, json.dumps(calls)
+    split = w.dataset(w.World(tmp_path, project.store), splits)["grouped_split"]
+    rows = w.tokenized(w.World(tmp_path, project.store), split, chat_template=str(template))
+    grader = {"name": "exact", "kind": "exact_match"}
+    settings = config(graders=[grader], rank_by=["exact"], require_improvement=False)
+    _, found, out = run(project, rows, learned, settings)
+    samples = pq.read_table(out / "samples.parquet").to_pylist()
+    expected = {s["expected"] for s in samples if "<call>" in s["expected"]}
+    assert expected == {f"<call>{json.dumps(calls)}</call>"}
+    assert found["sides"]["test"]["generated"] == 3 and found["sides"]["test"]["ungradable"] == {"exact": 0}
+
+
 def test_a_gate_that_nobody_passes_blocks_and_says_by_how_much(project, rows, learned):
     built, found, _ = run(project, rows, learned, config(gates=["policy_pass_rate > 1"], max_rows=4))
     failed = checks(built)["gates_passed"]

@@ -42,3 +42,14 @@ def test_a_stop_text_of_several_tokens_ends_the_reply():
     found = with_stop.reply(ids("yes<end>and more"), False, target=ids("no<end>"), completion="no")
     assert found == ("yes", True)
     assert with_stop.reply(ids("yes<en"), False, target=ids("no<end>"), completion="no") == ("yes<en", False)
+
+
+def test_without_a_completion_the_whole_text_is_the_reply_and_the_whole_turn_is_expected():
+    target = ids("<call>find</call>\0\n")
+    assert decoder().reply(ids("<call>get</call>"), True, target=target, completion="") == (
+        "<call>get</call>",
+        True,
+    )
+    assert decoder().expected(target, "") == "<call>find</call>"
+    assert decoder("<end>").expected(ids("<call>find</call><end>\n"), "") == "<call>find</call>"
+    assert decoder().expected(target, "find") == "find"

@@ -40,8 +40,8 @@ def build(b: Build) -> Built:
     checkpoints = checkpoints_of(b.inputs["trained_checkpoints"])
     graders = make_graders(config.graders)
     validation, test = (HeldOutSplit.of(tokenized, name, config) for name in ("validation", "test"))
-    ungradable = {s.name: _ungradable(s, graders, b.report) for s in (validation, test)}
     decoder = ReplyDecoder.of(tokenized)
+    ungradable = {s.name: _ungradable(s, graders, decoder, b.report) for s in (validation, test)}
     models = CheckpointModels(stage_config.model, checkpoints)
     with SamplesWriter(b.out / "samples.parquet", graders) as samples:
         judge = Judge(config, graders, decoder, samples, b.report).judge
@@ -125,8 +125,8 @@ def build_trial_judgement(b: Build) -> Built:
     step = max(checkpoints)
     graders = make_graders(config.graders)
     split = HeldOutSplit.of(tokenized, "validation", config)
-    ungradable = _ungradable(split, graders, b.report)
     decoder = ReplyDecoder.of(tokenized)
+    ungradable = _ungradable(split, graders, decoder, b.report)
     model = CheckpointModels(stage_config.model, checkpoints).tuned(step)
     with SamplesWriter(b.out / "samples.parquet", graders) as samples:
         judge = Judge(config, graders, decoder, samples, b.report)
@@ -153,12 +153,14 @@ def build_trial_judgement(b: Build) -> Built:
     )
 
 
-def _ungradable(split: HeldOutSplit, graders: Sequence[Grader], reporter: Reporter) -> dict[str, int]:
+def _ungradable(
+    split: HeldOutSplit, graders: Sequence[Grader], decoder: ReplyDecoder, reporter: Reporter
+) -> dict[str, int]:
     """For each grader, how many expected completions it cannot grade against; logged as a warning."""
     if not split.positions:
         return {}
     rows = held_out_rows(split.parts, split.positions)
-    counts = check_expected(graders, [(r.row_id, r.completion) for r in rows])
+    counts = check_expected(graders, [(r.row_id, decoder.expected(r.target, r.completion)) for r in rows])
     if found := [f"{name} {n}" for name, n in counts.items() if n]:
         reporter.log(
             f"{split.name}: expected completions that a grader cannot grade against (they score 0), "

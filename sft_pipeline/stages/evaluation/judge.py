@@ -14,7 +14,7 @@ import pyarrow as pa
 from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.evaluation.config import EvaluationConfig
+from sft_pipeline.stages.evaluation.config import SAMPLE_COLUMNS, EvaluationConfig
 from sft_pipeline.stages.evaluation.graders import Grader
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.held_out import HeldOutRow, chosen_positions, held_out_rows
@@ -26,7 +26,6 @@ from sft_pipeline.training.model import load_for_inference, training_device
 from sft_pipeline.training.process import threads_for
 
 ROWS_AT_ONCE = 4096
-SAMPLE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply", "expected", "finished")
 
 
 def checkpoints_of(trained: Artifact) -> dict[int, Path]:
@@ -135,16 +134,13 @@ class SamplesWriter(FileWriter):
     """Writes samples.parquet: every generated reply with its scores, in the order in which they are judged.
 
     Columns: side (validation, test), model (base, checkpoint-<step>), step (int64, null for the base),
-    row_id, group, prompt, reply, expected, finished (bool), and one float64 for each grader: its name, with
-    `_score` behind it where another column has that name.
+    row_id, group, prompt, reply, expected, finished (bool), and one float64 for each grader, by its name.
     """
 
     def __init__(self, path: Path, graders: Sequence[Grader]) -> None:
-        taken = {g.name: f"{g.name}_score" if g.name in SAMPLE_COLUMNS else g.name for g in graders}
         types = {"step": pa.int64(), "finished": pa.bool_()}
         columns = [(name, types.get(name, pa.string())) for name in SAMPLE_COLUMNS]
-        super().__init__(path, pa.schema([*columns, *((name, pa.float64()) for name in taken.values())]))
-        self.score_columns = taken
+        super().__init__(path, pa.schema([*columns, *((g.name, pa.float64()) for g in graders)]))
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ class Judge:
         """
         progress = _JoinedProgress(self.report, name, split.rows + len(split.positions))
         scores: dict[str, list[float]] = {g.name: [] for g in self.graders}
-        columns, unfinished = self.samples.score_columns, 0
+        unfinished = 0
         with threads_for(model):
             nll, tokens = _losses(model, split, progress)
             waiting = held_out_rows(split.parts, split.positions)
@@ -217,6 +213,7 @@ class Judge:
                     reply, finished = self.decoder.reply(
                         generated.ids, generated.finished, target=row.target, completion=row.completion
                     )
+                    expected = self.decoder.expected(row.target, row.completion)
                     known = {
                         "row_id": row.row_id,
                         "group": row.group,
@@ -228,13 +225,13 @@ class Judge:
                         "model": "base" if step is None else f"checkpoint-{step}",
                         "step": step,
                         "reply": reply,
-                        "expected": row.completion,
+                        "expected": expected,
                         "finished": finished,
                     }
                     for grader in self.graders:
-                        score = grader(reply, row.completion, known | {"completion": row.completion})
+                        score = grader(reply, expected, known | {"completion": expected})
                         scores[grader.name].append(score)
-                        sample[columns[grader.name]] = score
+                        sample[grader.name] = score
                     samples.append(sample)
                     unfinished += not finished
                 self.samples.append(samples)
