@@ -63,7 +63,7 @@ class ChatTemplate:
     @cached_property
     def has_marks(self) -> bool:
         """Whether {% generation %} blocks in the template mark what the assistant generates."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+        return re.search(r"\{%[-+]?\s*generation\b", self.text + self.tool_text) is not None
 
     @cached_property
     def environment(self) -> jinja2.Environment:

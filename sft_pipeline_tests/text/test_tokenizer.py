@@ -6,9 +6,9 @@ import jinja2
 import pytest
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.text.template import load_template
+from sft_pipeline.text.template import ChatTemplate, load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
-from sft_pipeline_tests.text.tiny import CHATML, save_tokenizer, tiny_tokenizer
+from sft_pipeline_tests.text.tiny import CHATML, MARKED, save_tokenizer, tiny_tokenizer
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
@@ -69,6 +69,17 @@ def test_a_missing_folder_and_an_unpinned_hub_id_give_different_errors(tmp_path)
 def test_an_unknown_template_lists_the_known_ones():
     with pytest.raises(InputError, match="chatml, llama3, qwen, mistral, alpaca, plain"):
         load_template("chatlm", tiny_tokenizer())
+
+
+@pytest.mark.parametrize("marked", [MARKED, MARKED.replace("{% generation %}", "{%+ generation %}")])
+def test_generation_marks_of_either_template_are_found_and_in_no_text(marked):
+    for template in (ChatTemplate("own", CHATML, marked, {}), ChatTemplate("own", marked, CHATML, {})):
+        for tools in (None, [{"name": "f"}]):
+            plain = ChatTemplate("own", CHATML, CHATML, {}).render(HI, tools)
+            text, spans = template.render_marked(HI, tools)
+            assert template.render(HI, tools) == text == plain
+            has_marks = (template.tool_text if tools else template.text) == marked
+            assert [text[slice(*span)] for span in spans] == (["yes<|im_end|>"] if has_marks else [])
 
 
 def test_the_clock_is_frozen():
