@@ -58,6 +58,35 @@ def test_a_score_that_could_not_be_measured_is_the_worst_and_meets_no_gate():
     assert not Gate.parse("val_loss <= 9").met({"val_loss": math.nan})
 
 
+def three_terms(*scores):
+    """Checkpoints 1, 2, ... with these (policy, format, other, val_loss)."""
+    names = ("policy", "format", "other", "val_loss")
+    field = [Candidate(i, dict(zip(names, values, strict=True))) for i, values in enumerate(scores, 1)]
+    return select(field, [], ["policy", "format", "other"])
+
+
+def test_the_term_on_which_the_lowest_loss_differs_is_named():
+    found = three_terms((0.5, 0.9, 0.7, 1.0), (0.5, 0.9, 0.8, 2.0), (0.5, 0.2, 0.9, 3.0))
+    assert found.step == 2 and found.lowest_loss == 1
+    assert "step 2 has the highest other 0.8 of those tied on policy, format, before step 1 with" in found.why
+    assert "step 1 has the lowest val_loss (1) but has other 0.7 against 0.8" in found.why
+    found = three_terms((0.5, 0.9, 0.7, 2.0), (0.5, 0.9, 0.7, 1.0))
+    assert "step 2 has the lowest val_loss (1) but ties on policy, format, other and is" in found.why
+
+
+def test_scores_that_could_not_be_measured_tie_and_are_called_so():
+    found = three_terms((math.nan, 0.3, 0.7, 2.0), (math.nan, 0.4, 0.7, 1.0))
+    assert "step 2 has the highest format 0.4 of those tied on policy, before step 1 with 0.3" in found.why
+    found = three_terms((0.5, 0.3, 0.7, math.nan), (0.5, math.nan, 0.7, 1.0))
+    assert "before step 2 with a format that could not be measured" in found.why
+    assert "has a format that could not be measured against 0.3" in found.why
+    field = [Candidate(1, {"val_loss": math.nan}), Candidate(2, {"val_loss": math.nan})]
+    found = select(field, [Gate.parse("val_loss < 1")], ["-val_loss"])
+    assert "with a val_loss that could not be measured (val_loss < 1 asked)" in found.why
+    assert "step 1 ties with step 2 on val_loss and is the earlier one" in found.why
+    assert "nan" not in found.why
+
+
 def test_a_single_checkpoint():
     found = select(FIELD[:1], GATES, RANK)
     assert found.step == 200 and "only checkpoint" in found.why

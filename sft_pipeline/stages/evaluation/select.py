@@ -127,18 +127,25 @@ def _explanation(
 ) -> str:
     """The choice in words: the gates, what decided, and why the lowest loss was not chosen."""
 
-    def score(candidate: Candidate, term: str) -> str:
-        name = term.lstrip("-")
-        return f"{name} {candidate.scores[name]:.4g}"
+    def score(candidate: Candidate, name: str) -> str:
+        found = candidate.scores[name]
+        return f"a {name} that could not be measured" if math.isnan(found) else f"{name} {found:.4g}"
 
-    winner, first = ranked[0], rank_by[0]
+    def differing(candidate: Candidate) -> int | None:
+        """The first term on which a candidate ranks differently than the winner."""
+        pairs = zip(keys[candidate.step][:-1], keys[winner.step][:-1], strict=True)
+        return next((i for i, (its, best) in enumerate(pairs) if its != best), None)
+
+    winner, names = ranked[0], [term.lstrip("-") for term in rank_by]
+    keys = {c.step: _sort_key(c, rank_by) for c in ranked}  # unlike scores, equal where neither was measured
     passing = [c for c in ranked if not failed[c.step]]
     total = len(ranked)
     clauses = []
     if gates and passing:
         clauses.append(f"{len(passing)} of {total} checkpoints pass the gates ({', '.join(map(str, gates))})")
     elif gates:
-        nearest = ", ".join(f"{score(winner, g.name)} ({g} asked)" for g in gates if not g.met(winner.scores))
+        missed = [g for g in gates if not g.met(winner.scores)]
+        nearest = ", ".join(f"{score(winner, g.name)} ({g} asked)" for g in missed)
         clauses.append(
             f"no checkpoint passes the gates; step {winner.step} is the best by rank, with {nearest}"
         )
@@ -146,28 +153,26 @@ def _explanation(
     if not others:
         clauses.append(f"step {winner.step} is the only {'one left' if total > 1 else 'checkpoint'}")
     else:
-        for term in rank_by:
-            name = term.lstrip("-")
-            tied = [c for c in others if c.scores[name] == winner.scores[name]]
-            if not tied:
-                best = "lowest" if term.startswith("-") else "highest"
-                among = f" of those tied on {first.lstrip('-')}" if term != first else ""
-                clauses.append(
-                    f"step {winner.step} has the {best} {score(winner, term)}{among}, "
-                    f"before step {others[0].step} with {others[0].scores[name]:.4g}"
-                )
-                break
-            others = tied
+        second = others[0]  # ties with the winner on as many terms as any other does
+        at = differing(second)
+        if at is None:
+            tied = f"step {winner.step} ties with step {second.step} on {', '.join(names)}"
+            clauses.append(f"{tied} and is the earlier one")
         else:
+            best = "lowest" if rank_by[at].startswith("-") else "highest"
+            among = f" of those tied on {', '.join(names[:at])}" if at else ""
             clauses.append(
-                f"step {winner.step} ties with step {others[0].step} "
-                f"on {', '.join(t.lstrip('-') for t in rank_by)} and is the earlier one"
+                f"step {winner.step} has the {best} {score(winner, names[at])}{among}, "
+                f"before step {second.step} with " + score(second, names[at]).removeprefix(f"{names[at]} ")
             )
     if lowest is not None and lowest != winner.step:
         loser = next(c for c in ranked if c.step == lowest)
+        at = differing(loser)
         if failed[lowest] and not failed[winner.step]:
             reason = "fails " + ", ".join(failed[lowest])
+        elif at is None:
+            reason = f"ties on {', '.join(names)} and is the later one"
         else:
-            reason = f"has {score(loser, first)} against {winner.scores[first.lstrip('-')]:.4g}"
+            reason = f"has {score(loser, names[at])} against {winner.scores[names[at]]:.4g}"
         clauses.append(f"step {lowest} has the lowest val_loss ({loser.scores['val_loss']:.4g}) but {reason}")
     return "; ".join(clauses)
