@@ -46,12 +46,15 @@ def row(
 
 
 class FakeArtifact(Artifact):
-    """A folder that is read like an artifact; its manifest has only a configuration and no checks."""
+    """A folder that is read like an artifact; config.json and checks.json stand for its manifest."""
 
     @property
     def manifest(self) -> Any:  # type: ignore[override]
-        path = self.path / "config.json"
-        return SimpleNamespace(config=json.loads(path.read_text()) if path.is_file() else {}, checks=[])
+        config, checks = self.path / "config.json", self.path / "checks.json"
+        return SimpleNamespace(
+            config=json.loads(config.read_text()) if config.is_file() else {},
+            checks=json.loads(checks.read_text()) if checks.is_file() else [],
+        )
 
 
 def split_artifact(folder: Path, **splits: Sequence[dict[str, Any]]) -> Artifact:

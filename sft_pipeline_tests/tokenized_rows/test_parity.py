@@ -139,7 +139,8 @@ def test_skew_of_smollm2_is_found_and_qwen3_has_none(load):
     ]
     smollm = load("smollm2")
     skew = find_skew(smollm, load_template("tokenizer", smollm), texts)
-    assert skew.found and "another prompt on 0 of 40" in skew.description and "tokenizer.json" in skew.example
+    assert skew.found and skew.description.startswith("40 rows compared with AutoTokenizer: it gives other")
+    assert "another prompt on 0 of 40" in skew.description and "tokenizer.json" in skew.example
     qwen = load("qwen3")
     assert not find_skew(qwen, load_template("tokenizer", qwen), texts).found
 

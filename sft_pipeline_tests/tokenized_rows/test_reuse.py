@@ -1,5 +1,6 @@
 """Cost follows the change: rows tokenized before are reused by their content, and no others."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.stage import Build, Built
+from sft_pipeline.stages.stage import Build, Built, Check
 from sft_pipeline.stages.tokenized_rows import build as stage_build
-from sft_pipeline.stages.tokenized_rows import row_cache
+from sft_pipeline.stages.tokenized_rows import row_cache, served_prompts
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
 from sft_pipeline.stages.tokenized_rows.outcomes import RowOutcome, mask_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.row_cache import TokenGroups
@@ -20,6 +21,7 @@ from sft_pipeline.stages.tokenized_rows.word_cache import WordCache
 from sft_pipeline.store.manifest import data_version, list_files
 from sft_pipeline.tables.parquet import read_rows
 from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.text.auto_tokenizer import AutoTokenizerReply
 from sft_pipeline_tests.text.tiny import CHATML, save_tokenizer
 from sft_pipeline_tests.tokenized_rows.rows import FakeArtifact, row, split_artifact
 
@@ -112,6 +114,30 @@ def test_rows_are_taken_from_several_earlier_builds(tmp_path):
     _, two, _ = run(tmp_path, "two", train=numbered(20, 20))
     built, _, _ = run(tmp_path, "three", (two, one), train=numbered(41))
     assert (built.counts["rows_tokenized"], built.counts["rows_reused"]) == (1, 40)
+
+
+@pytest.mark.parametrize(
+    "reply", [AutoTokenizerReply(unavailable="the process that loads it ended with exit status -9"), None]
+)
+def test_only_a_comparison_of_rows_with_autotokenizer_is_taken_over(tmp_path, monkeypatch, reply):
+    def build(name: str, earlier: tuple, rows: list[dict]) -> tuple[Check, FakeArtifact]:
+        built, artifact, _ = run(tmp_path, name, earlier, train=rows)
+        check = next(c for c in built.checks if c.name == "tokenizer_skew")
+        entry = {"name": check.name, "passed": check.passed, "description": check.description}
+        artifact.file("checks.json").write_text(json.dumps([entry]))
+        return check, artifact
+
+    with monkeypatch.context() as patch:  # nothing is compared: no reply, or no row
+        if reply:
+            patch.setattr(served_prompts, "ask_auto_tokenizer", lambda *_: reply)
+        unproven, old = build("old", (), numbered(3) if reply else [])
+    assert unproven.passed is (reply is None) and "compared" not in unproven.description
+    compared, old = build("compared", (old,), numbered(6))
+    assert compared.passed and compared.description.startswith("6 rows compared" if not reply else "3 rows")
+    monkeypatch.setattr(served_prompts, "ask_auto_tokenizer", None)  # is not asked again
+    first, old = build("first", (old,), numbered(7))
+    second, _ = build("second", (old,), numbered(8))
+    assert first.description == second.description == compared.description + served_prompts._EARLIER
 
 
 def test_the_fast_and_the_reference_encoder_write_the_same_bytes_and_count_their_rows(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ as a plain GPT-2 tokenizer and drops the digit splitting that its tokenizer.json
 texts get other ids in serving than in training.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from sft_pipeline.text.tokenizer import Tokenizer
 
 SAMPLE = 300
 SKEW_CHECK = "tokenizer_skew"
+# Descriptions begin like this where rows were compared; any other outcome proves nothing about later rows.
+_COMPARED = "{} rows compared with AutoTokenizer: "
 _EARLIER = " (found in an earlier build with the same tokenizer, template and versions)"
 
 
@@ -96,25 +99,26 @@ def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Con
         for c, theirs in zip(sample, reply.prompts, strict=False)
     )
     if not differing and not other_prompts:
-        return TokenizerSkew(
-            False, f"AutoTokenizer gives the same ids and prompts on {len(sample)} sampled rows"
-        )
+        return TokenizerSkew(False, _COMPARED.format(len(sample)) + "it gives the same ids and prompts")
     return TokenizerSkew(
         True,
-        f"AutoTokenizer gives other ids on {len(differing)} and another prompt on {other_prompts} of "
-        f"{len(sample)} sampled rows; the ids here follow tokenizer.json. Serve with "
+        _COMPARED.format(len(sample)) + f"it gives other ids on {len(differing)} and another prompt on "
+        f"{other_prompts} of {len(sample)}; the ids here follow tokenizer.json. Serve with "
         "PreTrainedTokenizerFast, or correct tokenizer_class in tokenizer_config.json",
         _first_difference(tokenizer, *differing[0]) if differing else {},
     )
 
 
 def known_skew(earlier: Sequence[Artifact]) -> TokenizerSkew | None:
-    """What the newest of the earlier builds found, with the same tokenizer, template and versions."""
+    """What the newest of the earlier builds found, with the same tokenizer, template and versions.
+
+    None where that build compared no rows: it had none, or AutoTokenizer could not be asked.
+    """
     for artifact in earlier[:1]:
         for check in artifact.manifest.checks:
-            if check["name"] == SKEW_CHECK:
-                description = str(check["description"]).removesuffix(_EARLIER) + _EARLIER
-                return TokenizerSkew(not check["passed"], description)
+            description = str(check["description"])
+            if check["name"] == SKEW_CHECK and re.match(_COMPARED.format(r"\d+"), description):
+                return TokenizerSkew(not check["passed"], description.removesuffix(_EARLIER) + _EARLIER)
     return None
 
 
