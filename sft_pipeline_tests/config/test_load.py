@@ -56,6 +56,10 @@ def test_a_broken_file_is_named_and_leaves_the_others(folder: Path) -> None:
             7,
             "did you mean 'fields'",
         ),
+        *(
+            (f"evaluation:\n  graders:\n    - {{name: {name}, kind: exact_match}}\n", 5, f"be named {name}")
+            for name in ("reply", "group", "val_loss", "gates")
+        ),
         ('evaluation: {gates: ["nothing >= 1"]}\n', 5, "no grader is named nothing"),
         ("evaluation: {rank_by: [-loss]}\n", 5, "no grader is named loss"),
         ("packing: [\n", 6, "not valid YAML"),

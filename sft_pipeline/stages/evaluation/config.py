@@ -7,6 +7,11 @@ from pydantic import Field, model_validator
 from sft_pipeline.config.base import Config
 from sft_pipeline.training.config import ModelConfig
 
+SAMPLE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply", "expected", "finished")
+"""Of samples.parquet, which has one column more for each grader."""
+CHECKPOINT_KEYS = ("val_loss", "gates", "rank", "chosen", "unfinished", "supervised_tokens")
+"""Of a checkpoint in evaluation.json, beside its step and each grader's mean."""
+
 
 class JsonSchemaGrader(Config):
     """1 where the reply is JSON that the schema accepts."""
@@ -96,6 +101,8 @@ class EvaluationConfig(Config):
         names = [g.name for g in self.graders]
         if len(set(names)) != len(names):
             raise ValueError(f"two graders share a name: {names}")
+        if taken := [n for n in names if n in (*SAMPLE_COLUMNS, *CHECKPOINT_KEYS, "test_loss")]:
+            raise ValueError(f"a grader cannot be named {taken[0]}, which evaluation itself uses: rename it")
         known = {*names, "val_loss"}
         listed = ", ".join(sorted(known))
         for gate in self.gates:
