@@ -36,7 +36,28 @@ class InputEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """The manifest of one artifact; see the field names in the README's table of artifacts."""
+    """The manifest of one artifact.
+
+    Attributes:
+        format: Of this file.
+        asset: The asset key, for example `access_policy_lora/packed_shards`.
+        partition: The snapshot.
+        fingerprint: SHA-256 over everything the artifact was made from; names its folder.
+        data_version: SHA-256 over its files, the volatile ones left out.
+        code_version: Of the stage's modules.
+        config: What the stage read of the recipe or dataset file.
+        inputs: By stage name, the artifacts that were read.
+        accepted: Whether every blocking check passed. What is not accepted is no input.
+        counts: Whole numbers about the rows and blocks.
+        files: Every file but this one.
+        environment: The machine, Python and libraries of the build.
+        dagster_run_id: The Dagster run that built it, if any.
+        mlflow_run_id: The MLflow run that its build reported to, if any.
+        created_at: UTC, ISO 8601.
+        outside: {what: SHA-256} of files read from outside the store.
+        checks: name, blocking, passed and description of each.
+        packages: The versions that are part of the fingerprint.
+    """
 
     format: int = FORMAT
     asset: str
@@ -53,13 +74,9 @@ class Manifest(_Entry):
     dagster_run_id: str | None = None
     mlflow_run_id: str | None = None
     created_at: str
-    outside: dict[str, str] = Field(
-        default_factory=dict, description="content digests of files read from outside the store"
-    )
+    outside: dict[str, str] = Field(default_factory=dict)
     checks: list[dict[str, Any]] = Field(default_factory=list)
-    packages: dict[str, str | None] = Field(
-        default_factory=dict, description="versions that are part of the fingerprint"
-    )
+    packages: dict[str, str | None] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

@@ -94,7 +94,7 @@ class Store:
         files.write_json(folder / MANIFEST_NAME, manifest.to_json())
         self.objects.mkdir(parents=True, exist_ok=True)
         target = self.objects / folder.name
-        if target.exists():  # an artifact that is not reused (unaccepted, or damaged and being replaced)
+        if target.exists():  # one that was not accepted; `sweep` puts it back if this process dies in between
             aside = self.staging / f"{folder.name}.old"
             files.remove_tree(aside)
             os.replace(target, aside)
@@ -104,11 +104,18 @@ class Store:
         return Artifact(target)
 
     def sweep(self) -> list[str]:
-        """Removes staging folders whose builder is gone, and returns their names."""
+        """Removes staging folders whose builder is gone, and returns their names.
+
+        An artifact that was being replaced, and whose successor never came, is put back.
+        """
         swept = []
         for folder in sorted(self.staging.glob("*")):
             with contextlib.suppress(TimeoutError):
-                with files.locked(self.locks / f"{folder.name.split('.')[0]}.lock", wait_seconds=0):
+                fingerprint, _, replaced = folder.name.partition(".")
+                with files.locked(self.locks / f"{fingerprint}.lock", wait_seconds=0):
+                    if replaced and not (self.objects / fingerprint).exists():
+                        os.replace(folder, self.objects / fingerprint)
+                        continue
                     files.remove_tree(folder)
                     swept.append(folder.name)
         return swept

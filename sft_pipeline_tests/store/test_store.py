@@ -114,6 +114,30 @@ def test_a_killed_builder_leaves_no_object_and_its_staging_is_swept(tmp_path: Pa
     assert not list(store.staging.iterdir())
 
 
+def test_an_artifact_whose_successor_never_came_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    first = put(store)
+    replace, calls = os.replace, []
+
+    def die_at_the_second(source: Path, target: Path) -> None:
+        if Path(source).is_dir():
+            calls.append(source)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", die_at_the_second)
+        put(store, content="two")
+    assert store.get(FINGERPRINT) is None
+    store.sweep()
+    assert store.get(FINGERPRINT) == first and first.damage(deep=True) == []
+    assert not list(store.staging.iterdir())
+    assert put(store, content="two").file("rows/part.txt").read_text() == "two"
+
+
 def _build_once_somebody_waits(home: str, started: str, waiting: str) -> None:
     with Store(Path(home)).building(FINGERPRINT) as folder:
         Path(started).touch()
