@@ -136,16 +136,19 @@ def _schedule(config: RecipeConfig, updates: int) -> dict[str, Any]:
 def show_check(result: dict[str, Any], console: Console) -> None:
     """The result for people."""
     budget, schedule = result["budget"], result["schedule"]
+    blocks, parts = budget["blocks_per_update"], ("per_device_batch", "gradient_accumulation", "processes")
+    device, accumulated, processes = (budget[name] for name in parts)
+    if blocks == device * accumulated * processes:
+        origin = f" = {device} per device x {accumulated} accumulated x {processes} processes"
+    else:
+        origin = ", as given by training.blocks_per_update"
     stops = f" of {budget['updates']:,} planned" if schedule["updates"] < budget["updates"] else ""
     table = Table(title=f"{result['recipe']} on {result['dataset']} {result['snapshot']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     rows = {
         "updates": f"{schedule['updates']:,}{stops}",
-        "blocks per update": (
-            f"{budget['blocks_per_update']:,} = {budget['per_device_batch']} per device"
-            f" x {budget['gradient_accumulation']} accumulated x {budget['processes']} processes"
-        ),
+        "blocks per update": f"{blocks:,}{origin}",
         "training examples": f"{budget['examples']:,} in {budget['blocks']:,} blocks",
         "tokens an epoch": f"{budget['tokens']:,}, of them {budget['supervised_tokens']:,} supervised",
         "packing efficiency": f"{budget['packing_efficiency']:.1%}",

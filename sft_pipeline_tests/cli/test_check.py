@@ -34,3 +34,15 @@ def test_the_budget_of_an_update_and_the_learning_rate_schedule(home: Path) -> N
         "cosine: up to 0.004 in 10 updates",
     ):
         assert words in shown.getvalue()
+
+
+def test_the_blocks_of_an_update_are_a_product_only_where_they_are_one(home: Path) -> None:
+    def line(*overrides: str) -> str:
+        result = check_recipe("access_policy_lora", snapshot=None, overrides=overrides, console=SILENT)
+        shown = io.StringIO()
+        show_check(result, Console(file=shown, width=120))
+        return next(text for text in shown.getvalue().splitlines() if "blocks per update" in text)
+
+    assert "4 = 4 per device x 1 accumulated x 1 processes" in line("training.per_device_batch=4")
+    given = line("training.per_device_batch=4", "training.blocks_per_update=16")
+    assert "16, as given by training.blocks_per_update" in given
