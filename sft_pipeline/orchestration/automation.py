@@ -12,6 +12,7 @@ from sft_pipeline.orchestration.assets import partitions_of
 from sft_pipeline.store.files import sha256_json
 
 SENSOR_SECONDS = 30
+NONE_YET = "/"  # the cursor of a sensor that has looked and found nothing; no snapshot is named so
 
 
 def branch_job(dataset: DatasetConfig, recipe: RecipeConfig) -> Any:
@@ -44,13 +45,14 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         try:
             found = snapshots(dataset.sources)
         except InputError as error:
+            context.update_cursor(context.cursor or NONE_YET)
             return dg.SkipReason(str(error))
         known = set(context.instance.get_dynamic_partitions(f"{dataset.name}_snapshots"))
         new = [s for s in found if s not in known]
         newest = found[-1] if found else None
         requests = []
         # The first evaluation registers what is there; only a snapshot that arrives later starts runs.
-        if newest and context.cursor is not None and newest > context.cursor:
+        if newest and context.cursor and (context.cursor == NONE_YET or newest > context.cursor):
             digest = sha256_json(source_digests(dataset.sources, newest))[:12]
             requests = [
                 dg.RunRequest(job_name=j.name, run_key=f"{j.name}:{newest}:{digest}", partition_key=newest)
@@ -59,7 +61,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         return dg.SensorResult(
             run_requests=requests,
             dynamic_partitions_requests=[partitions_of(dataset).build_add_request(new)] if new else [],
-            cursor=newest or context.cursor,
+            cursor=newest or context.cursor or NONE_YET,
         )
 
     return _sensor

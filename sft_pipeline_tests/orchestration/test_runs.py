@@ -1,6 +1,7 @@
 """Dagster runs over small data: partitions, refusals, sensor and schedule."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +141,31 @@ def test_the_sensor_registers_snapshots_and_runs_only_on_a_new_one(
     assert [r.partition_key for r in second.run_requests] == ["s2"]
     assert second.run_requests[0].run_key.startswith("small_lora_job:s2:")
     assert not look(second.cursor).run_requests
+
+
+@pytest.mark.parametrize("folder_exists", [True, False])
+def test_the_first_snapshot_of_a_dataset_that_had_none_starts_runs(
+    instance: dg.DagsterInstance, tmp_path: Path, folder_exists: bool
+) -> None:
+    found = catalog(tmp_path, snapshots=())
+    if folder_exists:
+        (tmp_path / "rows").mkdir()
+    sensor = build_definitions(found).resolve_sensor_def("small_snapshots")
+
+    def look(cursor: str | None) -> tuple[list[str], str | None]:
+        """The snapshots that get a run, and the cursor that Dagster keeps."""
+        context = dg.build_sensor_context(instance=instance, cursor=cursor)
+        result = sensor(context)
+        if isinstance(result, dg.SkipReason):
+            return [], context.cursor
+        return [r.partition_key for r in result.run_requests], result.cursor or context.cursor
+
+    requests, cursor = look(None)
+    assert not requests and look(cursor) == ([], cursor)
+    catalog(tmp_path)
+    assert look(cursor) == (["s1"], "s1") and look("s1") == ([], "s1")
+    shutil.rmtree(tmp_path / "rows")
+    assert look("s1") == ([], "s1")
 
 
 def test_the_schedule_takes_the_newest_snapshot(instance: dg.DagsterInstance, tmp_path: Path) -> None:
