@@ -58,7 +58,7 @@ def stage_asset(
         description=stage.description,
         kinds=set(stage.kinds),
         owners=[owner],
-        code_version=f"{code_version(stage.name)}-{config_digest[:8]}",
+        code_version=f"{code_version(stage.code_package)}-{config_digest[:8]}",
         pool=GPU_POOL if stage.isolated else None,
         check_specs=[
             dg.AssetCheckSpec(c.name, asset=key, description=c.description, blocking=c.blocking)
@@ -96,7 +96,7 @@ def _run_of(
     context: dg.AssetExecutionContext, recipe: RecipeConfig | None, listener: Reporter
 ) -> tuple[RecipeConfig | None, Run]:
     """The recipe with this Dagster run's overrides, and how the stage runs in it."""
-    from sft_pipeline.tracking.mlflow import MlflowTracker
+    from sft_pipeline.tracking.mlflow import MlflowTracker, publish
 
     overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
     if recipe is not None and overrides:
@@ -107,7 +107,8 @@ def _run_of(
         run_id=context.run.run_id,
         earlier_run_ids=tuple(r for r in (context.run.parent_run_id, context.run.root_run_id) if r),
         current=not overrides,
-        tracker=MlflowTracker(context.run.run_id, current=not overrides),
+        tracker=MlflowTracker(context.run.run_id),
+        publish=publish,
         isolate=lambda stage, build: _isolate(context, stage, build, recipe),
     )
     return recipe, run

@@ -9,7 +9,7 @@ from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.environment import environment, package_version
-from sft_pipeline.stages.report import REPORT, failed_blocking, read_report, write_report
+from sft_pipeline.stages.report import REPORT, failed_blocking, write_report
 from sft_pipeline.stages.stage import Branch, Build, Built, Evidence, Stage
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import clear_disk_errors, sha256_json
@@ -60,6 +60,7 @@ class Run:
         earlier_run_ids: The runs this one retries: what they made is read too.
         current: Whether refs move. False for a run with overrides (`--set`).
         tracker: Opens a tracking run around each build.
+        publish: Called with every artifact that was built or reused; must do nothing a second time.
         isolate: Runs an isolated stage's build in a child process; None runs it here.
     """
 
@@ -69,6 +70,7 @@ class Run:
     earlier_run_ids: tuple[str, ...] = ()
     current: bool = True
     tracker: Tracker = untracked
+    publish: Callable[[Artifact, Branch, "Run"], None] = lambda artifact, branch, run: None
     isolate: Isolate | None = None
 
 
@@ -78,10 +80,6 @@ class StageOutcome:
 
     artifact: Artifact
     cached: bool
-
-    @property
-    def evidence(self) -> dict[str, Evidence]:
-        return read_report(self.artifact)["evidence"]
 
 
 def run_until(last: str, stages: Mapping[str, Stage], branch: Branch, run: Run) -> dict[str, StageOutcome]:
@@ -153,6 +151,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
                         artifact = _commit(stage, built, build, parts, inputs, run, tracked)
                         tracked.committed(artifact)
         run.store.set_ref(artifact, run_id=run.run_id, current=run.current)
+        run.publish(artifact, branch, run)
     except BaseException:
         run.report.stage(asset, "failed")
         raise
@@ -219,7 +218,7 @@ def fingerprint_of(
     parts: dict[str, Any] = {
         "asset": stage.asset(branch),
         "partition": branch.snapshot,
-        "code_version": code_version(stage.package or stage.name),
+        "code_version": code_version(stage.code_package),
         "config": config.model_dump(mode="json", by_alias=True),
         "inputs": {name: artifact.manifest.data_version for name, artifact in inputs.items()},
         "outside": stage.outside(branch),

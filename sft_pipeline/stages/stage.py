@@ -147,6 +147,10 @@ class Stage:
     of_dataset: bool = False
     package: str = ""
 
+    @property
+    def code_package(self) -> str:
+        return self.package or self.name
+
     def asset(self, branch: Branch) -> str:
         """The asset key, for example `access_policy_lora/packed_shards`."""
         owner = branch.dataset.name if self.of_dataset else branch.require_recipe().name

@@ -16,9 +16,10 @@ from typing import Any
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import sft_home
 from sft_pipeline.reporting import Reporter, Tee
-from sft_pipeline.stages.run import Tracked
+from sft_pipeline.stages.run import Run, Tracked
 from sft_pipeline.stages.stage import Branch, Evidence, Stage
 from sft_pipeline.store import Artifact, Store
+from sft_pipeline.store.files import write_json
 from sft_pipeline.tracking.registry import register
 
 FINGERPRINT_TAG = "sft.training_fingerprint"
@@ -27,10 +28,8 @@ DAGSTER_PORT, MLFLOW_PORT = 3000, 5000  # of `sft ui`
 TRACKED = ("trained_checkpoints", "evaluation", "exported_model")
 DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")  # parameters of a run
 # What MLflow keeps beside manifest and plots: the whole evaluation, and what a registered version points at.
-LOGGED_FILES = {
-    "evaluation": ("evaluation.json", "samples.parquet"),
-    "exported_model": ("README.md", "manifest.json"),
-}
+EVALUATION_FILES = ("evaluation.json", "samples.parquet")
+EXPORT_FILES = ("README.md", "manifest.json")
 MOST_METRICS, LONGEST_PARAM = 1000, 6000  # what MLflow accepts in one request, and characters of a value
 
 
@@ -39,12 +38,10 @@ class MlflowTracker:
 
     Args:
         dagster_run_id: Linked from the MLflow run.
-        current: False for a run with overrides, which moves no alias.
     """
 
-    def __init__(self, dagster_run_id: str | None, *, current: bool = True) -> None:
+    def __init__(self, dagster_run_id: str | None) -> None:
         self._dagster_run_id = dagster_run_id
-        self._current = current
 
     @contextlib.contextmanager
     def __call__(
@@ -57,8 +54,7 @@ class MlflowTracker:
         trains = stage.name == "trained_checkpoints"
         training = fingerprint if trains else inputs["trained_checkpoints"].manifest.fingerprint
         recipe = branch.require_recipe()
-        title = f"{recipe.name} {branch.snapshot}"
-        experiment_id, run_id = open_run(client, branch, title, {FINGERPRINT_TAG: training})
+        experiment_id, run_id = open_training_run(client, branch, training)
         for name, artifact in inputs.items():
             client.set_tag(run_id, f"sft.input.{name}", artifact.manifest.data_version)
         if self._dagster_run_id:
@@ -70,15 +66,14 @@ class MlflowTracker:
 
         def committed(artifact: Artifact) -> None:
             listener.flush()
-            log_artifact(client, run_id, artifact)
+            if stage.name != "exported_model":  # what `publish` logs, also when an earlier run could not
+                log_artifact(client, run_id, artifact)
             if trains:
                 fill_curves(client, run_id, artifact)
                 log_lineage(client, run_id, artifact)
-            for name in LOGGED_FILES.get(stage.name, ()):
-                client.log_artifact(run_id, str(artifact.file(name)), stage.name)
-            if stage.name == "exported_model" and artifact.manifest.accepted:
-                store = Store(artifact.path.parent.parent)
-                report.log(register(client, run_id, artifact, branch, store, move=self._current))
+            if stage.name == "evaluation":
+                for name in EVALUATION_FILES:
+                    client.log_artifact(run_id, str(artifact.file(name)), stage.name)
 
         status = "KILLED"
         try:
@@ -90,6 +85,32 @@ class MlflowTracker:
         finally:
             listener.flush()
             client.set_terminated(run_id, status)
+
+
+def publish(artifact: Artifact, branch: Branch, run: Run) -> None:
+    """Registers an accepted export, built or reused, and lets it compete for the champion alias.
+
+    What was done is recorded in `registered/`. A reused export goes through here again when its registration
+    failed, or when it was built with overrides and is now what the recipe says. Otherwise MLflow, which takes
+    seconds to import, is not asked.
+    """
+    manifest = artifact.manifest
+    if not manifest.asset.endswith("/exported_model") or not manifest.accepted:
+        return
+    record = run.store.home / "registered" / f"{manifest.fingerprint}.json"
+    if record.is_file() and (not run.current or json.loads(record.read_text(encoding="utf-8"))["current"]):
+        return
+    client = connect()
+    _, run_id = open_training_run(client, branch, manifest.inputs["trained_checkpoints"].fingerprint)
+    try:
+        log_artifact(client, run_id, artifact)
+        for name in EXPORT_FILES:
+            client.log_artifact(run_id, str(artifact.file(name)), "exported_model")
+        outcome = register(client, run_id, artifact, branch, run.store, move=run.current)
+    finally:
+        client.set_terminated(run_id)
+    run.report.log(outcome)
+    write_json(record, {"current": run.current, "outcome": outcome})
 
 
 def connect() -> Any:
@@ -140,6 +161,12 @@ def open_run(client: Any, branch: Branch, title: str, identity: Mapping[str, str
     data = {"sft.recipe": recipe, "sft.dataset": branch.dataset.name, "sft.snapshot": branch.snapshot}
     run = client.create_run(experiment_id, run_name=title, tags={**data, **identity})
     return experiment_id, run.info.run_id
+
+
+def open_training_run(client: Any, branch: Branch, training: str) -> tuple[str, str]:
+    """(experiment id, run id) of the run that belongs to the training with this fingerprint."""
+    title = f"{branch.require_recipe().name} {branch.snapshot}"
+    return open_run(client, branch, title, {FINGERPRINT_TAG: training})
 
 
 def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:

@@ -1,6 +1,5 @@
 """The model registry: every accepted export is a version; the champion alias moves only to a better one."""
 
-import contextlib
 import json
 from typing import Any
 
@@ -8,6 +7,8 @@ from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact, Store
 
 CHAMPION = "champion"
+# The error codes of an alias that is not set and of a model that does not exist.
+NO_ALIAS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
 
 def register(
@@ -15,17 +16,24 @@ def register(
 ) -> str:
     """Registers an export; moves the champion alias if it beats the champion on shared test groups.
 
+    An export that is registered already keeps its version, so that a second call is harmless.
+
     Args:
         move: False for a run with overrides: the alias stays.
 
     Returns:
         What happened, in words.
     """
+    from mlflow.exceptions import MlflowException
+
     name = branch.require_recipe().name
     manifest = export.manifest
     evaluation = manifest.inputs["evaluation"].fingerprint
-    with contextlib.suppress(Exception):
+    try:
         client.create_registered_model(name, description=branch.require_recipe().description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     same = [
         v
         for v in client.search_model_versions(f"name='{name}'")
@@ -63,10 +71,13 @@ def register(
 def _beats_champion(
     client: Any, name: str, version: Any, evaluation: str, branch: Branch, store: Store
 ) -> tuple[bool, str]:
-    champion = None
-    with contextlib.suppress(Exception):
+    from mlflow.exceptions import MlflowException
+
+    try:
         champion = client.get_model_version_by_alias(name, CHAMPION)
-    if champion is None:
+    except MlflowException as error:  # any other error, a locked database say, does not mean "no champion"
+        if error.error_code not in NO_ALIAS:
+            raise
         return True, "the first version"
     if str(champion.version) == str(version.version):
         return False, "it is the champion already"
@@ -78,36 +89,60 @@ def _beats_champion(
             f"the evaluation of champion version {champion.version} is not in this store, "
             "so the two cannot be compared",
         )
-    groups, old, new = compare_on_shared_groups(theirs, ours, term.lstrip("-"))
-    if not groups:
-        return False, f"it shares no test group with champion version {champion.version}"
+    measured = _measure(term.lstrip("-"), theirs, ours, store)
+    if isinstance(measured, str):
+        return False, f"cannot be compared with champion version {champion.version}: {measured}"
+    old, new, what, where = measured
     better = new < old if term.startswith("-") else new > old
-    scores = f"{term.lstrip('-')} {new:.4f} against {old:.4f} of version {champion.version}"
-    return better, f"{scores} on {groups} shared test groups"
+    return better, f"{what} {new:.4f} against {old:.4f} of version {champion.version} on {where}"
 
 
-def compare_on_shared_groups(old: Artifact, new: Artifact, name: str) -> tuple[int, float, float]:
-    """(number of test groups that both evaluations judged, mean of the old winner, mean of the new one)."""
-    first, second = _test_scores(old, name), _test_scores(new, name)
+def _measure(
+    name: str, theirs: Artifact, ours: Artifact, store: Store
+) -> tuple[float, float, str, str] | str:
+    """(the champion's value, this version's, what was measured, on what), or why they cannot be compared."""
+    if name == "val_loss":
+        # Recorded for the whole split only, and dependent on the tokenizer: it must be the same tokens.
+        test = _test_files(ours, store)
+        if test is None or test != _test_files(theirs, store):
+            return "test_loss needs the same tokenized test split, and theirs differ or are no longer stored"
+        old, new = (_result(e)["tuned"]["test_loss"] for e in (theirs, ours))
+        if old is None or new is None:
+            return "the test split has no rows"
+        return old, new, "test_loss", "the same test split"
+    first, second = _test_scores(theirs, name), _test_scores(ours, name)
+    if first is None or second is None:
+        return f"{'the champion' if first is None else 'this version'} has no scores of {name}"
     shared = sorted(set(first) & set(second))
     if not shared:
-        return 0, 0.0, 0.0
-
-    def mean(scores: dict[str, list[float]]) -> float:
-        values = [v for group in shared for v in scores[group]]
-        return sum(values) / len(values)
-
-    return len(shared), mean(first), mean(second)
+        return "it shares no test group"
+    old, new = (_mean([v for group in shared for v in scores[group]]) for scores in (first, second))
+    return old, new, name, f"{len(shared)} shared test groups"
 
 
-def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]]:
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _result(evaluation: Artifact) -> dict[str, Any]:
+    return json.loads(evaluation.file("evaluation.json").read_text(encoding="utf-8"))
+
+
+def _test_files(evaluation: Artifact, store: Store) -> dict[str, str] | None:
+    """{path: SHA-256} of the tokenized test split; None where it is not in the store any more."""
+    tokenized = store.get(evaluation.manifest.inputs["tokenized_rows"].fingerprint)
+    return tokenized and {f.path: f.sha256 for f in tokenized.manifest.files if f.path.startswith("test/")}
+
+
+def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]] | None:
+    """The chosen checkpoint's scores by test group; None where no grader has this name."""
     import pyarrow.parquet as pq
 
-    winner = str(json.loads(evaluation.file("evaluation.json").read_text())["chosen_step"])
+    winner = str(_result(evaluation)["chosen_step"])
     table = pq.read_table(evaluation.file("samples.parquet"))
-    scores: dict[str, list[float]] = {}
     if name not in table.column_names:
-        return scores
+        return None
+    scores: dict[str, list[float]] = {}
     for split, step, group, value in zip(
         *(table[c].to_pylist() for c in ("side", "step", "group", name)), strict=True
     ):

@@ -9,9 +9,10 @@ from sft_pipeline.config.base import Config
 from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.errors import BlockedError, InputError
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.report import read_report
 from sft_pipeline.stages.run import Run, needed_for, run_stage, run_until
 from sft_pipeline.stages.stage import Branch, Build, Built, Check, CheckSpec, Stage, number
-from sft_pipeline.store import Store
+from sft_pipeline.store import Artifact, Store
 
 BUILT: list[str] = []
 PASSES = {"first": True, "gate": True}
@@ -82,7 +83,7 @@ def test_a_second_run_reuses_everything(run: Run) -> None:
     assert [o.cached for o in first.values()] == [False] * 3 and [o.cached for o in second.values()] == [
         True
     ] * 3
-    assert second["first"].evidence["row_count"] == number(3)
+    assert read_report(second["first"].artifact)["evidence"]["row_count"] == number(3)
 
 
 def test_a_changed_configuration_builds_only_what_reads_it(run: Run) -> None:
@@ -178,6 +179,21 @@ def test_a_run_with_overrides_reads_its_own_and_moves_no_ref(run: Run) -> None:
     outcomes = run_until("last", graph(first=5), BRANCH, other)
     assert outcomes["last"].artifact.file("value.txt").read_text() == "5!"
     assert run.store.resolve("d/last", "s1") == usual["last"].artifact
+
+
+def test_what_a_failed_publication_left_out_is_published_by_the_next_run(run: Run) -> None:
+    published = []
+
+    def publish(artifact: Artifact, branch: Branch, by: Run) -> None:
+        published.append((artifact.manifest.asset, by.current))
+        if len(published) == 1:
+            raise ConnectionError("away")
+
+    run = replace(run, publish=publish)
+    with pytest.raises(ConnectionError):
+        run_until("first", graph(), BRANCH, run)
+    run_until("first", graph(), BRANCH, replace(run, current=False))
+    assert BUILT == ["first"] and published == [("d/first", True), ("d/first", False)]
 
 
 def test_an_error_leaves_no_object(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +17,7 @@ from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.graph import STAGES
+from sft_pipeline.stages.run import Run
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact, Store
 
@@ -74,15 +79,24 @@ def track(stage: str, fingerprint: str, inputs: dict[str, Artifact]):
     return MlflowTracker("dagster-run")(STAGES[stage], BRANCH, fingerprint, inputs, Reporter())
 
 
-def evaluation(store: Store, name: str, training: Artifact, scores: dict[str, float]) -> Artifact:
+def evaluation(
+    store: Store,
+    name: str,
+    training: Artifact,
+    scores: dict[str, float],
+    test: str = "rows",
+    test_loss: float | None = 1.0,
+) -> Artifact:
+    """An evaluation: the scores by test group, the test split's content, and the loss on it."""
+
     def write(folder: Path) -> None:
         mean = sum(scores.values()) / len(scores)
         (folder / "evaluation.json").write_text(
             json.dumps(
                 {
                     "chosen_step": 10,
-                    "base": {"right": 0.0, "val_loss": 3.0},
-                    "tuned": {"right": mean, "val_loss": 1.0},
+                    "base": {"right": 0.0, "test_loss": 3.0},
+                    "tuned": {"right": mean, "test_loss": test_loss},
                     "checkpoints": [{"step": 10, "right": mean, "val_loss": 1.0}],
                 }
             )
@@ -94,17 +108,52 @@ def evaluation(store: Store, name: str, training: Artifact, scores: dict[str, fl
         ]
         pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
 
-    return put(store, "r/evaluation", name, {"trained_checkpoints": training}, write)
+    def write_test(folder: Path) -> None:
+        (folder / "test").mkdir()
+        (folder / "test" / "part.parquet").write_text(test)
+        (folder / "train.txt").write_text(name)
+
+    tokenized = put(store, "r/tokenized_rows", name[:-1] + "f", {}, write_test)
+    return put(
+        store, "r/evaluation", name, {"trained_checkpoints": training, "tokenized_rows": tokenized}, write
+    )
 
 
-def export(store: Store, name: str, judged: Artifact) -> Artifact:
+def export(store: Store, name: str, *scores: Any, **more: Any) -> Artifact:
+    """An export of a training that was judged so, as `evaluation` takes it."""
+    training = put(store, "r/trained_checkpoints", name * 63 + "a", {})
+    judged = evaluation(store, name * 63 + "b", training, *scores, **more)
     return put(
         store,
         "r/exported_model",
-        name,
-        {"evaluation": judged},
+        name * 63 + "c",
+        {"trained_checkpoints": training, "evaluation": judged},
         lambda f: (f / "README.md").write_text("card"),
     )
+
+
+def ranked_by(term: str) -> Branch:
+    recipe = BRANCH.require_recipe()
+    return replace(
+        BRANCH,
+        recipe=recipe.model_copy(
+            update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": [term]})}
+        ),
+    )
+
+
+def register(artifact: Artifact, *, branch: Branch = BRANCH, current: bool = True) -> None:
+    from sft_pipeline.tracking.mlflow import publish
+
+    publish(artifact, branch, Run(Store(), Reporter(), current=current))
+
+
+def champion(client) -> str:
+    return str(client.get_model_version_by_alias("r", "champion").version)
+
+
+def decision(client, version: str) -> str:
+    return client.get_model_version("r", version).tags["sft.champion_decision"]
 
 
 def test_a_retry_goes_on_in_the_same_run_with_one_curve(client, home: Path) -> None:
@@ -179,38 +228,115 @@ def test_evaluation_and_export_reach_the_run_and_the_champion_moves_only_to_a_be
     store = Store()
 
     def one(name: str, scores: dict[str, float]) -> str:
-        training = put(store, "r/trained_checkpoints", name * 63 + "a", {})
-        judged = evaluation(store, name * 63 + "b", training, scores)
+        made = export(store, name, scores)
+        training, judged = (store.get(i.fingerprint) for i in made.manifest.inputs.values())
         with track("evaluation", judged.manifest.fingerprint, {"trained_checkpoints": training}) as tracked:
             tracked.report.metrics({"validation/right": sum(scores.values()) / len(scores)}, 10)
             tracked.committed(judged)
-        made = export(store, name * 63 + "c", judged)
-        with track(
-            "exported_model",
-            made.manifest.fingerprint,
-            {"trained_checkpoints": training, "evaluation": judged},
-        ) as tracked:
-            tracked.committed(made)
+        register(made)
         return tracked.run_id
 
     run_id = one("1", {"A": 1.0, "B": 0.0})
-    assert client.get_run(run_id).data.metrics["validation/right"] == 0.5
+    run = client.get_run(run_id)
+    assert run.data.metrics["validation/right"] == 0.5 and run.info.status == "FINISHED"
     assert client.get_metric_history(run_id, "validation/right")[0].step == 10
-
-    def champion() -> str:
-        return str(client.get_model_version_by_alias("r", "champion").version)
-
-    assert champion() == "1"
-    one("2", {"A": 1.0, "B": 0.0, "C": 1.0})  # no better on the groups both were judged on
-    assert champion() == "1"
-    one("3", {"X": 1.0})  # no group in common
-    assert champion() == "1"
-    one("4", {"A": 1.0, "B": 1.0})
-    assert champion() == "4"
-    decisions = {
-        str(v.version): v.tags["sft.champion_decision"] for v in client.search_model_versions("name='r'")
+    assert client.get_model_version("r", "1").run_id == run_id
+    assert {a.path for a in client.list_artifacts(run_id, "exported_model")} == {
+        "exported_model/README.md",
+        "exported_model/manifest.json",
     }
-    assert "2 shared test groups" in decisions["4"] and "shares no test group" in decisions["3"]
+    assert champion(client) == "1"
+    one("2", {"A": 1.0, "B": 0.0, "C": 1.0})  # no better on the groups both were judged on
+    assert champion(client) == "1"
+    one("3", {"X": 1.0})  # no group in common
+    assert champion(client) == "1"
+    one("4", {"A": 1.0, "B": 1.0})
+    assert champion(client) == "4"
+    assert "2 shared test groups" in decision(client, "4")
+    assert "shares no test group" in decision(client, "3")
+
+
+def test_a_loss_is_compared_on_the_same_test_split_only(client) -> None:
+    store, branch = Store(), ranked_by("-val_loss")
+    for name, test, loss in [("1", "rows", 1.0), ("2", "rows", 1.5), ("3", "other", 0.1), ("4", "rows", 0.9)]:
+        register(export(store, name, {"A": 1.0}, test=test, test_loss=loss), branch=branch)
+    assert champion(client) == "4"
+    assert decision(client, "2") == "test_loss 1.5000 against 1.0000 of version 1 on the same test split"
+    assert "needs the same tokenized test split" in decision(client, "3")
+
+
+def test_what_cannot_be_compared_keeps_the_champion_and_says_why(client) -> None:
+    store = Store()
+    register(export(store, "1", {"A": 0.0}, test_loss=None))
+    register(export(store, "2", {"A": 1.0}), branch=ranked_by("new_grader"))
+    assert decision(client, "2").endswith("version 1: the champion has no scores of new_grader")
+    register(export(store, "3", {"A": 1.0}), branch=ranked_by("-val_loss"))
+    assert decision(client, "3").endswith("version 1: the test split has no rows")
+    assert champion(client) == "1"
+
+
+def test_a_registration_that_failed_is_made_up_for_when_the_export_is_reused(
+    client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("away")
+
+    made = export(Store(), "1", {"A": 1.0})
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(MlflowClient, "set_registered_model_alias", away)
+        register(made)
+    register(made)
+    assert champion(client) == "1" and len(client.search_model_versions("name='r'")) == 1
+    with monkeypatch.context() as patch:  # once it is done, MLflow is not asked again
+        patch.setattr("sft_pipeline.tracking.mlflow.connect", away)
+        register(made)
+        register(made, current=False)
+
+
+def test_an_export_built_with_overrides_competes_once_the_recipe_says_the_same(client) -> None:
+    store = Store()
+    register(export(store, "1", {"A": 0.0}))
+    better = export(store, "2", {"A": 1.0})
+    register(better, current=False)
+    assert champion(client) == "1" and "overrides" in decision(client, "2")
+    register(better)
+    assert champion(client) == "2" and len(client.search_model_versions("name='r'")) == 2
+
+
+def test_a_registered_export_is_reused_without_importing_mlflow(client, home: Path) -> None:
+    made = export(Store(), "1", {"A": 1.0})
+    register(made)
+    code = (
+        "import sys; from pathlib import Path; from sft_pipeline.reporting import Reporter; "
+        "from sft_pipeline.stages.run import Run; from sft_pipeline.store import Artifact, Store; "
+        "from sft_pipeline.tracking.mlflow import publish; "
+        f"publish(Artifact(Path({str(made.path)!r})), None, Run(Store(), Reporter())); "
+        "print('mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("method", ["get_model_version_by_alias", "create_registered_model"])
+def test_a_locked_database_does_not_make_a_worse_model_the_champion(
+    client, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    def locked(*_: Any, **__: Any) -> None:
+        raise MlflowException("database is locked")
+
+    register(export(Store(), "1", {"A": 1.0}))
+    worse = export(Store(), "2", {"A": 0.0})
+    with monkeypatch.context() as patch, pytest.raises(MlflowException, match="locked"):
+        patch.setattr(MlflowClient, method, locked)
+        register(worse)
+    assert champion(client) == "1"
+    register(worse)
+    assert champion(client) == "1" and "0.0000 against 1.0000" in decision(client, "2")
 
 
 def test_a_server_that_does_not_answer_is_one_message(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
