@@ -15,7 +15,10 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class UpdateNumbers:
-    """What one update was. `step` counts from 1; tokens are without padding; counts are over all ranks."""
+    """What one update was. `step` counts from 1; tokens are without padding; counts are over all ranks.
+
+    `applied` is False where fp16's gradient scaler skipped the update, because its gradient overflowed.
+    """
 
     step: int
     loss: float
@@ -25,6 +28,7 @@ class UpdateNumbers:
     tokens: int
     supervised: int
     seconds: float
+    applied: bool = True
 
 
 class Listener:

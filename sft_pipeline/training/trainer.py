@@ -3,7 +3,8 @@
 What TRL and transformers do well is theirs: the loop, AdamW, clipping, mixed precision, data-parallel
 wrapping, callbacks, reporting. Ours is what an update is. One item of the feed is one update of the plan, so
 a step of the loop, an update of the optimizer, a position in the plan and `global_step` are the same number.
-Its loss is the mean over the supervised tokens of the whole update: all micro-batches, all ranks.
+(In fp16 the gradient scaler skips an update whose gradient overflows; it keeps its number.) The loss of an
+update is the mean over its supervised tokens: all micro-batches, all ranks.
 
 Overridden of their public methods: where batches come from (`get_train_dataloader`, `get_batch_samples`),
 what an update and its loss are (`training_step`, `compute_loss`, `floating_point_ops`), the learning rate
@@ -48,14 +49,15 @@ def training_arguments(
     """The recipe's training section in TRL's terms.
 
     Every setting is explicit whose default would do something else: bf16 on, checkpointing on, truncation at
-        1,024.
+    1,024.
     """
     return SFTConfig(
         output_dir=str(folder),
         max_steps=updates,
         per_device_train_batch_size=training.per_device_batch,
         gradient_accumulation_steps=1,
-        learning_rate=schedule.peak,  # of every update: create_scheduler
+        # The optimizer is created with the peak rate, which create_scheduler multiplies for each update.
+        learning_rate=schedule.peak,
         lr_scheduler_type="constant",
         warmup_steps=0,
         optim="adamw_torch_fused",
@@ -125,9 +127,8 @@ class PlanCallback(TrainerCallback):
             # Here optimizer and scheduler exist, and nothing draws random numbers between here and the first
             # update.
             load_training_state(trainer, trainer.resume)
-            trainer._initial_global_step = (
-                state.global_step
-            )  # else the final mean loss counts updates not made here
+            # Otherwise the final mean loss counts updates that were not made here.
+            trainer._initial_global_step = state.global_step
         elif trainer.validation is not None and trainer.evaluate_first:
             trainer.evaluate()
         trainer.clock = time.monotonic()
@@ -135,6 +136,10 @@ class PlanCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         trainer, step = self.trainer, state.global_step
         state.epoch = step / max(1, trainer.feed.updates)
+        scheduler: Any = trainer.lr_scheduler
+        if scheduler.last_epoch < step:
+            # The loop leaves the schedule where it is after an update that the gradient scaler skipped.
+            scheduler.step()
         trainer.report_update(step)
         save = trainer.intervals.saves(step)
         if trainer.validation is not None and trainer.intervals.evaluates(step):
@@ -143,6 +148,8 @@ class PlanCallback(TrainerCallback):
                 control.should_training_stop = save = True
         if save and trainer.saver is not None:
             trainer.saver(trainer)
+        # Last, so that the next update's seconds hold neither the evaluation nor the checkpoint.
+        trainer.clock = time.monotonic()
 
 
 class SupervisedTrainer(SFTTrainer):
@@ -274,7 +281,11 @@ class SupervisedTrainer(SFTTrainer):
         return torch.tensor(loss, device=device)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As theirs. Private, but the only place with the norm while the update can still be refused."""
+        """As theirs. Private, but the only place with the norm while the update can still be refused.
+
+        In fp16 a norm that is not finite is the gradient scaler's matter: it skips the update, lowers its
+        scale, and training goes on.
+        """
         norm = super()._clip_grad_norm(model)
         scheduler: Any = self.lr_scheduler
         self._norm, self._rate = float(norm), scheduler.get_last_lr()[0]
@@ -284,16 +295,16 @@ class SupervisedTrainer(SFTTrainer):
 
     def report_update(self, step: int) -> None:
         """Tells the listener, and the trainer's own reporting where asked for, what the update was."""
-        now = time.monotonic()
         loss, examples, tokens, supervised = self._now
-        seconds = now - self.clock
+        seconds = time.monotonic() - self.clock
+        # Not accelerate's `optimizer_step_was_skipped`: fused AdamW skips within its kernel, unseen by it.
+        applied = math.isfinite(self._norm)
         self.listener.updated(
-            UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, seconds)
+            UpdateNumbers(step, loss, self._rate, self._norm, examples, tokens, supervised, seconds, applied)
         )
         if self.args.report_to:
             logs = {"loss": loss, "learning_rate": self._rate, "grad_norm": self._norm}
             self.log(logs | {"supervised_tokens_per_second": supervised / max(1e-9, seconds)})
-        self.clock = now
 
     def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
@@ -330,7 +341,6 @@ class SupervisedTrainer(SFTTrainer):
             self.listener.evaluated(step, val_loss)
         if self.args.report_to:
             self.log({"eval_loss": val_loss})
-        self.clock = time.monotonic()
         return {"eval_loss": val_loss}
 
     def validation_loss(self) -> float:

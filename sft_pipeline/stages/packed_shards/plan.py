@@ -1,12 +1,13 @@
 """The update plan: which blocks form each optimizer update over all epochs, and what every update holds.
 
-In every epoch all blocks are assigned anew to updates of `blocks_per_update`; blocks that are left over are
-spread, one per update. Within an epoch, updates have nearly the same number of supervised tokens, so that
-every gradient is an average over about as much evidence, whatever the lengths. (Not all global batches of
-equal size are equal: 3 x 12 x 2 and 6 x 6 x 2 are both 72 examples per update, but with 5,200 and 4,300
-supervised tokens per rank they hold 10,400 and 8,600 supervised tokens.) The plan knows nothing of devices:
-another world size re-divides the same updates and changes no membership and no order. Pure numbers, light
-imports: `sft check` uses it before any training.
+In every epoch all blocks are assigned anew to updates of `blocks_per_update`. Blocks that are left over are
+spread, so an update holds at least that many, and up to nearly twice as many where blocks are few (7 blocks,
+4 per update: one update of 7); fewer blocks than that are one update. Within an epoch, updates have nearly
+the same number of supervised tokens, so that every gradient is an average over about as much evidence,
+whatever the lengths. (Not all global batches of equal size are equal: 3 x 12 x 2 and 6 x 6 x 2 are both 72
+examples per update, but with 5,200 and 4,300 supervised tokens per rank they hold 10,400 and 8,600 supervised
+tokens.) The plan knows nothing of devices: another world size re-divides the same updates and changes no
+membership and no order. Pure numbers, light imports: `sft check` uses it before any training.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sft_pipeline.spread import Spread, spread
 from sft_pipeline.stages.packed_shards.packing import Ints, Packing, pack
 
 _ROUNDS = 60  # of swaps; a few suffice for packed blocks, more for lone examples of widely varying lengths
@@ -39,7 +41,7 @@ class UpdatePlan:
 
     @property
     def updates(self) -> int:
-        return int(self.update[-1]) + 1 if len(self.update) else 0
+        return int(self.update[-1]) + 1
 
     def sums(self, per_block: Ints) -> Ints:
         """Per update, the sum of a value per block."""
@@ -56,8 +58,9 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
     """Plans all epochs.
 
     Args:
-        supervised: Supervised tokens per block.
-        blocks_per_update: What an update holds; where there are fewer blocks, one update holds them all.
+        supervised: Supervised tokens per block, of at least one block.
+        blocks_per_update: What an update holds at least; where there are fewer blocks, one update holds them
+            all.
     """
     parts = []
     done = 0
@@ -65,7 +68,7 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
         rng = np.random.default_rng([seed, epoch])
         update, block = _plan_epoch(np.asarray(supervised), blocks_per_update, rng)
         parts.append((update + done, block, np.full(len(block), epoch)))
-        done += int(update[-1]) + 1 if len(update) else 0
+        done += int(update[-1]) + 1
     update = np.concatenate([p[0] for p in parts])
     sizes = np.bincount(update, minlength=done)
     position = np.arange(len(update)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -89,7 +92,7 @@ def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> 
     chosen = rng.choice(updates, size=spare, replace=False)
     # The blocks left over are those with the fewest supervised tokens: they disturb the balance least.
     extra, ranked = ranked[:spare], ranked[spare:]
-    layers = ranked.reshape(-1, updates) if updates else ranked.reshape(0, 0)
+    layers = ranked.reshape(-1, updates)
     totals = np.zeros(updates)
     totals[chosen] += supervised[extra]
     members = np.empty_like(layers)  # (layer, update)
@@ -97,7 +100,7 @@ def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> 
     for layer in [*by_chance, *by_need]:
         if layer in by_chance:
             owner = rng.permutation(updates)
-        else:  # the poorest update (first in ascending order) takes the richest block
+        else:  # after the reversal the poorest update is last, beside the richest block
             owner = np.argsort(totals + rng.random(updates) * 1e-3, kind="stable")[::-1]
         totals[owner] += supervised[layers[layer]]
         members[layer, owner] = layers[layer]
@@ -116,8 +119,7 @@ def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
     """The layers that are assigned by chance, and those that even things out, in the order of assignment.
 
     By chance: the layer whose blocks differ most (some update must have them), and a third of those that
-        differ little. The others follow, those that differ most first, so that the finest corrections come
-        last.
+    differ little. The others follow, those that differ most first, so that the finest corrections come last.
     """
     spread = [int(supervised[layer[-1]]) - int(supervised[layer[0]]) for layer in layers]
     widest = np.argsort(spread, kind="stable")[::-1].tolist()
@@ -156,28 +158,6 @@ def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> N
         members[of_rich, rich], members[of_poor, poor] = members[of_poor, poor], members[of_rich, rich]
         totals[rich] -= moved
         totals[poor] += moved
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A number per update, summarized. `cv`: standard deviation over mean."""
-
-    mean: float
-    min: int
-    max: int
-    cv: float
-
-
-def spread(values: npt.NDArray) -> Spread:
-    if not len(values):
-        return Spread(0.0, 0, 0, 0.0)
-    mean = float(np.mean(values))
-    return Spread(
-        round(mean, 2),
-        int(np.min(values)),
-        int(np.max(values)),
-        round(float(np.std(values)) / mean, 5) if mean else 0.0,
-    )
 
 
 @dataclass(frozen=True)
@@ -220,7 +200,7 @@ def budget_of(
     """
     per_update = plan.sums(packing.sums(supervised))
     sizes = plan.sizes()
-    usual = np.bincount(sizes).argmax() if len(sizes) else 0
+    usual = np.bincount(sizes).argmax()
     tokens = int(np.sum(lengths))
     return PlanBudget(
         updates=plan.updates,
@@ -232,8 +212,8 @@ def budget_of(
         supervised_tokens_per_update=spread(per_update),
         tokens_per_update=spread(plan.sums(packing.sums(lengths))),
         balance_cv=spread(per_update[sizes == usual]).cv,
-        packing_efficiency=round(tokens / (packing.blocks * max_length), 6) if packing.blocks else 0.0,
-        padding_waste=round(1 - tokens / (len(lengths) * max_length), 6) if len(lengths) else 0.0,
+        packing_efficiency=round(tokens / (packing.blocks * max_length), 6),
+        padding_waste=round(1 - tokens / (len(lengths) * max_length), 6),
     )
 
 
@@ -247,8 +227,9 @@ def plan_budget(
     epochs: int,
     seed: int,
 ) -> PlanBudget:
-    """The budget of a training on examples of these lengths, as `packed_shards` would plan it (`sft
-    check`).
+    """The budget of a training on examples of these lengths, as `packed_shards` would plan it.
+
+    For `sft check`. At least one example, as the `packed_shards` that is built before has it.
     """
     packing = pack(lengths, max_length, strategy, seed)
     plan = plan_updates(packing.sums(supervised), blocks_per_update, epochs, seed)

@@ -33,7 +33,12 @@ STAGE = Stage(
     config=_config,
     load_build=_load_build,
     checks=(
-        CheckSpec("finite_loss", True, "No update had a loss or gradient that is NaN or infinite."),
+        CheckSpec(
+            "finite_loss",
+            True,
+            "No update had a loss or gradient that is NaN or infinite; in fp16 some gradients may overflow, "
+            "but not all.",
+        ),
         CheckSpec(
             "checkpoints_resumable", True, "Every checkpoint has all required items, and their hashes hold."
         ),

@@ -1,18 +1,15 @@
 """Builds trained_checkpoints: reads the inputs, trains, and writes down what happened."""
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
 
-from sft_pipeline.errors import InputError
+from sft_pipeline.spread import spread
 from sft_pipeline.stages.stage import Build, Built, Check, number, table
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
 from sft_pipeline.stages.trained_checkpoints.diagnosis import UpdateRows, diagnose, diagnosis_check
@@ -22,6 +19,7 @@ from sft_pipeline.stages.trained_checkpoints.watch import write_throughput
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.text.reply import formatting_of
 from sft_pipeline.training.checkpoint import NotResumable, checkpoint_folders, read_checkpoint, step_of
 from sft_pipeline.training.data import Feed
 from sft_pipeline.training.process import set_tensorboard_folder
@@ -67,7 +65,7 @@ def build(b: Build) -> Built:
         {"path": p.name, "step": step_of(p), "val_loss": val_loss.get(step_of(p))}
         for p in checkpoint_folders(b.out)
     ]
-    per_update = {name: spread([value for _, value in curves.get(name)]) for name in COUNTS}
+    per_update = {name: asdict(spread([value for _, value in curves.get(name)])) for name in COUNTS}
     write_json(b.out / "training.json", summary(config, outcome, consumed, checkpoints, per_update))
     findings = diagnose(curves.get("loss"), curves.get("val_loss"), rows_of)
     write_json(b.out / "diagnosis.json", {"format": 1, "findings": [asdict(f) for f in findings]})
@@ -100,13 +98,6 @@ def read_data(packed: Artifact, tokenized: Artifact) -> TrainingData:
     Raises:
         InputError: formatting.json cannot be read.
     """
-    path = tokenized.file("formatting.json")
-    try:
-        formatting = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt"
-        ) from error
     hashes = {f.path: f.sha256 for f in packed.manifest.files}
 
     def below(folder: str) -> dict[str, str]:
@@ -117,7 +108,7 @@ def read_data(packed: Artifact, tokenized: Artifact) -> TrainingData:
         validation=packed.parts("validation"),
         heldout=tokenized.parts("validation"),
         plan=packed.file("plan.parquet"),
-        formatting=formatting,
+        formatting=formatting_of(tokenized),
         data_manifest={"plan": hashes["plan.parquet"], "train": below("train/")},
         eval_manifest={"validation": below("validation/")},
     )
@@ -175,19 +166,6 @@ def summary(
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """A count per update, summarised as `sft check` does. `cv`: standard deviation over mean."""
-    if not values:
-        return {"mean": 0.0, "min": 0, "max": 0, "cv": 0.0}
-    mean = fmean(values)
-    return {
-        "mean": round(mean, 2),
-        "min": int(min(values)),
-        "max": int(max(values)),
-        "cv": round(pstdev(values) / mean, 5) if mean else 0.0,
-    }
-
-
 def planned_totals(feed: Feed, updates: int) -> TrainingTotals:
     """What the plan says the first `updates` updates hold; where it does not say, its blocks are counted.
 
@@ -208,9 +186,22 @@ def planned_totals(feed: Feed, updates: int) -> TrainingTotals:
 
 
 def finite_loss(outcome: TrainingOutcome, rows: UpdateRows | None) -> Check:
-    """A loss or gradient that is NaN or infinite; `rows` are those of the update that had it."""
+    """A loss or gradient that is NaN or infinite; `rows` are those of the update that had it.
+
+    Updates that fp16's gradient scaler skips are normal, as long as it does not skip all.
+    """
     if outcome.failure is None or rows is None:
-        return Check("finite_loss", True, f"All {outcome.done} updates had a finite loss and gradient.")
+        skipped = [step for step, _ in outcome.watch.curves.get("skipped")]
+        if not skipped:
+            return Check("finite_loss", True, f"All {outcome.done} updates had a finite loss and gradient.")
+        return Check(
+            "finite_loss",
+            len(skipped) < outcome.done,
+            f"All {outcome.done} updates had a finite loss; the gradient of {len(skipped)} overflowed in "
+            f"fp16, so they were not applied: update {', '.join(map(str, skipped[:10]))}"
+            + (" and others." if len(skipped) > 10 else "."),
+            {"skipped": number(len(skipped))},
+        )
     applied = "the weights are spoiled" if outcome.failure.applied else "it was not applied"
     return Check(
         "finite_loss",

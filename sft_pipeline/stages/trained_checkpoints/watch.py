@@ -53,6 +53,8 @@ class Watch(Listener):
         curves = {"loss": n.loss, "learning_rate": n.learning_rate, "grad_norm": n.grad_norm}
         counts = {"examples": n.examples, "tokens": n.tokens, "supervised_tokens": n.supervised}
         self.curves.add(n.step, **curves, **counts)
+        if not n.applied:
+            self.curves.add(n.step, skipped=1)
         self._pace = n.seconds if self._pace is None else 0.9 * self._pace + 0.1 * n.seconds
         seconds = max(n.seconds, 1e-9)
         speed = {
