@@ -106,14 +106,12 @@ class Supervisor:
                 handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise Stop(EXIT_CANNOT_START, f"cannot open the lock {lock}: {error}") from None
-            # Not the same file: the lock was deleted after it was opened here, so it is not the lock any
-            # more.
+            # Not the same file: the lock was deleted after it was opened here, so it no longer is the lock.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(handle), os.stat(lock)):
-                    with contextlib.suppress(
-                        OSError
-                    ):  # a full disk: only the next one's message is poorer for it
+                    # A full disk: then only the holder's pid is missing from the message.
+                    with contextlib.suppress(OSError):
                         os.ftruncate(handle, 0)
                         os.pwrite(handle, processes.token().encode(), 0)
                     return handle
@@ -186,9 +184,8 @@ class Supervisor:
                 elif pid not in asked:
                     asked.add(pid)
                     processes.send(pid, signal.SIGTERM, signal.SIGCONT)
-            if (
-                now >= report_at
-            ):  # uninterruptible in the kernel: a device or a network disk that does not answer
+            # Uninterruptible in the kernel: a device or a network disk that does not answer.
+            if now >= report_at:
                 self._report(
                     f"still waiting for {', '.join(map(str, left))}, which the kernel has not ended yet"
                 )

@@ -62,7 +62,8 @@ def supervised_targets(
 class Microbatch:
     """What one forward pass takes.
 
-    inputs: keyword arguments of the model (input_ids [B, T], for packed layouts position_ids [B, T]);
+    inputs: keyword arguments of the model: input_ids [B, T]; in the layouts packed and flat also position_ids
+    [B, T]; in flat the segment offsets too;
     index, targets: int64 [N], flattened positions that are scored and the ids predicted there;
     examples, tokens: without padding.
     """
@@ -270,7 +271,9 @@ def make_feed(
 ) -> Feed:
     """The feed of a training.
 
-    A rows micro-batch may hold as many padded tokens as a packed one: per_device_batch of the longest block.
+    A rows micro-batch may hold as many padded tokens as a packed one: per_device_batch of the longest block
+    of the first update. Packed blocks are about equally long; without packing, that of another update can be
+    longer. The bound only groups examples, but other groups round sums otherwise, so it stays.
     """
     batch = training.per_device_batch
     longest = max((len(shards.block(int(b)).input_ids) for b in plan.blocks(0)), default=1)

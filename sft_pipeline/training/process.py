@@ -73,8 +73,8 @@ def threads_for(model: Any) -> Iterator[None]:
     """One thread for a small model on a CPU, for the time of the context; others keep what torch has.
 
     The operations of a small model last microseconds: threads that wait for each other cost more than they
-        give, and where other programs run they cost everything (a million parameters, generating on 2 busy
-        cores: 28 s with one thread, 308 s with two).
+    give, and where other programs run they cost everything (a million parameters, generating on 2 busy cores:
+    28 s with one thread, 308 s with two).
     """
     import torch
 

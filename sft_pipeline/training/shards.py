@@ -23,7 +23,7 @@ class Block:
     """One packed sequence: whole examples ("segments") one after another.
 
     input_ids, labels, position_ids: int32 [L]; lengths: int32 [segments], summing to L; labels -100: not
-        supervised.
+    supervised.
     """
 
     block: int
@@ -42,8 +42,8 @@ class Shards:
     """The blocks of one split, read by number from Parquet parts; row groups are cached up to a bound.
 
     Blocks lie in the parts in the order of their numbers, so a block is found by bisection: the first one is
-        there as soon in a large dataset as in a small one. That the numbers are right is seen in each row
-        group when it is read.
+    there as soon in a large dataset as in a small one. That the numbers are right is seen in each row group
+    when it is read.
     """
 
     def __init__(

@@ -96,6 +96,12 @@ def test_the_same_seed_gives_the_same_plan():
     assert (a.block == b.block).all() and (a.block != c.block).any()
 
 
+def test_few_blocks_over_make_updates_of_up_to_nearly_twice_as_many():
+    """The worked example of the module's text."""
+    assert plan_updates(np.arange(1, 8), 4, 1, 0).sizes().tolist() == [7]
+    assert plan_updates(np.arange(1, 9), 4, 1, 0).sizes().tolist() == [4, 4]
+
+
 def test_fewer_blocks_than_an_update_make_one_update():
     plan = plan_updates(np.array([5, 6, 7]), 8, 2, 0)
     assert plan.updates == 2 and plan.sizes().tolist() == [3, 3]

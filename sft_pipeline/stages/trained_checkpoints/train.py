@@ -167,7 +167,9 @@ def train(
         applied = "" if error.applied else "the update was not applied and "
         report.log(f"{error}; {applied}the run ends here. The last good checkpoint is kept", "error")
     finished = "max_steps reached" if total < len(plan) else "plan finished"
-    if rank == 0:  # a run that was killed between its last checkpoint and this has one too many
+    if rank == 0:
+        # A run that was killed after its last checkpoint may have kept one checkpoint more than
+        # keep_checkpoints.
         retire_checkpoints(work, training.keep_checkpoints, watch.best[0] if watch.best else None)
     return TrainingOutcome(
         loaded=loaded,
