@@ -55,7 +55,7 @@ def ordered_map(
     arguments: tuple[Any, ...],
     items: Iterable[Item],
     *,
-    here: Callable[[Item], Result] | None = None,
+    function_here: Callable[[Item], Result] | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Yields (item, result) in the order of the items. Closing it ends the workers early.
 
@@ -63,8 +63,8 @@ def ordered_map(
         prepare: Called once per process with `arguments`; returns the function for the items. A function or
             class of an importable module.
         arguments: Picklable, like items and results. (A slice of an Arrow batch pickles the whole buffers.)
-        here: The function that `prepare` returned in this process already; with it, workers start at the
-            first item.
+        function_here: The function that `prepare` returned in this process already; with it, workers start
+            at the first item.
 
     Raises:
         InputError: SFT_WORKERS is not a positive whole number.
@@ -74,26 +74,32 @@ def ordered_map(
     workers, items = worker_count(), iter(items)
 
     def results() -> Generator[tuple[Item, Result], None, None]:
-        first = islice(items, 0 if here and workers > 1 else INLINE_ITEMS if workers > 1 else None)
-        function = here
-        for item in first:
+        inline: int | None = INLINE_ITEMS
+        if workers == 1:
+            inline = None  # all of them
+        elif function_here is not None:
+            inline = 0
+        function = function_here
+        for item in islice(items, inline):
             function = function or prepare(*arguments)
             yield item, function(item)
         function = None  # it may be large, and the workers have their own
-        for item in islice(items, 1):
-            context = multiprocessing.get_context("spawn")  # not forked, because this process has threads
-            theirs, ours = context.Pipe(duplex=False)  # a worker ends when this end closes, also by a SIGKILL
-            pool = ProcessPoolExecutor(workers, context, _begin_worker, (theirs, prepare, arguments))
-            try:
-                yield from _in_order(pool, _work, chain([item], items), AHEAD * workers, stop=ours.close)
-            except BrokenProcessPool:
-                raise SftError(
-                    "a worker process died, most likely because memory ran out. Run again with fewer "
-                    "workers, for example SFT_WORKERS=1"
-                ) from None
-            finally:
-                ours.close()
-                theirs.close()
+        following = list(islice(items, 1))
+        if not following:
+            return
+        context = multiprocessing.get_context("spawn")  # not forked, because this process has threads
+        theirs, ours = context.Pipe(duplex=False)  # a worker ends when this end closes, also by a SIGKILL
+        pool = ProcessPoolExecutor(workers, context, _begin_worker, (theirs, prepare, arguments))
+        try:
+            yield from _in_order(pool, _work, chain(following, items), AHEAD * workers, stop=ours.close)
+        except BrokenProcessPool:
+            raise SftError(
+                "a worker process died, most likely because memory ran out. Run again with fewer "
+                "workers, for example SFT_WORKERS=1"
+            ) from None
+        finally:
+            ours.close()
+            theirs.close()
 
     return results()
 

@@ -43,7 +43,8 @@ TOKENIZED = pa.schema(
         ("length", pa.int32()),
         ("supervised", pa.int32()),  # positions with a label
         ("prompt_length", pa.int32()),  # tokens of the prompt a server would send before the final turn
-        ("truncated", pa.int32()),  # tokens of the row that are not here
+        # tokens cut off the end, where supervised ones are among them, or off the prompt; else 0
+        ("truncated", pa.int32()),
         ("completion", pa.string()),  # the final assistant message, for graders
     ]
 )

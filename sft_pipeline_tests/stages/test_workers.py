@@ -122,6 +122,14 @@ def test_one_worker_or_few_items_start_no_process(monkeypatch: pytest.MonkeyPatc
     assert [r for _, r in ordered_map(counting, (), range(2))] == [(os.getpid(), 0), (os.getpid(), 1)]
     monkeypatch.setenv("SFT_WORKERS", "1")
     assert [r for _, r in ordered_map(counting, (), range(9))] == [(os.getpid(), i) for i in range(9)]
+    here = list(ordered_map(counting, (), range(9), function_here=lambda item: -item))
+    assert here == [(item, -item) for item in range(9)]
+
+
+def test_with_a_function_in_this_process_already_the_workers_begin_at_the_first_item() -> None:
+    found = [r for _, r in ordered_map(counting, (), range(9), function_here=lambda _: (os.getpid(), 0))]
+    assert len(found) == 9 and os.getpid() not in {pid for pid, _ in found}
+    assert list(ordered_map(counting, (), [], function_here=lambda _: (0, 0))) == []
 
 
 def test_each_process_prepares_once_and_items_are_taken_as_they_are_needed() -> None:

@@ -60,6 +60,24 @@ def test_truncate_answer_cuts_the_end_with_its_stop_token_and_counts_the_tokens(
     assert x.truncated == len(full.input_ids) - 40
 
 
+def test_truncate_answer_rejects_a_row_of_which_only_the_templates_own_text_behind_it_is_supervised():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template += "{% if not add_generation_prompt %}<|im_end|> the end{% endif %}"
+    tokenizer = tiny_tokenizer(template)
+    tokens = TokensConfig(max_length=30, overflow="truncate_answer", supervise="all")
+    e = RowEncoder(tokenizer, load_template("tokenizer", tokenizer), tokens)
+    (refused,) = e.encode([row(("user", "who"), ("assistant", "part " * 40), weights=[0, 0])])
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
+
+
+@pytest.mark.parametrize("policy", ["split", "truncate_answer"])
+def test_a_final_prompt_that_fills_max_length_is_rejected_though_earlier_turns_fit(policy):
+    turns = (("user", "who"), ("assistant", "the user"), ("user", "part " * 40), ("assistant", "no"))
+    given = row(*turns)
+    (refused,) = encoder(60, policy, supervise="assistant").encode([given])
+    assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
+
+
 def test_truncate_prompt_gives_the_served_prompt_of_a_shorter_conversation():
     e = encoder(60, "truncate_prompt")
     (x,) = e.encode([LONG_PROMPT])[0].examples

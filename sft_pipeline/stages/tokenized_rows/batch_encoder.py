@@ -1,6 +1,7 @@
-"""Batches of grouped_split as examples: whole columns where that is certain, row by row where it must be.
+"""Batches of grouped_split as examples: by the fast encoder where that is certain, else by the reference.
 
-A sample of the rows that were encoded as columns is encoded row by row as well, and compared.
+The fast one (`ColumnEncoder`) takes whole columns, the reference (`RowEncoder`) one row at a time. A sample
+of the rows that the fast one has encoded goes to the reference as well, and the two are compared.
 """
 
 import json
@@ -24,7 +25,7 @@ from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 
 class FastPathDiffers(Exception):
-    """Whole columns gave another result than row by row; the message is the row's id."""
+    """The fast encoder gave another result than the reference; the message is the row's id."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class EncodedBatch:
     Attributes:
         outcomes: One line per row, in the schema OUTCOMES.
         examples: Those of the accepted rows, in the schema TOKENIZED.
-        numbers: Rows by_columns, by_rows and compared.
-        why_not: Why no row can be encoded as a column, where that is so.
+        numbers: Rows by_columns (the fast encoder), by_rows (the reference) and compared.
+        why_not: Why the fast encoder can encode no row, where that is so.
     """
 
     outcomes: pa.RecordBatch
@@ -48,7 +49,7 @@ class BatchEncoder:
     """Encodes batches of grouped_split. May be used by several threads.
 
     Args:
-        fast: Whether whole columns may be encoded at all.
+        fast: Whether the fast encoder may be used at all.
 
     Attributes:
         tokenizer, template, row_encoder: Loaded when they are first needed.
@@ -76,12 +77,12 @@ class BatchEncoder:
         """Encodes rows.
 
         Args:
-            compared: bool (rows,): which of them are encoded row by row as well, where they come as columns.
+            compared: bool (rows,): which of them the reference encodes too, where the fast encoder does.
 
         Raises:
             FastPathDiffers: One of these got another result.
         """
-        columns = self._by_columns(rows)
+        columns = self._encode_fast(rows)
         by_row = np.ones(rows.num_rows, dtype=bool)
         if columns is not None:
             by_row[columns.rows] = False
@@ -96,7 +97,7 @@ class BatchEncoder:
         )
         return EncodedBatch(outcomes, examples, numbers, self._why_not)
 
-    def _by_columns(self, rows: pa.RecordBatch) -> EncodedColumns | None:
+    def _encode_fast(self, rows: pa.RecordBatch) -> EncodedColumns | None:
         with self._lock:
             if self.fast and self._column_encoder is None and self._why_not is None:
                 config = self.config
@@ -111,6 +112,7 @@ class BatchEncoder:
     def _compare(
         self, rows: pa.RecordBatch, columns: EncodedColumns, compared: npt.NDArray[np.bool_]
     ) -> None:
+        """Encodes the chosen ones of `columns` by the reference too; raises FastPathDiffers at a difference."""
         chosen = np.flatnonzero(compared)
         given = rows.take(pa.array(columns.rows[chosen])).to_pylist()
         for at, row, result in zip(chosen.tolist(), given, self.row_encoder.encode(given), strict=True):

@@ -1,10 +1,10 @@
 """Builds tokenized_rows from grouped_split: every row rendered, tokenized, masked, checked, and written."""
 
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
 
 BATCH = 4_096
-COMPARED = 2_000  # rows encoded both ways, at least; where there are not twice as many, all go row by row
+# Rows that go through both encoders, at least; where there are not twice as many, the reference does all.
+COMPARED = 2_000
 WORTH_PROCESSES = 8_000  # new rows; a worker process first needs a second to load the tokenizer
 _COUNTED: tuple[str, ...] = ("tokens", "supervised_tokens", "truncated", "split", "neutralised")
 _COUNTED += ("turns_not_supervised", "by_columns", "by_rows", "compared")
@@ -47,7 +48,7 @@ class Batch:
     Attributes:
         found: int64 (rows,), for each row the same row of an earlier build (-1: none).
         new: The rows that have none.
-        compared: bool (new rows,), which of them are encoded both ways where they are encoded as columns.
+        compared: bool (new rows,), which of them the reference encodes too, where the fast encoder does.
     """
 
     split: str
@@ -60,14 +61,12 @@ class Batch:
 def build(b: Build) -> Built:
     """Renders, tokenizes and masks the rows of every split; those rejected are in rejects.parquet."""
     config: TokenizedRowsConfig = b.config
-    encoder, sample = BatchEncoder(config, fast=True), PromptSample()
     try:
-        stats = _encode_all(b, encoder, sample)
+        encoder, sample, stats = _encode_all(b, fast=True)
     except FastPathDiffers as row:
         why = f"the fast encoder differs from the reference, for example on row {row}"
         b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
-        encoder, sample = BatchEncoder(config, fast=False), PromptSample()
-        stats = _encode_all(b, encoder, sample)
+        encoder, sample, stats = _encode_all(b, fast=False)
         stats.why_not_fast = why
     skew = known_skew(b.earlier) or find_skew(encoder.tokenizer, encoder.template, sample.conversations)
     for reason, count in stats.reasons.most_common():
@@ -121,14 +120,18 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
     }
 
 
-def _encode_all(b: Build, encoder: BatchEncoder, sample: PromptSample) -> StageStats:
+def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, StageStats]:
     """Writes every split, the rejects and the outcomes.
 
+    Args:
+        fast: Whether the fast encoder may be used; few new rows go to the reference all the same.
+
     Raises:
-        FastPathDiffers: A row that was encoded both ways came out differently.
+        FastPathDiffers: A row came out of the two encoders differently.
     """
     parts = {split: b.inputs["grouped_split"].parts(split) for split in SPLITS}
-    total, done, stats = count_rows(chain(*parts.values())), 0, StageStats()
+    total, done = count_rows(chain(*parts.values())), 0
+    sample, stats = PromptSample(), StageStats()
     for split in SPLITS:  # an attempt with the fast encoder may have written some
         shutil.rmtree(b.out / split, ignore_errors=True)
     scratch = b.work / "row_cache"
@@ -137,7 +140,7 @@ def _encode_all(b: Build, encoder: BatchEncoder, sample: PromptSample) -> StageS
         keys = read_batches(chain(*parts.values()), ["content_key"]) if b.earlier else ()
         cache = RowCache(b.earlier, [batch.column(0) for batch in keys], scratch)
         new = total - int(np.count_nonzero(cache.found >= 0))
-        encoder.fast &= new >= 2 * COMPARED
+        encoder = BatchEncoder(b.config, fast and new >= 2 * COMPARED)
         splits = {
             split: stack.enter_context(PartWriter(b.out / split, TOKENIZED, row_group=BATCH, of_tokens=True))
             for split in SPLITS
@@ -156,7 +159,7 @@ def _encode_all(b: Build, encoder: BatchEncoder, sample: PromptSample) -> StageS
             sample.add(encoder, batch.new, encoded)
             done += batch.rows.num_rows
             b.report.progress("tokenizing", done, total, "rows")
-    return stats
+    return encoder, sample, stats
 
 
 def _batches(parts: dict[str, list], cache: RowCache, total: int, every: int) -> Iterator[Batch]:
@@ -177,25 +180,29 @@ def _encode(
 ) -> Generator[tuple[Batch, EncodedBatch], None, None]:
     """Every batch in order, with the results of its new rows.
 
-    Whole columns leave the interpreter free, so threads encode them; rows one by one keep it busy, so where
-    most rows go that way and there are many, worker processes do.
+    The fast encoder leaves the interpreter free, so threads run it; the reference keeps it busy, so where
+    most rows go there and there are many, worker processes do.
     """
-    for batch in islice(batches, 1):
-        first = encoder.encode(batch.new, batch.compared)
-        yield batch, first
-        if 4 * first.numbers["by_rows"] <= batch.new.num_rows:
-            rest = threaded_map(_with(encoder), batches, worker_count())
-        elif new < WORTH_PROCESSES:
-            rest = threaded_map(_with(encoder), batches, 1)
-        else:
-            rest = ordered_map(_prepared, (encoder.config, encoder.fast), batches, here=_with(encoder))
-        with closing(rest):
-            yield from rest
+    batch = next(batches, None)
+    if batch is None:
+        return
+    function = _encode_with(encoder)
+    first = function(batch)
+    yield batch, first
+    if 4 * first.numbers["by_rows"] <= batch.new.num_rows:
+        rest = threaded_map(function, batches, worker_count())
+    elif new < WORTH_PROCESSES:
+        rest = threaded_map(function, batches, 1)
+    else:
+        rest = ordered_map(_worker_function, (encoder.config, encoder.fast), batches, function_here=function)
+    with closing(rest):
+        yield from rest
 
 
-def _with(encoder: BatchEncoder):
+def _encode_with(encoder: BatchEncoder) -> Callable[[Batch], EncodedBatch]:
     return lambda batch: encoder.encode(batch.new, batch.compared)
 
 
-def _prepared(config: TokenizedRowsConfig, fast: bool):
-    return _with(BatchEncoder(config, fast))
+def _worker_function(config: TokenizedRowsConfig, fast: bool) -> Callable[[Batch], EncodedBatch]:
+    """What a worker process applies to batches, with an encoder of its own."""
+    return _encode_with(BatchEncoder(config, fast))

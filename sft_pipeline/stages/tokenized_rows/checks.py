@@ -35,7 +35,7 @@ def checks(
     def few(reason: Reason) -> bool:
         return rejected[reason] <= MAX_BROKEN_RATE * read
 
-    broken = {promise: count for promise, count in stats.broken.items() if count}
+    broken = {invariant: count for invariant, count in stats.broken.items() if count}
     marks = n["marks_agree"] + n["marks_disagree"]
     disagreed = rejected[Reason.MASK_DISAGREEMENT]
     written: list[dict[str, Any]] = [

@@ -1,10 +1,10 @@
-"""Many rows at once: the same examples as `RowEncoder` makes, by layouts, a word cache and array arithmetic.
+"""The fast encoder: the examples of the reference (`RowEncoder`), by layouts, a word cache and arrays.
 
     contents -> layout -> texts of the segments -> ids -> mask, derived twice -> Arrow
 
 Rows that this cannot do (tool calls, weights of 0, overlong rows, text that changes how the template renders,
-...) are simply not among those that come back: `RowEncoder` does them one by one, and says what is wrong with
-those that have to be rejected.
+...) are simply not among those that come back: the reference encodes them one by one, and says what is wrong
+with those that have to be rejected.
 """
 
 import threading
@@ -38,7 +38,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class EncodedColumns:
-    """Those rows of a batch that were encoded as whole columns.
+    """Those rows of a batch that the fast encoder encoded.
 
     Attributes:
         rows: int64, their indices in the batch, ascending.
@@ -54,7 +54,7 @@ class EncodedColumns:
 
 
 class ColumnEncoder:
-    """Encodes whole batches under one tokenizer, template and mask. May be used by several threads.
+    """Encodes batches by columns under one tokenizer, template and mask. May be used by several threads.
 
     Args:
         system: A system message for conversations that have none.

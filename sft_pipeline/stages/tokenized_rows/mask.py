@@ -48,7 +48,7 @@ def tokens_by_offsets(row: EncodedRow, span: Span) -> Span | None:
     if start is None or end is None:
         return None
     # A character of several tokens (bytes of an emoji) is looked up as its first: take in the others.
-    while end + 1 < len(piece.ids) and piece.token_at(char) is not None and _same_char(piece, end, end + 1):
+    while end + 1 < len(piece.ids) and _same_char(piece, end, end + 1):
         end += 1
     return base + start, last_base + end + 1
 

@@ -152,6 +152,7 @@ def _final_turn(
 def _earlier_turn(
     text: str, prompt: str, message: dict[str, Any], stop: str | None, limit: int
 ) -> Span | None:
+    """An earlier turn's span, with its stop; None where it does not follow its own prompt in the text."""
     if not text.startswith(prompt):
         return None
     start = len(prompt)

@@ -57,10 +57,10 @@ def _how_encoded(stats: StageStats) -> str:
     reused = f"{n['tokenized']:,} rows tokenized, {n['reused']:,} reused from earlier builds."
     if n["by_columns"]:
         how = (
-            f"{n['by_columns']:,} rows by the fast encoder, {n['by_rows']:,} row by row. "
-            f"{n['compared']:,} rows were encoded both ways: no difference."
+            f"{n['by_columns']:,} rows by the fast encoder, {n['by_rows']:,} by the reference. "
+            f"{n['compared']:,} rows were encoded by both: no difference."
         )
     else:
         why = f" ({stats.why_not_fast})" if stats.why_not_fast else ""
-        how = f"All of them row by row by the reference tokenizer{why}."
+        how = f"All of them by the reference{why}."
     return f"{reused}\n\n{how}"

@@ -78,25 +78,27 @@ class RowCache:
         known = found >= 0
         if not known.any():
             return new
+        # Outcomes of all rows; `row` and `part` say whose each example is, `old` which examples are reused.
         outcomes = _in_order(known, self._outcomes.take(pa.array(found[known])), new.outcomes)
         each = outcomes.column("examples").to_numpy()
         first = running_totals(each)
         row = np.repeat(np.arange(len(found)), each)  # of each example
         part = np.arange(len(row)) - first[row]
         old = known[row]
+        # The reused examples' numbers in the earlier builds, and the columns that are carried over.
         given = _ranges(self._first[found[known]], each[known])
         carried = {
             n: _filled(old, self._carried[n][given], new.examples.column(n).to_numpy()) for n in _CARRIED
         }
+        # The ids, reused and new, each at its example's place.
         begins = running_totals(carried["length"])
         ids = np.empty(begins[-1], np.int32)
         self._tokens.copy(given, ids, begins[:-1][old])
-        new_ids, starts = (
-            new.examples.column("input_ids").flatten().to_numpy(),
-            running_totals(carried["length"][~old]),
-        )
+        new_ids = new.examples.column("input_ids").flatten().to_numpy()
+        starts = running_totals(carried["length"][~old])
         for begin, end, place in _runs(starts[:-1], starts[1:], begins[:-1][~old]):
             ids[place : place + end - begin] = new_ids[begin:end]
+        # Labels follow from the ids and the supervised spans; names and groups are those of these rows.
         supervised = mask_of(outcomes.column("spans"), begins[first])
         labels = np.where(supervised, ids, np.int32(IGNORE_LABEL))
         lists = pa.array(begins.astype(np.int32))

@@ -43,7 +43,7 @@ class Example:
         input_ids: int32 (length,).
         labels: int32 (length,): the input id where it carries loss, else IGNORE_LABEL.
         prompt_length: Tokens of the prompt that a server would send before the final turn.
-        truncated: Tokens of the row that are not in this example.
+        truncated: Tokens cut off the end, where supervised ones are among them, or off the prompt; else 0.
         completion: The final assistant message, as the row has it.
     """
 
@@ -212,7 +212,7 @@ class RowEncoder:
         if policy == "reject":
             raise Rejected(Reason.TOO_LONG, f"{whole} tokens, max_length {limit}")
         if policy == "truncate_answer":
-            if masked.loss[0][0] >= limit:
+            if masked.loss[0][0] >= limit:  # with `all`, where every message has weight 0
                 raise Rejected(Reason.NO_ROOM_FOR_COMPLETION)
             return masked, [Cut(0, limit)]
         if policy == "split":

@@ -22,15 +22,15 @@ class StageStats:
     Attributes:
         numbers: Rows read, accepted, rejected, truncated, split, neutralised; examples, tokens,
             supervised_tokens; turns_not_supervised; marks_agree, marks_disagree (rows); rows tokenized,
-            reused, by_columns, by_rows, compared.
+            reused, by_columns (the fast encoder), by_rows (the reference), compared.
         reasons: Rejected rows by reason.
         inserted: (before, after) the completion, as the template writes it -> rows.
         read, written: Rows read and examples written, by split.
         lengths, supervised: Tokens and supervised tokens per example, one int32 array per batch.
-        broken: Written examples that break a promise, by promise. Stays empty.
+        broken: Written examples that fail an invariant, counted per invariant; all zero in a correct build.
         first_rejected: The first rejected rows of each reason, for people.
         previews: The first examples, for people.
-        why_not_fast: Why no row was encoded as a column, where that is so.
+        why_not_fast: Why the fast encoder encoded no row, where that is so.
     """
 
     numbers: Counter[str] = field(default_factory=Counter)
@@ -91,7 +91,7 @@ class StageStats:
             self.reasons[entry["values"]] += entry["counts"]
 
     def _inspect(self, examples: pa.RecordBatch) -> None:
-        """Counts what in the examples about to be written would break a promise of the checks."""
+        """Counts the examples about to be written that fail an invariant of the checks."""
         if not examples.num_rows:
             return
         ids, labels = (examples.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))

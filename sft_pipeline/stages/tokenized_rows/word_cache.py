@@ -56,7 +56,7 @@ _REFUSED += ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 class NoFastPath(Exception):
-    """Why rows cannot be encoded as whole columns; they are encoded one by one instead."""
+    """Why the fast encoder cannot be used; the reference encodes all rows instead."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def running_totals(counts: Sequence[int] | npt.NDArray) -> Ints:
 
 
 def _require_byte_level_bpe(tokenizer: Tokenizer) -> None:
+    """Raises NoFastPath where ids may depend on more than the piece of text that they stand for."""
     backend = tokenizer.backend
     if type(backend.model).__name__ != "BPE":
         raise NoFastPath(f"its model is {type(backend.model).__name__}, not BPE")
@@ -232,6 +233,7 @@ def byte_symbols() -> dict[int, int]:
 
 
 def _bytes_of_ids(tokenizer: Tokenizer) -> pa.BinaryArray:
+    """Id -> the bytes that it stands for; raises NoFastPath where a token does not spell bytes."""
     tokens = [token or "" for token in tokenizer.tokens]
     symbols = byte_symbols()
     for token, i in tokenizer.added.items():  # they stand for their own text: spell it as the others are
