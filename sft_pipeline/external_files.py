@@ -14,14 +14,10 @@ from sft_pipeline.store.files import sha256_file
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 """The files of a model folder that decide what the model computes."""
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+ID_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Those files of a tokenizer folder that decide the ids."""
+
+TOKENIZER_FILES = (*ID_FILES, "generation_config.json", "chat_template.jinja", "chat_template.json")
 """Everything that is read of a tokenizer folder."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

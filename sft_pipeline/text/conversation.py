@@ -38,6 +38,7 @@ class Conversation:
 
     @property
     def last(self) -> int:
+        """The index of the final message."""
         return len(self.messages) - 1
 
 

@@ -58,6 +58,7 @@ class ChatTemplate:
 
     @property
     def uses_clock(self) -> bool:
+        """Whether the text may depend on the day on which it is rendered."""
         return "strftime_now" in self.text + self.tool_text
 
     @cached_property
@@ -159,6 +160,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def _own(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The tokenizer's own (default template, template for rows with tools)."""
     found = tokenizer.templates
     if not found:
         raise InputError(

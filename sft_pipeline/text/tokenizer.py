@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import processors
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.external_files import TOKENIZER_FILES
+from sft_pipeline.external_files import ID_FILES, TOKENIZER_FILES
 from sft_pipeline.hub import local_folder
 from sft_pipeline.store.files import sha256_file, sha256_json
 
@@ -104,6 +104,7 @@ class Tokenizer:
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
+        """The ids of the control tokens."""
         return frozenset(self.control.values())
 
     @property
@@ -149,9 +150,8 @@ class Tokenizer:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a tokenizer lives as long as the process's work on it
     def tail_ids(self, control: str, tail: str) -> tuple[int, ...]:
-        """Token ids of `tail` right after a control token, or at the beginning where `control` is empty."""
-        ids = self.ids(control + tail)
-        return tuple(ids[1:] if control else ids)
+        """Token ids of `tail` right after a control token."""
+        return tuple(self.ids(control + tail)[1:])
 
     # -- decoding --------------------------------------------------------------------------------------------
 
@@ -160,6 +160,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each sequence of ids, control tokens included; faster than one after the other."""
         return self.backend.decode_batch([list(s) for s in sequences], skip_special_tokens=False)
 
 
@@ -200,9 +201,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Tokenizer:
         special={k: v for k in NAMED_SPECIAL if (v := _token_text(names.get(k)))},
         templates=_own_templates(folder, settings),
         generation_eos=_eos_ids(_read_json(folder / "generation_config.json")),
-        sha256=sha256_json(
-            [[n, sha256_file(folder / n)] for n in TOKENIZER_FILES[:3] if (folder / n).is_file()]
-        ),
+        sha256=sha256_json([[n, sha256_file(folder / n)] for n in ID_FILES if (folder / n).is_file()]),
     )
 
 

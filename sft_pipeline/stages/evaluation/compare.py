@@ -96,8 +96,8 @@ def compare(
     mean_a, mean_b = drawn[0][kept] / drawn[2][kept], drawn[1][kept] / drawn[2][kept]
     whole = [math.fsum(x) / math.fsum(w) for x in (a, b)]
     intervals = [
-        _widened(_interval(value, drawn), x, n_groups)
-        for value, drawn, x in ((whole[0], mean_a, a), (whole[1], mean_b, b))
+        _widened(_interval(value, resampled), x, n_groups)
+        for value, resampled, x in ((whole[0], mean_a, a), (whole[1], mean_b, b))
     ]
     row_a, row_b = (x / np.where(w > 0, w, 1) for x in (a, b))
     higher, lower = int((row_b > row_a).sum()), int((row_b < row_a).sum())
