@@ -131,7 +131,9 @@ def _result(evaluation: Artifact) -> dict[str, Any]:
 def _test_files(evaluation: Artifact, store: Store) -> dict[str, str] | None:
     """{path: SHA-256} of the tokenized test split; None where it is not in the store any more."""
     tokenized = store.get(evaluation.manifest.inputs["tokenized_rows"].fingerprint)
-    return tokenized and {f.path: f.sha256 for f in tokenized.manifest.files if f.path.startswith("test/")}
+    if tokenized is None:
+        return None
+    return {f.path: f.sha256 for f in tokenized.manifest.files if f.path.startswith("test/")}
 
 
 def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]] | None:
