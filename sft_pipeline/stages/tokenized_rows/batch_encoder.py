@@ -112,7 +112,7 @@ class BatchEncoder:
     def _compare(
         self, rows: pa.RecordBatch, columns: EncodedColumns, compared: npt.NDArray[np.bool_]
     ) -> None:
-        """Encodes the chosen ones of `columns` by the reference too; raises FastPathDiffers at a difference."""
+        """Encodes the chosen rows by the reference too; raises FastPathDiffers at a difference."""
         chosen = np.flatnonzero(compared)
         given = rows.take(pa.array(columns.rows[chosen])).to_pylist()
         for at, row, result in zip(chosen.tolist(), given, self.row_encoder.encode(given), strict=True):
