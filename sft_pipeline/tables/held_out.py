@@ -18,7 +18,7 @@ class HeldOutRow:
         row_id, group: As in the schema TOKENIZED.
         prompt: Ids of the prompt that a server would send.
         target: Ids that follow the prompt in the row: what a model is trained on, or would have been.
-        completion: The text that is expected as the reply.
+        completion: The text that is expected as the reply; "" where it is tool calls alone.
     """
 
     position: int

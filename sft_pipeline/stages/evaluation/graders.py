@@ -28,7 +28,7 @@ from sft_pipeline.stages.evaluation.config import (
 )
 
 Row = Mapping[str, Any]
-"""What a Python grader is given of a row: row_id, group, prompt (text), completion."""
+"""What a Python grader is given of a row: row_id, group, prompt (text), completion (as expected)."""
 
 
 @dataclass(frozen=True)

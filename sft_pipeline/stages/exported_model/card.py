@@ -95,6 +95,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _front_matter(facts: CardFacts) -> str:
+    """The card's YAML header, with the results in the form that the hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -140,6 +141,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _results(facts: CardFacts) -> str:
+    """The table of the comparison with the base on the test split."""
     rows = [
         "| measure | base | tuned | difference | 95 % interval | p |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -196,6 +198,7 @@ def _fenced(text: str | None, language: str = "text") -> str:
 
 
 def _use(facts: CardFacts) -> str:
+    """Code that loads the model and generates a reply."""
     code = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if facts.dtype:
         code += [
@@ -223,6 +226,7 @@ def _use(facts: CardFacts) -> str:
 
 
 def _data(facts: CardFacts) -> str:
+    """The stages that the rows passed, with their counts, and the source files."""
     rows, sources = [], []
     for stage in ("raw_rows", "validated_rows", "grouped_split", "tokenized_rows", "packed_shards"):
         if manifest := facts.manifests.get(stage):
