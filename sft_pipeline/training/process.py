@@ -43,6 +43,8 @@ def be_deterministic(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     seed_all(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Otherwise torch fills what it allocates with NaN in this mode: a kernel more for many operations.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_all(seed: int) -> None:

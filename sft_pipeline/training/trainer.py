@@ -261,10 +261,10 @@ class SupervisedTrainer(SFTTrainer):
         """Forward and backward of a whole update. Returns its loss: mean NLL over its supervised tokens."""
         device, world = self.args.device, self.accelerator.num_processes
         model.train()
-        own = torch.tensor(
-            [inputs.supervised, inputs.tokens, inputs.examples], dtype=torch.int64, device=device
-        )
-        supervised, tokens, examples = self._over_ranks(own).tolist()
+        counts = [inputs.supervised, inputs.tokens, inputs.examples]
+        if world > 1:  # one process does not wait for its GPU to learn what it knows
+            counts = self._over_ranks(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+        supervised, tokens, examples = counts
         total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         last = len(inputs.microbatches) - 1
         for i, microbatch in enumerate(inputs.microbatches):

@@ -104,3 +104,11 @@ def test_the_seconds_of_an_update_hold_no_checkpoint_and_no_evaluation(root, mon
     assert clock[0] == 7000.0  # four evaluations, three checkpoints
     throughput = pq.read_table(root / "timed" / "throughput.parquet").to_pylist()
     assert [r["value"] for r in throughput if r["name"] == "seconds"] == [0.0] * 6
+
+
+def test_memory_is_not_filled_before_it_is_written(root):
+    """Deterministic algorithms fill every allocation with NaN unless told not to."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    run(root, "unfilled", max_steps=1)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
