@@ -1,8 +1,11 @@
 """Where things are: the project root (the folder of dagster.yaml), and SFT_HOME with all that is written."""
 
 import os
+import tempfile
 from functools import lru_cache
 from pathlib import Path
+
+from sft_pipeline.errors import InputError
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 
@@ -32,12 +35,23 @@ def project_path(path: str | os.PathLike[str]) -> Path:
 
 
 def set_environment() -> None:
-    """Points Dagster and MLflow at SFT_HOME, for this process and every process it starts."""
+    """Points Dagster and MLflow at SFT_HOME, for this process and every process it starts.
+
+    Raises:
+        InputError: Nothing can be written there.
+    """
     home = sft_home()
     os.environ["SFT_PROJECT_ROOT"] = str(project_root())
     os.environ["SFT_HOME"] = str(home)
     os.environ.setdefault("DAGSTER_HOME", str(project_root()))
     target = home / "dagster"
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"SFT_HOME {home} cannot be written: {error.strerror or error}. Set SFT_HOME to a folder that can"
+        ) from None
     os.environ["SFT_DAGSTER_DIR"] = str(target)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from sft_pipeline.cli.branch import find_branch, prepared
+from sft_pipeline.errors import InputError
 
 
 def inspect_recipe(
@@ -31,7 +32,10 @@ def inspect_recipe(
     result = inspection.to_json()
     if html:
         path = Path(html).resolve()
-        path.write_text(html_page(inspection), encoding="utf-8")
+        try:
+            path.write_text(html_page(inspection), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--html {html}: cannot be written: {error.strerror or error}") from None
         result["html"] = str(path)
         console.print(f"wrote {path}", soft_wrap=True)
     elif out is not None:

@@ -201,10 +201,10 @@ def main() -> None:
     """Runs the command; expected errors become one message and their exit code."""
     from sft_pipeline.project import set_environment
 
-    set_environment()
     signal.signal(signal.SIGTERM, _interrupt)
     wants_json = "--json" in sys.argv[1:]
     try:
+        set_environment()
         code = app(standalone_mode=False)  # a raised Exit comes back as its code
         if code == INTERRUPTED_BY_KEYBOARD:
             raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def main() -> None:
         _fail("interrupted; run the same command again to go on", Interrupted.exit_code, wants_json)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line itself
-            _fail(error.format_message(), 2, wants_json)
+            _fail(error.format_message() or "name a command; see the list above", 2, wants_json)
         if os.environ.get("SFT_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (SFT_DEBUG=1 shows the traceback)", 1, wants_json)

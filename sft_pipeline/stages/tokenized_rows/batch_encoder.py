@@ -29,6 +29,23 @@ class FastPathDiffers(Exception):
 
 
 @dataclass(frozen=True)
+class Batch:
+    """A batch of one split.
+
+    Attributes:
+        found: int64 (rows,), for each row the same row of an earlier build (-1: none).
+        new: The rows that have none.
+        compared: bool (new rows,), which of them the reference encodes too, where the fast encoder does.
+    """
+
+    split: str
+    rows: pa.RecordBatch
+    found: npt.NDArray[np.int64]
+    new: pa.RecordBatch
+    compared: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class EncodedBatch:
     """The results of a batch of grouped_split, in the order of its rows.
 
@@ -73,15 +90,13 @@ class BatchEncoder:
     def row_encoder(self) -> RowEncoder:
         return RowEncoder(self.tokenizer, self.template, self.config.tokens, self.config.template.system)
 
-    def encode(self, rows: pa.RecordBatch, compared: npt.NDArray[np.bool_]) -> EncodedBatch:
-        """Encodes rows.
-
-        Args:
-            compared: bool (rows,): which of them the reference encodes too, where the fast encoder does.
+    def encode(self, batch: Batch) -> EncodedBatch:
+        """Encodes the new rows of a batch.
 
         Raises:
-            FastPathDiffers: One of these got another result.
+            FastPathDiffers: The reference gave another result for one of those that are compared.
         """
+        rows, compared = batch.new, batch.compared
         columns = self._encode_fast(rows)
         by_row = np.ones(rows.num_rows, dtype=bool)
         if columns is not None:

@@ -3,16 +3,15 @@
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tokenized_rows.batch_encoder import (
+    Batch,
     BatchEncoder,
     EncodedBatch,
     FastPathDiffers,
@@ -39,23 +38,6 @@ WORTH_PROCESSES = 8_000  # new rows; a worker process first needs a second to lo
 _COUNTED: tuple[str, ...] = ("tokens", "supervised_tokens", "truncated", "split", "neutralised")
 _COUNTED += ("turns_not_supervised", "by_columns", "by_rows", "compared")
 _COLUMNS = ["row_id", "source", "file", "line", "group", "messages", "tools", "content_key"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of one split.
-
-    Attributes:
-        found: int64 (rows,), for each row the same row of an earlier build (-1: none).
-        new: The rows that have none.
-        compared: bool (new rows,), which of them the reference encodes too, where the fast encoder does.
-    """
-
-    split: str
-    rows: pa.RecordBatch
-    found: npt.NDArray[np.int64]
-    new: pa.RecordBatch
-    compared: npt.NDArray[np.bool_]
 
 
 def build(b: Build) -> Built:
@@ -186,23 +168,19 @@ def _encode(
     batch = next(batches, None)
     if batch is None:
         return
-    function = _encode_with(encoder)
-    first = function(batch)
+    first = encoder.encode(batch)
     yield batch, first
     if 4 * first.numbers["by_rows"] <= batch.new.num_rows:
-        rest = threaded_map(function, batches, worker_count())
+        rest = threaded_map(encoder.encode, batches, worker_count())
     elif new < WORTH_PROCESSES:
-        rest = threaded_map(function, batches, 1)
+        rest = threaded_map(encoder.encode, batches, 1)
     else:
-        rest = ordered_map(_worker_function, (encoder.config, encoder.fast), batches, function_here=function)
+        arguments = (encoder.config, encoder.fast)
+        rest = ordered_map(_worker_function, arguments, batches, function_here=encoder.encode)
     with closing(rest):
         yield from rest
 
 
-def _encode_with(encoder: BatchEncoder) -> Callable[[Batch], EncodedBatch]:
-    return lambda batch: encoder.encode(batch.new, batch.compared)
-
-
 def _worker_function(config: TokenizedRowsConfig, fast: bool) -> Callable[[Batch], EncodedBatch]:
     """What a worker process applies to batches, with an encoder of its own."""
-    return _encode_with(BatchEncoder(config, fast))
+    return BatchEncoder(config, fast).encode

@@ -141,5 +141,10 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
             f"{accepted:,} accepted + {rejected:,} quarantined = {accepted + rejected:,} of {read:,} read",
             {name: number(counts[name]) for name in ("read", "accepted", "quarantined")},
         ),
-        Check("has_rows", accepted > 0, f"{accepted:,} rows were accepted", {"rows": number(accepted)}),
+        Check(
+            "has_rows",
+            accepted > 0,
+            f"{accepted:,} rows were accepted" + (f"; rejected: {named}" if named and not accepted else ""),
+            {"rows": number(accepted)},
+        ),
     )
