@@ -130,13 +130,16 @@ class BatchEncoder:
         """Encodes the chosen rows by the reference too; raises FastPathDiffers at a difference."""
         chosen = np.flatnonzero(compared)
         given = rows.take(pa.array(columns.rows[chosen])).to_pylist()
-        for at, row, result in zip(chosen.tolist(), given, self.row_encoder.encode(given), strict=True):
-            same = (
-                isinstance(result, AcceptedRow)
-                and outcome_of(result) == columns.layouts[columns.layout[at]].outcome
-                and to_batch(result.examples).equals(columns.examples.slice(at, 1))
-            )
-            if not same:
+        results = self.row_encoder.encode(given)
+        outcomes = [columns.layouts[i].outcome for i in columns.layout[chosen]]
+        theirs = [outcome_of(r) for r in results]
+        ours = columns.examples.take(pa.array(chosen))
+        accepted = [r.examples for r in results if isinstance(r, AcceptedRow)]
+        if theirs == outcomes and to_batch([e for each in accepted for e in each]).equals(ours):
+            return
+        for at, (row, result) in enumerate(zip(given, results, strict=True)):  # which one is it?
+            examples = result.examples if isinstance(result, AcceptedRow) else ()
+            if theirs[at] != outcomes[at] or not to_batch(examples).equals(ours.slice(at, 1)):
                 raise FastPathDiffers(row["row_id"])
 
 

@@ -22,7 +22,7 @@ from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE
 from sft_pipeline.stages.tokenized_rows.report import evidence
 from sft_pipeline.stages.tokenized_rows.row_cache import RowCache
-from sft_pipeline.stages.tokenized_rows.served_prompts import PromptSample, find_skew, known_skew
+from sft_pipeline.stages.tokenized_rows.served_prompts import PromptSample, known_skew
 from sft_pipeline.stages.tokenized_rows.stats import StageStats
 from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
 from sft_pipeline.store.files import sha256_json, write_json
@@ -50,7 +50,7 @@ def build(b: Build) -> Built:
         b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
         encoder, sample, stats = _encode_all(b, fast=False)
         stats.why_not_fast = why
-    skew = known_skew(b.earlier) or find_skew(encoder.tokenizer, encoder.template, sample.conversations)
+    skew = sample.skew(encoder)
     for reason, count in stats.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
     n = stats.numbers
@@ -113,7 +113,7 @@ def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, Stage
     """
     parts = {split: b.inputs["grouped_split"].parts(split) for split in SPLITS}
     total, done = count_rows(chain(*parts.values())), 0
-    sample, stats = PromptSample(), StageStats()
+    sample, stats = PromptSample(known_skew(b.earlier)), StageStats()
     for split in SPLITS:  # an attempt with the fast encoder may have written some
         shutil.rmtree(b.out / split, ignore_errors=True)
     scratch = b.work / "row_cache"
@@ -173,7 +173,7 @@ def _encode(
     if 4 * first.numbers["by_rows"] <= batch.new.num_rows:
         rest = threaded_map(encoder.encode, batches, worker_count())
     elif new < WORTH_PROCESSES:
-        rest = threaded_map(encoder.encode, batches, 1)
+        rest = threaded_map(encoder.encode, batches, min(worker_count(), 2))  # beside joining and writing
     else:
         arguments = (encoder.config, encoder.fast)
         rest = ordered_map(_worker_function, arguments, batches, function_here=encoder.encode)

@@ -9,6 +9,7 @@ texts get other ids in serving than in training.
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +41,17 @@ class TokenizerSkew:
 class PromptSample:
     """The sampled conversations, and what was found wrong.
 
+    Args:
+        known: What an earlier build has found of AutoTokenizer, so that it need not be asked.
+
     Attributes:
         conversations: Of the sampled rows.
         wrong: Rows that do not begin with the ids of the prompt that a server would send.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: TokenizerSkew | None = None) -> None:
+        self._known = known
+        self._found: Future[TokenizerSkew] | None = None
         self.conversations: list[Conversation] = []
         self.wrong: list[dict[str, Any]] = []
 
@@ -69,6 +75,20 @@ class PromptSample:
                 found = {"row_id": row["row_id"], "prompt_tokens": len(prompt.ids), "recorded": recorded}
                 self.wrong.append(found)
         self.conversations += sampled
+        if len(self.conversations) == SAMPLE and not self._known:
+            self._compare(encoder)
+
+    def skew(self, encoder: BatchEncoder) -> TokenizerSkew:
+        """How AutoTokenizer differs on the sample; where an earlier build has found that, what it found."""
+        return self._known or self._compare(encoder).result()
+
+    def _compare(self, encoder: BatchEncoder) -> Future[TokenizerSkew]:
+        if self._found is None:
+            thread = ThreadPoolExecutor(1)  # it mostly waits for a process, two seconds beside the encoding
+            arguments = (encoder.tokenizer, encoder.template, tuple(self.conversations))
+            self._found = thread.submit(find_skew, *arguments)
+            thread.shutdown(wait=False)
+        return self._found
 
 
 def find_skew(tokenizer: Tokenizer, template: ChatTemplate, sample: Sequence[Conversation]) -> TokenizerSkew:

@@ -47,7 +47,9 @@ _KIND_OF_BYTE = bytes(
     next((kind for kind, characters in _TRIED.items() if chr(b) in characters and b < 128), _OTHER)
     for b in range(256)
 )
-_TRIAL = 50_000  # characters: each pair of ASCII characters comes about five times
+_TRIAL = (
+    25_000  # characters: each pair of ASCII characters comes about twice, each pair of kinds a thousand times
+)
 # Unicode normal forms change no ASCII character, and nothing across a space.
 _HARMLESS_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 # Settings of a BPE model under which ids depend on chance, on neighbours, or do not spell the bytes.
