@@ -234,6 +234,15 @@ def read_batches(
             yield from file.iter_batches(batch_size=batch_rows, columns=wanted)
 
 
+def read_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same batches; a thread reads the next one while this one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
+
+
 def read_rows(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of Parquet files in order, as dicts: slow, for reports and tests."""
     for batch in read_batches(paths, columns):

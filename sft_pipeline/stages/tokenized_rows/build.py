@@ -26,7 +26,14 @@ from sft_pipeline.stages.tokenized_rows.served_prompts import PromptSample, know
 from sft_pipeline.stages.tokenized_rows.stats import StageStats
 from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
 from sft_pipeline.store.files import sha256_json, write_json
-from sft_pipeline.tables.parquet import BackgroundWriter, FileWriter, PartWriter, count_rows, read_batches
+from sft_pipeline.tables.parquet import (
+    BackgroundWriter,
+    FileWriter,
+    PartWriter,
+    count_rows,
+    read_ahead,
+    read_batches,
+)
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
 from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
@@ -149,7 +156,7 @@ def _batches(parts: dict[str, list], cache: RowCache, total: int, every: int) ->
     done = seen = 0
     known = cache.found if len(cache.found) else np.full(total, -1)
     for split in SPLITS:
-        for rows in read_batches(parts[split], _COLUMNS, batch_rows=BATCH):
+        for rows in read_ahead(read_batches(parts[split], _COLUMNS, batch_rows=BATCH)):
             found = known[done : done + rows.num_rows]
             is_new = found < 0
             new = rows if is_new.all() else rows.filter(pa.array(is_new))

@@ -6,6 +6,7 @@ means equal examples.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,8 @@ class TokenGroups:
         self._scratch = scratch
         self._held: dict[int, npt.NDArray[np.int32]] = {}
         self._held_bytes = 0
+        self._thread = ThreadPoolExecutor(1)  # reads the next group while one is copied from
+        self._ahead: dict[int, Future[npt.NDArray[np.int32]]] = {}
 
     @property
     def held(self) -> int:
@@ -178,10 +181,12 @@ class TokenGroups:
         return self._held[g][begin:end]
 
     def _read(self, g: int) -> None:
-        path, index = self._groups[g]
-        with pq.ParquetFile(path) as file:
-            table = file.read_row_group(index, columns=["input_ids"], use_threads=False)
-        ids = table.combine_chunks()["input_ids"].chunk(0).flatten().to_numpy()
+        reading = self._ahead.pop(g, None) or self._thread.submit(_read_ids, *self._groups[g])
+        following = g + 1
+        wanted = following < len(self._groups) and self._left[following] and following not in self._held
+        if wanted and not self._spilled(following).exists():
+            self._ahead = {following: self._thread.submit(_read_ids, *self._groups[following])}
+        ids = reading.result()
         while self._held and self._held_bytes + ids.nbytes > HELD_BYTES:
             oldest = next(iter(self._held))
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -192,6 +197,12 @@ class TokenGroups:
 
     def _spilled(self, g: int) -> Path:
         return self._scratch / f"{g}.bin"
+
+
+def _read_ids(path: Path, row_group: int) -> npt.NDArray[np.int32]:
+    with pq.ParquetFile(path) as file:
+        table = file.read_row_group(row_group, columns=["input_ids"], use_threads=False)
+    return table.combine_chunks()["input_ids"].chunk(0).flatten().to_numpy()
 
 
 def _runs(begins: Ints, ends: Ints, at: Ints) -> Iterator[tuple[int, int, int]]:
