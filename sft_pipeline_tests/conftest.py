@@ -28,22 +28,26 @@ COSTLY_FIRST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Under xdist the tests of a module, and those of a finished branch, share a worker and its fixtures.
+
+    Not in `pytest_collection_modifyitems`: xdist reads the groups in its own, which may come first.
+    """
+    group = item.nodeid.split("::")[0]
+    if "finished" in getattr(item, "fixturenames", ()):
+        name = item.callspec.params["finished"]  # type: ignore[attr-defined]
+        group = f"finished {name}"
+        if name == "demo":
+            item.add_marker(pytest.mark.timeout(1500))  # the first of its tests waits for 484 updates
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist the tests of a module, and those of a finished branch, share a worker and its fixtures."""
+    """Costly modules first."""
 
     def place(item: pytest.Item) -> int:
         return next((i for i, name in enumerate(COSTLY_FIRST) if name in item.nodeid), len(COSTLY_FIRST))
 
-    for item in items:
-        if "finished" in getattr(item, "fixturenames", ()):
-            name = item.callspec.params["finished"]
-            group = f"finished {name}"
-            if name == "demo":
-                item.add_marker(pytest.mark.timeout(1500))  # the first of its tests waits for 484 updates
-        else:
-            group = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=place)
 
 

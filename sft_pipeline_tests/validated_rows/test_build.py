@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sft_pipeline.config.dataset import SourceConfig
 from sft_pipeline.errors import BlockedError
 from sft_pipeline.stages import workers
+from sft_pipeline.stages.report import read_report
 from sft_pipeline.stages.stage import Evidence
 from sft_pipeline.stages.validated_rows.asset import STAGE
 from sft_pipeline.tables.reasons import RejectReason
@@ -160,7 +161,7 @@ def test_warnings_do_not_reject(project: Path) -> None:
     ]
     assert outcome.artifact.manifest.counts["warned"] == 1
     assert (
-        outcome.evidence["characters"] == Evidence("plot", "plots/characters.png")
+        read_report(outcome.artifact)["evidence"]["characters"] == Evidence("plot", "plots/characters.png")
         and outcome.artifact.file("plots/characters.png").is_file()
     )
 
@@ -282,4 +283,6 @@ def test_real_datasets_run_as_they_are(name: str, project: Path, shared_data: Pa
     outcome = run(config, project / "home", STAGE)["validated_rows"]
     assert outcome.artifact.manifest.accepted
     assert outcome.artifact.manifest.counts["accepted"] == accepted
-    assert {r["reason"]: r["rows"] for r in outcome.evidence["reasons"].value} == reasons
+    assert {
+        r["reason"]: r["rows"] for r in read_report(outcome.artifact)["evidence"]["reasons"].value
+    } == reasons
