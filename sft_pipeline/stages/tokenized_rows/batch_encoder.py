@@ -21,7 +21,7 @@ from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, Rejected
 from sft_pipeline.stages.tokenized_rows.word_cache import NoFastPath
 from sft_pipeline.tables.schemas import REJECTS, TOKENIZED
 from sft_pipeline.text.template import ChatTemplate, load_template
-from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer
 
 
 class FastPathDiffers(Exception):
@@ -69,18 +69,14 @@ class BatchEncoder:
         fast: Whether the fast encoder may be used at all.
 
     Attributes:
-        tokenizer, template, row_encoder: Loaded when they are first needed.
+        template, row_encoder: Made when they are first needed.
     """
 
-    def __init__(self, config: TokenizedRowsConfig, fast: bool) -> None:
-        self.config, self.fast = config, fast
+    def __init__(self, config: TokenizedRowsConfig, tokenizer: Tokenizer, fast: bool) -> None:
+        self.config, self.tokenizer, self.fast = config, tokenizer, fast
         self._column_encoder: ColumnEncoder | None = None
         self._why_not: str | None = None
         self._lock = threading.Lock()
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.config.tokenizer, self.config.revision)
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import chain
 from typing import Any
@@ -36,7 +37,7 @@ from sft_pipeline.tables.parquet import (
 )
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
 from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
-from sft_pipeline.text.tokenizer import Tokenizer
+from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 4_096
 # Rows that go through both encoders, at least; where there are not twice as many, the reference does all.
@@ -126,10 +127,12 @@ def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, Stage
     scratch = b.work / "row_cache"
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        keys = read_batches(chain(*parts.values()), ["content_key"]) if b.earlier else ()
-        cache = RowCache(b.earlier, [batch.column(0) for batch in keys], scratch)
+        with ThreadPoolExecutor(1) as thread:  # half a second for Qwen's vocabulary, without the interpreter
+            loading = thread.submit(load_tokenizer, b.config.tokenizer, b.config.revision)
+            keys = read_batches(chain(*parts.values()), ["content_key"]) if b.earlier else ()
+            cache = RowCache(b.earlier, [batch.column(0) for batch in keys], scratch)
         new = total - int(np.count_nonzero(cache.found >= 0))
-        encoder = BatchEncoder(b.config, fast and new >= 2 * COMPARED)
+        encoder = BatchEncoder(b.config, loading.result(), fast and new >= 2 * COMPARED)
         splits = {
             split: stack.enter_context(PartWriter(b.out / split, TOKENIZED, row_group=BATCH, of_tokens=True))
             for split in SPLITS
@@ -190,4 +193,4 @@ def _encode(
 
 def _worker_function(config: TokenizedRowsConfig, fast: bool) -> Callable[[Batch], EncodedBatch]:
     """What a worker process applies to batches, with an encoder of its own."""
-    return BatchEncoder(config, fast).encode
+    return BatchEncoder(config, load_tokenizer(config.tokenizer, config.revision), fast).encode
