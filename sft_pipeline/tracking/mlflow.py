@@ -90,15 +90,20 @@ class MlflowTracker:
 def publish(artifact: Artifact, branch: Branch, run: Run) -> None:
     """Registers an accepted export, built or reused, and lets it compete for the champion alias.
 
-    What was done is recorded in `registered/`. A reused export goes through here again when its registration
-    failed, or when it was built with overrides and is now what the recipe says. Otherwise MLflow, which takes
-    seconds to import, is not asked.
+    What was done, and with which server, is recorded in `registered/`. A reused export goes through here
+    again when its registration failed, when the server is another or its database is gone, or when it was
+    built with overrides and is now what the recipe says. Otherwise MLflow, which takes seconds to import, is
+    not asked.
     """
     manifest = artifact.manifest
     if not manifest.asset.endswith("/exported_model") or not manifest.accepted:
         return
     record = run.store.home / "registered" / f"{manifest.fingerprint}.json"
-    if record.is_file() and (not run.current or json.loads(record.read_text(encoding="utf-8"))["current"]):
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    database = Path(uri.removeprefix("sqlite:///"))
+    there = database.is_file() if uri.startswith("sqlite:///") else True
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if there and known.get("tracking_uri") == uri and (known["current"] or not run.current):
         return
     client = connect()
     _, run_id = open_training_run(client, branch, manifest.inputs["trained_checkpoints"].fingerprint)
@@ -110,7 +115,7 @@ def publish(artifact: Artifact, branch: Branch, run: Run) -> None:
     finally:
         client.set_terminated(run_id)
     run.report.log(outcome)
-    write_json(record, {"current": run.current, "outcome": outcome})
+    write_json(record, {"tracking_uri": uri, "current": run.current, "outcome": outcome})
 
 
 def connect() -> Any:

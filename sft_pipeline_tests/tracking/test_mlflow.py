@@ -1,6 +1,7 @@
 """MLflow on sqlite: one run per training fingerprint, one curve across a retry, and the champion alias."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -293,6 +294,26 @@ def test_a_registration_that_failed_is_made_up_for_when_the_export_is_reused(
         patch.setattr("sft_pipeline.tracking.mlflow.connect", away)
         register(made)
         register(made, current=False)
+
+
+def test_another_server_or_a_lost_database_has_the_export_registered_again(
+    client, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, asked = export(Store(), "1", {"A": 1.0}), []
+    register(made)
+
+    def asking(*_: Any) -> None:
+        asked.append(os.environ["MLFLOW_TRACKING_URI"])
+        raise ConnectionError("asked")
+
+    monkeypatch.setattr("sft_pipeline.tracking.mlflow.connect", asking)
+    register(made)
+    assert not asked
+    for uri in (f"sqlite:///{home}/lost.db", "http://127.0.0.1:9"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ConnectionError, match="asked"):
+            register(made)
+    assert len(asked) == 2
 
 
 def test_an_export_built_with_overrides_competes_once_the_recipe_says_the_same(client) -> None:

@@ -127,6 +127,7 @@ def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, Stage
     scratch = b.work / "row_cache"
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        stack.callback(sample.close)
         with ThreadPoolExecutor(1) as thread:  # half a second for Qwen's vocabulary, without the interpreter
             loading = thread.submit(load_tokenizer, b.config.tokenizer, b.config.revision)
             keys = read_batches(chain(*parts.values()), ["content_key"]) if b.earlier else ()

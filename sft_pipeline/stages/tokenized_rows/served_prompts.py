@@ -9,7 +9,7 @@ texts get other ids in serving than in training.
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,11 @@ class PromptSample:
     def skew(self, encoder: BatchEncoder) -> TokenizerSkew:
         """How AutoTokenizer differs on the sample; where an earlier build has found that, what it found."""
         return self._known or self._compare(encoder).result()
+
+    def close(self) -> None:
+        """Waits for AutoTokenizer's process, where it was asked: it must not outlive a build that failed."""
+        if self._found is not None:
+            wait([self._found])
 
     def _compare(self, encoder: BatchEncoder) -> Future[TokenizerSkew]:
         if self._found is None:
