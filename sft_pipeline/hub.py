@@ -72,8 +72,14 @@ def local_folder(path_or_id: str, revision: str | None, *, key: str, patterns: S
     files: dict[str, Any] = {"repo_id": hub_id.name, "revision": commit, "allow_patterns": list(patterns)}
     with contextlib.suppress(Exception):  # not in the cache, or not whole: fetch it
         return Path(snapshot_download(**files, local_files_only=True))
-    with clear_loading_errors(f"{key} {hub_id.name}@{commit}"):
+    try:
         return Path(snapshot_download(**files))
+    except Exception as error:  # the hub's client raises many kinds, also those of its HTTP library
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{key} {hub_id.name}@{commit} cannot be loaded: {first}. Check the name, the pinned commit, "
+            "HF_TOKEN and the network"
+        ) from error
 
 
 @contextlib.contextmanager

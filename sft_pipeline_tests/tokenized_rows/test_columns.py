@@ -157,6 +157,17 @@ def test_rows_whose_text_changes_the_rendering_are_left_to_the_row_encoder():
     assert compare(rows, TRIMMING, TokensConfig()) == 3  # white space at the edge is trimmed
 
 
+def test_what_a_template_looks_for_in_the_results_of_tools_is_tried_too():
+    source = "{% for m in messages %}{% set c = m.content %}"
+    source += "{% if m.role == 'tool' and 'FAILED' in c %}{% set c = 'Error: ' + c %}{% endif %}"
+    source += _TURN + "{% endfor %}" + _END
+    rows = [
+        row(("user", "look"), ("assistant", "I do."), ("tool", result), ("assistant", "It is so."))
+        for result in ("found it", "the search FAILED")
+    ]
+    assert compare(rows, source, TokensConfig()) == 1
+
+
 def test_unusual_text_is_encoded_as_columns_but_forged_control_tokens_are_not():
     rows = [
         row(("user", "é\x0b"), ("assistant", "naïve 😀")),

@@ -41,6 +41,14 @@ _PROBES = (
 )
 
 
+# Short conversations in which a role's content is tried with the template's string constants.
+_TRIED_ROLES = (
+    ("user", "assistant"),
+    ("system", "user", "assistant", "user", "assistant"),
+    ("user", "assistant", "tool", "assistant"),
+)
+
+
 @dataclass(frozen=True)
 class Boundary:
     """A position in the row: before segment `segment`, or inside it, behind literal text at its beginning."""
@@ -110,8 +118,7 @@ def find_layout(
 
 def find_triggers(template: ChatTemplate, supervise: str) -> Triggers:
     """Tries every string constant of the template's source, and white space, as contents."""
-    both = (("user", "assistant"), ("system", "user", "assistant", "user", "assistant"))
-    predictions = [p for roles in both if (p := _Prediction.of(template, roles, supervise))]
+    predictions = [p for roles in _TRIED_ROLES if (p := _Prediction.of(template, roles, supervise))]
     constants = {
         node.value
         for text in {template.text, template.tool_text}
