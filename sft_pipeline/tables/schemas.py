@@ -14,8 +14,19 @@ IGNORE_LABEL = -100
 """The label of a position without loss, as torch's cross_entropy and transformers have it."""
 
 MESSAGE = pa.struct(
-    [("role", pa.string()), ("content", pa.string()), ("weight", pa.float32()), ("tool_calls", pa.string())]
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("reasoning_content", pa.string()),
+        ("tool_calls", pa.string()),
+        ("name", pa.string()),
+        ("tool_call_id", pa.string()),
+        ("weight", pa.float32()),
+    ]
 )
+"""A message. All but the role may be null: the source row has no such field. `tool_calls`: JSON text, a list
+of {type: function, function: {name, arguments}, ...} with keys, strings and numbers as the row spells them;
+`arguments` is JSON text within it where it is in the row. `weight` null: 1."""
 ROWS = pa.schema(
     [
         ("row_id", pa.string()),
@@ -30,7 +41,8 @@ ROWS = pa.schema(
         ("content_key", pa.binary(KEY_BYTES)),
     ]
 )
-"""validated_rows and grouped_split. `weight` null: the default. `tool_calls`, `tools`: JSON text or null.
+"""validated_rows and grouped_split. `tools`: JSON text with keys, strings and numbers as the row spells them,
+or null.
 `time`: as `time_of` writes it, or null. `content_key`: equal for rows with the same messages and tools,
 whatever their file, line, name or group."""
 
@@ -40,6 +52,8 @@ TOKENIZED = pa.schema(
         ("group", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),  # the input id where it carries loss, else -100
+        # of each position's loss: 0 where the label is -100; null where every label weighs 1
+        ("weights", pa.list_(pa.float32())),
         ("length", pa.int32()),
         ("supervised", pa.int32()),  # positions with a label
         ("prompt_length", pa.int32()),  # tokens of the prompt a server would send before the final turn

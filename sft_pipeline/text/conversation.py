@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from sft_pipeline.tables import literal_json
 from sft_pipeline.text.reasons import Reason, Rejected
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer, any_of
@@ -23,8 +24,9 @@ class Conversation:
     """One row as templates read it.
 
     Attributes:
-        messages: Dicts of role, content and, where there are any, tool_calls (parsed).
-        weights: Per message; 0 takes its tokens out of the loss, anything else leaves them in.
+        messages: Dicts of role and, where the row has them, content, reasoning_content, tool_calls (parsed),
+            name and tool_call_id.
+        weights: Per message: what a token of it counts for in the loss; 0 takes it out.
         tools: Function descriptions (parsed), or None.
         completion: The final assistant message's text, as the row has it.
         neutralised: Literal control tokens that were made plain text.
@@ -54,10 +56,11 @@ def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversat
     messages, weights = [], []
     for source in row["messages"]:
         message: dict[str, Any] = {"role": source["role"]}
-        if source.get("content") is not None:
-            message["content"] = source["content"]
+        for name in ("content", "reasoning_content", "name", "tool_call_id"):
+            if source.get(name) is not None:
+                message[name] = source[name]
         if source.get("tool_calls"):
-            message["tool_calls"] = json.loads(source["tool_calls"])
+            message["tool_calls"] = literal_json.loads(source["tool_calls"])
         messages.append(message)
         weights.append(1.0 if source.get("weight") is None else float(source["weight"]))
     if not messages or messages[-1]["role"] != "assistant":
@@ -65,7 +68,7 @@ def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversat
     if system is not None and not any(m["role"] == "system" for m in messages):
         messages.insert(0, {"role": "system", "content": system})
         weights.insert(0, 1.0)
-    tools = json.loads(row["tools"]) if row.get("tools") else None
+    tools = literal_json.loads(row["tools"]) if row.get("tools") else None
     return Conversation(messages, weights, tools or None, messages[-1].get("content", ""))
 
 

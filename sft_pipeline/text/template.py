@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path
 from sft_pipeline.store.files import sha256_json
+from sft_pipeline.tables import literal_json
 from sft_pipeline.text.config import NAMED_TEMPLATES
 from sft_pipeline.text.tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ class ChatTemplate:
         try:
             return template.render(
                 messages=messages,
-                tools=list(tools or []),
+                tools=list(tools) if tools else None,  # as a server passes it
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
@@ -122,11 +123,15 @@ class ChatTemplate:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
-def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+def load_template(
+    name: str, tokenizer: Tokenizer, variables: Mapping[str, bool | int | float | str] | None = None
+) -> ChatTemplate:
     """Finds a template.
 
     Args:
         name: "tokenizer", one of `NAMED_TEMPLATES`, or the path of a Jinja file.
+        variables: Values for variables of the template. They are written into its source as defaults, and not
+            passed beside it, so that the template that is exported renders the same.
 
     Raises:
         InputError: There is no such template, or its Jinja is wrong; the message says where.
@@ -148,6 +153,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
                 f"readable Jinja file: {error}"
             ) from None
         where = str(path)
+    text, tool_text = (_with_defaults(variables or {}, source) for source in (text, tool_text))
     try:
         template = ChatTemplate(name, text, tool_text, dict(tokenizer.special))
         return ChatTemplate(name, text, tool_text, dict(tokenizer.special), _find_stop(template, tokenizer))
@@ -188,6 +194,23 @@ def _named(name: str, tokenizer: Tokenizer) -> str:
     values = {"bos": bos, "eos": eos}
     head = [f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items()]
     return "".join([*head, body])
+
+
+def _with_defaults(variables: Mapping[str, bool | int | float | str], source: str) -> str:
+    """The source, with values for variables that nobody passes.
+
+    They stand on lines of their own, of which nothing is left in the text (trim_blocks), and the source still
+    begins a line (lstrip_blocks).
+    """
+    lines = [
+        f"{{%- if {name} is not defined %}}{{% set {name} = {_jinja_literal(value)} %}}{{% endif %}}\n"
+        for name, value in sorted(variables.items())
+    ]
+    return "".join([*lines, source])
+
+
+def _jinja_literal(value: bool | int | float | str) -> str:
+    return json.dumps(value, ensure_ascii=False)  # true, 1.5 and "text" are the same in Jinja
 
 
 def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
@@ -257,8 +280,8 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which a prompt must not have."""
-    return json.dumps(
+    """Jinja's own filter escapes HTML, which a prompt must not have. Numbers stay as the row spells them."""
+    return literal_json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 

@@ -87,7 +87,8 @@ def build(b: Build) -> Built:
     progress("tokenizer written")
     rows = probe_rows(tokenized, PROBES)
     proof = _write_and_prove(config, checkpoint, folder, rows, evaluation, decoder, progress, merged=merged)
-    template = load_template(tokenized.manifest.config["template"]["chat_template"], tokenizer)
+    made_with = tokenized.manifest.config["template"]
+    template = load_template(made_with["chat_template"], tokenizer, made_with["variables"])
     prompts_equal = served_prompt_equal(
         tokenized, b.inputs["grouped_split"], reload_tokenizer(folder), tokenizer, template
     )

@@ -139,7 +139,7 @@ def changed_formatting(
     now = load_tokenizer(tokenizer, revision)
     current = {
         "tokenizer": now.sha256,
-        "template": load_template(template["chat_template"], now).sha256,
+        "template": load_template(template["chat_template"], now, template["variables"]).sha256,
         "mask": sha256_json({**tokens, "system": template["system"]}),
     }
     return [

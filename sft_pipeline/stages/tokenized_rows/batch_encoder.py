@@ -80,7 +80,8 @@ class BatchEncoder:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        return load_template(self.config.template.chat_template, self.tokenizer)
+        config = self.config.template
+        return load_template(config.chat_template, self.tokenizer, config.variables)
 
     @cached_property
     def row_encoder(self) -> RowEncoder:

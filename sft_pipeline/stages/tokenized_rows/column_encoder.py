@@ -105,9 +105,11 @@ class ColumnEncoder:
         bounds -= bounds[0] if len(bounds) else 0
         content = flat.field("content")
         unfit = pc.or_(
-            pc.or_(pc.equal(pc.fill_null(content, ""), ""), pc.is_valid(flat.field("tool_calls"))),
-            pc.equal(pc.fill_null(flat.field("weight"), 1.0), 0.0),
+            pc.equal(pc.fill_null(content, ""), ""),
+            pc.not_equal(pc.fill_null(flat.field("weight"), 1.0), 1.0),
         )
+        for name in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
+            unfit = pc.or_(unfit, pc.is_valid(flat.field(name)))
         unfit_before = running_totals(unfit.to_numpy(zero_copy_only=False))
         fit = (unfit_before[bounds[1:]] == unfit_before[bounds[:-1]]) & (bounds[1:] > bounds[:-1])
         fit &= batch.column("tools").is_null().to_numpy(zero_copy_only=False)
@@ -195,6 +197,7 @@ class ColumnEncoder:
                 of_rows.column("group"),
                 pa.ListArray.from_arrays(lists, pa.array(ids)),
                 pa.ListArray.from_arrays(lists, pa.array(labels)),
+                pa.nulls(count, TOKENIZED.field("weights").type),
                 pa.array(grid.lengths.astype(np.int32)),
                 pa.array(counted.astype(np.int32)),
                 pa.array(grid.tokens[:, layout.prompt.segment].astype(np.int32)),

@@ -42,6 +42,7 @@ class Example:
         row_id: The row's; further parts of a row that was split have "/1", "/2", ... appended.
         input_ids: int32 (length,).
         labels: int32 (length,): the input id where it carries loss, else IGNORE_LABEL.
+        weights: float32 (length,): of each position's loss; None where every label weighs 1.
         prompt_length: Tokens of the prompt that a server would send before the final turn.
         truncated: Tokens cut off the end, where supervised ones are among them, or off the prompt; else 0.
         completion: The final assistant message, as the row has it.
@@ -54,6 +55,7 @@ class Example:
     prompt_length: int
     truncated: int
     completion: str
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,7 @@ def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
         pa.array([e.group for e in examples], pa.string()),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([none, *(e.input_ids for e in examples)]))),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([none, *(e.labels for e in examples)]))),
+        pa.array([e.weights for e in examples], TOKENIZED.field("weights").type),
         pa.array(lengths),
         pa.array(np.array([np.count_nonzero(e.labels != IGNORE_LABEL) for e in examples], dtype=np.int32)),
         pa.array(np.array([e.prompt_length for e in examples], dtype=np.int32)),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sft_pipeline.tables.reasons import RejectReason
+from sft_pipeline.tables.schemas import MESSAGE
 
 MISSING: Any = object()
 
@@ -35,6 +36,7 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 WEIGHT_KEYS = ("weight", "loss_weight", "loss")
+MESSAGE_FIELDS = tuple(field.name for field in MESSAGE)
 LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
 
 Message = dict[str, Any]
@@ -57,7 +59,9 @@ class NormalizedRow:
     def add(
         self, role: str, content: str | None, weight: float | None = None, tool_calls: str | None = None
     ) -> None:
-        self.messages.append({"role": role, "content": content, "weight": weight, "tool_calls": tool_calls})
+        message = dict.fromkeys(MESSAGE_FIELDS)
+        message |= {"role": role, "content": content, "weight": weight, "tool_calls": tool_calls}
+        self.messages.append(message)
 
 
 class MappedFields:
@@ -209,7 +213,7 @@ def _put_system_first(fields: MappedFields, to: NormalizedRow, name: str) -> Non
     if value is MISSING or any(m["role"] == "system" for m in to.messages):
         return
     if (system := _optional(value, to)).strip():
-        to.messages.insert(0, {"role": "system", "content": system, "weight": None, "tool_calls": None})
+        to.messages.insert(0, {**dict.fromkeys(MESSAGE_FIELDS), "role": "system", "content": system})
 
 
 def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:

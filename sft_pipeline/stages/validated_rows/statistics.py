@@ -75,7 +75,8 @@ class RowStatistics:
         # Every row has messages, so each begins where the one before it ends.
         ends = np.cumsum(pc.list_value_length(messages))
         starts = ends - pc.list_value_length(messages).to_numpy()
-        roles, contents, _, calls = pc.list_flatten(messages).flatten()
+        flat = pc.list_flatten(messages)
+        roles, contents, calls = (pc.struct_field(flat, n) for n in ("role", "content", "tool_calls"))
         _count(self.roles, roles)
         replies = np.add.reduceat(
             pc.equal(roles, "assistant").to_numpy(zero_copy_only=False), starts, dtype=int

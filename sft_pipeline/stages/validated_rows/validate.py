@@ -22,6 +22,8 @@ from sft_pipeline.tables.strict_json import read_canonical
 VALIDATED = pa.schema(
     [ROWS.field(name) for name in ("group", "messages", "tools", "time", "warnings", "content_key")]
 )
+TEXT_FIELDS = ("content", "reasoning_content", "tool_calls", "name")
+_TEXT_COLUMNS = tuple(MESSAGE.get_field_index(name) for name in TEXT_FIELDS)
 KEY = np.dtype(f"S{KEY_BYTES}")
 
 # Control tokens of the families in use. In a text one of these would forge a turn if it were tokenized as
@@ -145,7 +147,7 @@ def _to_batch(
     )
     # Nearly all rows have no warning: one pass over the whole columns finds those that may have one.
     warnings: list[list[str]] = [[] for _ in rows]
-    suspects = np.flatnonzero(may_warn(columns[1]) | may_warn(columns[3]))
+    suspects = np.flatnonzero(np.logical_or.reduce([may_warn(columns[i]) for i in _TEXT_COLUMNS]))
     for i in np.unique(np.searchsorted(offsets, suspects, side="right") - 1).tolist():
         warnings[i] = warnings_of(rows[i].messages)
     arrays = [
@@ -235,7 +237,7 @@ def warnings_of(messages: list[Message]) -> list[str]:
     """Control tokens that stand literally in the text, and control characters; sorted."""
     found: set[str] = set()
     for message in messages:
-        for text in (message["content"], message["tool_calls"]):
+        for text in (message.get(name) for name in TEXT_FIELDS):
             if text:
                 found.update(f"control_token:{token}" for token in CONTROL_TOKEN.findall(text))
                 if _CONTROL_CHARACTER.search(text):
