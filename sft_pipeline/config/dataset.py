@@ -27,6 +27,14 @@ class SourceConfig(RawSource):
         ),
     ] = {}
 
+    unused: Annotated[
+        list[str],
+        Field(
+            description="columns that nothing is to read, though they look as if they changed what is "
+            "trained; `messages[].NAME` for a key of messages"
+        ),
+    ] = []
+
     @model_validator(mode="after")
     def _columns_known(self) -> Self:
         known = ("group", *FIELDS[self.format])

@@ -50,6 +50,11 @@ class RejectReason(StrEnum):
     )
     UNSUPPORTED_CONTENT = "unsupported_content", "a message has a part that is not text, for example an image"
     INVALID_TOOLS = "invalid_tools", "`tools` is not a JSON list of objects"
+    UNUSED_FIELD = (
+        "unused_field",
+        "a field that would change what is trained, and that nothing reads: map it with `columns`, or name "
+        "it under the source's `unused`",
+    )
     INVALID_TOOL_CALL = "invalid_tool_call", "a function call is not JSON with a name and arguments"
 
     # validated_rows: the contract.

@@ -6,7 +6,7 @@ from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRows
 
 def _config(branch: Branch) -> ValidatedRowsConfig:
     dataset = branch.dataset
-    shapes = [SourceShape(format=s.format, columns=s.columns) for s in dataset.sources]
+    shapes = [SourceShape(format=s.format, columns=s.columns, unused=s.unused) for s in dataset.sources]
     return ValidatedRowsConfig(
         contract=dataset.contract, shapes=shapes, time_column=dataset.split.time_column
     )

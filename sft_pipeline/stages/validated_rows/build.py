@@ -5,7 +5,6 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,6 +17,7 @@ from sft_pipeline.stages.workers import ordered_map
 from sft_pipeline.tables import parquet
 from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline.tables.schemas import REJECTS, ROWS
+from sft_pipeline.tables.strict_json import read_canonical
 
 GROUP_COLUMNS = ("group", "group_id", "thread_id", "conversation_id")
 PROVENANCE = ("row_id", "source", "file", "line")
@@ -46,6 +46,7 @@ def build(b: Build) -> Built:
             accepted = accepted_rows(batch, validated, new)
             rows.write(accepted)
             statistics.add(accepted, validated.groups[new])
+            statistics.unused += validated.unused
             quarantine.write(rejected_rows(batch, validated, new))
             b.report.progress("validate", rows.rows + quarantine.rows - undecodable, decoded, "rows")
     counts = {
@@ -100,14 +101,14 @@ def group_columns(paths: list[Path], shapes: Sequence[SourceShape]) -> list[str 
     unknown = {i for i, column in enumerate(found) if column is None}
     if not unknown:
         return found
-    # Canonical content has no space before a colon, so a search in the text finds the few rows worth parsing.
-    key = f'"(?:{"|".join(GROUP_COLUMNS)})":'
+    # A search in the text finds the few rows worth parsing: those with such a key, or with escaped letters.
+    key = rf'"(?:{"|".join(GROUP_COLUMNS)})"\s*:|\\u00[567]'
     for batch in parquet.read_batches(paths, ["source", "content"]):
         if not unknown:
             break
         hits = batch.filter(pc.match_substring_regex(batch.column("content"), key))
         sources = hits.column("source").to_pylist()
-        rows = [orjson.loads(content) for content in hits.column("content").to_pylist()]
+        rows = read_canonical(hits.column("content").cast(pa.binary()).to_pylist())
         for name in GROUP_COLUMNS:
             for source, row in zip(sources, rows):
                 if source in unknown and row.get(name) not in (None, ""):

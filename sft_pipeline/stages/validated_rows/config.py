@@ -8,14 +8,14 @@ from sft_pipeline.config.base import Config
 
 Format = Literal["messages", "prompt_completion", "instruction", "sharegpt", "dolly", "question_response"]
 
-_TURNS = ("role", "content", "from", "value", "tools", "system")
+_TURNS = ("role", "content", "from", "value", "reasoning_content", "tools", "system")
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", *_TURNS),
     "prompt_completion": ("prompt", "completion", *_TURNS),
-    "instruction": ("instruction", "input", "output", "system", "history", "tools"),
+    "instruction": ("instruction", "input", "output", "system", "history", "reasoning_content", "tools"),
     "sharegpt": ("conversations", *_TURNS),
-    "dolly": ("instruction", "context", "response", "tools"),
-    "question_response": ("system_prompt", "question", "response", "tools"),
+    "dolly": ("instruction", "context", "response", "reasoning_content", "tools"),
+    "question_response": ("system_prompt", "question", "response", "reasoning_content", "tools"),
 }
 """What `columns` may map, by format; `group` besides."""
 assert set(FIELDS) == set(get_args(Format))
@@ -42,6 +42,7 @@ class SourceShape(Config):
 
     format: Format
     columns: dict[str, str]
+    unused: list[str] = []
 
 
 class ValidatedRowsConfig(Config):

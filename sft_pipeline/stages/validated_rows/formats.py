@@ -1,14 +1,15 @@
 """The known row formats, each turned into one list of messages.
 
-A message is a dict of role (system, user, assistant, tool), content (text), weight (loss weight or None) and
-tool_calls (JSON text or None). A function here reads a raw row and reports what is wrong with its shape;
-whether the conversation keeps the contract is checked in `validate.py`.
+A message is a dict with the fields of `MESSAGE`. A function here reads a raw row and reports what is wrong
+with its shape; whether the conversation keeps the contract is checked in `validate.py`.
+
+No field is lost unseen: `unknown_fields.py` looks at the keys that nothing here reads.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sft_pipeline.tables import literal_json
 from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline.tables.schemas import MESSAGE
 
@@ -35,9 +36,11 @@ ROLES = {
     "ipython": "tool",
 }
 CALL_ROLES = ("function_call", "tool_call")
-WEIGHT_KEYS = ("weight", "loss_weight", "loss")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+WEIGHT_KEYS = ("weight", "loss_weight", "loss", "train")
 MESSAGE_FIELDS = tuple(field.name for field in MESSAGE)
 LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
+NO_VALUE: tuple[Any, ...] = (None, "", "null", "[]", [], {})
 
 Message = dict[str, Any]
 
@@ -50,18 +53,20 @@ class NormalizedRow:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.tools: str | None = None
-        self.reasons: list[RejectReason] = []
+        self.reasons: list[str] = []
 
-    def reject(self, reason: RejectReason) -> None:
-        if reason not in self.reasons:
-            self.reasons.append(reason)
+    def reject(self, reason: RejectReason, field: str | None = None) -> None:
+        """Adds a reason; the name of a field goes with it where there is one."""
+        text = f"{reason}: {field}" if field else str(reason)
+        if text not in self.reasons:
+            self.reasons.append(text)
 
-    def add(
-        self, role: str, content: str | None, weight: float | None = None, tool_calls: str | None = None
-    ) -> None:
-        message = dict.fromkeys(MESSAGE_FIELDS)
-        message |= {"role": role, "content": content, "weight": weight, "tool_calls": tool_calls}
-        self.messages.append(message)
+    def add(self, role: str, content: str | None, **others: Any) -> None:
+        """Adds a message. Args: others: Of the fields of `MESSAGE`."""
+        self.messages.append({**_EMPTY, "role": role, "content": content, **others})
+
+
+_EMPTY = dict.fromkeys(MESSAGE_FIELDS)
 
 
 class MappedFields:
@@ -78,11 +83,16 @@ class MappedFields:
         return self._row[column] if column in self._row else look_up(self._row, column)
 
     def inner(self, message: dict[str, Any], *names: str) -> Any:
-        """The value of the first of the names that a message has (mapped ones first), or MISSING."""
+        """The first value that a message has under one of the names (mapped ones first) and that is not
+        empty; else the first; else MISSING."""
+        found = MISSING
         for name in names:
-            if (value := message.get(self._columns.get(name, name), MISSING)) is not MISSING:
+            value = message.get(self._columns.get(name, name), MISSING)
+            if value is not MISSING and value is not None and value != "":
                 return value
-        return MISSING
+            if found is MISSING:
+                found = value
+        return found
 
 
 def look_up(row: dict[str, Any], column: str) -> Any:
@@ -115,7 +125,8 @@ def normalize(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> 
 
 
 def _messages(fields: MappedFields, to: NormalizedRow) -> None:
-    """messages: [{role, content, weight?, tool_calls?}]; `system` beside it is put first."""
+    """messages: [{role, content, reasoning_content?, tool_calls?, name?, tool_call_id?, weight?}]; `system`
+    beside it is put first."""
     _turns_of(fields, to, "messages")
 
 
@@ -142,6 +153,7 @@ def _prompt_completion(fields: MappedFields, to: NormalizedRow) -> None:
             _turns(fields, to, value)
         else:
             to.add(role, _text(value, to))
+    _reason_about_reply(fields, to)
     _put_system_first(fields, to, "system")
 
 
@@ -158,12 +170,14 @@ def _instruction(fields: MappedFields, to: NormalizedRow) -> None:
                 to.add("assistant", _text(reply, to))
     to.add("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("input"), to)))
     to.add("assistant", _text(fields.get("output"), to))
+    _reason_about_reply(fields, to)
 
 
 def _dolly(fields: MappedFields, to: NormalizedRow) -> None:
     """instruction, optional context below it, response."""
     to.add("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("context"), to)))
     to.add("assistant", _text(fields.get("response"), to))
+    _reason_about_reply(fields, to)
 
 
 def _question_response(fields: MappedFields, to: NormalizedRow) -> None:
@@ -171,6 +185,7 @@ def _question_response(fields: MappedFields, to: NormalizedRow) -> None:
     _put_system_first(fields, to, "system_prompt")
     to.add("user", _text(fields.get("question"), to))
     to.add("assistant", _text(fields.get("response"), to))
+    _reason_about_reply(fields, to)
 
 
 FORMATS: dict[str, Callable[[MappedFields, NormalizedRow], None]] = {
@@ -200,6 +215,11 @@ def _optional(value: Any, to: NormalizedRow) -> str:
     return "" if value is MISSING else _text(value, to) or ""
 
 
+def _optional_field(value: Any, to: NormalizedRow) -> str | None:
+    """Text that a message need not have: None where it is absent or empty."""
+    return _optional(value, to) or None
+
+
 def _joined(first: str | None, second: str) -> str | None:
     """The second text below the first, where neither is blank."""
     if first is None:
@@ -207,13 +227,28 @@ def _joined(first: str | None, second: str) -> str | None:
     return "\n\n".join(text for text in (first, second) if text.strip())
 
 
+def _reason_about_reply(fields: MappedFields, to: NormalizedRow) -> None:
+    """Reasoning that stands beside a prompt and its reply belongs to the reply."""
+    for name in REASONING:
+        value = fields.get(name)
+        if value is not MISSING and value not in NO_VALUE:
+            if not to.messages or to.messages[-1]["reasoning_content"] is not None:
+                to.reject(RejectReason.UNUSED_FIELD, name)
+            else:
+                to.messages[-1]["reasoning_content"] = _optional_field(value, to)
+
+
 def _put_system_first(fields: MappedFields, to: NormalizedRow, name: str) -> None:
-    """The system message that stands beside the turns, unless one stands among them."""
+    """The system message that stands beside the turns, unless one stands among them that is not blank."""
     value = fields.get(name)
-    if value is MISSING or any(m["role"] == "system" for m in to.messages):
+    if value is MISSING or not (system := _optional(value, to)).strip():
         return
-    if (system := _optional(value, to)).strip():
-        to.messages.insert(0, {**dict.fromkeys(MESSAGE_FIELDS), "role": "system", "content": system})
+    among = [m for m in to.messages if m["role"] == "system" and (m["content"] or "").strip()]
+    if not among:
+        to.messages = [m for m in to.messages if m["role"] != "system"]
+        to.messages.insert(0, {**_EMPTY, "role": "system", "content": system})
+    elif all(m["content"].strip() != system.strip() for m in among):
+        to.reject(RejectReason.UNUSED_FIELD, name)
 
 
 def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
@@ -222,44 +257,84 @@ def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
             to.reject(RejectReason.WRONG_TYPE)
             to.add("", None)
             continue
-        name = fields.inner(turn, "role", "from")
-        role = ROLES.get(name.lower()) if isinstance(name, str) else None
+        said = fields.inner(turn, "role", "from")
+        said = said.lower() if isinstance(said, str) else said
+        role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            to.reject(RejectReason.MISSING_FIELD if name is MISSING else RejectReason.ILLEGAL_ROLE)
-        content, calls = _content(fields.inner(turn, "content", "value"), to)
-        given = turn.get("tool_calls")
-        if given:
-            calls = [*calls, *given] if isinstance(given, list) else [*calls, given]
-        if name is not MISSING and role == "assistant" and name.lower() in CALL_ROLES:
+            to.reject(RejectReason.MISSING_FIELD if said is MISSING else RejectReason.ILLEGAL_ROLE)
+        value = _only(fields, to, turn, "content", "value")
+        if isinstance(value, str) and len(turn) == 2 and said not in CALL_ROLES:  # most turns have no more
+            to.add(role or "", value)
+            continue
+        parts = _Parts(value, to)
+        content, calls, reasoning = parts.text, parts.calls, parts.reasoning
+        for key in ("tool_calls", "function_call"):
+            if (given := turn.get(key)) not in NO_VALUE:
+                calls += given if isinstance(given, list) else [given]
+        if role == "assistant" and said in CALL_ROLES:
             calls, content = [*calls, content], ""
-        if calls and content is None:
+        if given := _optional_field(_only(fields, to, turn, *REASONING), to):
+            reasoning = given if reasoning is None else f"{reasoning}\n{given}"
+        if content is None and (calls or (reasoning and value in (MISSING, None))):
             content = ""
         tool_calls = _tool_calls(calls, to) if calls else None
-        to.add(role or "", content if tool_calls or not calls else None, _weight(turn, to), tool_calls)
+        to.add(
+            role or "",
+            content if tool_calls or not calls else None,
+            reasoning_content=reasoning,
+            tool_calls=tool_calls,
+            name=_optional_field(turn.get("name", MISSING), to),
+            tool_call_id=_optional_field(turn.get("tool_call_id", MISSING), to),
+            weight=_weight(turn, to),
+        )
 
 
-def _content(value: Any, to: NormalizedRow) -> tuple[str | None, list[Any]]:
-    """The text of a message, and tool calls that stand among its parts."""
-    if value is MISSING:
-        value = None
-    if not isinstance(value, list):
-        return _text(value, to), []
-    texts, calls = [], []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        inner = part.get("text", part.get("value")) if isinstance(part, dict) else part
-        if kind in ("tool_call", "function_call"):
-            calls.append(inner)
-        elif kind not in (None, "text") or not isinstance(inner, str):
-            to.reject(RejectReason.UNSUPPORTED_CONTENT)
-            return None, []
-        else:
-            texts.append(inner)
-    return "".join(texts), calls
+def _only(fields: MappedFields, to: NormalizedRow, turn: dict[str, Any], *names: str) -> Any:
+    """The value of a field that has several names; two that say different things are refused."""
+    found = fields.inner(turn, *names)
+    for name in names:
+        if (other := turn.get(name)) not in NO_VALUE and other != found:
+            to.reject(RejectReason.UNUSED_FIELD, name)
+    return found
+
+
+class _Parts:
+    """The content of a message: text, or a list of parts.
+
+    Attributes:
+        text: None where a part is not text; then the row has a reason.
+        calls: Tool calls among the parts.
+        reasoning: Of parts of the types thinking and reasoning.
+    """
+
+    def __init__(self, value: Any, to: NormalizedRow) -> None:
+        self.text: str | None
+        self.calls: list[Any] = []
+        self.reasoning: str | None = None
+        if not isinstance(value, list):
+            self.text = _text(None if value is MISSING else value, to)
+            return
+        texts, thoughts = [], []
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            names = ("text", "value", kind) if isinstance(kind, str) else ("text", "value")
+            inner = next((part[n] for n in names if n in part), None) if isinstance(part, dict) else part
+            if kind in ("tool_call", "function_call"):
+                self.calls.append(inner if inner is not None else part)
+            elif kind in ("thinking", "reasoning") and isinstance(inner, str):
+                thoughts.append(inner)
+            elif kind in (None, "text") and isinstance(inner, str):
+                texts.append(inner)
+            else:
+                to.reject(RejectReason.UNSUPPORTED_CONTENT)
+                self.text, self.calls = None, []
+                return
+        self.text = "".join(texts)
+        self.reasoning = "".join(thoughts) or None
 
 
 def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
-    """The loss weight of a message; `loss: false` is weight 0."""
+    """The loss weight of a message; `loss: false` and `train: false` are weight 0."""
     for key in WEIGHT_KEYS:
         if (value := turn.get(key)) is not None:
             # A bool is an int: `loss: true` is weight 1.
@@ -269,20 +344,23 @@ def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
     return None
 
 
+# -- tools -----------------------------------------------------------------------------------------
+
+
 def _parsed(value: Any) -> Any:
     """JSON that may be given as text; None where it is not JSON."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return literal_json.loads(value)
     except (ValueError, RecursionError):
         return None
 
 
-def _compact(value: Any, otherwise: RejectReason, to: NormalizedRow) -> str | None:
+def _as_spelled(value: Any, otherwise: RejectReason, to: NormalizedRow) -> str | None:
     """JSON text. What comes from JSON in JSON may hold half a surrogate pair, or be too deep to write."""
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        text = literal_json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         text.encode()
     except (UnicodeEncodeError, RecursionError):
         to.reject(otherwise)
@@ -291,37 +369,51 @@ def _compact(value: Any, otherwise: RejectReason, to: NormalizedRow) -> str | No
 
 
 def _tool_calls(calls: list[Any], to: NormalizedRow) -> str | None:
-    """Calls in the common form [{type: function, function: {name, arguments}}], as JSON text."""
+    """Calls in the common form [{type: function, function: {name, arguments}}], as JSON text.
+
+    A call that has this form stays as it is; {name, arguments} alone is put into it.
+    """
     found: list[dict[str, Any]] = []
     for given in calls:
-        parsed = _parsed(given)  # many datasets give calls as JSON text, and arguments as JSON text within it
+        parsed = _parsed(given)  # many datasets give calls as JSON text
         for call in parsed if isinstance(parsed, list) else [parsed]:
-            function = call.get("function", call) if isinstance(call, dict) else None
+            wrapped = isinstance(call, dict) and isinstance(call.get("function"), dict)
+            function = call["function"] if wrapped else call
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 to.reject(RejectReason.INVALID_TOOL_CALL)
                 return None
-            arguments = _parsed(function.get("arguments", function.get("parameters", {})))
-            if not isinstance(arguments, dict):
+            key = "arguments" if "arguments" in function else "parameters"
+            arguments = function.get(key)
+            if arguments is None or arguments in ("", "null"):
+                arguments = {}
+            if not isinstance(_parsed(arguments), dict):
                 to.reject(RejectReason.INVALID_TOOL_CALL)
                 return None
-            entry: dict[str, Any] = {
-                "type": "function",
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-            if isinstance(call.get("id"), str):
-                entry["id"] = call["id"]
-            found.append(entry)
-    return _compact(found, RejectReason.INVALID_TOOL_CALL, to)
+            if wrapped:
+                kept = {k: v for k, v in function.items() if k != "parameters"}
+                found.append({**call, "function": {**kept, "arguments": arguments}})
+            else:
+                entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+                if isinstance(call.get("id"), str):
+                    entry["id"] = call["id"]
+                found.append(entry)
+    return _as_spelled(found, RejectReason.INVALID_TOOL_CALL, to)
 
 
 def _tools(fields: MappedFields, to: NormalizedRow) -> str | None:
     """The tools that the row declares, in the common form, as JSON text; None where there are none."""
     value = fields.get("tools")
-    if value is MISSING or value is None or value in ("", [], "[]"):
+    if value is MISSING or value in NO_VALUE:
+        value = fields.get("functions")
+    if value is MISSING or value in NO_VALUE:
         return None
     parsed = _parsed(value)
-    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
+    tools = [_parsed(tool) for tool in (parsed if isinstance(parsed, list) else [parsed])]
+    if not all(isinstance(tool, dict) and tool for tool in tools):
         to.reject(RejectReason.INVALID_TOOLS)
         return None
-    declared = [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
-    return _compact(declared, RejectReason.INVALID_TOOLS, to)
+    declared = [
+        tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
+        for tool in tools
+    ]
+    return _as_spelled(declared, RejectReason.INVALID_TOOLS, to)

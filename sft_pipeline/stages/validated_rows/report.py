@@ -20,7 +20,7 @@ def reason_table(path: Path) -> list[dict[str, str | int]]:
     """Rows per reason, most frequent first, with explanations. A row with two reasons counts twice."""
     meaning = {str(reason): reason.explanation for reason in RejectReason}
     return [
-        {"reason": name, "rows": count, "meaning": meaning[name]}
+        {"reason": name, "rows": count, "meaning": meaning[name.partition(":")[0]]}
         for name, count in parquet.count_reasons([path]).items()
     ]
 
@@ -92,6 +92,7 @@ def evidence(out: Path, counts: Mapping[str, int], statistics: RowStatistics) ->
         "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),
         "reasons": table(list(reason_table(out / "quarantine.parquet"))),
         "warnings": table([{"warning": w, "rows": n} for w, n in _most_frequent(statistics.warnings)]),
+        "unused_fields": table([{"field": f, "rows": n} for f, n in _most_frequent(statistics.unused)]),
         "roles": table([{"role": r, "messages": n} for r, n in _most_frequent(statistics.roles)]),
         "turns": table([{"replies per row": t, "rows": n} for t, n in sorted(statistics.turns.items())[:20]]),
         "lengths": table(lengths),

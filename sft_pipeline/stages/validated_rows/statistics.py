@@ -45,6 +45,7 @@ class RowStatistics:
     def __init__(self) -> None:
         self.warned = 0
         self.warnings: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()  # rows by the key that nothing reads
         self.roles: Counter[str] = Counter()
         self.turns: Counter[int] = Counter()
         self._groups = DigestSet()

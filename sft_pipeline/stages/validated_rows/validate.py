@@ -5,7 +5,9 @@ A pure function of the batch, so that it can run in any process. What depends on
 duplicates, totals) is left to `build.py`.
 """
 
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ import pyarrow.compute as pc
 
 from sft_pipeline.stages.validated_rows.config import ContractConfig, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.formats import MISSING, Message, NormalizedRow, look_up, normalize
+from sft_pipeline.stages.validated_rows.unknown_fields import UnknownFields
+from sft_pipeline.tables import literal_json
 from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline.tables.schemas import KEY_BYTES, MESSAGE, ROWS, content_key, digest, time_of
 from sft_pipeline.tables.strict_json import read_canonical
@@ -59,6 +63,7 @@ class ValidatedBatch(NamedTuple):
         groups: 128-bit digests (`KEY`) of the groups.
         rejected: Positions (int32) of the other rows.
         reasons: Why, for each of them.
+        unused: Rows (or messages) by the key that nothing reads.
     """
 
     kept: np.ndarray
@@ -67,6 +72,7 @@ class ValidatedBatch(NamedTuple):
     groups: np.ndarray
     rejected: np.ndarray
     reasons: list[list[str]]
+    unused: Counter[str]
 
 
 class RowValidator:
@@ -78,6 +84,14 @@ class RowValidator:
 
     def __init__(self, config: ValidatedRowsConfig, group_columns: Sequence[str | None]) -> None:
         self._config, self._group_columns = config, group_columns
+        columns = {shape.columns.get("tools", "tools").split(".")[0] for shape in config.shapes}
+        names = "|".join(map(re.escape, sorted({"tool_calls", "function_call", "functions", *columns})))
+        self._has_tools = re.compile(f'"(?:{names})"'.encode())
+        time = [config.time_column] if config.time_column else []
+        self._unknown = [
+            UnknownFields(shape.format, shape.columns, [*time, *([group] if group else [])], shape.unused)
+            for shape, group in zip(config.shapes, group_columns, strict=True)
+        ]
 
     def __call__(self, batch: pa.RecordBatch) -> ValidatedBatch:
         """Validates a batch with the columns of raw_rows' rows/."""
@@ -91,15 +105,16 @@ class RowValidator:
         keys: list[bytes] = []
         group_keys: list[bytes] = []
         ids, sources = batch.column("row_id").to_pylist(), batch.column("source").to_pylist()
-        for i, row in enumerate(read_canonical(batch.column("content").cast(pa.binary()).to_pylist())):
+        for i, row in enumerate(self._read(batch.column("content").cast(pa.binary()).to_pylist())):
             normalized, group, time = self._validate(sources[i], row)
             if normalized.reasons:
                 rejected.append(i)
-                reasons.append([str(r) for r in normalized.reasons])
+                reasons.append(normalized.reasons)
                 continue
             kept.append(i)
             found.append(normalized)
             contents.append(key := content_key(normalized.messages, normalized.tools))
+            key = _spelling_aside(normalized) or key
             groups.append(group or ids[i])
             # A row that is its own group is compared by its content alone, and its id is a digest already.
             keys.append(digest(key + group.encode()) if group else key)
@@ -112,13 +127,31 @@ class RowValidator:
             np.array(group_keys, KEY),
             np.array(rejected, np.int32),
             reasons,
+            self._take_unused(),
         )
+
+    def _read(self, contents: list[bytes]) -> list[dict[str, Any]]:
+        """The rows; in those that have tools or calls, numbers keep their spelling."""
+        rows = read_canonical(contents)
+        for i, content in enumerate(contents):
+            if self._has_tools.search(content):
+                rows[i] = literal_json.loads(content.decode())
+        return rows
+
+    def _take_unused(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for unknown in self._unknown:
+            total += unknown.counts
+            unknown.counts.clear()
+        return total
 
     def _validate(self, source: int, row: dict[str, Any]) -> tuple[NormalizedRow, str, str | None]:
         """The normalized row, its group ("" where it is its own) and its time."""
         contract, shape = self._config.contract, self._config.shapes[source]
         normalized = normalize(shape.format, row, shape.columns)
         check_contract(normalized, contract)
+        for name in self._unknown[source].find(row):
+            normalized.reject(RejectReason.UNUSED_FIELD, name)
         column = self._group_columns[source]
         group = group_of(look_up(row, column)) if column else None
         if isinstance(group, RejectReason):
@@ -132,6 +165,18 @@ class RowValidator:
             if time is None:
                 normalized.reject(RejectReason.INVALID_TIME)
         return normalized, group or "", time
+
+
+def _spelling_aside(row: NormalizedRow) -> bytes | None:
+    """The key of a row with tools or calls whatever the order of their keys; None for any other row."""
+    if not row.tools and not any(m["tool_calls"] for m in row.messages):
+        return None
+
+    def sorted_json(text: str | None) -> str | None:
+        return text and json.dumps(json.loads(text), sort_keys=True)
+
+    messages = [{**m, "tool_calls": sorted_json(m["tool_calls"])} for m in row.messages]
+    return content_key(messages, sorted_json(row.tools))
 
 
 def _to_batch(
@@ -195,14 +240,14 @@ def _check_prompt(row: NormalizedRow, messages: list[Message], contract: Contrac
     length = 0
     any_text = any_empty = False
     for message in messages:
-        content, calls = message["content"], message["tool_calls"]
+        content, calls, reasoning = message["content"], message["tool_calls"], message["reasoning_content"]
         if content is None:
             return
-        length += len(content) + len(calls or "")
+        length += len(content) + len(calls or "") + len(reasoning or "")
         if message["role"] != "system":
             if content.strip():
                 any_text = True
-            elif not calls and message["role"] != "tool":
+            elif not calls and not reasoning and message["role"] != "tool":
                 any_empty = True
     if not any_text:
         if contract.min_prompt_chars:
@@ -216,11 +261,11 @@ def _check_prompt(row: NormalizedRow, messages: list[Message], contract: Contrac
 
 
 def _check_completion(row: NormalizedRow, message: Message, contract: ContractConfig) -> None:
-    content, calls = message["content"], message["tool_calls"]
+    content, calls, reasoning = message["content"], message["tool_calls"], message["reasoning_content"]
     if content is None:
         return
-    length = len(content) + len(calls or "")
-    if not content.strip() and not calls:
+    length = len(content) + len(calls or "") + len(reasoning or "")
+    if not content.strip() and not calls and not (reasoning or "").strip():
         row.reject(RejectReason.EMPTY_COMPLETION)
     elif length < contract.min_completion_chars:
         row.reject(RejectReason.COMPLETION_TOO_SHORT)
