@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -26,32 +27,40 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """What is fetched of a model on the hub: weights as safetensors, configuration, tokenizer; no pickles."""
 
-# A file changed again within the clock's resolution would keep its modification time: too young to be cached.
+# A file changed again within the clock's resolution would keep its times: too young to be cached.
 YOUNG_SECONDS = 2.0
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file, from the cache where (path, size, modification time, inode) are unchanged.
+    """SHA-256 of a file, from the cache where its path, size, inode and times are unchanged.
+
+    Of the two times, an editor can put back that of the modification, but not that of the change.
 
     Raises:
         InputError: The file cannot be read.
     """
     try:
         status = path.stat()
-        key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+        key = (str(path), *file_state(status))
         with contextlib.closing(_open_cache()) as cache:
             row = cache.execute(
-                "SELECT sha256 FROM digests WHERE path=? AND size=? AND mtime=? AND inode=?", key
+                "SELECT sha256 FROM file_digests WHERE path=? AND size=? AND mtime=? AND ctime=? AND inode=?",
+                key,
             ).fetchone()
             if row:
                 return row[0]
             digest = sha256_file(path)
-            if time.time() - status.st_mtime > YOUNG_SECONDS:
+            if time.time() - max(status.st_mtime, status.st_ctime) > YOUNG_SECONDS:
                 with cache:
-                    cache.execute("INSERT OR REPLACE INTO digests VALUES (?,?,?,?,?)", (*key, digest))
+                    cache.execute("INSERT OR REPLACE INTO file_digests VALUES (?,?,?,?,?,?)", (*key, digest))
             return digest
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def file_state(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What differs after a file was written to or replaced: size, times of modification and change, inode."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _open_cache() -> sqlite3.Connection:
@@ -59,8 +68,8 @@ def _open_cache() -> sqlite3.Connection:
     home.mkdir(parents=True, exist_ok=True)
     cache = sqlite3.connect(home / "digests.db", timeout=60)
     cache.execute(
-        "CREATE TABLE IF NOT EXISTS digests "
-        "(path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
+        "CREATE TABLE IF NOT EXISTS file_digests "
+        "(path TEXT PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, sha256 TEXT)"
     )
     return cache
 

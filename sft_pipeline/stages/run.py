@@ -143,6 +143,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
                             snapshot=branch.snapshot,
                             asset=asset,
                             earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
+                            outside=parts["outside"],
                         )
                         if stage.isolated and run.isolate:
                             built = run.isolate(stage, build)

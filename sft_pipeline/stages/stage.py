@@ -73,6 +73,8 @@ class Build:
         report: Where to log, and where progress goes.
         earlier: Artifacts of this stage with the same code, configuration, outside files and package
             versions, the newest first; only for a stage that `reuses_rows`.
+        outside: The digests of outside files that the artifact will record, {what: sha256}; not passed on to
+            a child process.
     """
 
     config: Any
@@ -83,6 +85,7 @@ class Build:
     snapshot: str = ""
     asset: str = ""
     earlier: tuple[Artifact, ...] = ()
+    outside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class RejectReason(StrEnum):
     RAGGED_ROW = "ragged_row", "the record has another number of fields than the header"
     UNSUPPORTED_VALUE = (
         "unsupported_value",
-        "a value of a type that JSON cannot hold, for example binary data",
+        "a value of a type that JSON cannot hold, for example an interval of months",
     )
 
     # validated_rows: the shape of the row.

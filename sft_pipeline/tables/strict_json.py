@@ -1,13 +1,10 @@
-"""Strict JSON: a value from text, or the reason why there is none, and the canonical form of stored rows.
+"""Strict JSON: a value from text, or the reason why there is none, and the canonical form that names it.
 
-Canonical content is what orjson writes (keys sorted), and what Python's encoder writes where orjson cannot
-hold the value (whole numbers beyond 64 bits): a function of the value alone, whatever file it came from.
+Canonical JSON is what orjson writes (keys sorted), and what Python's encoder writes where orjson cannot hold
+the value (whole numbers beyond 64 bits): a function of the value alone, whatever file it came from.
 """
 
-import datetime
-import decimal
 import json
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,14 +68,14 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 
 
 def canonical(value: Any) -> bytes:
-    """Canonical JSON.
+    """Canonical JSON of a value that was read from JSON or is made of the same types.
 
     Raises:
-        UnicodeEncodeError, RecursionError, TypeError: The value has no JSON form.
+        UnicodeEncodeError, RecursionError: The value has no JSON form.
         ValueError: It holds NaN or Infinity.
     """
     try:
-        content = orjson.dumps(value, _plain, orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+        content = orjson.dumps(value, None, orjson.OPT_SORT_KEYS)
     except TypeError:
         return _encode_in_python(value).encode()
     if b"null" in content:  # orjson writes NaN and Infinity as null; Python's encoder refuses them
@@ -86,22 +83,13 @@ def canonical(value: Any) -> bytes:
     return content
 
 
-def _plain(value: Any) -> Any:
-    """Values of Parquet and `datasets` that JSON has another notation for."""
-    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal | uuid.UUID):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
 _encode_in_python = json.JSONEncoder(
-    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 ).encode
 
 
 def too_deep(value: Any, content: bytes) -> bool:
-    """Whether a value with this canonical content is nested more than MAX_DEPTH levels deep."""
+    """Whether a value with this JSON content is nested more than MAX_DEPTH levels deep."""
     # Counting brackets is far cheaper than walking the value, and settles nearly all rows.
     if content.count(b"{") + content.count(b"[") <= MAX_DEPTH:
         return False
@@ -124,7 +112,7 @@ def has_huge_number(data: bytes) -> bool:
 
 
 def read_canonical(contents: Sequence[bytes]) -> list[dict[str, Any]]:
-    """The rows of canonical contents.
+    """The rows of the contents that raw_rows keeps: JSON objects as they were written.
 
     orjson reads them as Python does, but turns whole numbers beyond 64 bits into floats.
     """

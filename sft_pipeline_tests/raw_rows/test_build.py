@@ -90,6 +90,8 @@ def test_a_snapshot_of_rejects_only_is_built_and_not_accepted(project: Path) -> 
         "sampled_out": 0,
         "files": 1,
         "bytes": 6,
+        "not_data": 0,
+        "binary_values": 0,
     }
 
 
@@ -201,7 +203,7 @@ def test_every_one_of_ten_thousand_broken_lines_is_a_row_or_a_reject_with_its_by
     }
     contents = {r["line"]: r["content"] for r in decoded}
     for line, content in contents.items():
-        assert json.loads(content) == json.loads(written[line].removeprefix(b"\xef\xbb\xbf"))
+        assert content.encode() == written[line].removeprefix(b"\xef\xbb\xbf").strip()
     accepted, quarantined = (
         rows(built["validated_rows"], "rows"),
         rows(built["validated_rows"], "quarantine.parquet"),

@@ -77,8 +77,8 @@ def test_every_line_is_accepted_or_quarantined_with_its_bytes(project: Path) -> 
     assert [(r["line"], r["reasons"], r["raw"]) for r in rows(built, "quarantine.parquet")] == [
         (2, ["invalid_utf8"], "\\xff"),
         (6, ["not_an_object"], "[]"),
-        (3, ["missing_field"], '{"prompt":"a"}'),
-        (4, ["exact_duplicate"], '{"completion":"b","prompt":"a"}'),
+        (3, ["missing_field"], '{"prompt": "a"}'),
+        (4, ["exact_duplicate"], '{"prompt": "a", "completion": "b"}'),
     ]
     assert (
         built.manifest.counts["read"]

@@ -3,12 +3,17 @@
 Where a source has a `limit`, or weights differ, rows are sampled. They are ranked by a hash of (seed,
 row_id), so that a row's chance does not depend on its position, and a row that was sampled stays sampled when
 other rows come or go.
+
+The digests that the artifact records are those of the bytes that were read: a file that changes meanwhile is
+an error.
 """
 
 import hashlib
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -19,10 +24,18 @@ import pyarrow as pa
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.raw_rows.config import RawRowsConfig
-from sft_pipeline.stages.raw_rows.decode import Reject, Rows, gather
-from sft_pipeline.stages.raw_rows.locate import check_snapshot, find_files, is_hub
-from sft_pipeline.stages.raw_rows.readers import read_file, read_hub
-from sft_pipeline.stages.raw_rows.streams import SourceFile
+from sft_pipeline.stages.raw_rows.decode import Reject, Rows
+from sft_pipeline.stages.raw_rows.find import Found, find_files
+from sft_pipeline.stages.raw_rows.locate import (
+    check_hub_unchanged,
+    check_snapshot,
+    commit_of,
+    hub_names,
+    is_hub,
+    source_digests,
+)
+from sft_pipeline.stages.raw_rows.readers import read_file
+from sft_pipeline.stages.raw_rows.table_files import BINARY_VALUES, read_hub
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 from sft_pipeline.tables import parquet
 from sft_pipeline.tables.schemas import REJECTS
@@ -45,7 +58,8 @@ def build(b: Build) -> Built:
     """Reads the sources of `b.snapshot`, samples them where configured, and writes rows/ and rejects.parquet.
 
     Raises:
-        InputError: There is no such snapshot, it has no row, or a file cannot be read as a whole.
+        InputError: There is no such snapshot, it has no row, a file cannot be read as a whole, or changed
+            while it was read.
     """
     config: RawRowsConfig = b.config
     sources = config.sources
@@ -53,19 +67,24 @@ def build(b: Build) -> Built:
     sampled = any(s.limit is not None for s in sources) or len({s.weight for s in sources}) > 1
     spool = b.work / "spool"
     shutil.rmtree(spool, ignore_errors=True)
-    files = [[] if is_hub(s.path) else find_files(s, b.snapshot) for s in sources]
-    progress = _Progress(b.report, total=sum(f.bytes for found in files for f in found))
+    found = [Found() if is_hub(s.path) else find_files(s, b.snapshot) for s in sources]
+    recorded = b.outside or source_digests(sources, b.snapshot)
+    _check_recorded(config, found, recorded)
+    not_data = {name: rule for each in found for name, rule in each.not_data.items()}
+    if not_data:
+        b.report.log(f"{len(not_data)} files are not data: {', '.join(list(not_data)[:5])}")
+    reading = _Reading(config, found, recorded, b.report)
     ranks: list[np.ndarray] = []
     with parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         if not sampled:
             with parquet.PartWriter(b.out / "rows", ROWS) as rows:
                 for i in range(len(sources)):
-                    ranks.append(_read_source(config, i, files[i], rows, rejects, progress, ranked=False))
+                    ranks.append(_read_source(i, reading, rows, rejects, ranked=False))
         else:
             # Which rows are taken is known when all have been read, so they wait on the disk until then.
             for i in range(len(sources)):
                 with parquet.PartWriter(spool / str(i), ROWS) as rows:
-                    ranks.append(_read_source(config, i, files[i], rows, rejects, progress, ranked=True))
+                    ranks.append(_read_source(i, reading, rows, rejects, ranked=True))
     read = [len(r) for r in ranks]
     kept = read
     if sampled:
@@ -92,19 +111,62 @@ def build(b: Build) -> Built:
         "rows": sum(kept),
         "rejects": bad,
         "sampled_out": sum(read) - sum(kept),
-        "files": sum(map(len, files)),
-        "bytes": progress.total,
+        "files": sum(len(each.files) for each in found),
+        "bytes": reading.total,
+        "not_data": len(not_data),
+        BINARY_VALUES: reading.counts[BINARY_VALUES],
     }
-    return Built(counts=counts, checks=_checks(b.out, counts), evidence=_evidence(config, counts, read, kept))
+    evidence = _evidence(config, counts, read, kept)
+    if not_data:
+        evidence["files_not_data"] = table([{"file": name, "why": why} for name, why in not_data.items()])
+    return Built(counts=counts, checks=_checks(b.out, counts), evidence=evidence)
 
 
-class _Progress:
-    """Reports the bytes read, every 4 MiB."""
+def _check_recorded(config: RawRowsConfig, found: list[Found], recorded: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: A file came, went, or gave another order to the files, since the digests were recorded.
+    """
+    of_hub = {name for s in config.sources if is_hub(s.path) for name in hub_names(s.path)}
+    here = {f.given for each in found for f in (*each.files, *each.order)}
+    if moved := sorted(here ^ (recorded.keys() - of_hub)):
+        raise InputError(
+            f"{moved[0]} came or went while its snapshot was read: run again when it is complete"
+        )
+    for file in (f for each in found for f in each.order):
+        if file.digest() != recorded[file.given]:
+            raise file.changed()
 
-    def __init__(self, report: Reporter, total: int) -> None:
-        self.total, self._report, self._done, self._reported = total, report, 0, 0
 
-    def advance(self, count: int) -> None:
+class _Reading:
+    """Reads the sources against their recorded digests, and reports how far it is.
+
+    Attributes:
+        total: Bytes of all files.
+        counts: What was written otherwise than it stands in the files.
+    """
+
+    def __init__(
+        self, config: RawRowsConfig, found: list[Found], recorded: Mapping[str, str], report: Reporter
+    ) -> None:
+        self._sources, self._recorded, self._report = config.sources, recorded, report
+        self._files = [[replace(f, sha256=recorded[f.given]) for f in each.files] for each in found]
+        self.total = sum(f.bytes for files in self._files for f in files)
+        self.counts: Counter[str] = Counter()
+        self._done = self._reported = self._rows = 0
+
+    def source(self, number: int) -> Iterator[tuple[str, Rows | Reject]]:
+        """(file, rows or reject) of one source."""
+        if is_hub(path := self._sources[number].path):
+            for one in read_hub(path, self.counts, commit_of(path, self._recorded)):
+                self._rows += len(one.lines) if isinstance(one, Rows) else 1
+                self._report.progress("read", self._rows, None, "rows")
+                yield path, one
+            check_hub_unchanged(path, self._recorded)
+        for file in self._files[number]:
+            for one in read_file(file, self._advance, self.counts):
+                yield file.name, one
+
+    def _advance(self, count: int) -> None:
         self._done += count
         if self._done - self._reported > 4 << 20 or self._done >= self.total:
             self._reported = self._done
@@ -112,30 +174,14 @@ class _Progress:
 
 
 def _read_source(
-    config: RawRowsConfig,
-    source: int,
-    files: list[SourceFile],
-    rows: parquet.PartWriter,
-    rejects: parquet.FileWriter,
-    progress: _Progress,
-    *,
-    ranked: bool,
+    source: int, reading: _Reading, rows: parquet.PartWriter, rejects: parquet.FileWriter, *, ranked: bool
 ) -> np.ndarray:
     """Writes one source's rows and rejects. Returns a rank per row (zeros unless `ranked`)."""
-
-    def found() -> Iterator[tuple[str, Rows | Reject]]:
-        if is_hub(path := config.sources[source].path):
-            for one in gather(read_hub(path)):
-                yield path, one
-        for file in files:
-            for one in read_file(file, progress.advance):
-                yield file.name, one
-
     ranks = array("Q")
     batch = _RowBatch(source)
     rejected: list[dict[str, Any]] = []
     characters = 0
-    for name, one in found():
+    for name, one in reading.source(source):
         if isinstance(one, Rows):
             batch.add(name, one)
             ranks.extend(map(rank, one.row_ids) if ranked else repeat(0, len(one.row_ids)))
@@ -254,6 +300,8 @@ def _evidence(
         "row_count": number(counts["rows"]),
         "rejects": number(counts["rejects"]),
         "bytes": number(counts["bytes"]),
+        "not_data": number(counts["not_data"]),
+        BINARY_VALUES: number(counts[BINARY_VALUES]),
         "sources": table(sources),
         "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),
     }

@@ -1,4 +1,4 @@
-"""From bytes to canonical rows: objects of strict JSON, or rejects with the reason and the bytes kept.
+"""From bytes to rows: objects of strict JSON as they were written, or rejects with the reason and the bytes.
 
 JSON lines are decoded a block at a time through orjson where that provably gives what the strict decoder
 gives: orjson is many times faster, and a block is checked as a whole. Where anything in it might differ, its
@@ -22,7 +22,11 @@ GATHERED_BYTES = 4 << 20
 class Row(NamedTuple):
     """A decoded row.
 
-    `content` is canonical JSON in UTF-8, `row_id` the first 128 bits of its SHA-256 in hexadecimal.
+    Attributes:
+        content: JSON in UTF-8 as it was written, without white space around it: the order of keys, the
+            spelling of numbers and the escapes are the source's own.
+        row_id: The first 128 bits, in hexadecimal, of the SHA-256 of its canonical JSON, which does not
+            depend on how it was written.
     """
 
     line: int
@@ -75,42 +79,47 @@ def decode_lines(first: int, block: bytes) -> Iterator[Rows | Reject]:
     lines = block.split(b"\n")
     if not lines[-1]:
         del lines[-1]
-    if rows := _decode_fast(first, lines, block):
+    return decode_all(first, lines)
+
+
+def decode_all(first: int, lines: Sequence[bytes]) -> Iterator[Rows | Reject]:
+    """The objects of JSON texts, which have the numbers from `first`; a blank one is no row."""
+    stripped = [line.strip() for line in lines]
+    if rows := _decode_fast(first, stripped):
         return iter([rows])
-    stripped = ((number, line.strip()) for number, line in enumerate(lines, first))
-    return gather(decode_line(number, data) for number, data in stripped if data)
+    return gather(decode_line(number, data) for number, data in enumerate(stripped, first) if data)
 
 
 def decode_line(line: int, data: bytes) -> Row | Reject:
-    """One JSON object from one line of bytes (without its line end, BOM allowed)."""
-    if rows := _decode_fast(line, [data], data):
+    """One JSON object from one line of bytes (without white space around it, BOM allowed)."""
+    if rows := _decode_fast(line, [data]):
         return Row(line, rows.row_ids[0], rows.contents[0])
     return decode_strictly(line, data)
 
 
-def _decode_fast(first: int, lines: list[bytes], block: bytes) -> Rows | None:
-    """The rows of lines that are all in order, through orjson; None where one might not be.
+def _decode_fast(first: int, lines: list[bytes]) -> Rows | None:
+    """The rows of stripped lines that are all in order, through orjson; None where one might not be.
 
     orjson refuses what the strict decoder refuses, and reads the same values, with two exceptions. Of equal
     keys it keeps the last: then the output has fewer quotes than the input, which is so in no other case,
     unless a quote was written as \\u0022. And it makes floats of whole numbers beyond 64 bits.
     """
+    block = b"\n".join(lines)
     if b"\\u0022" in block or has_huge_number(block):
         return None
     loads, dumps, sha256 = orjson.loads, orjson.dumps, hashlib.sha256
     try:
         values = [loads(line) for line in lines]
-        contents = [dumps(value, None, orjson.OPT_SORT_KEYS) for value in values]
+        canonicals = [dumps(value, None, orjson.OPT_SORT_KEYS) for value in values]
     except (ValueError, TypeError):
         return None
-    written = b"".join(contents)
-    if set(map(type, values)) != {dict} or block.count(b'"') != written.count(b'"'):
+    if set(map(type, values)) != {dict} or block.count(b'"') != b"".join(canonicals).count(b'"'):
         return None
     # Only where there are more brackets than one per line and MAX_DEPTH can a line be too deep.
-    brackets = written.count(b"{") + written.count(b"[")
-    if brackets >= len(lines) + MAX_DEPTH and any(map(too_deep, values, contents)):
+    brackets = block.count(b"{") + block.count(b"[")
+    if brackets >= len(lines) + MAX_DEPTH and any(map(too_deep, values, canonicals)):
         return None
-    return Rows(range(first, first + len(lines)), [sha256(c).hexdigest()[:32] for c in contents], contents)
+    return Rows(range(first, first + len(lines)), [sha256(c).hexdigest()[:32] for c in canonicals], lines)
 
 
 def decode_strictly(line: int, data: bytes) -> Row | Reject:
@@ -130,12 +139,12 @@ def to_row(line: int, value: Any, raw: bytes | str) -> Row | Reject:
     """A decoded value as a row.
 
     Args:
-        raw: What it was decoded from (str: decoded with surrogateescape), kept if the value is not a row.
+        raw: The text that it was decoded from (str: decoded with surrogateescape), kept in either case.
     """
     if not isinstance(value, dict):
         return reject(line, RejectReason.NOT_AN_OBJECT, raw)
     try:
-        content = canonical(value)
+        named = canonical(value)
     except UnicodeEncodeError:
         escaped = isinstance(raw, str) and any("\udc80" <= c <= "\udcff" for c in raw)
         return reject(line, RejectReason.INVALID_UTF8 if escaped else RejectReason.INVALID_UNICODE, raw)
@@ -143,11 +152,10 @@ def to_row(line: int, value: Any, raw: bytes | str) -> Row | Reject:
         return reject(line, RejectReason.TOO_DEEP, raw)
     except ValueError:
         return reject(line, RejectReason.NOT_FINITE, raw)
-    except TypeError:
-        return reject(line, RejectReason.UNSUPPORTED_VALUE, raw)
-    if too_deep(value, content):
+    if too_deep(value, named):
         return reject(line, RejectReason.TOO_DEEP, raw)
-    return Row(line, hashlib.sha256(content).hexdigest()[:32], content)
+    data = raw.encode("utf-8", "surrogateescape") if isinstance(raw, str) else raw
+    return Row(line, hashlib.sha256(named).hexdigest()[:32], data.strip())
 
 
 def reject(line: int, reason: RejectReason, raw: bytes | str) -> Reject:

@@ -22,11 +22,12 @@ _WHITE = re.compile(r"[ \t\r\n]*")
 # A whole string (or one that the buffer's end cuts off), or a character of structure.
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 _MESSAGE_KEYS = {"role", "from", "content"}
+_TOOLS = {"tools", "functions"}  # fields of one row, though they are lists of objects
 
 
 def looks_like_lines(file: SourceFile) -> bool:
     """Whether a .json file is in fact JSON lines: its first line is a whole object and more follows."""
-    with open_stream(file) as stream:
+    with open_stream(file, whole=False) as stream:
         lines = (
             line.strip().removeprefix(b"\xef\xbb\xbf")
             for line in iter(lambda: stream.readline(MAX_LINE), b"")
@@ -78,13 +79,13 @@ def _array_in_object(text: "_JsonWindow") -> Generator[Row | Reject, None, bool]
         name, _, _ = text.value()
         text.take(":")
         kind = text.array_of() if text.peek() == "[" else "values"
+        if kind != "values" and found:
+            raise text.error(f"holds a second list of objects, {name!r}: put the rows into one list")
+        if kind == "messages" or (kind == "rows" and name in _TOOLS):
+            return False
         if kind == "rows":
-            if found:
-                raise text.error(f"holds a second list of objects, {name!r}: put the rows into one list")
             found = True
             yield from text.elements()
-        elif kind == "messages":
-            return False
         else:
             text.value()
         if text.peek() != ",":

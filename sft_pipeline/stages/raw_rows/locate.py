@@ -1,16 +1,14 @@
-"""Which snapshots a dataset has, and which files or hub datasets a snapshot is made of.
+"""Which snapshots a dataset has, and the digests of the files or hub datasets that a snapshot is made of.
 
 A source of the Hugging Face hub is `hf://dataset@revision?config=NAME&split=NAME`, where `dataset` may also
 be a local folder of one. The revision is required: an artifact must be made of something that does not move.
 A branch or tag is resolved to its commit when the fingerprint is taken.
 """
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 from sft_pipeline.errors import InputError
@@ -18,10 +16,9 @@ from sft_pipeline.external_files import digest_file
 from sft_pipeline.hub import HubId, parse_hub_id
 from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.config import RawSource
-from sft_pipeline.stages.raw_rows.streams import SUPPORTED, SourceFile
+from sft_pipeline.stages.raw_rows.find import find_files, subfolders
 from sft_pipeline.store.files import sha256_json
 
-_MAGIC = re.compile(r"[*?\[]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -36,7 +33,7 @@ def snapshots(sources: Sequence[RawSource]) -> list[str]:
     moving = [s for s in sources if not _is_static(s)]
     if not moving:
         return [f"static-{sha256_json(sorted(_digests(sources, '').values()))[:12]}"]
-    return sorted(set.intersection(*(_subfolders(s) for s in moving)))
+    return sorted(set.intersection(*(subfolders(s.path) for s in moving)))
 
 
 def source_digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
@@ -46,7 +43,7 @@ def source_digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str
     again; a hub dataset is one entry with its commit.
 
     Raises:
-        InputError: Unknown snapshot, a missing path, or no file of a known format.
+        InputError: Unknown snapshot, a missing path, no file of a known format, or one of an unknown format.
     """
     check_snapshot(sources, snapshot)
     return _digests(sources, snapshot)
@@ -75,93 +72,20 @@ def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
     raise InputError(f"no snapshot {snapshot}: there is no folder {snapshot} in {where}. Newest: {newest}")
 
 
-def find_files(source: RawSource, snapshot: str) -> list[SourceFile]:
-    """The files of one source (not of the hub), sorted by name.
-
-    Raises:
-        InputError: The path does not exist, or holds no file of a known format.
-    """
-    given = source.path if source.static else f"{source.path.rstrip('/')}/{snapshot}"
-    fs, path = _resolve(given)
-    if fs.isfile(path):
-        root, given_root, found = str(PurePosixPath(path).parent), given.rpartition("/")[0], [path]
-        if not path.lower().endswith(SUPPORTED):
-            raise InputError(f"{given}: no reader for this file. Known formats: {', '.join(SUPPORTED)}")
-    elif fs.isdir(path):
-        root, given_root, found = path, given.rstrip("/"), fs.find(path)
-    elif magic := _MAGIC.search(given):
-        given_root = given[: magic.start()].rpartition("/")[0]
-        root = _resolve(given_root or ".")[1]
-        found = [p for p in fs.glob(path) if fs.isfile(p)]
-    else:
-        raise InputError(
-            f"{given} does not exist ({path}). Check `path` in the dataset file; relative paths start at the "
-            "folder of dagster.yaml"
-        )
-    files = []
-    for each in sorted(found):
-        name = each.removeprefix(root).lstrip("/")
-        if name.lower().endswith(SUPPORTED) and not any(part.startswith(".") for part in name.split("/")):
-            given_name = f"{given_root}/{name}" if given_root else name
-            files.append(SourceFile(name, given_name, fs, each, int(fs.size(each) or 0)))
-    if not files:
-        raise InputError(f"{given}: no file to read ({path}). Known formats: {', '.join(SUPPORTED)}")
-    return files
-
-
 def _digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
-    from fsspec.implementations.local import LocalFileSystem
-
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for source in sources:
         if is_hub(source.path):
-            found |= hub_digests(source.path)
+            digests |= hub_digests(source.path)
             continue
-        for file in find_files(source, snapshot):
-            if isinstance(file.fs, LocalFileSystem):
-                found[file.given] = digest_file(Path(file.path))
-            else:
-                with file.fs.open(file.path, "rb") as stream:
-                    found[file.given] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+        found = find_files(source, snapshot)
+        digests |= {file.given: file.digest() for file in (*found.files, *found.order)}
+    return digests
 
 
 def _is_static(source: RawSource) -> bool:
     """A hub dataset is pinned by its revision, so it is the same in every snapshot."""
     return source.static or is_hub(source.path)
-
-
-def _subfolders(source: RawSource) -> set[str]:
-    fs, path = _resolve(source.path)
-    if fs.isfile(path) or _MAGIC.search(source.path):
-        raise InputError(
-            f"{source.path} is a file, not a folder with one subfolder per snapshot: set `static: true` for "
-            "this source"
-        )
-    if not fs.isdir(path):
-        raise InputError(
-            f"{source.path} does not exist ({path}). Check `path` in the dataset file; relative paths start "
-            "at the folder of dagster.yaml"
-        )
-    names = (
-        PurePosixPath(entry["name"]).name
-        for entry in fs.ls(path, detail=True)
-        if entry["type"] == "directory"
-    )
-    return {name for name in names if not name.startswith(".")}
-
-
-def _resolve(path: str) -> tuple[Any, str]:
-    """The fsspec file system and the path in it."""
-    import fsspec
-    from fsspec.implementations.local import LocalFileSystem
-
-    if "://" not in path:
-        return LocalFileSystem(), str(project_path(path))
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{path}: no file system for this address ({error})") from error
 
 
 # -- the Hugging Face hub --------------------------------------------------------------------------
@@ -205,6 +129,17 @@ def parse_address(path: str) -> HubDataset:
     return HubDataset(hub_id.name, hub_id.revision, folder, options.get("config"), options.get("split"))
 
 
+def files_of(dataset: HubDataset) -> dict[str, Path]:
+    """{file as the configuration gives it: its path} for a dataset that is a folder on this machine."""
+    folder = dataset.folder or Path()
+    names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return {
+        f"{dataset.name.rstrip('/')}/{name.as_posix()}": folder / name
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+    }
+
+
 def hub_digests(path: str) -> dict[str, str]:
     """{file: sha256} of a local folder, else {path: revision}; the hub's commit ids are content digests.
 
@@ -212,13 +147,8 @@ def hub_digests(path: str) -> dict[str, str]:
         InputError: A branch or tag that cannot be resolved now.
     """
     dataset = parse_address(path)
-    if folder := dataset.folder:
-        names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-        return {
-            f"{dataset.name.rstrip('/')}/{name.as_posix()}": digest_file(folder / name)
-            for name in names
-            if not any(part.startswith(".") for part in name.parts)
-        }
+    if dataset.folder:
+        return {given: digest_file(file) for given, file in files_of(dataset).items()}
     if _COMMIT.fullmatch(dataset.revision):
         return {path: f"commit:{dataset.revision}"}
     from huggingface_hub import HfApi
@@ -231,3 +161,25 @@ def hub_digests(path: str) -> dict[str, str]:
             "40-digit commit instead"
         ) from error
     return {path: f"commit:{commit}"}
+
+
+def hub_names(path: str) -> set[str]:
+    """The keys of `hub_digests`."""
+    dataset = parse_address(path)
+    return set(files_of(dataset)) if dataset.folder else {path}
+
+
+def commit_of(path: str, recorded: Mapping[str, str]) -> str | None:
+    """The commit that was recorded for a hub address; None for a local folder."""
+    return recorded[path].removeprefix("commit:") if path in recorded else None
+
+
+def check_hub_unchanged(path: str, recorded: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: The address is a local folder, and a file of it is not as it was recorded.
+    """
+    for name, digest in hub_digests(path).items() if parse_address(path).folder else ():
+        if recorded.get(name) != digest:
+            raise InputError(
+                f"{name} changed while it was read: run again when nothing writes to it any more"
+            )

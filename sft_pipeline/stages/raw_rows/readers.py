@@ -1,16 +1,14 @@
 """One streaming reader per file format. Each yields rows and rejects in file order and checks no contract."""
 
 import csv
-import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from itertools import count
-from typing import Any
+
+import orjson
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.raw_rows.decode import Reject, Row, Rows, decode_lines, gather, reject, to_row
 from sft_pipeline.stages.raw_rows.json_document import looks_like_lines, read_document
-from sft_pipeline.stages.raw_rows.locate import parse_address
 from sft_pipeline.stages.raw_rows.streams import (
     CODECS,
     Advance,
@@ -19,23 +17,31 @@ from sft_pipeline.stages.raw_rows.streams import (
     read_blocks,
     read_lines,
 )
+from sft_pipeline.stages.raw_rows.table_files import read_arrow, read_parquet
 from sft_pipeline.tables.reasons import MAX_LINE, RejectReason
 
 
-def read_file(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[Rows | Reject]:
+def read_file(
+    file: SourceFile, advance: Advance = lambda _: None, counts: Counter[str] | None = None
+) -> Iterator[Rows | Reject]:
     """The rows and rejects of one file, in its order.
 
     Args:
         advance: Called with the number of bytes read of the file as it is stored (compressed or not).
+        counts: What was written otherwise than it stands in the file is counted here.
 
     Raises:
-        InputError: The file cannot be read as a whole: truncated, corrupt, not what its name says.
+        InputError: The file cannot be read as a whole: truncated, corrupt, not what its name says, or changed
+            while it was read.
     """
-    name = file.path.lower()
+    name = file.name.lower()
     for codec in CODECS:
         name = name.removesuffix(codec)
+    counts = Counter() if counts is None else counts
     if name.endswith(".parquet"):
-        return gather(_read_parquet(file, advance))
+        return read_parquet(file, advance, counts)
+    if name.endswith(".arrow"):
+        return read_arrow(file, advance, counts)
     if name.endswith(".csv"):
         return gather(_read_csv(file, advance, ","))
     if name.endswith(".tsv"):
@@ -97,7 +103,8 @@ class _CsvLines:
 
 
 def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Row | Reject]:
-    """Records under a header; every value is text. A broken record costs its first line, no row after it."""
+    """Records under a header; every value is text, in the order of the columns. A broken record costs its
+    first line, no row after it."""
     csv.field_size_limit(
         MAX_LINE
     )  # of the whole process: the csv module has no other way, and 128 KiB is too little
@@ -134,104 +141,6 @@ def _read_csv(file: SourceFile, advance: Advance, delimiter: str) -> Iterator[Ro
             if len(fields) != len(header):
                 yield reject(number, RejectReason.RAGGED_ROW, raw)
             else:
-                yield to_row(number, dict(zip(header, fields)), raw)
-
-
-# -- Parquet ---------------------------------------------------------------------------------------
-
-
-def _read_parquet(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
-    """`line` is the row's number from 1. A NaN is a missing value; times become ISO text, decimals text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with file.fs.open(file.path, "rb") as stream, pq.ParquetFile(stream) as parquet:
-            share = file.bytes / max(1, parquet.metadata.num_rows)
-            for batch in parquet.iter_batches(batch_size=512):  # few, as a row may have megabytes
-                for value in _values(batch):
-                    number += 1
-                    yield _table_row(number, value)
-                advance(int(batch.num_rows * share))
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{file.given}: not a readable Parquet file after row {number} ({str(error).splitlines()[0]}): "
-            "copy it again"
-        ) from error
-
-
-def _values(batch: Any) -> list[Any]:
-    """The batch's rows as dicts; a row with broken text as the exception that it raised."""
-    try:
-        return batch.to_pylist()
-    except (UnicodeDecodeError, ValueError):  # one broken text fails the whole batch: find it row by row
-        values: list[Any] = []
-        for i in range(batch.num_rows):
-            try:
-                values += batch.slice(i, 1).to_pylist()
-            except (UnicodeDecodeError, ValueError) as error:
-                values.append(error)
-        return values
-
-
-def _table_row(number: int, value: Any) -> Row | Reject:
-    if isinstance(value, UnicodeDecodeError):
-        return reject(number, RejectReason.INVALID_UTF8, value.object)
-    if isinstance(value, Exception):
-        return reject(number, RejectReason.UNSUPPORTED_VALUE, str(value))
-    row = to_row(number, value, "")
-    if isinstance(row, Reject) and row.reason is RejectReason.NOT_FINITE:
-        value = _without_nan(value)
-        row = to_row(number, value, "")
-    if isinstance(row, Reject):
-        return reject(number, row.reason, repr(value).encode("utf-8", "backslashreplace"))
-    return row
-
-
-def _without_nan(value: Any) -> Any:
-    """A copy with NaN as null: in a table NaN stands for a missing value."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return value
-
-
-# -- Hugging Face datasets -------------------------------------------------------------------------
-
-
-def read_hub(address: str) -> Iterator[Row | Reject]:
-    """The rows of one split, streamed through `datasets`. The split is `train`, or the only one, unless
-    named.
-
-    Raises:
-        InputError: The dataset, its configuration or split is not found, or cannot be read.
-    """
-    from datasets import load_dataset
-
-    dataset = parse_address(address)
-    source = str(dataset.folder or dataset.name)
-    # `datasets` raises many kinds of errors, all of which mean that this address gives no data.
-    try:
-        splits: Any = load_dataset(source, dataset.config, revision=dataset.revision, streaming=True)
-    except Exception as error:
-        raise InputError(f"{address}: cannot be loaded: {_first_line(error)}") from error
-    name = dataset.split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
-    if name not in splits:
-        raise InputError(f"{address}: no split {name}; add ?split=NAME with one of {', '.join(splits)}")
-    values = iter(splits[name])
-    for number in count(1):
-        try:
-            value = next(values)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise InputError(f"{address}: reading stopped: {_first_line(error)}") from error
-        yield _table_row(number, value)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else error.__class__.__name__
+                record = dict(zip(header, fields))
+                row = to_row(number, record, raw)
+                yield row._replace(content=orjson.dumps(record)) if isinstance(row, Row) else row

@@ -1,19 +1,29 @@
-"""Bytes of source files: opened through fsspec, decompressed, counted, cut into lines of bounded length."""
+"""Bytes of source files: opened through fsspec, hashed, decompressed, counted, cut into bounded lines.
+
+What is read of a file must have the digest that its artifact records, else the file changed meanwhile.
+"""
 
 import contextlib
 import hashlib
 import io
+import lzma
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from sft_pipeline.errors import InputError
+from sft_pipeline.external_files import digest_file, file_state
 from sft_pipeline.stages.raw_rows.decode import KEPT_OF_LONG_LINE, Reject, reject_long_line
 from sft_pipeline.tables.reasons import MAX_LINE
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-SUPPORTED = (*tuple(s + c for s in SUFFIXES[:-1] for c in ("", *CODECS)), ".parquet")
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+TEXT_SUFFIXES = (*LINES_SUFFIXES, ".json", ".csv", ".tsv")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+SUPPORTED = (*(s + c for s in TEXT_SUFFIXES for c in ("", *CODECS)), *TABLE_SUFFIXES)
+FORMATS = f"{', '.join(TEXT_SUFFIXES)} (also compressed: {', '.join(CODECS)}), {', '.join(TABLE_SUFFIXES)}"
 Advance = Callable[[int], None]
 BLOCK = 1 << 20  # bytes
 
@@ -27,6 +37,7 @@ class SourceFile:
         given: Path as the configuration gives it (relative to the project root where it is), posix.
         fs: The fsspec file system, and `path` the file's path there.
         bytes: Its size.
+        sha256: The digest that is recorded for it; where it is known, other bytes are refused.
     """
 
     name: str
@@ -34,17 +45,63 @@ class SourceFile:
     fs: Any
     path: str
     bytes: int
+    sha256: str | None = None
 
     @property
     def codec(self) -> str | None:
-        return next((c for end, c in CODECS.items() if self.path.lower().endswith(end)), None)
+        return next((c for end, c in CODECS.items() if self.name.lower().endswith(end)), None)
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes now; of a file on this machine, from the cache of digests.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        if self.is_local:
+            return digest_file(Path(self.path))
+        with self.fs.open(self.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    @property
+    def is_local(self) -> bool:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return isinstance(self.fs, LocalFileSystem)
+
+    def changed(self) -> InputError:
+        """The error for bytes that do not have the recorded digest."""
+        return InputError(
+            f"{self.given} changed while it was read, and nothing of it was kept. Run again when nothing "
+            "writes to it any more"
+        )
+
+
+@contextlib.contextmanager
+def unchanged(file: SourceFile) -> Iterator[None]:
+    """For a file that is not read from its beginning to its end: looks at it again afterwards.
+
+    Raises:
+        InputError: It does not have the recorded digest any more, or was written to in between.
+    """
+    before = _state(file)
+    yield
+    if file.sha256 and (_state(file) != before or file.digest() != file.sha256):
+        raise file.changed()
+
+
+def _state(file: SourceFile) -> tuple[int, int, int, int] | None:
+    """None for a file that is gone or on another machine."""
+    with contextlib.suppress(OSError):
+        return file_state(os.stat(file.path)) if file.is_local else None
+    return None
 
 
 class _CountedStream(io.RawIOBase):
-    """Reports how many bytes of the file were read."""
+    """Hashes the bytes of the file, and reports how many were read."""
 
     def __init__(self, stream: IO[bytes], advance: Advance) -> None:
         self._stream, self._advance = stream, advance
+        self.sha256 = hashlib.sha256()
 
     def readable(self) -> bool:
         return True
@@ -52,34 +109,68 @@ class _CountedStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
+        self.sha256.update(data)
         self._advance(len(data))
         return len(data)
 
 
+class _XzStream(io.RawIOBase):
+    """Decompresses xz, which Arrow cannot. Unlike Python's own reader it refuses what follows the data."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream, self._decoder = stream, lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._decoder.eof:  # the next of several streams, after a padding of zeros
+                data = (self._decoder.unused_data or self._stream.read(BLOCK)).lstrip(b"\0")
+                if not data and not self._stream.peek(1):
+                    return 0
+                self._decoder = lzma.LZMADecompressor()
+            elif self._decoder.needs_input and not (data := self._stream.read(BLOCK)):
+                raise OSError("Truncated xz stream")
+            try:
+                found = self._decoder.decompress(data, len(buffer))
+            except lzma.LZMAError as error:
+                raise OSError(str(error)) from error
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+
 @contextlib.contextmanager
-def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator[io.BufferedReader]:
+def open_stream(
+    file: SourceFile, advance: Advance = lambda _: None, *, whole: bool = True
+) -> Iterator[io.BufferedReader]:
     """The file's decompressed bytes.
 
+    Args:
+        whole: False for a look at the beginning.
+
     Raises:
-        InputError: It cannot be opened, or is UTF-16, or (while reading) truncated or corrupt.
+        InputError: It cannot be opened, or is UTF-16, or (while reading) truncated or corrupt, or (on
+            leaving) the bytes that were read are not those of the recorded digest.
     """
     import pyarrow as pa
 
     with contextlib.ExitStack() as stack:
         try:
-            counted = io.BufferedReader(
-                _CountedStream(stack.enter_context(file.fs.open(file.path, "rb")), advance), BLOCK
-            )
+            raw: Any = _CountedStream(stack.enter_context(file.fs.open(file.path, "rb")), advance)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot open {file.given}: {error}") from error
+        stream = counted = io.BufferedReader(raw, BLOCK)
         if file.codec:
             if not counted.peek(1):  # Arrow would take it for an empty file
                 raise InputError(f"{file.given}: truncated {file.codec} file (it is empty): copy it again")
-            stream = io.BufferedReader(
-                pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec), BLOCK
-            )
-        else:
-            stream = counted
+            if file.codec == "xz":
+                decompressed: Any = _XzStream(counted)
+            else:
+                decompressed = pa.CompressedInputStream(pa.PythonFile(counted, "r"), file.codec)
+            stream = io.BufferedReader(decompressed, BLOCK)
         with _explain(file, lambda: 0):
             start = stream.peek(2)[:2]
         if start in (b"\xff\xfe", b"\xfe\xff"):
@@ -87,6 +178,11 @@ def open_stream(file: SourceFile, advance: Advance = lambda _: None) -> Iterator
                 f"{file.given} is UTF-16: convert it, for example with `iconv -f UTF-16 -t UTF-8`"
             )
         yield stream
+        if whole and file.sha256:
+            while counted.read(BLOCK):
+                pass
+            if raw.sha256.hexdigest() != file.sha256:
+                raise file.changed()
 
 
 @contextlib.contextmanager
