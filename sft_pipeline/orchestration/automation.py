@@ -53,7 +53,10 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         requests = []
         # The first evaluation registers what is there; only a snapshot that arrives later starts runs.
         if newest and context.cursor and (context.cursor == NONE_YET or newest > context.cursor):
-            digest = sha256_json(source_digests(dataset.sources, newest))[:12]
+            try:
+                digest = sha256_json(source_digests(dataset.sources, newest))[:12]
+            except InputError as error:  # for example a file that nothing reads: tried again until it is gone
+                return dg.SkipReason(str(error))
             requests = [
                 dg.RunRequest(job_name=j.name, run_key=f"{j.name}:{newest}:{digest}", partition_key=newest)
                 for j in jobs.values()

@@ -96,6 +96,14 @@ def _state(file: SourceFile) -> tuple[int, int, int, int] | None:
     return None
 
 
+def _is_other(file: SourceFile) -> bool:
+    """Whether under its name there is now another file, or none."""
+    try:
+        return file.digest() != file.sha256
+    except InputError:
+        return True
+
+
 class _CountedStream(io.RawIOBase):
     """Hashes the bytes of the file, and reports how many were read."""
 
@@ -157,6 +165,7 @@ def open_stream(
     """
     import pyarrow as pa
 
+    before = _state(file)
     with contextlib.ExitStack() as stack:
         try:
             raw: Any = _CountedStream(stack.enter_context(file.fs.open(file.path, "rb")), advance)
@@ -181,7 +190,7 @@ def open_stream(
         if whole and file.sha256:
             while counted.read(BLOCK):
                 pass
-            if raw.sha256.hexdigest() != file.sha256:
+            if raw.sha256.hexdigest() != file.sha256 or (_state(file) != before and _is_other(file)):
                 raise file.changed()
 
 

@@ -197,7 +197,7 @@ class TableRows:
         if isinstance(value, Exception):
             return reject(number, RejectReason.UNSUPPORTED_VALUE, str(value))
         try:
-            written = value | {name: read(value[name]) for name, read in self._readers.items()}
+            written = value | {n: read(value[n]) for n, read in self._readers.items() if value[n] is not None}
             return orjson.dumps(written, _plain, orjson.OPT_PASSTHROUGH_DATETIME)
         except InvalidJson as invalid:
             reason = invalid.reason
@@ -206,7 +206,7 @@ class TableRows:
         return reject(number, reason, repr(value).encode("utf-8", "backslashreplace"))
 
     def _reader(self, kind: pa.DataType) -> Read | None:
-        """What is to be done with a value of this type as Arrow gives it; None for nothing."""
+        """What is to be done with a value of this type that is not null; None for nothing."""
         types = pa.types
         if isinstance(kind, pa.JsonType):
             read: Read | None = _json
@@ -219,13 +219,12 @@ class TableRows:
         elif types.is_map(kind):
             read = _map(self._reader(kind.item_type), types.is_string(kind.key_type))
         elif _is_list(kind):
-            inner = self._reader(kind.value_type)
-            read = inner and (lambda value: [inner(v) for v in value])
+            read = (inner := self._reader(kind.value_type)) and _list(inner)
         elif _is_binary(kind):
             read = self._binary
         else:
             return None
-        return read and (lambda value: None if value is None else read(value))
+        return read
 
     def _binary(self, value: Any) -> Any:
         if not isinstance(value, bytes):  # a UUID, which is stored as bytes
@@ -274,19 +273,26 @@ def _json(text: str) -> orjson.Fragment:
 
 
 def _struct(readers: dict[str, Read | None]) -> Read:
+    inside = [(name, inner) for name, inner in readers.items() if inner]
+
     def read(value: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: inner(value[name]) if inner else value[name]
-            for name, inner in readers.items()
-            if value[name] is not None
-        }
+        if None in value.values():
+            value = {name: v for name, v in value.items() if v is not None}
+        for name, inner in inside:
+            if name in value:
+                value[name] = inner(value[name])
+        return value
 
     return read
 
 
+def _list(inner: Read) -> Read:
+    return lambda value: [v if v is None else inner(v) for v in value]
+
+
 def _map(inner: Read | None, is_object: bool) -> Read:
     def read(pairs: list[tuple[Any, Any]]) -> Any:
-        found = [(key, inner(value) if inner else value) for key, value in pairs]
+        found = [(k, inner(v) if inner and v is not None else v) for k, v in pairs]
         if not is_object:
             return found
         if len(dict(found)) < len(found):
