@@ -52,8 +52,6 @@ TOKENIZED = pa.schema(
         ("group", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),  # the input id where it carries loss, else -100
-        # of each position's loss: 0 where the label is -100; null where every label weighs 1
-        ("weights", pa.list_(pa.float32())),
         ("length", pa.int32()),
         ("supervised", pa.int32()),  # positions with a label
         ("prompt_length", pa.int32()),  # tokens of the prompt a server would send before the final turn

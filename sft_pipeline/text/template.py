@@ -27,6 +27,9 @@ from sft_pipeline.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
+
 FROZEN_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 """The time that `strftime_now` gives: a row must not depend on the day it was rendered."""
 
@@ -66,6 +69,37 @@ class ChatTemplate:
     def has_marks(self) -> bool:
         """Whether {% generation %} blocks in the template mark what the assistant generates."""
         return re.search(r"\{%[-+]?\s*generation\b", self.text + self.tool_text) is not None
+
+    @cached_property
+    def reasoning_field(self) -> str:
+        """The name under which the template reads a message's reasoning."""
+        source = self.text + self.tool_text
+        read = (rf"\.{name}\b|['\"]{name}['\"]\s*(?:\]|\)|,|in\b|not in\b)" for name in _REASONING)
+        return next(
+            (n for n, use in zip(_REASONING, read, strict=True) if re.search(use, source)), _REASONING[0]
+        )
+
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether arguments of a call that are given as JSON text are written as they are.
+
+        Found by trying. Other templates would quote them like any text, or fail; they are given the object.
+        """
+        text = '{"probe": "of arguments",  "n": 1.50}'
+        call = {"id": "123456789", "type": "function", "function": {"name": "probe", "arguments": text}}
+        result = {"role": "tool", "name": "probe", "tool_call_id": "123456789", "content": "result"}
+        question = {"role": "user", "content": "question"}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        tools = [{"type": "function", "function": {"name": "probe", "parameters": {"type": "object"}}}]
+        for messages in ([question, calling], [question, calling, result]):
+            try:
+                rendered = _compiled(self.tool_text).render(
+                    messages=messages, tools=tools, documents=None, **self.variables
+                )
+            except (jinja2.TemplateError, *_ERRORS):
+                continue
+            return text in rendered and f'"{text}"' not in rendered
+        return False
 
     @cached_property
     def environment(self) -> jinja2.Environment:
@@ -110,7 +144,7 @@ class ChatTemplate:
         template = _compiled(self.tool_text if tools else self.text)
         try:
             return template.render(
-                messages=messages,
+                messages=self.as_read(messages),
                 tools=list(tools) if tools else None,  # as a server passes it
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -119,8 +153,31 @@ class ChatTemplate:
         except jinja2.TemplateError:
             raise
         # What a template's own expressions raise on a conversation that they were not written for.
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except _ERRORS as error:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
+
+    def as_read(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with reasoning and arguments in the form in which the template reads them."""
+        return list(map(self._as_read, messages))
+
+    def _as_read(self, message: Message) -> Message:
+        if "reasoning_content" in message and self.reasoning_field != "reasoning_content":
+            message = dict(message)
+            message[self.reasoning_field] = message.pop("reasoning_content")
+        calls = message.get("tool_calls") or ()
+        given_text = any(isinstance(call["function"]["arguments"], str) for call in calls)
+        if given_text and not self.takes_text_arguments:
+            return {**message, "tool_calls": list(map(_with_object, calls))}
+        return message
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call with its arguments as an object."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = literal_json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def load_template(
@@ -196,6 +253,13 @@ def _named(name: str, tokenizer: Tokenizer) -> str:
     return "".join([*head, body])
 
 
+def end_ids(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """The ids at which a reply ends, ascending."""
+    stop = tokenizer.ids(template.stop) if template.stop else []
+    ends = {*(stop if len(stop) == 1 else ()), tokenizer.id_of("eos_token"), *tokenizer.generation_eos}
+    return sorted(i for i in ends if i is not None)
+
+
 def _with_defaults(variables: Mapping[str, bool | int | float | str], source: str) -> str:
     """The source, with values for variables that nobody passes.
 
@@ -214,9 +278,15 @@ def _jinja_literal(value: bool | int | float | str) -> str:
 
 
 def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
-    """What follows the assistant's content: text up to the first control token, else all of it, else None."""
+    """What ends an assistant's turn when it is generated; None where nothing does.
+
+    Of the control tokens behind the answer, those that stand there also when another message follows: what
+    some templates put behind the whole conversation ends no turn. Of these the first that ends generation, or
+    else the last: Command A closes the reply, and then the turn.
+    """
     answer = "What is answered"
     turns = [{"role": "user", "content": "What is asked"}, {"role": "assistant", "content": answer}]
+    more = {"role": "user", "content": "What else"}
     for messages in (turns, [{"role": "system", "content": "Rules"}, *turns]):  # some templates need a system
         try:
             rest = template.render(messages).rpartition(answer)[2]
@@ -224,9 +294,17 @@ def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
             raise
         except jinja2.TemplateError:
             continue
-        if match := tokenizer.control_pattern.search(rest):
-            return rest[: match.end()].lstrip()
-        return rest.strip() or None
+        found = list(tokenizer.control_pattern.finditer(rest))
+        if not found:
+            return rest.strip() or None
+        try:
+            followed = template.render([*messages, more]).rpartition(answer)[2]
+        except jinja2.TemplateError:
+            followed = rest
+        also = tokenizer.control_pattern.findall(followed)
+        ends = [m for m, other in zip(found, also, strict=False) if m.group() == other] or found[:1]
+        ids = {tokenizer.id_of("eos_token"), *tokenizer.generation_eos}
+        return next((m for m in ends if tokenizer.control[m.group()] in ids), ends[-1]).group()
     return None
 
 

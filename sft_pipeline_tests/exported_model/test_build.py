@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sft_pipeline.stages.exported_model.lineage import machine_paths, portable, safetensors_only
-from sft_pipeline.stages.exported_model.merge import load_exact, write_tokenizer
+from sft_pipeline.stages.exported_model.merge import load_exact
 from sft_pipeline.stages.exported_model.verify import (
     difference,
     greedy,
@@ -19,6 +19,7 @@ from sft_pipeline.stages.exported_model.verify import (
     served_prompt,
 )
 from sft_pipeline.store import Store
+from sft_pipeline.text.exported_tokenizer import write_tokenizer
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline_tests.evaluation import world as w
 from sft_pipeline_tests.exported_model.branch import LORA, export, inputs_for

@@ -54,6 +54,7 @@ class FakeArtifact(Artifact):
         return SimpleNamespace(
             config=json.loads(config.read_text()) if config.is_file() else {},
             checks=json.loads(checks.read_text()) if checks.is_file() else [],
+            inputs={},
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.row_encoder import RejectedRow, RowEncoder
-from sft_pipeline.stages.tokenized_rows.served_prompts import find_skew
+from sft_pipeline.stages.tokenized_rows.tokenizer_skew import find_skew
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.config import NAMED_TEMPLATES
 from sft_pipeline.text.conversation import conversation

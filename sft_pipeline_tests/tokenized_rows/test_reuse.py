@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.stage import Build, Built, Check
 from sft_pipeline.stages.tokenized_rows import build as stage_build
-from sft_pipeline.stages.tokenized_rows import row_cache, served_prompts
+from sft_pipeline.stages.tokenized_rows import row_cache, served_prompts, tokenizer_skew
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
 from sft_pipeline.stages.tokenized_rows.outcomes import RowOutcome, mask_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.row_cache import TokenGroups
@@ -129,7 +129,7 @@ def test_only_a_comparison_of_rows_with_autotokenizer_is_taken_over(tmp_path, mo
 
     with monkeypatch.context() as patch:  # nothing is compared: no reply, or no row
         if reply:
-            patch.setattr(served_prompts, "ask_auto_tokenizer", lambda *_: reply)
+            patch.setattr(served_prompts, "ask_auto_tokenizer", lambda asked: [reply] * len(asked))
         unproven, old = build("old", (), numbered(3) if reply else [])
     assert unproven.passed is (reply is None) and "compared" not in unproven.description
     compared, old = build("compared", (old,), numbered(6))
@@ -137,7 +137,7 @@ def test_only_a_comparison_of_rows_with_autotokenizer_is_taken_over(tmp_path, mo
     monkeypatch.setattr(served_prompts, "ask_auto_tokenizer", None)  # is not asked again
     first, old = build("first", (old,), numbered(7))
     second, _ = build("second", (old,), numbered(8))
-    assert first.description == second.description == compared.description + served_prompts._EARLIER
+    assert first.description == second.description == compared.description + tokenizer_skew._EARLIER
 
 
 def test_the_fast_and_the_reference_encoder_write_the_same_bytes_and_count_their_rows(tmp_path, monkeypatch):

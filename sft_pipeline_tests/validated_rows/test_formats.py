@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.validated_rows.config import ContractConfig
-from sft_pipeline.stages.validated_rows.formats import NormalizedRow, normalize
+from sft_pipeline.stages.validated_rows.formats import normalize
+from sft_pipeline.stages.validated_rows.normalized_row import NormalizedRow
 from sft_pipeline.stages.validated_rows.validate import CONTROL_TOKEN, check_contract, may_warn, warnings_of
 
 

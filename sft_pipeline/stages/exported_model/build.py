@@ -24,7 +24,6 @@ from sft_pipeline.stages.exported_model.merge import (
     unquantized,
     write_adapter,
     write_merged,
-    write_tokenizer,
 )
 from sft_pipeline.stages.exported_model.verify import (
     ANSWER_TOKENS,
@@ -44,6 +43,7 @@ from sft_pipeline.stages.exported_model.verify import (
 )
 from sft_pipeline.stages.stage import Build, Built, markdown, number, table
 from sft_pipeline.tables.held_out import HeldOutRow
+from sft_pipeline.text.exported_tokenizer import write_tokenizer
 from sft_pipeline.text.reply import ReplyDecoder, formatting_of, tokenizer_of
 from sft_pipeline.text.template import load_template
 from sft_pipeline.training.model import load_base, load_for_inference, training_device

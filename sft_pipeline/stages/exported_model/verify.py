@@ -14,8 +14,9 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.stages.stage import Check, number, table
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.held_out import HeldOutRow, chosen_positions, held_out_rows
+from sft_pipeline.text.auto_tokenizer import frozen_clock
 from sft_pipeline.text.conversation import ForgeryGuard, conversation
-from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
+from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
 from sft_pipeline.training.process import threads_for
 
@@ -225,11 +226,11 @@ def reload_answers_equal(
 
 
 def served_prompt(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **variables: Any
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
 ) -> list[int]:
     """The ids that a server sends to have the next message generated."""
     found = tokenizer.apply_chat_template(
-        list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
+        list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return list(found)
 
@@ -249,7 +250,6 @@ def served_prompt_equal(
     """
     config = tokenized.manifest.config
     guard = ForgeryGuard(tokenizer, template, config["tokens"]["control_tokens"])
-    variables = {"strftime_now": FROZEN_CLOCK.strftime} if template.uses_clock else {}
     compared = skipped = 0
     different: list[dict[str, Any]] = []
     for name in SPLITS:
@@ -264,7 +264,8 @@ def served_prompt_equal(
                 skipped += 1
                 continue
             given = guard.check(conversation(by_id[row.row_id], config["template"]["system"]))
-            ids = served_prompt(served, given.messages[:-1], given.tools, **variables)
+            with frozen_clock():
+                ids = served_prompt(served, template.as_read(given.messages[:-1]), given.tools)
             compared += 1
             if ids != row.prompt:
                 pairs = enumerate(zip(row.prompt, ids))

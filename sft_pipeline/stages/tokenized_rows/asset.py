@@ -61,6 +61,15 @@ STAGE = Stage(
             "the prompt that a server would send is a token-exact prefix of every row",
         ),
         CheckSpec(
+            "served_prompt_equal",
+            True,
+            "the prompts of a sample with rows of every shape are, id by id, those that transformers' own "
+            "apply_chat_template makes of the source rows",
+        ),
+        CheckSpec(
+            "fields_rendered", True, "whatever a row says reaches the text, or the row is rejected by name"
+        ),
+        CheckSpec(
             "no_forged_control_tokens", True, "every control token in the output was placed by the template"
         ),
         CheckSpec(

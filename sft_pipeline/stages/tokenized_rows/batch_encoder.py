@@ -20,6 +20,7 @@ from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RejectedRow, RowEncoder, to_batch
 from sft_pipeline.stages.tokenized_rows.word_cache import NoFastPath
 from sft_pipeline.tables.schemas import REJECTS, TOKENIZED
+from sft_pipeline.text.reasons import Reason
 from sft_pipeline.text.template import ChatTemplate, load_template
 from sft_pipeline.text.tokenizer import Tokenizer
 
@@ -85,7 +86,8 @@ class BatchEncoder:
 
     @cached_property
     def row_encoder(self) -> RowEncoder:
-        return RowEncoder(self.tokenizer, self.template, self.config.tokens, self.config.template.system)
+        config = self.config.template
+        return RowEncoder(self.tokenizer, self.template, self.config.tokens, config.system, config.ignore)
 
     def encode(self, batch: Batch) -> EncodedBatch:
         """Encodes the new rows of a batch.
@@ -169,9 +171,11 @@ def _merge(
 def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatch:
     """The rejected rows of a batch, as rejects.parquet has them."""
     rejected = pa.array(outcomes.column("examples").to_numpy() == 0)
-    reasons = outcomes.column("reason").filter(rejected).to_pylist()
+    reasons, details = (outcomes.column(n).filter(rejected).to_pylist() for n in ("reason", "detail"))
     lines = []
-    for row, reason in zip(rows.filter(rejected).to_pylist(), reasons, strict=True):
+    for row, reason, detail in zip(rows.filter(rejected).to_pylist(), reasons, details, strict=True):
+        if reason == Reason.FIELD_NOT_RENDERED:  # the field's name belongs to the reason
+            reason = f"{reason}: {detail}"
         content = {"messages": row["messages"], "tools": row["tools"]}
         raw = json.dumps(content, ensure_ascii=False, sort_keys=True)
         origin = {name: row[name] for name in ("row_id", "source", "file", "line")}

@@ -23,7 +23,7 @@ from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE
 from sft_pipeline.stages.tokenized_rows.report import evidence
 from sft_pipeline.stages.tokenized_rows.row_cache import RowCache
-from sft_pipeline.stages.tokenized_rows.served_prompts import PromptSample, known_skew
+from sft_pipeline.stages.tokenized_rows.served_prompts import SHAPES_FILE, PromptSample
 from sft_pipeline.stages.tokenized_rows.stats import StageStats
 from sft_pipeline.stages.workers import ordered_map, threaded_map, worker_count
 from sft_pipeline.store.files import sha256_json, write_json
@@ -36,7 +36,7 @@ from sft_pipeline.tables.parquet import (
     read_batches,
 )
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
-from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
+from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate, end_ids
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 4_096
@@ -58,7 +58,8 @@ def build(b: Build) -> Built:
         b.report.log(f"tokenized_rows: {why}; all rows are encoded by the reference", "warning")
         encoder, sample, stats = _encode_all(b, fast=False)
         stats.why_not_fast = why
-    skew = sample.skew(encoder)
+    served, skew = sample.compare(encoder)
+    write_json(b.out / SHAPES_FILE, [f"{shape:016x}" for shape in sorted(served.shapes)])
     for reason, count in stats.reasons.most_common():
         b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
     n = stats.numbers
@@ -77,8 +78,8 @@ def build(b: Build) -> Built:
             **on_disk,
             **{name: n[name] for name in _COUNTED},
         },
-        checks=checks(stats, sample, skew, formatting, on_disk, rejected_on_disk),
-        volatile=("plots/",),
+        checks=checks(stats, served, skew, formatting, on_disk, rejected_on_disk),
+        volatile=("plots/", SHAPES_FILE),
         evidence=evidence(stats, formatting, config, encoder.tokenizer, b.out),
     )
 
@@ -87,7 +88,6 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
     """What formatting.json records; everything that serves or evaluates the model must use the same."""
     stop_ids = tokenizer.ids(template.stop) if template.stop else []
     stop = stop_ids[0] if len(stop_ids) == 1 else None
-    ends = {i for i in (stop, tokenizer.id_of("eos_token"), *tokenizer.generation_eos) if i is not None}
     mask = {**config.tokens.model_dump(mode="json"), "system": config.template.system}
     return {
         "template_sha256": template.sha256,
@@ -100,7 +100,7 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
         "special_tokens": dict(tokenizer.special),
         "stop_text": template.stop,
         "stop_token_id": stop,
-        "stop_token_ids": sorted(ends),
+        "stop_token_ids": end_ids(tokenizer, template),
         "eos_token_id": tokenizer.id_of("eos_token"),
         "bos_token_id": tokenizer.id_of("bos_token"),
         "pad_token_id": tokenizer.id_of("pad_token"),
@@ -121,7 +121,7 @@ def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, Stage
     """
     parts = {split: b.inputs["grouped_split"].parts(split) for split in SPLITS}
     total, done = count_rows(chain(*parts.values())), 0
-    sample, stats = PromptSample(known_skew(b.earlier)), StageStats()
+    sample, stats = PromptSample(b.inputs["grouped_split"], b.earlier), StageStats()
     for split in SPLITS:  # an attempt with the fast encoder may have written some
         shutil.rmtree(b.out / split, ignore_errors=True)
     scratch = b.work / "row_cache"

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sft_pipeline.stages.stage import Check, number, table
-from sft_pipeline.stages.tokenized_rows.served_prompts import SKEW_CHECK, PromptSample, TokenizerSkew
+from sft_pipeline.stages.tokenized_rows.served_prompts import SERVED_CHECK, ServedPrompts
 from sft_pipeline.stages.tokenized_rows.stats import StageStats
+from sft_pipeline.stages.tokenized_rows.tokenizer_skew import SKEW_CHECK, TokenizerSkew
 from sft_pipeline.text.reasons import MEANING, Reason
 
 MAX_REJECT_RATE = 0.05
@@ -16,7 +17,7 @@ MAX_BROKEN_RATE = 0.01
 
 def checks(
     stats: StageStats,
-    sample: PromptSample,
+    served: ServedPrompts,
     skew: TokenizerSkew,
     formatting: Mapping[str, Any],
     on_disk: Mapping[str, int],
@@ -69,16 +70,17 @@ def checks(
             + (insertion if written else ""),
             {"inserted_by_the_template": table(written)} if written else {},
         ),
-        # Every row is encoded as prompt + rest; a sample is rendered and encoded again from its messages.
         Check(
             "prompt_prefix_exact",
-            not sample.wrong,
+            not served.not_prefix,
             "every row kept begins with the ids of the prompt that a server sends "
-            f"({len(sample.conversations)} rendered and encoded again: {len(sample.wrong)} differ); "
+            f"({served.sampled} rendered and encoded again: {len(served.not_prefix)} differ); "
             f"{rejected[Reason.PROMPT_NOT_PREFIX]} rows were rejected because the template renders their "
             "earlier turns differently",
-            {"wrong": table(sample.wrong[:10])} if sample.wrong else {},
+            {"wrong": table(served.not_prefix[:10])} if served.not_prefix else {},
         ),
+        _served(served),
+        _fields(stats, served),
         Check(
             "no_forged_control_tokens",
             few(Reason.CONTROL_TOKEN_MISMATCH),
@@ -106,6 +108,56 @@ def checks(
             {"first_difference": table([skew.example])} if skew.example else {},
         ),
         _stop(formatting),
+    )
+
+
+def _served(served: ServedPrompts) -> Check:
+    count = len(served.wrong)
+    if served.wrong:
+        first = served.wrong[0]
+        description = (
+            f"{count} of {served.sampled} sampled rows differ from their source or from what a server sends; "
+            f"the first, {first['row']}: {first['why']}. Where only the tokenizer's class is "
+            "to blame (an architecture for which AutoTokenizer takes a class of its own, whatever "
+            "tokenizer_config.json says), choose a base whose own tokenizer this is, or set model.tokenizer "
+            "to the base's own"
+        )
+    else:
+        description = (
+            f"{served.compared} rows rendered again from their source files begin with the same ids, and "
+            f"{served.served} of them by transformers with the tokenizer that would be exported"
+        )
+        if served.compared > served.served:
+            description += "; the others have shapes that an earlier build has compared"
+        if served.neutralised:
+            description += f"; {served.neutralised} rows with neutralised control tokens were left out"
+        if served.unavailable:
+            description = f"{served.served} rows compared with transformers; {served.unavailable}"
+    return Check(
+        SERVED_CHECK,
+        not served.wrong,
+        description,
+        {"different": table(served.wrong[:10])} if served.wrong else {},
+    )
+
+
+def _fields(stats: StageStats, served: ServedPrompts) -> Check:
+    rejected = stats.reasons[Reason.FIELD_NOT_RENDERED]
+    if served.lost:
+        first = served.lost[0]
+        description = (
+            f"{len(served.lost)} texts of source rows are not in their training rows; the first is in "
+        )
+        description += f"{first['field']} of {first['row']}"
+        return Check("fields_rendered", False, description, {"lost": table(served.lost[:10])})
+    fields = [{"field": name, "rows": count} for name, count in stats.not_rendered.most_common()]
+    return Check(
+        "fields_rendered",
+        not served.lost,
+        "every content, call and tool of all rows kept moves the text, and so does the reasoning of their "
+        f"final turns; {rejected} rows were rejected because the template leaves some of it out"
+        + (f" ({', '.join(str(f['field']) for f in fields)})" if fields else ""),
+        {"not_rendered": table(fields)} if fields else {},
     )
 
 

@@ -197,7 +197,6 @@ class ColumnEncoder:
                 of_rows.column("group"),
                 pa.ListArray.from_arrays(lists, pa.array(ids)),
                 pa.ListArray.from_arrays(lists, pa.array(labels)),
-                pa.nulls(count, TOKENIZED.field("weights").type),
                 pa.array(grid.lengths.astype(np.int32)),
                 pa.array(counted.astype(np.int32)),
                 pa.array(grid.tokens[:, layout.prompt.segment].astype(np.int32)),

@@ -8,6 +8,7 @@ the template emits after it, up to and including what ends the turn. What follow
 generates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +101,7 @@ def _turns(
         if index == given.last:
             found.append(final)
             continue
-        prompt = _prompt(template, given, index)
-        span = _earlier_turn(text, prompt, given.messages[index], template.stop, final[0])
+        span = _earlier_turn(template, given, index, text, final[0])
         if span is None or (found and span[0] < found[-1][1]):
             left_out += 1
         else:
@@ -131,39 +131,64 @@ def _final_turn(
         Rejected: The completion is not in the text exactly once.
     """
     emitted = text[start:]
-    content = message.get("content", "")
-    begin, end = _locate(emitted, content)
+    content = message.get("content") or ""
+    thought, begin, end = _locate_reply(emitted, message)
     if begin < 0:  # white space may be laid out anew (around a thinking block, say), but nothing may be lost
         if _squeeze(content) not in _squeeze(emitted):
             raise Rejected(Reason.COMPLETION_NOT_RENDERED)
-        begin = end = 0
+        begin = end = max(thought, 0)
     finish = _finish(emitted, end, stop)
     if finish == 0:
         raise Rejected(Reason.COMPLETION_NOT_RENDERED, "the template emits nothing after the prompt")
     before, after = emitted[:begin], emitted[end:finish]
     after = after.removesuffix(stop) if stop else after
-    if end and len(content) >= _REPEATED and (content in before or content in after):
+    if message.get("reasoning_content") or begin == end:
+        before = after = ""  # the row's own, or laid out anew: not what the template wrote
+    elif len(content) >= _REPEATED and (content in before or content in after):
         raise Rejected(Reason.COMPLETION_NOT_RENDERED, "the template emits the completion more than once")
-    if begin == end:  # laid out anew, or no content at all (tool calls): nothing to compare with
-        before = after = ""
     return (start, start + finish), (before, after)
 
 
 def _earlier_turn(
-    text: str, prompt: str, message: dict[str, Any], stop: str | None, limit: int
+    template: ChatTemplate, given: Conversation, index: int, text: str, limit: int
 ) -> Span | None:
-    """An earlier turn's span, with its stop; None where it does not follow its own prompt in the text."""
+    """An earlier turn's span, with its stop; None where it does not follow its own prompt in the text, or not
+    all of it is there.
+
+    Args:
+        limit: Where the final turn begins.
+    """
+    prompt, message = _prompt(template, given, index), given.messages[index]
     if not text.startswith(prompt):
         return None
     start = len(prompt)
     emitted = text[start:limit]
-    begin, end = _locate(emitted, message.get("content", ""))
-    if begin < 0:
+    thought, begin, end = _locate_reply(emitted, message)
+    if begin < 0 or thought < 0:
         return None
-    if stop is None:
-        return (start, start + end)
-    finish = emitted.find(stop, end)
-    return None if finish < 0 else (start, start + finish + len(stop))
+    stop = template.stop
+    finish = -1 if stop is None else emitted.find(stop, end)
+    if stop is not None and finish >= 0 and not emitted[end:finish].strip():
+        return (start, start + finish + len(stop))
+    # What stands between is a call, or the next message: the turn ends with its own message.
+    own = _common_length(text, template.render(given.messages[: index + 1], given.tools)) - start
+    if stop is not None and 0 <= finish <= own - len(stop):
+        return (start, start + finish + len(stop))
+    return (start, start + max(len(emitted[:own].rstrip()), end))
+
+
+def _common_length(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginnings."""
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))
+
+
+def _locate_reply(emitted: str, message: dict[str, Any]) -> tuple[int, int, int]:
+    """(where the reasoning ends, where the content begins, where it ends); -1 for what is not there."""
+    reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
+    thought = _locate(emitted, reasoning)[1]
+    begin, end = _locate(emitted[max(thought, 0) :], content)
+    return thought, begin if begin < 0 else begin + max(thought, 0), end + max(thought, 0)
 
 
 def _locate(emitted: str, content: str) -> Span:
@@ -192,31 +217,45 @@ def _all_but_weightless(
     template: ChatTemplate, given: Conversation, text: str, final: Span
 ) -> tuple[Span, ...]:
     """Everything but the messages of weight 0: an assistant's whole turn, other messages' content."""
-    holes: list[Span] = []
-    cursor = 0
-    for index, message in enumerate(given.messages):
-        begin, end = _locate(text[cursor:], message.get("content", ""))
-        span = (cursor + begin, cursor + end)
-        if given.weights[index] == 0:
-            if message["role"] == "assistant":
-                turn = (
-                    final
-                    if index == given.last
-                    else _earlier_turn(
-                        text, _prompt(template, given, index), message, template.stop, final[0]
-                    )
-                )
-                span, begin = (turn, 0) if turn else (span, begin)
-            if begin < 0:
-                raise Rejected(
-                    Reason.COMPLETION_NOT_RENDERED,
-                    f"message {index} has weight 0, and its text is not in the rendered row",
-                )
-            holes.append(span)
-        cursor = max(cursor, span[1]) if begin >= 0 else cursor
+    weightless = [i for i, weight in enumerate(given.weights) if weight == 0]
+    others = [i for i in weightless if given.messages[i]["role"] != "assistant"]
+    holes = _contents(template, given, others, text)
+    for index in weightless:
+        if given.messages[index]["role"] == "assistant":
+            turn = final if index == given.last else _earlier_turn(template, given, index, text, final[0])
+            holes.append(turn or _contents(template, given, [index], text)[0])
     spans, start = [], 0
-    for begin, end in [*holes, (len(text), len(text))]:
+    for begin, end in [*sorted(holes), (len(text), len(text))]:
         if begin > start:
             spans.append((start, begin))
         start = max(start, end)
     return tuple(spans)
+
+
+def _contents(template: ChatTemplate, given: Conversation, indices: Sequence[int], text: str) -> list[Span]:
+    """Where the contents of some messages stand: found by rendering marks in their places, since a short
+    content may stand in a header too.
+
+    Raises:
+        Rejected: COMPLETION_NOT_RENDERED, where one of them is not in the text.
+    """
+    indices = [i for i in indices if given.messages[i].get("content")]
+    marks = {i: f"\ufdd4{i}\ufdd4" for i in indices}
+    marked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(given.messages)]
+    rendered = template.render(marked, given.tools)
+    found, at, at_rendered = [], 0, 0
+    for index in indices:
+        place = rendered.find(marks[index], at_rendered)
+        literal = rendered[at_rendered:place]
+        content = given.messages[index]["content"]
+        begin = at + len(literal)
+        spelled = (content, content.strip("\n"), content.strip(), content.lstrip(), content.rstrip())
+        shown = next((c for c in spelled if text.startswith(c, begin)), None)
+        if place < 0 or not text.startswith(literal, at) or shown is None:
+            raise Rejected(
+                Reason.COMPLETION_NOT_RENDERED,
+                f"message {index} has weight 0, and its text is not in the rendered row",
+            )
+        found.append((begin, begin + len(shown)))
+        at, at_rendered = begin + len(shown), place + len(marks[index])
+    return found

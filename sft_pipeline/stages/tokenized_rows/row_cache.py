@@ -108,7 +108,6 @@ class RowCache:
             "group": rows.column("group").take(pa.array(row)),
             "input_ids": pa.ListArray.from_arrays(lists, pa.array(ids)),
             "labels": pa.ListArray.from_arrays(lists, pa.array(labels)),
-            "weights": pa.nulls(len(row), TOKENIZED.field("weights").type),
             "completion": completions_of(rows).take(pa.array(row)),
             **{name: pa.array(values) for name, values in carried.items()},
         }

@@ -23,6 +23,7 @@ from sft_pipeline.stages.tokenized_rows.mask import (
     tokens_by_prefix,
 )
 from sft_pipeline.stages.tokenized_rows.overflow import Cut, shorten_prompt, windows
+from sft_pipeline.stages.tokenized_rows.rendered_fields import RenderedFields
 from sft_pipeline.stages.tokenized_rows.rendering import Rendered, Span, render_row
 from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
 from sft_pipeline.text.conversation import Conversation, ForgeryGuard, conversation
@@ -42,7 +43,6 @@ class Example:
         row_id: The row's; further parts of a row that was split have "/1", "/2", ... appended.
         input_ids: int32 (length,).
         labels: int32 (length,): the input id where it carries loss, else IGNORE_LABEL.
-        weights: float32 (length,): of each position's loss; None where every label weighs 1.
         prompt_length: Tokens of the prompt that a server would send before the final turn.
         truncated: Tokens cut off the end, where supervised ones are among them, or off the prompt; else 0.
         completion: The final assistant message, as the row has it.
@@ -55,7 +55,6 @@ class Example:
     prompt_length: int
     truncated: int
     completion: str
-    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,20 @@ class RowEncoder:
 
     Args:
         system: A system message for conversations that have none.
+        ignore: Fields that the template may leave out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, tokens: TokensConfig, system: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        tokens: TokensConfig,
+        system: str | None = None,
+        ignore: Sequence[str] = (),
     ) -> None:
         self.tokenizer, self.template, self.tokens, self.system = tokenizer, template, tokens, system
         self.guard = ForgeryGuard(tokenizer, template, tokens.control_tokens)
+        self.fields = RenderedFields(template, ignore)
 
     def encode(self, rows: Sequence[Row]) -> list[AcceptedRow | RejectedRow]:
         """One result per row, in order.
@@ -128,6 +134,9 @@ class RowEncoder:
         for i, row in enumerate(rows):
             try:
                 given = self.guard.check(conversation(row, self.system))
+                if any(weight not in (0, 1) for weight in given.weights):
+                    raise Rejected(Reason.UNSUPPORTED_WEIGHT)
+                self.fields.check(given)
                 texts[i] = given, self._render(given)
             except Rejected as why:
                 results[i] = RejectedRow(row, why.reason, why.detail)
@@ -180,9 +189,10 @@ class RowEncoder:
         dropped = 0
         for span in {*rendered.loss, *rendered.turns, rendered.final}:
             by_prefix, by_offsets = tokens_by_prefix(encoded, span), tokens_by_offsets(encoded, span)
-            if by_prefix is None and span in rendered.turns and span != rendered.final:
+            agree = by_prefix is not None and by_prefix == by_offsets
+            if not agree and span in rendered.turns and span != rendered.final:
                 dropped += 1  # a token spans the boundary of an earlier turn: no server would see that prompt
-            elif by_prefix is None or by_prefix != by_offsets:
+            elif by_prefix is None or not agree:
                 raise Rejected(
                     Reason.MASK_DISAGREEMENT,
                     f"characters {span}: tokens {by_offsets} by offsets, {by_prefix} by prefix lengths",
@@ -272,7 +282,6 @@ def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
         pa.array([e.group for e in examples], pa.string()),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([none, *(e.input_ids for e in examples)]))),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([none, *(e.labels for e in examples)]))),
-        pa.array([e.weights for e in examples], TOKENIZED.field("weights").type),
         pa.array(lengths),
         pa.array(np.array([np.count_nonzero(e.labels != IGNORE_LABEL) for e in examples], dtype=np.int32)),
         pa.array(np.array([e.prompt_length for e in examples], dtype=np.int32)),

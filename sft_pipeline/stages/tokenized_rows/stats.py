@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from sft_pipeline.stages.tokenized_rows.batch_encoder import EncodedBatch
 from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.text.reasons import Reason
 
 PREVIEWS = 2
 EXAMPLES_PER_REASON = 3
@@ -30,6 +31,7 @@ class StageStats:
         broken: Written examples that fail an invariant, counted per invariant; all zero in a correct build.
         first_rejected: The first rejected rows of each reason, for people.
         previews: The first examples, for people.
+        not_rendered: Rows rejected for a field that the template leaves out, by field.
         why_not_fast: Why the fast encoder encoded no row, where that is so.
     """
 
@@ -44,6 +46,7 @@ class StageStats:
     first_rejected: list[dict[str, Any]] = field(default_factory=list)
     previews: list[dict[str, Any]] = field(default_factory=list)
     why_not_fast: str | None = None
+    not_rendered: Counter[str] = field(default_factory=Counter)
 
     def add(self, split: str, encoded: EncodedBatch, whole: EncodedBatch, rejects: pa.RecordBatch) -> None:
         """Counts a batch.
@@ -89,6 +92,8 @@ class StageStats:
                 self.inserted[row["inserted_before"], row["inserted_after"]] += row["count_all"]
         for entry in pc.value_counts(outcomes.column("reason").drop_null()).to_pylist():
             self.reasons[entry["values"]] += entry["counts"]
+        left_out = outcomes.filter(pc.equal(outcomes.column("reason"), Reason.FIELD_NOT_RENDERED))
+        self.not_rendered.update(left_out.column("detail").to_pylist())
 
     def _inspect(self, examples: pa.RecordBatch) -> None:
         """Counts the examples about to be written that fail an invariant of the checks."""

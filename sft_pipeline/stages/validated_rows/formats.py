@@ -9,11 +9,9 @@ No field is lost unseen: `unknown_fields.py` looks at the keys that nothing here
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sft_pipeline.tables import literal_json
+from sft_pipeline.stages.validated_rows.normalized_row import EMPTY_MESSAGE, MISSING, NO_VALUE, NormalizedRow
+from sft_pipeline.stages.validated_rows.tools import tool_calls_of, tools_of
 from sft_pipeline.tables.reasons import RejectReason
-from sft_pipeline.tables.schemas import MESSAGE
-
-MISSING: Any = object()
 
 ROLES = {
     "system": "system",
@@ -38,35 +36,7 @@ ROLES = {
 CALL_ROLES = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHT_KEYS = ("weight", "loss_weight", "loss", "train")
-MESSAGE_FIELDS = tuple(field.name for field in MESSAGE)
 LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
-NO_VALUE: tuple[Any, ...] = (None, "", "null", "[]", [], {})
-
-Message = dict[str, Any]
-
-
-class NormalizedRow:
-    """A row's messages, tools and reasons. A message whose content is None has a reason already."""
-
-    __slots__ = ("messages", "reasons", "tools")
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self.tools: str | None = None
-        self.reasons: list[str] = []
-
-    def reject(self, reason: RejectReason, field: str | None = None) -> None:
-        """Adds a reason; the name of a field goes with it where there is one."""
-        text = f"{reason}: {field}" if field else str(reason)
-        if text not in self.reasons:
-            self.reasons.append(text)
-
-    def add(self, role: str, content: str | None, **others: Any) -> None:
-        """Adds a message. Args: others: Of the fields of `MESSAGE`."""
-        self.messages.append({**_EMPTY, "role": role, "content": content, **others})
-
-
-_EMPTY = dict.fromkeys(MESSAGE_FIELDS)
 
 
 class MappedFields:
@@ -117,7 +87,7 @@ def normalize(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> 
     normalized = NormalizedRow()
     fields = MappedFields(row, columns)
     FORMATS[format_](fields, normalized)
-    normalized.tools = _tools(fields, normalized)
+    normalized.tools = tools_of(fields.get("tools"), fields.get("functions"), normalized)
     return normalized
 
 
@@ -246,7 +216,7 @@ def _put_system_first(fields: MappedFields, to: NormalizedRow, name: str) -> Non
     among = [m for m in to.messages if m["role"] == "system" and (m["content"] or "").strip()]
     if not among:
         to.messages = [m for m in to.messages if m["role"] != "system"]
-        to.messages.insert(0, {**_EMPTY, "role": "system", "content": system})
+        to.messages.insert(0, {**EMPTY_MESSAGE, "role": "system", "content": system})
     elif all(m["content"].strip() != system.strip() for m in among):
         to.reject(RejectReason.UNUSED_FIELD, name)
 
@@ -277,7 +247,7 @@ def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
             reasoning = given if reasoning is None else f"{reasoning}\n{given}"
         if content is None and (calls or (reasoning and value in (MISSING, None))):
             content = ""
-        tool_calls = _tool_calls(calls, to) if calls else None
+        tool_calls = tool_calls_of(calls, to) if calls else None
         to.add(
             role or "",
             content if tool_calls or not calls else None,
@@ -342,78 +312,3 @@ def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
                 return float(value)
             to.reject(RejectReason.WRONG_TYPE)
     return None
-
-
-# -- tools -----------------------------------------------------------------------------------------
-
-
-def _parsed(value: Any) -> Any:
-    """JSON that may be given as text; None where it is not JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return literal_json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _as_spelled(value: Any, otherwise: RejectReason, to: NormalizedRow) -> str | None:
-    """JSON text. What comes from JSON in JSON may hold half a surrogate pair, or be too deep to write."""
-    try:
-        text = literal_json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        text.encode()
-    except (UnicodeEncodeError, RecursionError):
-        to.reject(otherwise)
-        return None
-    return text
-
-
-def _tool_calls(calls: list[Any], to: NormalizedRow) -> str | None:
-    """Calls in the common form [{type: function, function: {name, arguments}}], as JSON text.
-
-    A call that has this form stays as it is; {name, arguments} alone is put into it.
-    """
-    found: list[dict[str, Any]] = []
-    for given in calls:
-        parsed = _parsed(given)  # many datasets give calls as JSON text
-        for call in parsed if isinstance(parsed, list) else [parsed]:
-            wrapped = isinstance(call, dict) and isinstance(call.get("function"), dict)
-            function = call["function"] if wrapped else call
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                to.reject(RejectReason.INVALID_TOOL_CALL)
-                return None
-            key = "arguments" if "arguments" in function else "parameters"
-            arguments = function.get(key)
-            if arguments is None or arguments in ("", "null"):
-                arguments = {}
-            if not isinstance(_parsed(arguments), dict):
-                to.reject(RejectReason.INVALID_TOOL_CALL)
-                return None
-            if wrapped:
-                kept = {k: v for k, v in function.items() if k != "parameters"}
-                found.append({**call, "function": {**kept, "arguments": arguments}})
-            else:
-                entry = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-                if isinstance(call.get("id"), str):
-                    entry["id"] = call["id"]
-                found.append(entry)
-    return _as_spelled(found, RejectReason.INVALID_TOOL_CALL, to)
-
-
-def _tools(fields: MappedFields, to: NormalizedRow) -> str | None:
-    """The tools that the row declares, in the common form, as JSON text; None where there are none."""
-    value = fields.get("tools")
-    if value is MISSING or value in NO_VALUE:
-        value = fields.get("functions")
-    if value is MISSING or value in NO_VALUE:
-        return None
-    parsed = _parsed(value)
-    tools = [_parsed(tool) for tool in (parsed if isinstance(parsed, list) else [parsed])]
-    if not all(isinstance(tool, dict) and tool for tool in tools):
-        to.reject(RejectReason.INVALID_TOOLS)
-        return None
-    declared = [
-        tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
-        for tool in tools
-    ]
-    return _as_spelled(declared, RejectReason.INVALID_TOOLS, to)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sft_pipeline.stages.validated_rows.config import FIELDS
-from sft_pipeline.stages.validated_rows.formats import MESSAGE_FIELDS, NO_VALUE, REASONING, WEIGHT_KEYS
+from sft_pipeline.stages.validated_rows.formats import REASONING, WEIGHT_KEYS
+from sft_pipeline.stages.validated_rows.normalized_row import MESSAGE_FIELDS, NO_VALUE
 
 _OF_MESSAGES = ("messages", "sharegpt", "prompt_completion")  # formats whose rows hold lists of messages
 _TURN = ("role", "from", "content", "value", "function_call", *MESSAGE_FIELDS, *REASONING, *WEIGHT_KEYS)

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.validated_rows.config import ContractConfig, ValidatedRowsConfig
-from sft_pipeline.stages.validated_rows.formats import MISSING, Message, NormalizedRow, look_up, normalize
+from sft_pipeline.stages.validated_rows.formats import look_up, normalize
+from sft_pipeline.stages.validated_rows.normalized_row import MISSING, Message, NormalizedRow
 from sft_pipeline.stages.validated_rows.unknown_fields import UnknownFields
 from sft_pipeline.tables import literal_json
 from sft_pipeline.tables.reasons import RejectReason
