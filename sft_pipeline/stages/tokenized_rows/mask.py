@@ -45,17 +45,21 @@ def tokens_by_offsets(row: EncodedRow, span: Span) -> Span | None:
     start = piece.token_at(char)
     piece, last_base, char = row.locate(span[1] - 1)
     end = piece.token_at(char)
+    while end is None and char > 0 and unicodedata.combining(piece.text[char]):
+        char -= 1  # a normalizer has composed it with the character before
+        end = piece.token_at(char)
     if start is None or end is None:
         return None
     # A character of several tokens (bytes of an emoji) is looked up as its first: take in the others.
-    while end + 1 < len(piece.ids) and _same_char(piece, end, end + 1):
+    while end + 1 < len(piece.ids) and _covers(piece, end + 1, char):
         end += 1
     return base + start, last_base + end + 1
 
 
-def _same_char(piece: Piece, first: int, second: int) -> bool:
-    a = piece.encoding.token_to_chars(first + piece.skip_tokens)
-    return a is not None and a == piece.encoding.token_to_chars(second + piece.skip_tokens)
+def _covers(piece: Piece, token: int, char: int) -> bool:
+    """Whether a token begins at a character of the piece, or before it."""
+    chars = piece.encoding.token_to_chars(token + piece.skip_tokens)
+    return chars is not None and chars[0] <= char + piece.skip_chars
 
 
 def tokens_by_prefix(row: EncodedRow, span: Span) -> Span | None:

@@ -168,19 +168,17 @@ def _earlier_turn(
         return None
     stop = template.stop
     finish = -1 if stop is None else emitted.find(stop, end)
-    if stop is not None and finish >= 0 and not emitted[end:finish].strip():
-        return (start, start + finish + len(stop))
-    # What stands between is a call, or the next message: the turn ends with its own message.
-    own = _common_length(text, template.render(given.messages[: index + 1], given.tools)) - start
-    if stop is not None and 0 <= finish <= own - len(stop):
-        return (start, start + finish + len(stop))
-    return (start, start + max(len(emitted[:own].rstrip()), end))
-
-
-def _common_length(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginnings."""
-    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(unequal, min(len(a), len(b)))
+    if stop is not None and finish >= 0:
+        turn = (start, start + finish + len(stop))
+        if not emitted[end:finish].strip():
+            return turn
+        # Calls stand between, or the next message: then its content begins before the stop.
+        following = given.messages[index + 1]
+        if following.get("content") and turn[1] <= _contents(template, given, [index + 1], text)[0][0]:
+            return turn
+    # The turn ends otherwise than a reply does: where the text ends that is rendered up to its message.
+    own = template.render(given.messages[: index + 1], given.tools).rstrip()
+    return (start, len(own)) if text.startswith(own) and len(own) >= start + end else None
 
 
 def _locate_reply(emitted: str, message: dict[str, Any]) -> tuple[int, int, int]:

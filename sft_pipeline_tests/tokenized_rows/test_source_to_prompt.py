@@ -1,0 +1,219 @@
+"""What a row says is what is trained: real tokenizers, their own templates, and the text that is right."""
+
+import json
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from sft_pipeline.stages.tokenized_rows.config import TokensConfig
+from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RejectedRow, RowEncoder
+from sft_pipeline.stages.validated_rows.config import ContractConfig, SourceShape, ValidatedRowsConfig
+from sft_pipeline.stages.validated_rows.validate import RowValidator
+from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.text.config import NAMED_TEMPLATES
+from sft_pipeline.text.template import load_template
+from sft_pipeline.text.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.shared_data
+
+USER = {"role": "user", "content": "Three times two?"}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "book", "arguments": {"when": "Friday", "guests": 4}}}
+    ],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "book", "parameters": {"type": "object", "properties": {}}}}
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(shared_data: Path):
+    @lru_cache
+    def make(
+        name: str,
+        template: str = "tokenizer",
+        supervise: str = "completion",
+        variables: str = "{}",
+        ignore=(),
+    ):
+        tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+        tokens = TokensConfig(max_length=4096, supervise=supervise)
+        return RowEncoder(
+            tokenizer, load_template(template, tokenizer, json.loads(variables)), tokens, ignore=ignore
+        )
+
+    return make
+
+
+def encode(
+    encoder: RowEncoder, *messages: dict[str, Any], line: str = "", **row: Any
+) -> AcceptedRow | RejectedRow:
+    """One source row through validation and encoding."""
+    content = line or json.dumps({"messages": list(messages), **row})
+    config = ValidatedRowsConfig(
+        contract=ContractConfig(), shapes=[SourceShape(format="messages", columns={})]
+    )
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "row_id": ["0" * 32],
+            "source": pa.array([0], pa.int32()),
+            "file": ["f"],
+            "line": [1],
+            "content": [content],
+        }
+    )
+    found = RowValidator(config, [None])(batch)
+    assert found.reasons == []
+    (result,) = encoder.encode([{**r, "row_id": "0" * 32} for r in found.rows.to_pylist()])
+    return result
+
+
+def trained(encoder: RowEncoder, result: AcceptedRow | RejectedRow) -> list[str]:
+    """The text of each supervised span."""
+    assert isinstance(result, AcceptedRow), result
+    (example,) = result.examples
+    on = (example.labels != IGNORE_LABEL).tolist()
+    edges = [i for i in range(len(on) + 1) if (i < len(on) and on[i]) != (i > 0 and on[i - 1])]
+    ids = example.input_ids.tolist()
+    return [encoder.tokenizer.decode(ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def whole(encoder: RowEncoder, result: AcceptedRow | RejectedRow) -> str:
+    assert isinstance(result, AcceptedRow), result
+    return encoder.tokenizer.decode(result.examples[0].input_ids.tolist())
+
+
+@pytest.mark.parametrize("alias", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_trained(encoder, alias: str) -> None:
+    qwen = encoder("qwen3")
+    reply = {"role": "assistant", alias: "Three times two is six.", "content": "Six."}
+    expected = ["<think>\nThree times two is six.\n</think>\n\nSix.<|im_end|>"]
+    assert trained(qwen, encode(qwen, USER, reply)) == expected
+
+
+def test_reasoning_alone_is_trained(encoder) -> None:
+    qwen = encoder("qwen3")
+    result = encode(qwen, USER, {"role": "assistant", "reasoning_content": "Hm."})
+    assert trained(qwen, result) == ["<think>\nHm.\n</think>\n\n<|im_end|>"]
+
+
+def test_reasoning_that_holds_the_answer(encoder) -> None:
+    qwen = encoder("qwen3")
+    reply = {"role": "assistant", "reasoning_content": "It is six, I think: six.", "content": "six"}
+    assert trained(qwen, encode(qwen, USER, reply)) == [
+        "<think>\nIt is six, I think: six.\n</think>\n\nsix<|im_end|>"
+    ]
+
+
+def test_reasoning_that_the_template_drops_in_history_is_not_trained_away(encoder) -> None:
+    qwen = encoder("qwen3", supervise="assistant")
+    thought = {"role": "assistant", "reasoning_content": "Hm.", "content": "Six."}
+    result = encode(qwen, USER, thought, USER, {"role": "assistant", "content": "Still six."})
+    assert trained(qwen, result) == ["<think>\n\n</think>\n\nStill six.<|im_end|>"]
+    assert result.turns_not_supervised == 1
+
+
+@pytest.mark.parametrize("name", ["smollm2", "phi-3-mini"])
+def test_reasoning_that_the_template_cannot_write_is_refused(encoder, name: str) -> None:
+    reply = {"role": "assistant", "reasoning_content": "Hm.", "content": "Six."}
+    result = encode(encoder(name), USER, reply)
+    assert (str(result.reason), result.detail) == ("field_not_rendered", "reasoning_content")
+    ignoring = encoder(name, ignore=("reasoning_content",))
+    assert trained(ignoring, encode(ignoring, USER, reply))[0].startswith("Six.")
+
+
+def test_a_variable_of_the_template(encoder) -> None:
+    off = encoder("qwen3", variables='{"enable_thinking": false}')
+    result = encode(off, USER, {"role": "assistant", "content": "Six."})
+    assert trained(off, result) == ["Six.<|im_end|>"]
+    assert "<|im_start|>assistant\n<think>\n\n</think>\n\nSix." in whole(off, result)
+
+
+def test_arguments_keep_their_order_and_spelling(encoder) -> None:
+    qwen = encoder("qwen3")
+    call = (
+        '{"type":"function","function":{"name":"book","arguments":{"when":"Friday","guests":4,"tip":1.50}}}'
+    )
+    line = f'{{"messages":[{json.dumps(USER)},{{"role":"assistant","content":"","tool_calls":[{call}]}}],'
+    line += f'"tools":{json.dumps(TOOLS)}}}'
+    (text,) = trained(qwen, encode(qwen, line=line))
+    assert '{"name": "book", "arguments": {"when": "Friday", "guests": 4, "tip": 1.50}}' in text
+
+
+def test_arguments_that_are_text_are_written_as_they_are(encoder) -> None:
+    qwen = encoder("qwen3")
+    function = {"name": "book", "arguments": '{"when":"Friday","guests":4,"tip":1.50}'}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    (text,) = trained(qwen, encode(qwen, USER, call, tools=TOOLS))
+    assert '"arguments": {"when":"Friday","guests":4,"tip":1.50}}' in text
+
+
+@pytest.mark.parametrize("name", ["smollm2", "phi-3-mini", "olmo2-dolma2"])
+def test_a_call_that_the_template_does_not_write_is_refused(encoder, name: str) -> None:
+    for messages in ([USER, CALL], [USER, {**CALL, "content": "I call."}]):
+        result = encode(encoder(name), *messages)
+        assert (str(result.reason), result.detail) == ("field_not_rendered", "tool_calls")
+    earlier = [USER, CALL, {"role": "tool", "content": "done"}, {"role": "assistant", "content": "Booked."}]
+    assert isinstance(encode(encoder(name), *earlier), RejectedRow)
+
+
+@pytest.mark.parametrize("template", NAMED_TEMPLATES)
+def test_a_call_under_a_named_template_is_written_or_refused(encoder, template: str) -> None:
+    one = encoder("qwen3" if template in ("chatml", "qwen") else "smollm2", template)
+    result = encode(one, USER, CALL)
+    if isinstance(result, RejectedRow):
+        assert str(result.reason) in ("field_not_rendered", "template_error")
+    else:
+        assert "book" in trained(one, result)[0] and "Friday" in trained(one, result)[0]
+
+
+def test_tools_that_do_not_reach_the_text_are_refused(encoder) -> None:
+    result = encode(encoder("smollm2"), USER, {"role": "assistant", "content": "Six."}, tools=TOOLS)
+    assert (str(result.reason), result.detail) == ("field_not_rendered", "tools")
+
+
+@pytest.mark.parametrize("edge", [" Six.", "\nSix.", "  Six.", "\n\nSix.", "\tSix."])
+@pytest.mark.parametrize("name", ["phi-3-mini", "qwen3", "smollm2"])
+def test_an_earlier_answer_that_begins_with_white_space(encoder, name: str, edge: str) -> None:
+    one = encoder(name, supervise="assistant")
+    result = encode(
+        one, USER, {"role": "assistant", "content": edge}, USER, {"role": "assistant", "content": "Yes."}
+    )
+    found = trained(one, result)
+    assert "Yes." in found[-1]
+    assert len(found) + result.turns_not_supervised == 2
+
+
+@pytest.mark.parametrize("reply", ["Done 😀", "é", "👩‍👩‍👧", "中文", "a\u0301"])
+@pytest.mark.parametrize("name", ["phi-3-mini", "qwen3", "smollm2", "gpt2"])
+def test_an_answer_that_ends_in_several_tokens_without_a_stop_token(
+    encoder, tmp_path: Path, name: str, reply: str
+) -> None:
+    path = tmp_path / "bare.jinja"
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    path.write_text(turns + "{% if add_generation_prompt %}assistant: {% endif %}")
+    one = encoder(name, str(path))
+    (text,) = trained(one, encode(one, USER, {"role": "assistant", "content": reply}))
+    assert unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", reply)
+
+
+@pytest.mark.parametrize("content", ["user", "im", "start", "Three times two?"])
+def test_weight_0_masks_the_content_and_not_the_header(encoder, content: str) -> None:
+    qwen = encoder("qwen3", supervise="all")
+    asked = {"role": "user", "content": content, "weight": 0}
+    found = trained(qwen, encode(qwen, asked, {"role": "assistant", "content": "Six."}))
+    assert found[0].endswith("im_start|>user\n") or found[0].endswith("user\n")
+    assert found[1].startswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("weight", [0.5, 2])
+def test_other_weights_are_refused(encoder, weight: float) -> None:
+    result = encode(encoder("qwen3"), USER, {"role": "assistant", "content": "Six.", "weight": weight})
+    assert str(result.reason) == "unsupported_weight"
