@@ -16,6 +16,7 @@ from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
 WORD_JOINER = "\u2060"
 """Put into a literal control token to keep it text: invisible, of no width, and not white space."""
+_TOKEN = re.compile(r"<\|\w+\|>")
 _GAP = "\ufdd2"  # a Unicode noncharacter: it joins with nothing
 
 
@@ -75,7 +76,8 @@ def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversat
 class ForgeryGuard:
     """Finds text that a tokenizer would turn into a control token.
 
-    In every message: the tokenizer's control tokens. In messages that are not the assistant's: also the added
+    In every message: the tokenizer's control tokens, and the text by which the template itself tells turns
+    apart (see `turn_markers`). In messages that are not the assistant's: also the added
     tokens that the template itself writes (<think>, <tool_response>, ...), which an assistant may well write
     as text.
 
@@ -91,9 +93,11 @@ class ForgeryGuard:
         self._tails = {t[i:] for t in tokenizer.control for i in range(1, len(t))}
         self._longest = max((len(t) for t in tokenizer.control), default=1)
         written = literal_text(template)
+        markers = turn_markers(template, tokenizer)
         structural = {t for t in tokenizer.added if t in written} - set(tokenizer.control)
-        self._of_assistant = tokenizer.control_pattern
-        self._of_others = any_of([*tokenizer.control, *structural])
+        self._control = tokenizer.control_pattern
+        self._of_assistant = any_of([*tokenizer.control, *markers])
+        self._of_others = any_of([*tokenizer.control, *markers, *structural])
 
     def check(self, given: Conversation) -> Conversation:
         """The conversation as it may be rendered.
@@ -123,10 +127,10 @@ class ForgeryGuard:
             return
         apart = [{**m, "content": f"{_GAP}{c}{_GAP}"} for m, c in zip(given.messages, contents, strict=True)]
         try:
-            placed = len(self._of_assistant.findall(self.template.render(apart, given.tools)))
+            placed = len(self._control.findall(self.template.render(apart, given.tools)))
         except jinja2.TemplateError:
             placed = -1
-        if placed != len(self._of_assistant.findall(text)):
+        if placed != len(self._control.findall(text)):
             detail = "a message and the template together spell a control token"
             raise Rejected(Reason.CONTROL_TOKEN_IN_TEXT, detail)
 
@@ -164,6 +168,34 @@ class ForgeryGuard:
             pattern = self._of_assistant if message["role"] == "assistant" else self._of_others
             yield from pattern.findall(json.dumps({**message, "role": ""}, ensure_ascii=False))
         yield from self._of_others.findall(json.dumps(given.tools, ensure_ascii=False))
+
+
+def turn_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+    """Text with which the template begins or ends a message, where no control token does: "### Output:".
+
+    Found by rendering: what stands directly before or after each content, up to the next control token. Words
+    alone ("user") are no marker, since prose has them, and a control token beside them makes the turn.
+    """
+    contents = [f"\ufdd5{i}\ufdd5" for i in range(4)]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    try:
+        parts = re.split("\ufdd5[0-9]\ufdd5", template.render(turns))
+    except jinja2.TemplateError:
+        return []
+    beside = {piece for part in parts for piece in _outer_pieces(tokenizer, part)}
+    found = {text.strip() for text in beside}
+    return sorted(t for t in found if len(t) >= 3 and not t.replace(" ", "").isalnum())
+
+
+def _outer_pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What lies before the first control token of a text, and what lies behind the last."""
+    pieces = tokenizer.control_pattern.split(text)
+    return [pieces[0], pieces[-1]]
+
+
+def unknown_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+    """What looks like a control token in the template's text, and is ordinary text to the tokenizer."""
+    return sorted(set(_TOKEN.findall(literal_text(template))) - set(tokenizer.added))
 
 
 def literal_text(template: ChatTemplate) -> str:

@@ -70,11 +70,14 @@ def test_truncate_answer_rejects_a_row_of_which_only_the_templates_own_text_behi
     assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
 
 
-@pytest.mark.parametrize("policy", ["split", "truncate_answer"])
-def test_a_final_prompt_that_fills_max_length_is_rejected_though_earlier_turns_fit(policy):
+def test_a_final_prompt_that_fills_max_length_is_rejected_though_earlier_turns_fit():
     turns = (("user", "who"), ("assistant", "the user"), ("user", "part " * 40), ("assistant", "no"))
     given = row(*turns)
-    (refused,) = encoder(60, policy, supervise="assistant").encode([given])
+    (whole,) = encoder(400, "reject", supervise="assistant").encode([given])
+    (split,) = encoder(60, "split", supervise="assistant").encode([given])
+    supervised = [sum((e.labels != -100).sum() for e in r.examples) for r in (whole, split)]
+    assert len(split.examples) > 1 and supervised[0] == supervised[1] > 0
+    (refused,) = encoder(60, "truncate_answer", supervise="assistant").encode([given])
     assert isinstance(refused, RejectedRow) and refused.reason is Reason.NO_ROOM_FOR_COMPLETION
 
 

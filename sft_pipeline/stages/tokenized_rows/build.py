@@ -36,6 +36,7 @@ from sft_pipeline.tables.parquet import (
     read_batches,
 )
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
+from sft_pipeline.text.conversation import unknown_tokens
 from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate, end_ids
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -98,6 +99,7 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
         "chat_template_with_tools": template.tool_text if template.tool_text != template.text else None,
         "clock": FROZEN_CLOCK.date().isoformat() if template.uses_clock else None,
         "special_tokens": dict(tokenizer.special),
+        "tokens_as_text": unknown_tokens(template, tokenizer),
         "stop_text": template.stop,
         "stop_token_id": stop,
         "stop_token_ids": end_ids(tokenizer, template),

@@ -217,6 +217,12 @@ def _stop(formatting: Mapping[str, Any]) -> Check:
             f"turns end with the text {formatting['stop_text']!r}, which is several tokens: servers need it "
             "as a stop string"
         )
+    if unknown := formatting["tokens_as_text"]:
+        problems.append(
+            f"the template writes {', '.join(unknown)}, which are no tokens of this tokenizer but ordinary "
+            "text: turns are told apart less surely, and some earlier ones may not be supervised. "
+            "Choose the tokenizer's own template, or alpaca or plain"
+        )
     if formatting["clock"]:
         problems.append(
             f"the template reads the clock: rows are rendered as of {formatting['clock']}, a server renders "

@@ -26,6 +26,7 @@ from sft_pipeline.stages.tokenized_rows.word_cache import (
     text_bytes,
 )
 from sft_pipeline.tables.schemas import IGNORE_LABEL, TOKENIZED
+from sft_pipeline.text.conversation import turn_markers
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer, any_of
 
@@ -74,7 +75,10 @@ class ColumnEncoder:
         self._layouts_lock = threading.Lock()
         self._added = _Finder(tokenizer.added)
         triggers = find_triggers(template, tokens.supervise)
-        self._triggers, self._edges_matter = _Finder(triggers.texts), triggers.edges
+        self._triggers, self._edges_matter = (
+            _Finder([*triggers.texts, *turn_markers(template, tokenizer)]),
+            triggers.edges,
+        )
         self._is_control = np.zeros(tokenizer.vocab_size, dtype=bool)
         self._is_control[list(tokenizer.control_ids)] = True
 

@@ -8,6 +8,7 @@
 Both must name the same tokens, and (b) must find its tokens where the row has them, or the row is rejected.
 """
 
+import bisect
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,20 @@ class EncodedRow:
     @cached_property
     def ids(self) -> list[int]:
         return self.prompt.ids + self.rest.ids
+
+    @cached_property
+    def _control_tokens(self) -> tuple[tuple[list[int], list[int]], ...]:
+        return tuple(
+            (
+                [match.end() for match in self.tokenizer.control_pattern.finditer(piece.text)],
+                [i for i, token in enumerate(piece.ids) if token in self.tokenizer.control_ids],
+            )
+            for piece in (self.prompt, self.rest)
+        )
+
+    def control_tokens(self, piece: Piece) -> tuple[list[int], list[int]]:
+        """(where each control token of a piece ends in its text, where each stands in its ids)."""
+        return self._control_tokens[0 if piece is self.prompt else 1]
 
     def locate(self, char: int) -> tuple[Piece, int, int]:
         """(piece, tokens before the piece, character within the piece) of a character of the row's text."""
@@ -75,8 +90,9 @@ def _tokens_before(row: EncodedRow, piece: Piece, base: int, char: int) -> int |
     tokenizer = row.tokenizer
     if char == 0:
         return base
-    matches = [m for m in tokenizer.control_pattern.finditer(piece.text, 0, char)]
-    if not matches:
+    ends, places = row.control_tokens(piece)
+    before = bisect.bisect_right(ends, char)  # control tokens before the character
+    if not before:
         if char == len(piece.text):
             return base + len(piece.ids)
         known = (
@@ -85,13 +101,12 @@ def _tokens_before(row: EncodedRow, piece: Piece, base: int, char: int) -> int |
             else tokenizer.continue_batch([piece.text[:char]], [row.prompt.ids[-1]])[0].ids
         )
         return base + len(known) if piece.ids[: len(known)] == known else None
-    places = [i for i, token in enumerate(piece.ids) if token in tokenizer.control_ids]
-    if len(places) < len(matches):
+    if len(places) < before:
         return None
-    after = places[len(matches) - 1] + 1
-    tail = piece.text[matches[-1].end() : char]
+    after = places[before - 1] + 1
+    tail = piece.text[ends[before - 1] : char]
     if tail:
-        known = list(tokenizer.tail_ids(matches[-1].group(), tail))
+        known = list(tokenizer.tail_ids(tokenizer.tokens[piece.ids[after - 1]] or "", tail))
         if piece.ids[after : after + len(known)] != known:
             return None
         after += len(known)

@@ -8,8 +8,9 @@ truncate_answer  the end of the answer goes, with its stop token: nothing teache
 split            windows of max_length over the row, each with up to half a window of the text before it
                  as context; every supervised token has its label in exactly one of them
 
-All but truncate_prompt reject a row whose prompt before the final turn fills max_length
-(`no_room_for_completion`), also where earlier supervised turns would fit.
+`reject` and `truncate_answer` reject a row whose prompt before the final turn fills max_length
+(`no_room_for_completion`), also where earlier supervised turns would fit; so does `split` where only the
+completion is supervised.
 """
 
 from collections.abc import Sequence

@@ -218,7 +218,8 @@ class RowEncoder:
             return masked, [Cut(0, whole)]
         if masked.loss[-1][1] <= limit and self.tokens.supervise != "all":
             return masked, [Cut(0, limit)]  # only some of what follows the last supervised token is lost
-        if masked.prompt_length >= limit and policy != "truncate_prompt":
+        windowed = policy == "split" and self.tokens.supervise != "completion"
+        if masked.prompt_length >= limit and policy != "truncate_prompt" and not windowed:
             detail = f"prompt of {masked.prompt_length} tokens, max_length {limit}"
             raise Rejected(Reason.NO_ROOM_FOR_COMPLETION, detail)
         if policy == "reject":
