@@ -165,7 +165,7 @@ class ChatTemplate:
             message = dict(message)
             message[self.reasoning_field] = message.pop("reasoning_content")
         calls = message.get("tool_calls") or ()
-        given_text = any(isinstance(call["function"]["arguments"], str) for call in calls)
+        given_text = any(isinstance(call["function"].get("arguments"), str) for call in calls)
         if given_text and not self.takes_text_arguments:
             return {**message, "tool_calls": list(map(_with_object, calls))}
         return message
@@ -174,10 +174,10 @@ class ChatTemplate:
 def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
     """A call with its arguments as an object."""
     function = call["function"]
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        arguments = literal_json.loads(arguments)
-    return {**call, "function": {**function, "arguments": arguments}}
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    return {**call, "function": {**function, "arguments": literal_json.loads(arguments)}}
 
 
 def load_template(

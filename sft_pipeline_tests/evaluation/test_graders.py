@@ -6,14 +6,8 @@ from pydantic import TypeAdapter
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.evaluation import graders as g
 from sft_pipeline.stages.evaluation.config import GraderConfig
-from sft_pipeline.stages.evaluation.graders import (
-    Unparsable,
-    first_number_after,
-    json_equal,
-    last_number,
-    numbers,
-    parse_json,
-)
+from sft_pipeline.stages.evaluation.graders import Unparsable, json_equal, parse_json
+from sft_pipeline.stages.evaluation.numbers_in_text import first_number_after, last_number, numbers
 
 ROW = {"row_id": "r1", "group": "g", "prompt": "p", "completion": "c"}
 
@@ -265,3 +259,36 @@ def test_a_python_graders_sources_are_found_with_what_they_import(project):
         {"name": "it", "kind": "python", "callable": "my_graders_mod:good"}
     )
     assert sorted(grader_sources(config)) == ["my_graders_mod.py", "my_helper_mod.py"]
+
+
+# -- what stands around an answer
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think>It is 7, not 6.</think>", ""])
+def test_a_thinking_block_before_the_answer_is_no_part_of_it(block):
+    assert score(grader(kind="json_fields", fields=["a"]), f'{block}{{"a": 1}}', '{"a": 1}') == 1
+    assert score(grader(kind="exact_match"), f"{block}six", "six") == 1
+    assert score(grader(kind="numeric_answer"), f"{block}6", "6") == 1
+
+
+def test_thinking_without_an_answer_scores_0():
+    assert score(grader(kind="numeric_answer"), "<think>so it is 6", "6") == 0
+    assert score(grader(kind="exact_match"), "<think>six</think>", "six") == 0
+
+
+def test_a_completion_that_itself_begins_with_thinking_is_compared_whole():
+    assert score(grader(kind="exact_match"), "<think>a</think>six", "<think>a</think>six") == 1
+    assert score(grader(kind="exact_match"), "<think>b</think>six", "<think>a</think>six") == 0
+
+
+def test_a_code_fence_is_read_where_it_is_allowed():
+    reply = '```json\n{"a": 1}\n```'
+    for kind in (
+        {"kind": "json_fields", "fields": ["a"]},
+        {"kind": "json_schema", "schema": {"type": "object"}},
+    ):
+        assert score(grader(**kind), reply, '{"a": 1}') == 0
+        assert score(grader(**kind, fenced=True), reply, '{"a": 1}') == 1
+        assert score(grader(**kind, fenced=True), '{"a": 1}', '{"a": 1}') == 1
+        assert score(grader(**kind, fenced=True), f"Here:\n{reply}", '{"a": 1}') == 0

@@ -1,10 +1,13 @@
 """Updates hold every block once per epoch and nearly as many supervised tokens each; what budgets report."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_pipeline.errors import InputError
 from sft_pipeline.stages.packed_shards.packing import pack
 from sft_pipeline.stages.packed_shards.plan import PlanBudget, plan_budget, plan_updates
 from sft_pipeline.training.config import TrainingConfig
@@ -19,15 +22,16 @@ LENGTHS = [180, 95, 310, 150, 220, 60, 400, 130, 275, 200]
     epochs=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_every_epoch_holds_every_block_once_and_spare_blocks_are_spread(supervised, per_update, epochs, seed):
+def test_every_epoch_holds_every_block_once_in_even_updates(supervised, per_update, epochs, seed):
     plan = plan_updates(np.array(supervised), per_update, epochs, seed)
     blocks = len(supervised)
-    each = max(blocks // per_update, 1)
+    each = math.ceil(blocks / per_update)
     assert plan.updates == each * epochs
     for epoch in range(epochs):
         assert sorted(plan.block[plan.epoch == epoch].tolist()) == list(range(blocks))
     sizes = plan.sizes()
-    assert sizes.max() - sizes.min() <= 1 and (np.diff(plan.update) >= 0).all()
+    assert sizes.max() <= per_update and sizes.max() - sizes.min() <= 1
+    assert (np.diff(plan.update) >= 0).all()
     for update in range(plan.updates):
         assert plan.position[plan.update == update].tolist() == list(range(sizes[update]))
 
@@ -72,7 +76,8 @@ def test_a_hundred_updates_of_eight_blocks_or_more_vary_by_at_most_2_percent(
     usual = totals[sizes == per_update]
     if len(usual) >= 100:
         assert usual.std() / usual.mean() <= 0.02
-    assert set(sizes.tolist()) <= {per_update, per_update + 1} and (sizes > per_update).sum() == spare
+    assert set(sizes.tolist()) <= {per_update, per_update - 1}
+    assert (sizes < per_update).sum() == -len(per_block) % per_update
 
 
 def test_epochs_differ_and_nothing_is_sorted_over_time():
@@ -96,10 +101,17 @@ def test_the_same_seed_gives_the_same_plan():
     assert (a.block == b.block).all() and (a.block != c.block).any()
 
 
-def test_few_blocks_over_make_updates_of_up_to_nearly_twice_as_many():
-    """The worked example of the module's text."""
-    assert plan_updates(np.arange(1, 8), 4, 1, 0).sizes().tolist() == [7]
+def test_no_update_holds_more_than_was_asked():
+    """The worked example of the module's text, and its neighbours."""
+    assert sorted(plan_updates(np.arange(1, 8), 4, 1, 0).sizes().tolist()) == [3, 4]
+    assert sorted(plan_updates(np.arange(1, 6), 4, 1, 0).sizes().tolist()) == [2, 3]
+    assert plan_updates(np.arange(1, 5), 4, 1, 0).sizes().tolist() == [4]
     assert plan_updates(np.arange(1, 9), 4, 1, 0).sizes().tolist() == [4, 4]
+
+
+def test_a_plan_without_blocks_is_refused():
+    with pytest.raises(InputError, match="no block to train on"):
+        plan_updates(np.zeros(0, np.int64), 4, 1, 0)
 
 
 def test_fewer_blocks_than_an_update_make_one_update():

@@ -42,7 +42,7 @@ def check(root, out, *, model=FULL, sanity=None, training=None, packed=None, tok
         training=TrainingConfig(**{"learning_rate": 1e-3, **(training or {})}),
         tokenizer=str(root / "base"),
         tokenizer_revision=None,
-        template=template or {"chat_template": "tokenizer", "system": None},
+        template=template or {"chat_template": "tokenizer", "system": None, "variables": {}},
         tokens={
             "max_length": 64,
             "supervise": "completion",
@@ -142,9 +142,8 @@ def test_a_template_changed_after_tokenization_is_stopped(root, tmp_path):
     }
     path.write_text(json.dumps(formatting))
     assert check(root, tmp_path / "same", tokenized=tokenized)[0]["labels_match"].passed
-    checks, _ = check(
-        root, tmp_path / "other", tokenized=tokenized, template={"chat_template": "chatml", "system": None}
-    )
+    other = {"chat_template": "chatml", "system": None, "variables": {}}
+    checks, _ = check(root, tmp_path / "other", tokenized=tokenized, template=other)
     assert checks["labels_match"].description == "the template changed after tokenization"
 
 

@@ -22,6 +22,9 @@ class JsonSchemaGrader(Config):
         dict[str, Any] | str,
         Field(alias="schema", description="a JSON Schema, or the path of a file with one"),
     ]
+    fenced: Annotated[
+        bool, Field(description="also read a reply that is one Markdown code fence: ```json ... ```")
+    ] = False
 
 
 class JsonFieldsGrader(Config):
@@ -30,6 +33,9 @@ class JsonFieldsGrader(Config):
     name: str
     kind: Literal["json_fields"]
     fields: Annotated[list[str], Field(min_length=1)]
+    fenced: Annotated[
+        bool, Field(description="also read a reply that is one Markdown code fence: ```json ... ```")
+    ] = False
 
 
 class ExactMatchGrader(Config):
@@ -50,7 +56,10 @@ class RegexGrader(Config):
 
 
 class NumericAnswerGrader(Config):
-    """1 where the number after `after` (the last number where null) equals the completion's."""
+    """1 where the number after `after` (the last number where null) equals the completion's.
+
+    Numbers are read as people write them: 1,234.5, 1 234, 3/4, 2½, \\frac{5}{2}, 10^6, 1 million.
+    """
 
     name: str
     kind: Literal["numeric_answer"]

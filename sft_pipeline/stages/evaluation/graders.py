@@ -26,6 +26,11 @@ from sft_pipeline.stages.evaluation.config import (
     PythonGrader,
     RegexGrader,
 )
+from sft_pipeline.stages.evaluation.numbers_in_text import first_number_after, last_number
+
+# The block that models write before an answer. One that is never closed is all thinking, and no answer.
+_THINKING = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
+_FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
 Row = Mapping[str, Any]
 """What a Python grader is given of a row: row_id, group, prompt (text), completion (as expected)."""
@@ -37,6 +42,7 @@ class Grader:
 
     Attributes:
         score: (reply, completion, row) -> score; never called with an empty reply.
+        thinking: Whether it is given the thinking block with which a reply begins; else what follows it.
         expects: From a completion, why it cannot be graded against, or None where it can.
         lacks: From a completion, the fields that the grader reads and that are absent; a field that is absent
             from every completion is an error.
@@ -44,6 +50,7 @@ class Grader:
 
     name: str
     score: Callable[[str, str, Row], float]
+    thinking: bool = False
     expects: Callable[[str], str | None] = lambda _: None
     lacks: Callable[[str], list[str]] = lambda _: []
 
@@ -53,6 +60,8 @@ class Grader:
         Raises:
             InputError: A Python grader raised, or returned something that is not a finite number.
         """
+        if not self.thinking and not _THINKING.match(completion):
+            reply = _THINKING.sub("", reply, count=1)
         return self.score(reply, completion, row) if reply.strip() else 0.0
 
 
@@ -123,7 +132,7 @@ def _json_schema(config: JsonSchemaGrader) -> Grader:
 
     def score(reply: str, _completion: str, _row: Row) -> float:
         try:
-            return float(validator.is_valid(parse_json(reply)))
+            return float(validator.is_valid(parse_json(unfenced(reply) if config.fenced else reply)))
         except Unparsable:
             return 0.0
         except referencing.exceptions.Unresolvable as error:
@@ -168,14 +177,15 @@ def _json_fields(config: JsonFieldsGrader) -> Grader:
 
     def score(reply: str, completion: str, _row: Row) -> float:
         try:
-            got, want = parse_json(reply), parse_json(completion)
+            got = parse_json(unfenced(reply) if config.fenced else reply)
+            want = parse_json(completion)
         except Unparsable:
             return 0.0
         # Absent in both is agreement: fields may be optional. `lacks` catches a field that exists
         # nowhere.
         return float(all(json_equal(field_of(got, f), field_of(want, f)) for f in config.fields))
 
-    return Grader(config.name, score, expects, lacks)
+    return Grader(config.name, score, expects=expects, lacks=lacks)
 
 
 def _exact_match(config: ExactMatchGrader) -> Grader:
@@ -207,7 +217,7 @@ def _regex(config: RegexGrader) -> Grader:
     return Grader(
         config.name,
         score,
-        lambda c: None if found(c) is not None else "the pattern is not found in the completion",
+        expects=lambda c: None if found(c) is not None else "the pattern is not found in the completion",
     )
 
 
@@ -223,7 +233,7 @@ def _numeric_answer(config: NumericAnswerGrader) -> Grader:
     return Grader(
         config.name,
         score,
-        lambda c: None if number(c) is not None else f"the completion has no number{where}",
+        expects=lambda c: None if number(c) is not None else f"the completion has no number{where}",
     )
 
 
@@ -260,7 +270,7 @@ def _python(config: PythonGrader) -> Grader:
             raise InputError(f"{where}: {config.callable} returned {value!r}, not a finite number or a bool")
         return number
 
-    return Grader(config.name, score)
+    return Grader(config.name, score, thinking=True)
 
 
 _MAKERS: dict[type, Callable[[Any], Grader]] = {
@@ -273,7 +283,7 @@ _MAKERS: dict[type, Callable[[Any], Grader]] = {
 }
 
 
-# Reading replies: strict JSON, and numbers as people write them.
+# Reading replies: strict JSON.
 
 
 class Unparsable(ValueError):
@@ -298,6 +308,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise Unparsable(f"{name} is not JSON")
+
+
+def unfenced(text: str) -> str:
+    """What stands inside a Markdown code fence where the whole text is one; else the text."""
+    match = _FENCE.fullmatch(text)
+    return match.group(1) if match else text
 
 
 def parse_json(text: str) -> Any:
@@ -336,48 +352,3 @@ def json_equal(a: Any, b: Any) -> bool:
     if isinstance(a, int | float) and isinstance(b, int | float):
         return a == b
     return type(a) is type(b) and a == b
-
-
-# Digits with thousands commas, or plain, with a decimal part; not from the middle of a longer number.
-_DIGITS = (
-    r"(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?|(?<!\d)\.\d+)"
-)
-# A minus is a sign unless it follows a digit, a letter or a closing bracket ("10-5", "T-5").
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\]])[-+]\s?)?(?P<unit>[$€£¥]\s?)?(?P<sign2>(?<=[$€£¥])-)?"
-    r"(?:(?P<whole>\d+)\s+(?P<top>\d+)/(?P<bottom>\d+)|(?P<top2>\d+)/(?P<bottom2>\d+)(?!\d*/)"
-    rf"|(?P<number>{_DIGITS}))"
-)
-
-
-def _value(match: re.Match[str]) -> float | None:
-    parts = match.groupdict()
-    if parts["number"] is not None:
-        value = float(parts["number"].replace(",", ""))
-    else:
-        bottom = int(parts["bottom"] or parts["bottom2"])
-        if bottom == 0:
-            return None
-        value = int(parts["whole"] or 0) + int(parts["top"] or parts["top2"]) / bottom
-    negative = (parts["sign"] or "").strip() == "-" or parts["sign2"] is not None
-    if not math.isfinite(value):
-        return None
-    return -value if negative else value
-
-
-def numbers(text: str) -> list[float]:
-    """The numbers of a text in order: `-1,234.5`, `$18`, `3/4`, `2 1/2`, `1e3`, `40%` (a unit: 40)."""
-    found = (_value(m) for m in _NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")))
-    return [v for v in found if v is not None]
-
-
-def last_number(text: str) -> float | None:
-    found = numbers(text)
-    return found[-1] if found else None
-
-
-def first_number_after(text: str, mark: str) -> float | None:
-    """The first number after the last occurrence of `mark`; None where either is absent."""
-    _, there, tail = text.rpartition(mark)
-    found = numbers(tail) if there else []
-    return found[0] if found else None

@@ -1,12 +1,11 @@
 """The update plan: which blocks form each optimizer update over all epochs, and what every update holds.
 
-In every epoch all blocks are assigned anew to updates of `blocks_per_update`. Blocks that are left over are
-spread, so an update holds at least that many, and up to nearly twice as many where blocks are few (7 blocks,
-4 per update: one update of 7); fewer blocks than that are one update. Within an epoch, updates have nearly
-the same number of supervised tokens, so that every gradient is an average over about as much evidence,
-whatever the lengths. (Not all global batches of equal size are equal: 3 x 12 x 2 and 6 x 6 x 2 are both 72
-examples per update, but with 5,200 and 4,300 supervised tokens per rank they hold 10,400 and 8,600 supervised
-tokens.) The plan knows nothing of devices: another world size re-divides the same updates and changes no
+In every epoch all blocks are assigned anew to updates of at most `blocks_per_update`, as few updates as
+that takes, and as even as they can be: 7 blocks at 4 per update are updates of 4 and 3. Within an epoch,
+updates have nearly the same number of supervised tokens, so that every gradient is an average over about as
+much evidence, whatever the lengths. (Not all global batches of equal size are equal: 3 x 12 x 2 and 6 x 6 x 2
+are both 72 examples per update, but with 5,200 and 4,300 supervised tokens per rank they hold 10,400 and
+8,600 supervised tokens.) The plan knows nothing of devices: another world size re-divides the same updates and changes no
 membership and no order. Pure numbers, light imports: `sft check` uses it before any training.
 """
 
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sft_pipeline.errors import InputError
 from sft_pipeline.spread import Spread, spread
 from sft_pipeline.stages.packed_shards.packing import Ints, Packing, pack
 
@@ -59,9 +59,13 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
 
     Args:
         supervised: Supervised tokens per block, of at least one block.
-        blocks_per_update: What an update holds at least; where there are fewer blocks, one update holds them
-            all.
+        blocks_per_update: What an update holds at most.
+
+    Raises:
+        InputError: There is no block.
     """
+    if not len(supervised):
+        raise InputError("no block to train on: the train split has no example left; see its rejects.parquet")
     parts = []
     done = 0
     for epoch in range(epochs):
@@ -85,7 +89,7 @@ def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> 
     that has the least so far. What one block per layer cannot even out, swaps do.
     """
     count = len(supervised)
-    updates = max(count // per_update, 1)
+    updates = -(-count // per_update)
     ranked = rng.permutation(count)
     ranked = ranked[np.argsort(supervised[ranked], kind="stable")]
     spare = count - updates * (count // updates)

@@ -91,7 +91,7 @@ class _Marked:
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         name = self._mark("tool_calls", function["name"])
-        arguments = function["arguments"]
+        arguments = function.get("arguments")
         mark = self._mark("tool_calls", None)
         if mark is not None:
             arguments = f'{{"value": "{mark}"}}' if isinstance(arguments, str) else {"value": mark}
@@ -112,6 +112,6 @@ def _shape(given: Conversation) -> Shape:
 def _messages(given: Conversation) -> Iterator[Shape]:
     for m in given.messages:
         calls = m.get("tool_calls") or ()
-        kinds = tuple(isinstance(call["function"]["arguments"], str) for call in calls)
+        kinds = tuple(isinstance(call["function"].get("arguments"), str) for call in calls)
         present = (bool((m.get(n) or "").strip()) for n in ("content", "reasoning_content", "name"))
         yield (m["role"], *present, kinds)

@@ -275,7 +275,7 @@ def _all_but_weightless(
     for index in weightless:
         if given.messages[index]["role"] == "assistant":
             turn = final if index == given.last else _earlier_turn(template, given, index, text, final[0])
-            holes.append(turn or _contents(template, given, [index], text)[0])
+            holes += [turn] if turn else _contents(template, given, [index], text)
     spans, start = [], 0
     for begin, end in [*sorted(holes), (len(text), len(text))]:
         if begin > start:
