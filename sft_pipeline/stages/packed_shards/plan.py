@@ -5,8 +5,8 @@ that takes, and as even as they can be: 7 blocks at 4 per update are updates of 
 updates have nearly the same number of supervised tokens, so that every gradient is an average over about as
 much evidence, whatever the lengths. (Not all global batches of equal size are equal: 3 x 12 x 2 and 6 x 6 x 2
 are both 72 examples per update, but with 5,200 and 4,300 supervised tokens per rank they hold 10,400 and
-8,600 supervised tokens.) The plan knows nothing of devices: another world size re-divides the same updates and changes no
-membership and no order. Pure numbers, light imports: `sft check` uses it before any training.
+8,600 supervised tokens.) The plan knows nothing of devices: another world size re-divides the same updates
+and changes no membership and no order. Pure numbers, light imports: `sft check` uses it before any training.
 """
 
 from dataclasses import asdict, dataclass
