@@ -1,0 +1,128 @@
+"""What is lost between the source file and the tokens fails a check, whoever lost it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_pipeline.config.recipe import RecipeConfig
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.run import Run, run_stage
+from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.tokenized_rows.asset import STAGE as TOKENIZED_ROWS
+from sft_pipeline.stages.validated_rows import validate
+from sft_pipeline.store import Artifact, Store
+from sft_pipeline_tests import dataset_runs
+from sft_pipeline_tests.text.tiny import save_tokenizer
+
+TEMPLATE = """\
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>
+{% endfor -%}
+{%- if tools is not none %}{{ tools | tojson }}{% endif -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CALL = {"name": "find", "arguments": {"when": "Friday", "guests": 4}}
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "tool", "name": "find", "content": f"result {i}"},
+            {"role": "assistant", "reasoning_content": f"thought {i}", "content": f"answer {i}"},
+        ]
+    }
+    for i in range(40)
+]
+
+
+def tokenized(folder: Path, template: str = TEMPLATE, **recipe: Any) -> Artifact:
+    """tokenized_rows of the rows, with everything before it."""
+    source = dataset_runs.write_jsonl(folder / "rows.jsonl", ROWS)
+    split = {"validation": 0.1, "test": 0.1, "near_duplicates": None}
+    dataset = dataset_runs.dataset({"path": str(source), "format": "messages"}, split=split)
+    home = folder / "home"
+    dataset_runs.run(dataset, home)
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.is_dir():
+        save_tokenizer(tokenizer, template)
+    values = {"name": "r", "dataset": "rows", "model": {"base": str(tokenizer)}, **recipe}
+    branch = Branch(dataset, dataset_runs.snapshots(dataset.sources)[-1], RecipeConfig.model_validate(values))
+    stages = {**dataset_runs.STAGES, TOKENIZED_ROWS.name: TOKENIZED_ROWS}
+    return run_stage(TOKENIZED_ROWS, stages, branch, Run(Store(home), Reporter())).artifact
+
+
+def check(artifact: Artifact, name: str) -> dict[str, Any]:
+    return next(c for c in artifact.manifest.checks if c["name"] == name)
+
+
+def test_rows_of_every_shape_are_compared_with_their_source_and_with_transformers(tmp_path: Path) -> None:
+    found = tokenized(tmp_path)
+    assert found.manifest.accepted and found.manifest.counts["rows_accepted"] == 40
+    description = check(found, "served_prompt_equal")["description"]
+    assert description.startswith("40 rows rendered again from their source files")
+    assert "40 of them by transformers" in description
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda message: {**message, name: None}
+
+
+def _sorted_calls(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message["tool_calls"]
+    return {**message, "tool_calls": calls and json.dumps(json.loads(calls), sort_keys=True)}
+
+
+@pytest.mark.parametrize(
+    ("lose", "named"),
+    [
+        (_without("reasoning_content"), "reasoning_content of the final message"),
+        (_without("name"), "the source row gives"),
+        (_without("tool_calls"), "the source row gives"),
+        (_sorted_calls, "the source row gives"),
+        (lambda m: {**m, "content": m["content"].upper()}, "the source row gives"),
+    ],
+    ids=["reasoning", "name", "calls", "order of arguments", "content"],
+)
+def test_what_validation_loses_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable, named: str
+) -> None:
+    normalize = validate.normalize
+
+    def losing(*arguments: Any) -> Any:
+        row = normalize(*arguments)
+        row.messages = [lose(message) for message in row.messages]
+        return row
+
+    monkeypatch.setattr(validate, "normalize", losing)
+    monkeypatch.setattr(validate, "check_contract", lambda *_: None)
+    monkeypatch.setenv("SFT_WORKERS", "1")
+    failed = check(tokenized(tmp_path), "served_prompt_equal")
+    assert not failed["passed"] and failed["blocking"]
+    assert "rows.jsonl:" in failed["description"] and named in failed["description"]
+
+
+def test_a_template_with_a_clock_is_compared(tmp_path: Path) -> None:
+    found = tokenized(tmp_path, "{{ strftime_now('%d %B %Y') }}" + TEMPLATE)
+    assert found.manifest.accepted
+    assert "40 of them by transformers" in check(found, "served_prompt_equal")["description"]
+
+
+@pytest.mark.shared_data
+def test_an_architecture_that_forces_another_tokenizer_class_is_refused(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    """GPT-2 keeps numbers together, and transformers' class for Qwen2 splits them, whatever the files say."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(shared_data / "tokenizers" / "gpt2", tokenizer)
+    (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
+    assert tokenized(tmp_path).manifest.accepted
+    (tokenizer / "config.json").write_text('{"model_type": "qwen2"}')
+    shutil.rmtree(tmp_path / "home")
+    failed = check(tokenized(tmp_path), "served_prompt_equal")
+    assert not failed["passed"] and "model.tokenizer" in failed["description"]
