@@ -44,6 +44,7 @@ from sft_pipeline.text.template import ChatTemplate, end_ids
 from sft_pipeline.text.tokenizer import Tokenizer
 
 SAMPLE = 300
+SAMPLE_OF_CHANGES = 50  # where an earlier build has compared so many, and most rows are taken from it
 OF_EACH_SHAPE = 5
 MOST = 2_000  # rows in the sample, however many shapes there are
 SHAPES_FILE = "served_shapes.json"
@@ -113,6 +114,7 @@ class PromptSample:
         self._split = split
         self._known_skew, self._known_shapes = known_skew(earlier), known_shapes(earlier)
         self._asked: list[tuple[list[SampledRow], Future[_Answers]]] = []
+        self._size = SAMPLE_OF_CHANGES if self._known_shapes else SAMPLE
         self._seen: Counter[int] = Counter()
         self.rows: list[SampledRow] = []
 
@@ -125,7 +127,7 @@ class PromptSample:
         counted = Counter({shape: 2 * count for shape, count in self._seen.items()})
         wanted: list[int] = []
         for i, shape in enumerate(shapes):
-            if counted[shape] < 2 * OF_EACH_SHAPE or 2 * len(self.rows) + len(wanted) < 2 * SAMPLE:
+            if counted[shape] < 2 * OF_EACH_SHAPE or 2 * len(self.rows) + len(wanted) < 2 * self._size:
                 counted[shape] += 1
                 wanted.append(i)
         chosen = rows.take(pa.array(wanted, pa.int64())).to_pylist()
@@ -135,14 +137,14 @@ class PromptSample:
         reference = encoder.row_encoder
         for i, row in zip(wanted, chosen, strict=True):
             example, shape = by_id.get(row["row_id"]), shapes[i]
-            if example is None or (self._seen[shape] >= OF_EACH_SHAPE and len(self.rows) >= SAMPLE):
+            if example is None or (self._seen[shape] >= OF_EACH_SHAPE and len(self.rows) >= self._size):
                 continue
             given = reference.guard.check(conversation(row, reference.system))
             place = (row["source"], row["file"], row["line"])
             prompt = example["input_ids"][: example["prompt_length"]]
             self.rows.append(SampledRow(place, row["row_id"], shape, given, prompt, example["input_ids"]))
             self._seen[shape] += 1
-        if len(self.rows) >= SAMPLE and not self._asked:
+        if len(self.rows) >= self._size and not self._asked:
             self._ask(encoder, self.rows)  # while the other rows are encoded
 
     def compare(self, encoder: BatchEncoder) -> tuple[ServedPrompts, TokenizerSkew]:
