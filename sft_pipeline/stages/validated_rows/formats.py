@@ -39,13 +39,21 @@ WEIGHT_KEYS = ("weight", "loss_weight", "loss", "train")
 LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
 
 
-class MappedFields:
-    """A raw row read through a column mapping."""
+_MORE = frozenset({"tools", "functions", *REASONING})
 
-    __slots__ = ("_columns", "_row")
+
+class MappedFields:
+    """A raw row read through a column mapping.
+
+    Attributes:
+        has_more: Whether there may be tools or reasoning beside the messages; most rows have neither.
+    """
+
+    __slots__ = ("_columns", "_row", "has_more")
 
     def __init__(self, row: dict[str, Any], columns: Mapping[str, str]) -> None:
         self._row, self._columns = row, columns
+        self.has_more = bool(columns) or not _MORE.isdisjoint(row)
 
     def get(self, name: str) -> Any:
         """The value of a field, or MISSING."""
@@ -87,7 +95,8 @@ def normalize(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> 
     normalized = NormalizedRow()
     fields = MappedFields(row, columns)
     FORMATS[format_](fields, normalized)
-    normalized.tools = tools_of(fields.get("tools"), fields.get("functions"), normalized)
+    if fields.has_more:
+        normalized.tools = tools_of(fields.get("tools"), fields.get("functions"), normalized)
     return normalized
 
 
@@ -199,7 +208,7 @@ def _joined(first: str | None, second: str) -> str | None:
 
 def _reason_about_reply(fields: MappedFields, to: NormalizedRow) -> None:
     """Reasoning that stands beside a prompt and its reply belongs to the reply."""
-    for name in REASONING:
+    for name in REASONING if fields.has_more else ():
         value = fields.get(name)
         if value is not MISSING and value not in NO_VALUE:
             if not to.messages or to.messages[-1]["reasoning_content"] is not None:
