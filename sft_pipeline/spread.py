@@ -11,20 +11,21 @@ class Spread:
     """`cv`: standard deviation over mean."""
 
     mean: float
-    min: int
-    max: int
+    min: float
+    max: float
     cv: float
 
 
 def spread(values: npt.ArrayLike) -> Spread:
-    """Summarizes whole numbers; of none, everything is 0."""
+    """Summarizes numbers; of none, everything is 0. Least and greatest of whole numbers stay whole."""
     values = np.asarray(values)
+    whole = values.dtype.kind != "f"
     if not len(values):
         return Spread(0.0, 0, 0, 0.0)
     mean = float(np.mean(values))
     return Spread(
         round(mean, 2),
-        int(np.min(values)),
-        int(np.max(values)),
+        int(np.min(values)) if whole else round(float(np.min(values)), 2),
+        int(np.max(values)) if whole else round(float(np.max(values)), 2),
         round(float(np.std(values)) / mean, 5) if mean else 0.0,
     )

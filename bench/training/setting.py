@@ -21,8 +21,9 @@ BLOCKS = pa.schema(
         ("block", pa.int32()),
         ("input_ids", INTS),
         ("labels", INTS),
+        ("weights", pa.list_(pa.float32())),
         ("position_ids", INTS),
-        ("lengths", INTS),
+        ("seq_lengths", INTS),
         ("row_ids", pa.list_(pa.string())),
     ]
 )
@@ -145,8 +146,9 @@ def _blocks(setting: Setting, count: int) -> Iterator[dict[str, Any]]:
             "block": number,
             "input_ids": ids,
             "labels": labels,
+            "weights": None,
             "position_ids": np.concatenate([np.arange(n) for n in lengths]),
-            "lengths": lengths,
+            "seq_lengths": lengths,
             "row_ids": [f"{number}.{i}" for i in range(len(lengths))],
         }
 
@@ -170,11 +172,13 @@ def padded(blocks: list[dict[str, Any]], setting: Setting) -> list[dict[str, Any
 
 def _examples(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
     start = 0
-    for length in block["lengths"]:
+    for length in block["seq_lengths"]:
         yield {name: block[name][start : start + length] for name in ("input_ids", "labels")}
         start += length
 
 
 def packed(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The blocks as TRL's collator reads them."""
-    return [{"input_ids": b["input_ids"], "labels": b["labels"], "seq_lengths": b["lengths"]} for b in blocks]
+    return [
+        {"input_ids": b["input_ids"], "labels": b["labels"], "seq_lengths": b["seq_lengths"]} for b in blocks
+    ]

@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +13,6 @@ from sft_pipeline.cli.console import sparkline
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.environment import accelerator, output_of
-from sft_pipeline.stages.packed_shards.plan import PlanBudget, plan_budget
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.flops import training_seconds
@@ -37,22 +34,13 @@ def check_recipe(
     gpu = accelerator() is not None
     with prepared(branch, "packed_shards", console) as outcomes:
         artifacts = {name: outcome.artifact for name, outcome in outcomes.items()}
-        rows = pq.read_table(artifacts["tokenized_rows"].file("train"), columns=["length", "supervised"])
-        budget = plan_budget(
-            np.asarray(rows["length"]),
-            np.asarray(rows["supervised"]),
-            max_length=config.tokens.max_length,
-            strategy=config.packing.strategy,
-            blocks_per_update=config.training.planned_blocks,
-            epochs=config.training.epochs,
-            seed=config.training.seed,
-        )
+        budget = json.loads(artifacts["packed_shards"].file("budget.json").read_text())
         formatting = json.loads(artifacts["tokenized_rows"].file("formatting.json").read_text())
         counts = {name: dict(a.manifest.counts) for name, a in artifacts.items()}
     tokens = config.training.per_device_batch * config.tokens.max_length
-    supervised = int(tokens * budget.supervised_tokens / max(budget.tokens, 1))
+    supervised = int(tokens * budget["supervised_tokens"] / max(budget["tokens"], 1))
     memory = estimate(config.model, config.training, tokens=tokens, supervised=supervised, gpu=gpu)
-    updates = min(budget.updates, config.training.max_steps or budget.updates)
+    updates = min(budget["updates"], config.training.max_steps or budget["updates"])
     problems = _misfits(branch, formatting)
     return {
         "valid": not problems,
@@ -62,7 +50,7 @@ def check_recipe(
         "snapshot": branch.snapshot,
         "rows": counts,
         "budget": {
-            **budget.to_json(),
+            **budget,
             "blocks_per_update": config.training.planned_blocks,
             "per_device_batch": config.training.per_device_batch,
             "gradient_accumulation": config.training.gradient_accumulation,
@@ -115,8 +103,8 @@ def _device_bytes(gpu: bool) -> int:
     return psutil.virtual_memory().total
 
 
-def _cpu_seconds(memory: MemoryEstimate, budget: PlanBudget, epochs: int, updates: int) -> float:
-    tokens = min(budget.tokens * epochs, int(budget.tokens_per_update.mean * updates))
+def _cpu_seconds(memory: MemoryEstimate, budget: dict[str, Any], epochs: int, updates: int) -> float:
+    tokens = min(budget["tokens"] * epochs, int(budget["tokens_per_update"]["mean"] * updates))
     return round(training_seconds(memory.parameters, tokens), 1)
 
 
@@ -181,8 +169,10 @@ def _per_update(budget: dict[str, Any]) -> Table:
     table.add_column("")
     for column in ("mean", "min", "max", "cv"):
         table.add_column(column, justify="right")
-    for name in ("examples", "tokens", "supervised_tokens"):
+    for name in ("examples", "tokens", "supervised_tokens", "loss_weight"):
         s = budget[f"{name}_per_update"]
+        if s is None:  # no message has a weight of its own
+            continue
         table.add_row(
             name.replace("_", " "), f"{s['mean']:,.1f}", f"{s['min']:,}", f"{s['max']:,}", f"{s['cv']:.2%}"
         )

@@ -17,7 +17,7 @@ from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 PACKED_SPLITS = ("train", "validation")
 SPLITS = (*PACKED_SPLITS, "test")
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what incomplete bytes decode to
-BLOCK_COLUMNS = ["block", "row_ids", "lengths", "labels", "position_ids"]
+BLOCK_COLUMNS = ["block", "row_ids", "seq_lengths", "labels", "position_ids"]
 LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 
 
@@ -105,6 +105,7 @@ def _view(tokenizer: Tokenizer, split: str, values: dict, overflow: str, block: 
         tokens=token_texts(tokenizer, values["input_ids"]),
         input_ids=values["input_ids"],
         labels=values["labels"],
+        weights=values["weights"],
         special=[i in tokenizer.control_ids for i in values["input_ids"]],
         prompt_length=values["prompt_length"],
         truncated=values["truncated"],
@@ -154,7 +155,7 @@ def _blocks_of(packed: Artifact, split: str, row_ids: set[str]) -> dict[str, Blo
 
 def _segments(values: dict) -> Iterator[Segment]:
     start = 0
-    for row_id, length in zip(values["row_ids"], values["lengths"], strict=True):
+    for row_id, length in zip(values["row_ids"], values["seq_lengths"], strict=True):
         stop = start + length
         supervised = sum(label != IGNORE_LABEL for label in values["labels"][start:stop])
         positions = values["position_ids"]

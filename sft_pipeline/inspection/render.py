@@ -38,6 +38,8 @@ def _title(row: RowView) -> str:
         f"{row.supervised} supervised",
         f"prompt {row.prompt_length}",
     ]
+    if row.weighed:
+        parts.append(row.weighed)
     if row.block is not None:
         parts.append(f"block {row.block}")
     if row.cut_before or row.cut_after:

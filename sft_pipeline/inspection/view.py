@@ -15,6 +15,7 @@ class RowView:
         tokens: The text of each token; together they are the row's text. Where a character takes several
             tokens, the last one has it and the others are empty.
         labels: The input id where the token carries loss, else -100.
+        weights: What each token counts for in the loss; None where every one with a label counts 1.
         special: Whether the token is one of the tokenizer's control tokens.
         prompt_length: Tokens of the prompt that a server would send.
         truncated: Tokens of the row that are not here.
@@ -28,6 +29,7 @@ class RowView:
     tokens: Sequence[str]
     input_ids: Sequence[int]
     labels: Sequence[int]
+    weights: Sequence[float] | None
     special: Sequence[bool]
     prompt_length: int
     truncated: int
@@ -66,6 +68,13 @@ class RowView:
     @property
     def supervised(self) -> int:
         return sum(label != IGNORE_LABEL for label in self.labels)
+
+    @property
+    def weighed(self) -> str:
+        """What the supervised tokens count for, in words: "weights 0.25, 1"; empty where all count 1."""
+        if self.weights is None:
+            return ""
+        return "weights " + ", ".join(f"{w:g}" for w in sorted({*self.weights} - {0}))
 
     def kind(self, index: int) -> str:
         """ "supervised", "special" (a control token without loss) or "context"."""
@@ -123,6 +132,7 @@ class Inspection:
                     "tokens": list(r.tokens),
                     "input_ids": list(r.input_ids),
                     "labels": list(r.labels),
+                    "weights": None if r.weights is None else list(r.weights),
                     "position_ids": r.position_ids,
                     "special": list(r.special),
                     "prompt_length": r.prompt_length,

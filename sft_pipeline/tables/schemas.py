@@ -52,6 +52,8 @@ TOKENIZED = pa.schema(
         ("group", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),  # the input id where it carries loss, else -100
+        # what each token counts for in the loss, 0 without a label; null: every one with a label counts 1
+        ("weights", pa.list_(pa.float32())),
         ("length", pa.int32()),
         ("supervised", pa.int32()),  # positions with a label
         ("prompt_length", pa.int32()),  # tokens of the prompt a server would send before the final turn

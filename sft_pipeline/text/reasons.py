@@ -11,7 +11,6 @@ class Reason(StrEnum):
 
     CONTROL_TOKEN_IN_TEXT = "control_token_in_text"
     FIELD_NOT_RENDERED = "field_not_rendered"
-    UNSUPPORTED_WEIGHT = "unsupported_weight"
     TEMPLATE_ERROR = "template_error"
     NO_FINAL_ASSISTANT = "no_final_assistant"
     PROMPT_NOT_PREFIX = "prompt_not_prefix"
@@ -33,7 +32,6 @@ MEANING = {
         "the template leaves out something that the row says; the detail names the field. Choose a template "
         "that writes it, or name the field in template.ignore"
     ),
-    Reason.UNSUPPORTED_WEIGHT: "a message has a weight other than 0 and 1, which training does not know",
     Reason.TEMPLATE_ERROR: "the chat template refused the conversation",
     Reason.NO_FINAL_ASSISTANT: "the last message is not the assistant's, so there is nothing to learn",
     Reason.PROMPT_NOT_PREFIX: (

@@ -65,6 +65,7 @@ class Microbatch:
     inputs: keyword arguments of the model: input_ids [B, T]; in the layouts packed and flat also position_ids
     [B, T]; in flat the segment offsets too;
     index, targets: int64 [N], flattened positions that are scored and the ids predicted there;
+    weights: float32 [N], what each of them counts for in the loss, or None where all count 1;
     examples, tokens: without padding.
     """
 
@@ -73,6 +74,12 @@ class Microbatch:
     targets: torch.Tensor
     examples: int
     tokens: int
+    weights: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights: what the summed loss is divided by."""
+        return len(self.targets) if self.weights is None else float(self.weights.sum(dtype=torch.float64))
 
     def to(self, device: torch.device) -> "Microbatch":
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
@@ -83,7 +90,10 @@ class Microbatch:
 
     def _mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Microbatch":
         inputs = {k: move(v) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
-        return replace(self, inputs=inputs, index=move(self.index), targets=move(self.targets))
+        weights = None if self.weights is None else move(self.weights)
+        return replace(
+            self, inputs=inputs, index=move(self.index), targets=move(self.targets), weights=weights
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,10 @@ class UpdateBatch:
     @property
     def supervised(self) -> int:
         return sum(len(m.targets) for m in self.microbatches)
+
+    @property
+    def weight(self) -> float:
+        return sum(m.weight for m in self.microbatches)
 
     @property
     def tokens(self) -> int:
@@ -131,27 +145,23 @@ def _packed(blocks: Sequence[Block]) -> Microbatch:
     ids = np.zeros((len(blocks), width), dtype=np.int64)
     # Padding counts from 0 again, so that it is a segment of its own, which no real token can see.
     positions = np.zeros((len(blocks), width), dtype=np.int64)
-    index, targets = [], []
+    scored = _Scored()
     for row, block in enumerate(blocks):
         n = len(block.input_ids)
         ids[row, :n], positions[row, :n] = block.input_ids, block.position_ids
         positions[row, n:] = np.arange(width - n)
-        at, y = supervised_targets(block.labels, block.starts)
-        index.append(at + row * width)
-        targets.append(y)
+        scored.add(block.labels, block.starts, block.weights, row * width)
     inputs = {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)}
-    return _microbatch(blocks, inputs, index, targets)
+    return _microbatch(blocks, inputs, scored)
 
 
 def _flat(blocks: Sequence[Block]) -> Microbatch:
     lengths = np.concatenate([b.lengths for b in blocks])
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     longest = int(lengths.max())
-    index, targets, before = [], [], 0
+    scored, before = _Scored(), 0
     for block in blocks:
-        at, y = supervised_targets(block.labels, block.starts)
-        index.append(at + before)
-        targets.append(y)
+        scored.add(block.labels, block.starts, block.weights, before)
         before += len(block.input_ids)
     ids = np.concatenate([b.input_ids for b in blocks]).astype(np.int64)
     positions = np.concatenate([b.position_ids for b in blocks]).astype(np.int64)
@@ -163,19 +173,46 @@ def _flat(blocks: Sequence[Block]) -> Microbatch:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return _microbatch(blocks, inputs, index, targets)
+    return _microbatch(blocks, inputs, scored)
 
 
-def _microbatch(
-    blocks: Sequence[Block], inputs: dict[str, Any], index: list[np.ndarray], targets: list[np.ndarray]
-) -> Microbatch:
+def _microbatch(blocks: Sequence[Block], inputs: dict[str, Any], scored: "_Scored") -> Microbatch:
     return Microbatch(
         inputs,
-        torch.from_numpy(np.concatenate(index)),
-        torch.from_numpy(np.concatenate(targets)),
+        *scored.index_and_targets(),
         examples=sum(len(b.lengths) for b in blocks),
         tokens=sum(len(b.input_ids) for b in blocks),
+        weights=scored.weights(),
     )
+
+
+class _Scored:
+    """The scored positions of a micro-batch, gathered sequence by sequence."""
+
+    def __init__(self) -> None:
+        self._index: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
+        self._weights: list[np.ndarray | None] = []
+
+    def add(
+        self, labels: np.ndarray, starts: Sequence[int] | np.ndarray, weights: np.ndarray | None, before: int
+    ) -> None:
+        """Those of a sequence that has `before` positions in front of it."""
+        at, y = supervised_targets(labels, starts)
+        self._index.append(at + before)
+        self._targets.append(y)
+        self._weights.append(None if weights is None else weights[at + 1])
+
+    def index_and_targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(np.concatenate(self._index)), torch.from_numpy(np.concatenate(self._targets))
+
+    def weights(self) -> torch.Tensor | None:
+        if all(w is None for w in self._weights):
+            return None
+        given = [
+            np.ones(len(y), np.float32) if w is None else w for w, y in zip(self._weights, self._targets)
+        ]
+        return torch.from_numpy(np.concatenate(given).astype(np.float32))
 
 
 def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
@@ -183,14 +220,14 @@ def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
 
     No mask and no positions are needed: to a causal model padding on the right is invisible.
     """
-    segments = [
-        (b.input_ids[s : s + n], b.labels[s : s + n])
+    segments: list[_Segment] = [
+        (b.input_ids[s : s + n], b.labels[s : s + n], None if b.weights is None else b.weights[s : s + n])
         for b in blocks
         for s, n in zip(b.starts, b.lengths, strict=True)
     ]
     segments.sort(key=lambda s: -len(s[0]))
     found: list[Microbatch] = []
-    group: list[tuple[np.ndarray, np.ndarray]] = []
+    group: list[_Segment] = []
     for segment in segments:
         if group and len(group[0][0]) * (len(group) + 1) > max_tokens:
             found.append(_pad(group))
@@ -200,21 +237,22 @@ def _rows(blocks: Sequence[Block], max_tokens: int) -> list[Microbatch]:
     return found
 
 
-def _pad(group: list[tuple[np.ndarray, np.ndarray]]) -> Microbatch:
+_Segment = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # input_ids, labels, weights of an example
+
+
+def _pad(group: list[_Segment]) -> Microbatch:
     width = len(group[0][0])
     ids = np.zeros((len(group), width), dtype=np.int64)
-    index, targets = [], []
-    for row, (tokens, labels) in enumerate(group):
+    scored = _Scored()
+    for row, (tokens, labels, weights) in enumerate(group):
         ids[row, : len(tokens)] = tokens
-        at, y = supervised_targets(labels)
-        index.append(at + row * width)
-        targets.append(y)
+        scored.add(labels, (0,), weights, row * width)
     return Microbatch(
         {"input_ids": torch.from_numpy(ids)},
-        torch.from_numpy(np.concatenate(index)),
-        torch.from_numpy(np.concatenate(targets)),
+        *scored.index_and_targets(),
         examples=len(group),
-        tokens=sum(len(t) for t, _ in group),
+        tokens=sum(len(t) for t, _, _ in group),
+        weights=scored.weights(),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -209,23 +210,25 @@ def _can_shrink(cache: Any) -> bool:
 
 def score_nll(
     model: Any,
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    examples: Sequence[tuple[Any, Any, Any]],
     *,
     batch_tokens: int = 8192,
     report: Reporter | None = None,
     name: str = "scoring",
-) -> list[tuple[float, int]]:
-    """(summed NLL in nats, number of supervised tokens) of each example, in their order.
+) -> list[tuple[float, float]]:
+    """(NLL in nats summed over supervised tokens, their number) of each example, in their order; where it has
+    loss weights, both are weighted sums.
 
     Args:
-        examples: (input_ids, labels) of one example each, equally long; labels are -100 where not supervised.
-            The label of a first position is never predicted, and not counted.
+        examples: (input_ids, labels, weights) of one example each, equally long; labels are -100 where not
+            supervised; weights None: all are 1. The label of a first position is never predicted, and not
+            counted.
         batch_tokens: Padded tokens per forward pass.
     """
     report = report or Reporter()
     install_supervised_forward(model)
     device = causal_model(model).device
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    results: list[tuple[float, float]] = [(0.0, 0)] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i][0]), i))
     training, done = model.training, 0
     model.eval()
@@ -234,21 +237,26 @@ def score_nll(
             for batch in _by_tokens(order, [len(e[0]) for e in examples], batch_tokens):
                 width = len(examples[batch[0]][0])
                 ids = torch.zeros((len(batch), width), dtype=torch.long)
-                index, targets, counts = [], [], []
+                index, targets, positions = [], [], []
                 for row, i in enumerate(batch):
                     ids[row, : len(examples[i][0])] = torch.as_tensor(examples[i][0])
                     at, y = supervised_targets(examples[i][1])
                     index.append(torch.from_numpy(at) + row * width)
                     targets.append(torch.from_numpy(y))
-                    counts.append(len(y))
+                    positions.append(at + 1)
                 nll = model(
                     input_ids=ids.to(device),
                     supervised_index=torch.cat(index).to(device),
                     supervised_targets=torch.cat(targets).to(device),
                     reduction="none",
                 )["nll"]
-                for i, part in zip(batch, nll.double().cpu().split(counts), strict=True):
-                    results[i] = (float(part.sum()), len(part))
+                parts = nll.double().cpu().split([len(at) for at in positions])
+                for i, part, at in zip(batch, parts, positions, strict=True):
+                    if (weights := examples[i][2]) is None:
+                        results[i] = (float(part.sum()), len(part))
+                    else:
+                        of_tokens = np.asarray(weights, dtype=np.float64)[at]
+                        results[i] = (float(part.numpy() @ of_tokens), float(of_tokens.sum()))
                 done += len(batch)
                 report.progress(name, done, len(examples), "examples")
     finally:

@@ -2,6 +2,9 @@
 
     hidden [B, T, H] -> gather N supervised rows [N, H] -> output projection in chunks -> sum of NLL (fp32)
 
+Where messages have loss weights, the sum is of weight x NLL, and whoever takes the mean divides by the sum of
+the weights, as torch's cross_entropy does with weights of classes.
+
 Of a prompt of 1,000 tokens with an answer of 50, this projects 50 rows onto the vocabulary. Within a chunk
 the gradient of the loss is computed in the forward pass (as fused cross-entropy kernels do), so that no
 chunk's logits outlive it: memory is one chunk, and nothing is recomputed.
@@ -33,10 +36,12 @@ def chunk_rows(vocabulary: int, device: str) -> int:
 
 
 class _SummedNll(torch.autograd.Function):
-    """sum over i of -log softmax(transform(hidden_i W^T + b))[target_i], with its gradients in forward."""
+    """sum over i of -weight_i log softmax(transform(hidden_i W^T + b))[target_i], with its gradients in
+    forward. `weights`: float32 [N], or None where all are 1.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, dtype):
+    def forward(ctx, hidden, weight, bias, targets, weights, scale, cap, dtype):
         want_hidden, want_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         want_bias = bias is not None and ctx.needs_input_grad[2]
         wanted = want_hidden or want_weight or want_bias
@@ -64,11 +69,15 @@ class _SummedNll(torch.autograd.Function):
                 # exponential.
                 grad = logits.sub_(highest[:, None]).exp_()
                 norm = grad.sum(-1)
-                total += (highest + norm.log() - picked).sum()
+                nll = highest + norm.log() - picked
+                share = None if weights is None else weights[start : start + rows].to(nll.dtype)
+                total += nll.sum() if share is None else nll @ share
                 if not wanted:
                     continue
                 grad /= norm[:, None]
                 grad.scatter_add_(1, y[:, None], grad.new_full((len(y), 1), -1.0))
+                if share is not None:
+                    grad *= share[:, None]
                 if slope is not None:
                     grad *= slope
                 if scale != 1.0:
@@ -93,7 +102,7 @@ class _SummedNll(torch.autograd.Function):
             None if g is None else (g * upstream.to(g.dtype)).to(d)
             for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _accumulator(tensor: torch.Tensor) -> torch.dtype:
@@ -138,10 +147,11 @@ def causal_model(model: nn.Module) -> Any:
 def install_supervised_forward(model: nn.Module) -> str:
     """Gives the causal model a forward that returns the loss at supervised positions.
 
-    `model(input_ids=..., supervised_index=i [N], supervised_targets=y [N], reduction="sum"|"none")` then
-    returns {"nll": scalar sum, or [N]} in fp32, where i indexes the flattened [B * T] positions and y the ids
-    predicted there. Calls without `supervised_index` are the model's own. It sits inside the wrappers, so
-    that DDP's gradient hooks, PEFT and gradient checkpointing see an ordinary forward.
+    `model(input_ids=..., supervised_index=i [N], supervised_targets=y [N], supervised_weights=w [N] | None,
+    reduction="sum"|"none")` then returns {"nll": sum of w * NLL, or NLL [N]} in fp32, where i indexes the
+    flattened [B * T] positions and y the ids predicted there. Calls without `supervised_index` are the
+    model's own. It sits inside the wrappers, so that DDP's gradient hooks, PEFT and gradient checkpointing
+    see an ordinary forward.
 
     Returns:
         "selected" where only supervised positions are projected, or "full: <why>" where the model's own
@@ -154,7 +164,11 @@ def install_supervised_forward(model: nn.Module) -> str:
     scale, cap = output_transform(causal.config)
 
     def selected(
-        index: torch.Tensor, targets: torch.Tensor, reduction: str, inputs: dict[str, Any]
+        index: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        reduction: str,
+        inputs: dict[str, Any],
     ) -> torch.Tensor:
         hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state
         head = causal.get_output_embeddings()
@@ -163,24 +177,40 @@ def install_supervised_forward(model: nn.Module) -> str:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
         if reduction == "sum":
-            return _SummedNll.apply(rows, head.weight, head.bias, targets, scale, cap, dtype)
+            weights = None if weights is None else weights.to(hidden.device)
+            return _SummedNll.apply(rows, head.weight, head.bias, targets, weights, scale, cap, dtype)
         return token_nll(rows.to(dtype), head.weight.to(dtype), head.bias, targets, scale, cap)
 
     def whole(
-        index: torch.Tensor, targets: torch.Tensor, reduction: str, inputs: dict[str, Any]
+        index: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        reduction: str,
+        inputs: dict[str, Any],
     ) -> torch.Tensor:
         logits = own_forward(**inputs, use_cache=False).logits
         rows = logits.reshape(-1, logits.shape[-1])[index.to(logits.device)]
-        return F.cross_entropy(rows.to(_accumulator(rows)), targets.to(rows.device), reduction=reduction)
+        targets = targets.to(rows.device)
+        if weights is None or reduction == "none":
+            return F.cross_entropy(rows.to(_accumulator(rows)), targets, reduction=reduction)
+        nll = F.cross_entropy(rows.to(_accumulator(rows)), targets, reduction="none")
+        return nll @ weights.to(nll)
 
     reason = _why_not(causal, scale, cap, own_forward)
     compute = whole if reason else selected
 
     @functools.wraps(type(causal).forward)  # generate() checks its arguments against this signature
-    def forward(*args, supervised_index=None, supervised_targets=None, reduction="sum", **kwargs):
+    def forward(
+        *args,
+        supervised_index=None,
+        supervised_targets=None,
+        supervised_weights=None,
+        reduction="sum",
+        **kwargs,
+    ):
         if supervised_index is None:
             return own_forward(*args, **kwargs)
-        return {"nll": compute(supervised_index, supervised_targets, reduction, kwargs)}
+        return {"nll": compute(supervised_index, supervised_targets, supervised_weights, reduction, kwargs)}
 
     causal.forward = forward
     causal.supervised_head = f"full: {reason}" if reason else "selected"

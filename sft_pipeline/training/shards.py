@@ -23,7 +23,7 @@ class Block:
     """One packed sequence: whole examples ("segments") one after another.
 
     input_ids, labels, position_ids: int32 [L]; lengths: int32 [segments], summing to L; labels -100: not
-    supervised.
+    supervised; weights: float32 [L], what each token counts for in the loss, or None where all count 1.
     """
 
     block: int
@@ -31,6 +31,7 @@ class Block:
     labels: np.ndarray
     position_ids: np.ndarray
     lengths: np.ndarray
+    weights: np.ndarray | None = None
 
     @property
     def starts(self) -> np.ndarray:
@@ -78,14 +79,18 @@ class Shards:
             InputError: There is no such block, or its part is damaged.
         """
         batch, row = self._locate(number)
-        values = {name: _row(batch, name, row) for name in ("input_ids", "labels", "position_ids", "lengths")}
-        length = int(values["lengths"].sum())
+        values = {
+            name: _row(batch, name, row) for name in ("input_ids", "labels", "position_ids", "seq_lengths")
+        }
+        length = int(values["seq_lengths"].sum())
+        weighted = batch.column("weights").is_valid()[row].as_py()
         return Block(
             number,
             values["input_ids"][:length],
             values["labels"][:length],
             values["position_ids"][:length],
-            values["lengths"],
+            values["seq_lengths"],
+            _row(batch, "weights", row)[:length] if weighted else None,
         )
 
     def row_ids(self, number: int) -> list[str]:
@@ -183,7 +188,7 @@ def _bounds(metadata: pq.FileMetaData, group: int, name: str, path: Path) -> tup
 
 
 def _row(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
-    """One row of a list<int32> column, without a copy."""
+    """One row of a list column, without a copy."""
     column = batch.column(name)
     start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
     return column.values.to_numpy(zero_copy_only=False)[start:stop]

@@ -4,7 +4,8 @@ What TRL and transformers do well is theirs: the loop, AdamW, clipping, mixed pr
 wrapping, callbacks, reporting. Ours is what an update is. One item of the feed is one update of the plan, so
 a step of the loop, an update of the optimizer, a position in the plan and `global_step` are the same number.
 (In fp16 the gradient scaler skips an update whose gradient overflows; it keeps its number.) The loss of an
-update is the mean over its supervised tokens: all micro-batches, all ranks.
+update is the mean over its supervised tokens, weighted where messages have loss weights: all micro-batches,
+all ranks.
 
 Overridden of their public methods: where batches come from (`get_train_dataloader`, `get_batch_samples`),
 what an update and its loss are (`training_step`, `compute_loss`, `floating_point_ops`), the learning rate
@@ -252,19 +253,24 @@ class SupervisedTrainer(SFTTrainer):
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Summed NLL of a micro-batch, in fp32."""
+        """Summed (weighted) NLL of a micro-batch, in fp32."""
         return model(
-            **inputs.inputs, supervised_index=inputs.index, supervised_targets=inputs.targets, reduction="sum"
+            **inputs.inputs,
+            supervised_index=inputs.index,
+            supervised_targets=inputs.targets,
+            supervised_weights=inputs.weights,
+            reduction="sum",
         )["nll"]
 
     def training_step(self, model: Any, inputs: UpdateBatch, num_items_in_batch: Any = None) -> torch.Tensor:  # type: ignore[override]
         """Forward and backward of a whole update. Returns its loss: mean NLL over its supervised tokens."""
         device, world = self.args.device, self.accelerator.num_processes
         model.train()
-        counts = [inputs.supervised, inputs.tokens, inputs.examples]
+        counts = [inputs.weight, inputs.supervised, inputs.tokens, inputs.examples]
         if world > 1:  # one process does not wait for its GPU to learn what it knows
-            counts = self._over_ranks(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
-        supervised, tokens, examples = counts
+            counts = self._over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        weight = counts[0] or 1.0
+        supervised, tokens, examples = map(int, counts[1:])
         total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         last = len(inputs.microbatches) - 1
         for i, microbatch in enumerate(inputs.microbatches):
@@ -272,9 +278,9 @@ class SupervisedTrainer(SFTTrainer):
                 with self.compute_loss_context_manager(), self.maybe_activation_offload_context:
                     nll = self.compute_loss(model, microbatch.to(device))
                 # Data-parallel gradients are averaged over ranks, hence the factor.
-                self.accelerator.backward(nll * (world / max(1, supervised)))
+                self.accelerator.backward(nll * (world / weight))
             total += nll.detach()
-        loss = float(self._over_ranks(total)) / max(1, supervised)
+        loss = float(self._over_ranks(total)) / weight
         if not math.isfinite(loss):
             raise NotFinite(self.state.global_step + 1, "the loss", loss)
         self._now = (loss, examples, tokens, supervised)
@@ -327,7 +333,7 @@ class SupervisedTrainer(SFTTrainer):
     # Validation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validation loss: summed NLL over supervised tokens, over all ranks.
+        """Validation loss: mean (weighted) NLL over supervised tokens, over all ranks.
 
         The training's random state is put back.
         """
@@ -361,7 +367,7 @@ class SupervisedTrainer(SFTTrainer):
                 world=feed.world,
             ):
                 total[0] += self.compute_loss(model, microbatch.to(device)).double()
-                total[1] += len(microbatch.targets)
+                total[1] += microbatch.weight
         model.train(training)
-        nll, supervised = self._over_ranks(total).tolist()
-        return nll / max(1.0, supervised)
+        nll, weight = self._over_ranks(total).tolist()
+        return nll / (weight or 1.0)

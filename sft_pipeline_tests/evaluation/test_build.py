@@ -224,7 +224,7 @@ def test_adapters_are_judged_as_if_each_had_been_loaded_by_itself(project, rows,
     trained = w.checkpoints(_sub(project), rows, ModelConfig(**LORA), {5: 0, 9: 0, 12: 0}, learn=False)
     built, found, _ = run(project, rows, trained, config(LORA, require_improvement=False, max_rows=3))
     table = pq.read_table(rows.parts("validation")[0])
-    examples = list(zip(table.column("input_ids").to_pylist(), table.column("labels").to_pylist()))
+    examples = list(zip(*(table.column(n).to_pylist() for n in ("input_ids", "labels", "weights"))))
     for entry in found["checkpoints"]:
         alone = score_nll(
             load_for_inference(ModelConfig(**LORA), trained.file(f"checkpoint-{entry['step']}")), examples
@@ -236,7 +236,7 @@ def test_adapters_are_judged_as_if_each_had_been_loaded_by_itself(project, rows,
     test = pq.read_table(rows.parts("test")[0])
     base = score_nll(
         load_for_inference(ModelConfig(**LORA), None),
-        list(zip(test.column("input_ids").to_pylist(), test.column("labels").to_pylist())),
+        list(zip(*(test.column(n).to_pylist() for n in ("input_ids", "labels", "weights")))),
     )
     assert found["base"]["test_loss"] == pytest.approx(
         sum(a for a, _ in base) / sum(n for _, n in base), abs=2e-5

@@ -1,5 +1,6 @@
 """Blocks on disk: every row once, boundaries kept, the same bytes twice."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Example(NamedTuple):
     row_id: str
     input_ids: np.ndarray
     labels: np.ndarray
+    weights: list[float] | None = None
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -50,6 +52,7 @@ def tokenized(folder: Path, train: list[Example], validation: list[Example] = ()
                         "row_id": row.row_id,
                         "input_ids": row.input_ids.tolist(),
                         "labels": row.labels.tolist(),
+                        "weights": row.weights,
                         "length": len(row.input_ids),
                     }
                     for row in rows
@@ -98,9 +101,9 @@ def test_every_accepted_row_is_exactly_once_in_the_packs_whole_and_with_its_boun
         by_id = {e.row_id: e for e in given}
         seen = []
         for i, block in enumerate(read_rows(parts)):
-            assert block["block"] == i and len(block["input_ids"]) == sum(block["lengths"]) <= 128
+            assert block["block"] == i and len(block["input_ids"]) == sum(block["seq_lengths"]) <= 128
             start = 0
-            for row_id, length in zip(block["row_ids"], block["lengths"], strict=True):
+            for row_id, length in zip(block["row_ids"], block["seq_lengths"], strict=True):
                 piece = slice(start, start + length)
                 assert block["input_ids"][piece] == by_id[row_id].input_ids.tolist()
                 assert block["labels"][piece] == by_id[row_id].labels.tolist()
@@ -158,6 +161,38 @@ def test_training_reads_what_was_written_from_small_row_groups_in_several_parts(
     for update, rows in planned.groupby("update"):
         assert plan.blocks(update).tolist() == rows["block"].tolist()
     assert plan.planned("tokens", len(plan)) == 2 * built.counts["tokens"]
+
+
+@pytest.mark.parametrize("first", [0, 30], ids=["from the first row on", "after rows without"])
+def test_weights_go_with_their_tokens_to_training(tmp_path, first):
+    train = [
+        e
+        if i < first or i % 3 == 0
+        else e._replace(weights=[0.0 if t == IGNORE_LABEL else (0.1, 2.5)[i % 2] for t in e.labels])
+        for i, e in enumerate(examples(90))
+    ]
+    built, out = run(tmp_path, tokenized(tmp_path / "in", train))
+    assert all(c.passed for c in built.checks), [c.description for c in built.checks]
+    by_id = {e.row_id: e for e in train}
+    shards = Shards(sorted((out / "train").glob("*.parquet")))
+    per_block, plain = [], 0
+    for number in range(len(shards)):
+        block = shards.block(number)
+        expected = np.concatenate(
+            [
+                (e.labels != IGNORE_LABEL).astype(np.float32) if e.weights is None else np.float32(e.weights)
+                for e in map(by_id.get, shards.row_ids(number))
+            ]
+        )
+        plain += block.weights is None
+        found = (block.labels != IGNORE_LABEL).astype(np.float32) if block.weights is None else block.weights
+        assert found.tolist() == expected.tolist()
+        per_block.append(float(expected.sum(dtype=np.float64)))
+    assert plain < len(shards)
+    plan = pq.read_table(out / "plan.parquet").to_pandas()
+    assert plan["weight"].tolist() == [per_block[b] for b in plan["block"]]
+    budget = json.loads((out / "budget.json").read_text())
+    assert budget["loss_weight_per_update"]["mean"] != budget["supervised_tokens_per_update"]["mean"]
 
 
 def test_no_training_rows_is_a_clear_error(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.packed_shards.packing import pack
-from sft_pipeline.stages.packed_shards.plan import PlanBudget, plan_budget, plan_updates
+from sft_pipeline.stages.packed_shards.plan import PlanBudget, budget_of, plan_updates
 from sft_pipeline.training.config import TrainingConfig
 
 LENGTHS = [180, 95, 310, 150, 220, 60, 400, 130, 275, 200]
@@ -128,18 +128,26 @@ def planned(per_device: int, accumulation: int, processes: int) -> int:
     ).planned_blocks
 
 
-def budget_of(supervised: list[int], blocks_per_update: int) -> PlanBudget:
-    """Of examples with as many supervised tokens, not packed."""
+def plan_budget(
+    lengths: np.ndarray,
+    supervised: np.ndarray,
+    weight: np.ndarray | None = None,
+    *,
+    max_length: int = 8192,
+    strategy: str = "none",
+    blocks_per_update: int,
+    epochs: int = 1,
+) -> PlanBudget:
+    weight = supervised.astype(float) if weight is None else weight
+    packing = pack(lengths, max_length, strategy)
+    plan = plan_updates(packing.sums(weight), blocks_per_update, epochs, seed=0)
+    return budget_of(packing, plan, lengths, supervised, weight, max_length)
+
+
+def unpacked(supervised: list[int], blocks_per_update: int) -> PlanBudget:
+    """Of examples with as many supervised tokens."""
     counts = np.array(supervised)
-    return plan_budget(
-        counts + 1,
-        counts,
-        max_length=8192,
-        strategy="none",
-        blocks_per_update=blocks_per_update,
-        epochs=1,
-        seed=0,
-    )
+    return plan_budget(counts + 1, counts, blocks_per_update=blocks_per_update)
 
 
 def test_per_device_4_accumulation_8_world_4_is_128_examples():
@@ -148,7 +156,7 @@ def test_per_device_4_accumulation_8_world_4_is_128_examples():
 
 def test_eight_microbatches_on_four_ranks_are_6240_supervised_tokens():
     microbatches = [180, 212, 164, 220, 198, 204, 175, 207]
-    found = budget_of(microbatches * 4, planned(1, 8, 4)).supervised_tokens_per_update
+    found = unpacked(microbatches * 4, planned(1, 8, 4)).supervised_tokens_per_update
     assert found.mean == found.min == found.max == 6_240
 
 
@@ -158,19 +166,13 @@ def test_4_8_4_against_2_16_8_is_a_ratio_of_2():
 
 def test_equal_examples_are_not_equal_supervised_tokens():
     assert planned(3, 12, 2) == planned(6, 6, 2) == 72
-    assert budget_of([5_200] * 2, 2).supervised_tokens_per_update.mean == 10_400
-    assert budget_of([4_300] * 2, 2).supervised_tokens_per_update.mean == 8_600
+    assert unpacked([5_200] * 2, 2).supervised_tokens_per_update.mean == 10_400
+    assert unpacked([4_300] * 2, 2).supervised_tokens_per_update.mean == 8_600
 
 
 def test_padding_ten_examples_to_2048_wastes_90_percent_and_packing_fits_one_block():
     budget = plan_budget(
-        np.array(LENGTHS),
-        np.array(LENGTHS) // 2,
-        max_length=2048,
-        strategy="bfd",
-        blocks_per_update=4,
-        epochs=1,
-        seed=0,
+        np.array(LENGTHS), np.array(LENGTHS) // 2, max_length=2048, strategy="bfd", blocks_per_update=4
     )
     assert budget.padding_waste == pytest.approx(0.901, abs=5e-4)
     assert (budget.blocks, budget.updates, budget.examples) == (1, 1, 10)
@@ -185,9 +187,20 @@ def test_without_packing_an_update_holds_that_many_examples():
         strategy="none",
         blocks_per_update=5,
         epochs=3,
-        seed=0,
     )
     assert budget.updates == 6 and budget.examples_per_update.mean == 5 and budget.examples_per_update.cv == 0
     supervised = budget.supervised_tokens_per_update.mean * 6
     assert supervised == pytest.approx(3 * budget.supervised_tokens, rel=1e-3)
     assert set(budget.to_json()["supervised_tokens_per_update"]) == {"mean", "min", "max", "cv"}
+
+
+def test_updates_are_balanced_by_loss_weight_where_messages_have_one():
+    rng = np.random.default_rng(5)
+    supervised = rng.integers(20, 200, 4_000)
+    weight = supervised * rng.choice([0.1, 1.0, 2.5], 4_000)
+    budget = plan_budget(supervised + 50, supervised, weight, blocks_per_update=16)
+    assert budget.balance_cv < 0.005 and budget.loss_weight_per_update.cv == budget.balance_cv
+    assert budget.supervised_tokens_per_update.cv > 5 * budget.balance_cv
+    total = budget.loss_weight_per_update.mean * budget.updates
+    assert total == pytest.approx(weight.sum(), rel=1e-4)
+    assert plan_budget(supervised + 50, supervised, blocks_per_update=16).loss_weight_per_update is None

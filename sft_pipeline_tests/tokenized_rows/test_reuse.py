@@ -15,7 +15,7 @@ from sft_pipeline.stages.stage import Build, Built, Check
 from sft_pipeline.stages.tokenized_rows import build as stage_build
 from sft_pipeline.stages.tokenized_rows import row_cache, served_prompts, tokenizer_skew
 from sft_pipeline.stages.tokenized_rows.config import TemplateConfig, TokenizedRowsConfig, TokensConfig
-from sft_pipeline.stages.tokenized_rows.outcomes import RowOutcome, mask_of, to_outcomes
+from sft_pipeline.stages.tokenized_rows.outcomes import RowOutcome, mask_of, span_weights_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.row_cache import TokenGroups
 from sft_pipeline.stages.tokenized_rows.word_cache import WordCache
 from sft_pipeline.store.manifest import data_version, list_files
@@ -50,12 +50,12 @@ class RecordingReporter(Reporter):
 
 
 def run(
-    tmp_path: Path, name: str, earlier: tuple = (), **splits
+    tmp_path: Path, name: str, earlier: tuple = (), supervise: str = "completion", **splits
 ) -> tuple[Built, FakeArtifact, RecordingReporter]:
     folder = tmp_path / "tokenizer"
     if not folder.exists():
         save_tokenizer(folder, CHATML)
-    tokens = TokensConfig(max_length=100, overflow="split")
+    tokens = TokensConfig(max_length=100, overflow="split", supervise=supervise)
     config = TokenizedRowsConfig(
         tokenizer=str(folder), revision=None, template=TemplateConfig(), tokens=tokens
     )
@@ -179,27 +179,38 @@ def test_few_new_rows_go_row_by_row(tmp_path):
     assert version(built, warm) == version(cold_built, cold)
 
 
+TOKEN_WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.25])
+
+
 @settings(max_examples=200, deadline=None)
-@given(rows=st.lists(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=3), max_size=6))
-def test_spans_record_the_mask_of_each_row(rows):
-    """Rows of examples of tokens, each supervised or not."""
-    examples = [mask for row in rows for mask in row]
-    flat = np.array([on for mask in examples for on in mask], dtype=bool)
-    labels = [[7 if on else IGNORE_LABEL for on in mask] for mask in examples]
+@given(rows=st.lists(st.lists(st.lists(TOKEN_WEIGHTS, min_size=1, max_size=9), max_size=3), max_size=6))
+def test_spans_record_the_mask_and_the_weights_of_each_row(rows):
+    """Rows of examples of tokens, each with its weight; 0: not supervised."""
+    examples = [weights for row in rows for weights in row]
+    flat = np.array([weight for weights in examples for weight in weights], dtype=np.float32)
+    labels = [[7 if weight else IGNORE_LABEL for weight in weights] for weights in examples]
+    given_weights = [weights if 0.25 in weights else None for weights in examples]
     batch = pa.RecordBatch.from_arrays(
-        [pa.array(list(map(len, examples)), pa.int32()), pa.array(labels, pa.list_(pa.int32()))],
-        ["length", "labels"],
+        [
+            pa.array(list(map(len, examples)), pa.int32()),
+            pa.array(labels, pa.list_(pa.int32())),
+            pa.array(given_weights, pa.list_(pa.float32())),
+        ],
+        ["length", "labels", "weights"],
     )
     keys = pa.array([b"k" * 16] * len(rows), pa.binary(16))
     written = to_outcomes(
         keys, [RowOutcome(n) for n in range(4)], np.array([len(r) for r in rows], np.int64), batch
     )
     starts = np.cumsum([0, *(sum(map(len, row)) for row in rows)])
-    assert mask_of(written.column("spans"), starts).tolist() == flat.tolist()
-    for spans, given_row in zip(written.column("spans").to_pylist(), rows, strict=True):
-        assert all(
-            0 <= a < b <= sum(map(len, given_row)) for a, b in zip(spans[::2], spans[1::2], strict=True)
-        )
+    spans = written.column("spans")
+    assert mask_of(spans, starts).tolist() == (flat > 0).tolist()
+    weights = span_weights_of(spans, written.column("span_weights"), starts)
+    assert (weights is None) == (0.25 not in flat)
+    assert weights is None or weights.tolist() == flat.tolist()
+    for of_row, given_row in zip(spans.to_pylist(), rows, strict=True):
+        ends = zip(of_row[::2], of_row[1::2], strict=True)
+        assert all(0 <= a < b <= sum(map(len, given_row)) for a, b in ends)
 
 
 @pytest.mark.parametrize("held", [0, 3_000, 1 << 20])
@@ -223,3 +234,34 @@ def test_token_groups_give_ids_in_any_order_within_a_memory_bound(tmp_path, monk
             assert to[place : place + lengths[e]].tolist() == ids[e]
         assert np.count_nonzero(to != holes) == lengths[these].sum()
     assert not groups.held and not list(scratch.glob("*"))  # all that was wanted was taken
+
+
+WEIGHTS = st.lists(st.sampled_from([None, 0, 0.25, 1, 2]), min_size=4, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(weights=st.lists(WEIGHTS, min_size=1, max_size=6), seen=st.integers(0, 6))
+def test_weights_of_reused_rows_are_those_of_a_cold_build(tmp_path_factory, weights, seen):
+    tmp_path = tmp_path_factory.mktemp("weights")
+    rows = [
+        row(
+            ("user", f"who may read {i}"),
+            ("assistant", "user " * 5),
+            ("user", "user"),
+            ("assistant", "user " * (40 if i % 2 else 3) + str(i)),
+            weights=[*of_row[:3], of_row[3] or 0.5],
+            row_id=f"{i:032x}",
+        )
+        for i, of_row in enumerate(weights)
+    ]
+    _, before, _ = run(tmp_path, "before", supervise="assistant", train=[*rows[:seen], *numbered(3)])
+    cold, first, _ = run(tmp_path, "cold", supervise="assistant", train=[*numbered(3), *rows])
+    warm, second, _ = run(tmp_path, "warm", (before,), supervise="assistant", train=[*numbered(3), *rows])
+    assert warm.counts["rows_reused"] == 3 + min(seen, len(rows))
+    assert version(warm, second) == version(cold, first)
+    assert all(c.passed for c in cold.checks if c.name == "mask_certificate")
+    found = {r["row_id"]: r for r in read_rows(second.parts("train"))}
+    for i, of_row in enumerate(weights):
+        wanted = {w for w in (of_row[1], of_row[3] or 0.5) if w != 0}
+        given = found[f"{i:032x}"]["weights"]
+        assert ({*given} - {0}) <= {1.0 if w is None else w for w in wanted} if given else wanted <= {None, 1}

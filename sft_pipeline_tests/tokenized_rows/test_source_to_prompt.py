@@ -21,6 +21,7 @@ from sft_pipeline.text.tokenizer import load_tokenizer
 pytestmark = pytest.mark.shared_data
 
 USER = {"role": "user", "content": "Three times two?"}
+ANSWER = {"role": "assistant", "content": "Six."}
 CALL = {
     "role": "assistant",
     "content": "",
@@ -213,7 +214,31 @@ def test_weight_0_masks_the_content_and_not_the_header(encoder, content: str) ->
     assert found[1].startswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("weight", [0.5, 2])
-def test_other_weights_are_refused(encoder, weight: float) -> None:
-    result = encode(encoder("qwen3"), USER, {"role": "assistant", "content": "Six.", "weight": weight})
-    assert str(result.reason) == "unsupported_weight"
+@pytest.mark.parametrize("supervise", ["completion", "assistant", "last_turn", "all"])
+def test_a_weight_is_that_of_its_message_s_tokens(encoder, supervise: str) -> None:
+    qwen = encoder("qwen3", supervise=supervise)
+    messages = [
+        {**USER, "weight": 3},
+        {"role": "assistant", "content": "Fünf, oder?", "weight": 0.25},
+        {"role": "user", "content": "Nein."},
+        {"role": "assistant", "content": "Sechs.", "weight": 0.5},
+    ]
+    (example,) = encode(qwen, *messages).examples
+    texts: dict[float, str] = {}
+    for token, label, weight in zip(example.input_ids, example.labels, example.weights, strict=True):
+        assert (label != IGNORE_LABEL) == (weight > 0)
+        texts[weight] = texts.get(weight, "") + qwen.tokenizer.decode([int(token)])
+    assert "Sechs.<|im_end|>" in texts[0.5] and "Nein" not in texts[0.5]
+    if supervise in ("assistant", "all"):
+        assert texts[0.25].startswith("Fünf, oder?")
+    if supervise == "all":
+        assert texts[3.0] == USER["content"] and "Nein.<|im_end|>" in texts[1.0]
+    else:
+        assert 1.0 not in texts and 3.0 not in texts
+
+
+def test_weights_of_1_and_0_are_no_weights(encoder) -> None:
+    for weights in ((1, 1), (0, 1), (None, 1.0)):
+        asked, answered = ({**m, "weight": w} for m, w in zip((USER, ANSWER), weights, strict=True))
+        (example,) = encode(encoder("qwen3", supervise="all"), asked, answered).examples
+        assert example.weights is None

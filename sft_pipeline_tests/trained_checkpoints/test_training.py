@@ -184,12 +184,29 @@ def test_checkpoints_load_for_inference_and_their_validation_loss_is_that_of_the
             for r in pq.read_table(root / kind / "history.parquet").to_pylist()
             if r["name"] == "val_loss"
         }
-        rows = [(e["input_ids"], e["labels"]) for e in tiny.examples(12, 1000)]
+        rows = [(e["input_ids"], e["labels"], None) for e in tiny.examples(12, 1000)]
         for step, checkpoint in ((0, None), (6, root / kind / "checkpoint-6")):
             scores = score_nll(load_for_inference(config_of(root, **CONFIGS[kind]).model, checkpoint), rows)
             assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(
                 curve[step], rel=1e-6
             )
+
+
+def test_with_weights_the_validation_loss_is_their_mean_in_training_and_in_evaluation(tmp_path, whole, root):
+    from sft_pipeline.training.generate import score_nll
+    from sft_pipeline.training.model import load_for_inference
+
+    make(tmp_path, weights=True)
+    run(tmp_path, "weighed")
+    rows = [(e["input_ids"], e["labels"], e.get("weights")) for e in tiny.weighed(tiny.examples(12, 1000))]
+    checkpoint = tmp_path / "weighed" / "checkpoint-6"
+    scores = score_nll(load_for_inference(config_of(tmp_path).model, checkpoint), rows)
+    recorded = json.loads((tmp_path / "weighed" / "training.json").read_text())["checkpoints"][-1]["val_loss"]
+    weight = sum(sum(w) if w else sum(t != -100 for t in labels) for _, labels, w in rows)
+    assert sum(w for _, w in scores) == pytest.approx(weight)
+    assert sum(n for n, _ in scores) / weight == pytest.approx(recorded, rel=1e-6)
+    plain = json.loads((root / "lora" / "training.json").read_text())["checkpoints"][-1]["val_loss"]
+    assert abs(plain - recorded) > 1e-4
 
 
 def test_evaluation_does_not_change_the_training(root):
@@ -328,7 +345,7 @@ def test_qlora_trains_and_its_checkpoint_scores_as_in_training(root):
     model = load_for_inference(
         config_of(root, parameterization="qlora").model, root / "qlora" / "checkpoint-2"
     )
-    scores = score_nll(model, [(e["input_ids"], e["labels"]) for e in tiny.examples(12, 1000)])
+    scores = score_nll(model, [(e["input_ids"], e["labels"], None) for e in tiny.examples(12, 1000)])
     assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(
         training["checkpoints"][-1]["val_loss"], rel=1e-4
     )
@@ -381,7 +398,7 @@ def planned_rows(root):
     found = {}
     for entry in pq.read_table(root / "packed" / "plan.parquet").to_pylist():
         ids, at = blocks[entry["block"]]["input_ids"], 0
-        for length in blocks[entry["block"]]["lengths"]:
+        for length in blocks[entry["block"]]["seq_lengths"]:
             found.setdefault(entry["update"], []).append(tuple(ids[at : at + length]))
             at += length
     return {update: sorted(rows) for update, rows in found.items()}

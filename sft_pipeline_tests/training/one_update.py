@@ -35,13 +35,14 @@ class Keeping(SupervisedTrainer):
         return super()._clip_grad_norm(model)
 
 
-def main(base: Path, out: Path, kinds: list[str]) -> None:
+def main(base: Path, out: Path, kinds: list[str], weights: bool = False) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     own = out / f"rank{rank}"
-    packed = tiny.packed_shards(own / "packed", per_update=6, epochs=1)
+    packed = tiny.packed_shards(own / "packed", per_update=6, epochs=1, weights=weights)
     plan, shards = Plan(packed.file("plan.parquet")), Shards(packed.parts("train"))
     members = {row for block in plan.blocks(0) for row in shards.row_ids(int(block))}
-    rows = [row for row in tiny.examples(48) if row["row_id"] in members]
+    given = tiny.weighed(tiny.examples(48)) if weights else tiny.examples(48)
+    rows = [row for row in given if row["row_id"] in members]
     training = TrainingConfig(per_device_batch=1)  # several micro-batches on each rank
     for kind in kinds:
         config = ModelConfig(base=str(base), parameterization=kind, lora={"r": 4, "dropout": 0.0})  # type: ignore[arg-type]
@@ -66,4 +67,4 @@ def main(base: Path, out: Path, kinds: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), "weights" in sys.argv)

@@ -19,16 +19,20 @@ Gradients = dict[str, torch.Tensor]
 
 
 def blocks_of(rows: list[dict[str, Any]], max_length: int = 64) -> list[Block]:
-    names = ("input_ids", "labels", "position_ids", "lengths")
+    names = ("input_ids", "labels", "position_ids", "seq_lengths")
     return [
-        Block(b["block"], *(np.array(b[n], dtype=np.int32) for n in names))
+        Block(
+            b["block"],
+            *(np.array(b[n], dtype=np.int32) for n in names),
+            None if b["weights"] is None else np.array(b["weights"], dtype=np.float32),
+        )
         for b in tiny.pack(rows, max_length)
     ]
 
 
 def reference(model: Any, rows: list[dict[str, Any]]) -> tuple[float, Gradients]:
-    """Mean NLL over supervised tokens and its gradients, in float64, one padded batch with a mask, full
-    logits.
+    """Mean (weighted) NLL over supervised tokens and its gradients, in float64, one padded batch with a mask,
+    full logits.
 
     4-bit weights are taken dequantized.
     """
@@ -42,9 +46,13 @@ def reference(model: Any, rows: list[dict[str, Any]]) -> tuple[float, Gradients]
         logits[:, :-1].reshape(-1, logits.shape[-1]),
         labels[:, 1:].reshape(-1),
         ignore_index=-100,
-        reduction="sum",
+        reduction="none",
     )
-    mean = nll / (labels[:, 1:] != -100).sum()
+    weights = torch.tensor(
+        [r.get("weights", [1.0] * r["length"]) + [0.0] * (width - r["length"]) for r in rows]
+    )
+    weights = weights.double()[:, 1:].reshape(-1) * (labels[:, 1:].reshape(-1) != -100)
+    mean = (nll * weights).sum() / weights.sum()
     mean.backward()
     return mean.item(), gradients(model)
 
@@ -58,15 +66,14 @@ def ours(
     blocks = blocks_of(rows, max_length)
     per = max(1, math.ceil(len(blocks) / accumulation))
     batches = microbatches(blocks, layout=layout, per_device_batch=per, max_tokens=per * max_length)
-    supervised = sum(len(m.targets) for m in batches)
+    weight = sum(m.weight for m in batches)
     total = 0.0
     for m in batches:
-        nll = model(**m.inputs, supervised_index=m.index, supervised_targets=m.targets, reduction="sum")[
-            "nll"
-        ]
-        (nll / supervised).backward()
+        given = {"index": m.index, "targets": m.targets, "weights": m.weights}
+        nll = model(**m.inputs, **{f"supervised_{n}": v for n, v in given.items()}, reduction="sum")["nll"]
+        (nll / weight).backward()
         total += nll.item()
-    return total / supervised, gradients(model)
+    return total / weight, gradients(model)
 
 
 def gradients(model: Any) -> Gradients:

@@ -59,18 +59,18 @@ def test_a_finished_row_does_not_disturb_the_others_when_it_leaves_the_batch(mod
 def test_the_model_is_left_in_its_mode(model):
     model.train()
     generate(model, PROMPTS[:1], max_new_tokens=2, stop_ids=set(), pad_id=0)
-    score_nll(model, [([1, 5, 6], [-100, 5, 6])])
+    score_nll(model, [([1, 5, 6], [-100, 5, 6], None)])
     assert model.training
     model.eval()
 
 
 def test_scores_equal_the_model_s_own_loss_and_first_labels_are_not_counted(model):
-    examples = [(e["input_ids"], e["labels"]) for e in tiny.examples(15, seed=8)] + [
-        ([7, 8], [7, 8]),
-        ([7, 8], [7, -100]),
+    examples = [(e["input_ids"], e["labels"], None) for e in tiny.examples(15, seed=8)] + [
+        ([7, 8], [7, 8], None),
+        ([7, 8], [7, -100], None),
     ]
     found = score_nll(model, examples, batch_tokens=60)
-    for (ids, labels), (nll, count) in zip(examples, found, strict=True):
+    for (ids, labels, _), (nll, count) in zip(examples, found, strict=True):
         assert count == sum(label != -100 for label in labels[1:])
         if count:
             assert nll == pytest.approx(

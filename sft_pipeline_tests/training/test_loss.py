@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from sft_pipeline.training import loss as loss_module
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
-from sft_pipeline.training.data import supervised_targets
+from sft_pipeline.training.data import microbatches, supervised_targets
 from sft_pipeline.training.loss import install_supervised_forward, output_transform
 from sft_pipeline.training.model import load_for_training
 from sft_pipeline_tests.training import one_update, tiny
 from sft_pipeline_tests.training.reference import (
     away_from_zero,
+    blocks_of,
     cohere,
     errors,
     gemma,
@@ -85,6 +86,29 @@ def test_loss_and_gradients_equal_a_float64_padded_unpacked_reference(kind, layo
     assert max(errors(grads, expected_grads).values()) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["packed", "flat", "rows"])
+@pytest.mark.parametrize("kind", ["full", "softcapped", "scaled by granite", "lora", "taken whole"])
+def test_with_weights_loss_and_gradients_are_those_of_a_weighted_mean(kind, layout):
+    model = tiny.llama() if kind == "taken whole" else MODELS[kind]()
+    if kind != "lora":
+        model.requires_grad_(True)
+    rows = tiny.weighed(tiny.examples(24, seed=3))
+    expected, expected_grads = reference(model, rows)
+    assert abs(expected - reference(model, tiny.examples(24, seed=3))[0]) > 1e-4
+    if layout == "flat":  # no attention on a CPU takes its offsets; its scored positions are those of packed
+        (packed,), (flat,) = (
+            microbatches(blocks_of(rows), layout=way, per_device_batch=99, max_tokens=1)
+            for way in ("packed", "flat")
+        )
+        assert flat.targets.equal(packed.targets) and flat.weights.equal(packed.weights)
+        return
+    if kind == "taken whole":
+        model.lm_head.__class__ = type("Odd", (torch.nn.Linear,), {})
+    found, grads = ours(model, rows, layout=layout, accumulation=3)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert max(errors(grads, expected_grads).values()) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["full", "qwen", "softcapped", "lora", "rslora", "lora softcapped"])
 def test_bf16_gradients_are_near_those_of_fp32(kind):
     """The tolerance is BF16_TOLERANCE, and stated there."""
@@ -104,16 +128,18 @@ def test_bf16_gradients_are_near_those_of_fp32(kind):
     assert 1e-4 < worst < BF16_TOLERANCE
 
 
+@pytest.mark.parametrize("weights", [False, True], ids=["", "with weights"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_trainer_takes_those_gradients_with_one_process_and_with_two(base, tmp_path, processes):
+def test_the_trainer_takes_those_gradients_with_one_process_and_with_two(base, tmp_path, processes, weights):
     """The whole path of an update: feed, trainer, DDP, accumulation over micro-batches; the gradients before
     clipping.
     """
     kinds = ["full", "lora", "qlora"]
     if processes == 1:
-        one_update.main(base, tmp_path, kinds)
+        one_update.main(base, tmp_path, kinds, weights)
     else:
         script = ["-m", "sft_pipeline_tests.training.one_update", str(base), str(tmp_path), json.dumps(kinds)]
+        script += ["weights"] * weights
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         ran = subprocess.run([sys.executable, *ranks, *script], capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr[-3000:]
@@ -150,7 +176,7 @@ def test_softcapping_and_scaling_have_the_gradient_of_autograd(cap, scale):
     logits = torch.tanh(logits / cap) * cap if cap else logits
     expected = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), (hidden, weight, bias))
     found = torch.autograd.grad(
-        loss_module._SummedNll.apply(hidden, weight, bias, targets, scale, cap, torch.float64),
+        loss_module._SummedNll.apply(hidden, weight, bias, targets, None, scale, cap, torch.float64),
         (hidden, weight, bias),
     )
     for a, b in zip(found, expected, strict=True):
@@ -210,7 +236,14 @@ def test_prefix_losses_and_answer_losses_full_sequence_0_596_response_only_2_000
     def mean_loss(labels):
         at, targets = supervised_targets(labels)
         nll = loss_module._SummedNll.apply(
-            hidden[torch.from_numpy(at)], weight, None, torch.from_numpy(targets), 1.0, None, torch.float64
+            hidden[torch.from_numpy(at)],
+            weight,
+            None,
+            torch.from_numpy(targets),
+            None,
+            1.0,
+            None,
+            torch.float64,
         )
         return nll.item() / len(targets)
 

@@ -17,7 +17,7 @@ def write_part(folder, name, first, rows, row_group=2):
     columns["block"] = list(range(first, first + rows))
     columns["input_ids"] = [[n, n + 1] for n in columns["block"]]
     columns["labels"] = columns["position_ids"] = columns["input_ids"]
-    columns["lengths"] = [[2]] * rows
+    columns["seq_lengths"] = [[2]] * rows
     columns["row_ids"] = [[str(n)] for n in columns["block"]]
     pq.write_table(pa.table(columns, schema=BLOCKS), path, row_group_size=row_group)
     return path

@@ -21,8 +21,9 @@ PACKED = pa.schema(
         ("block", pa.int32()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
         ("position_ids", pa.list_(pa.int32())),
-        ("lengths", pa.list_(pa.int32())),
+        ("seq_lengths", pa.list_(pa.int32())),
         ("row_ids", pa.list_(pa.string())),
     ]
 )
@@ -127,6 +128,16 @@ def examples(
     return found
 
 
+def weighed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, of every three the second at weight 0.25 and the third at 3."""
+    return [
+        row
+        if i % 3 == 0
+        else {**row, "weights": [0.0 if t == -100 else (0.25, 3.0)[i % 3 - 1] for t in row["labels"]]}
+        for i, row in enumerate(rows)
+    ]
+
+
 def pack(rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
     """First fit; enough for tests."""
     bins: list[list[dict[str, Any]]] = []
@@ -142,8 +153,11 @@ def pack(rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
             "block": i,
             "input_ids": [t for r in b for t in r["input_ids"]],
             "labels": [t for r in b for t in r["labels"]],
+            "weights": [w for r in b for w in r.get("weights", [1.0] * r["length"])]
+            if any("weights" in r for r in b)
+            else None,
             "position_ids": [p for r in b for p in range(r["length"])],
-            "lengths": [r["length"] for r in b],
+            "seq_lengths": [r["length"] for r in b],
             "row_ids": [r["row_id"] for r in b],
         }
         for i, b in enumerate(bins)
@@ -200,13 +214,15 @@ def packed_shards(
     seed: int = 0,
     vocabulary: int = VOCABULARY,
     poisoned: int | None = None,
+    weights: bool = False,
 ) -> Artifact:
     """A packed_shards artifact of two parts. The first row of the block `poisoned` is nonsense, all of it
-    supervised.
+    supervised. With `weights` its rows are `weighed`.
     """
-    blocks = pack(examples(rows, seed, vocabulary=vocabulary), max_length)
+    given = weighed if weights else list
+    blocks = pack(given(examples(rows, seed, vocabulary=vocabulary)), max_length)
     if poisoned is not None:
-        draw, n = random.Random(seed), blocks[poisoned]["lengths"][0]
+        draw, n = random.Random(seed), blocks[poisoned]["seq_lengths"][0]
         nonsense = [draw.randrange(3, VOCABULARY) for _ in range(n)]
         for name in ("input_ids", "labels"):
             blocks[poisoned][name][:n] = nonsense
@@ -214,7 +230,9 @@ def packed_shards(
     write_parquet(folder / "train" / "part-00000.parquet", blocks[:half], PACKED)
     write_parquet(folder / "train" / "part-00001.parquet", blocks[half:], PACKED)
     write_parquet(
-        folder / "validation" / "part-00000.parquet", pack(examples(12, seed + 1000), max_length), PACKED
+        folder / "validation" / "part-00000.parquet",
+        pack(given(examples(12, seed + 1000)), max_length),
+        PACKED,
     )
     schema = pa.schema(
         [
@@ -227,7 +245,7 @@ def packed_shards(
             **row,
             "tokens": len(b["input_ids"]),
             "supervised": sum(t != -100 for t in b["labels"]),
-            "examples": len(b["lengths"]),
+            "examples": len(b["seq_lengths"]),
         }
         for row in plan(len(blocks), per_update, epochs, seed)
         for b in [blocks[row["block"]]]
@@ -244,6 +262,7 @@ def tokenized_rows(folder: Path, *, rows: int = 48, seed: int = 0) -> Artifact:
             ("group", pa.string()),
             ("input_ids", pa.list_(pa.int32())),
             ("labels", pa.list_(pa.int32())),
+            ("weights", pa.list_(pa.float32())),
             ("length", pa.int32()),
             ("supervised", pa.int32()),
             ("prompt_length", pa.int32()),

@@ -180,7 +180,7 @@ def _compare_on_test(
         compare(g.name, base.scores[g.name], tuned.scores[g.name], generated, seed=seed) for g in graders
     ]
     loss = compare(
-        TEST_LOSS, base.nll, tuned.nll, groups, weights=base.tokens, lower_is_better=True, seed=seed
+        TEST_LOSS, base.nll, tuned.nll, groups, weights=base.weight, lower_is_better=True, seed=seed
     )
     return [*found, loss]
 

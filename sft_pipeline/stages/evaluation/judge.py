@@ -19,6 +19,7 @@ from sft_pipeline.stages.evaluation.graders import Grader
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.held_out import HeldOutRow, chosen_positions, held_out_rows
 from sft_pipeline.tables.parquet import FileWriter, count_rows, read_batches
+from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reply import ReplyDecoder
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.generate import Reply, generate, score_nll
@@ -148,20 +149,22 @@ class Judgement:
     """What one model did on one split.
 
     Attributes:
-        nll: Summed negative log-likelihood (nats) of each row's supervised tokens, all rows of the split.
-        tokens: Their number for each row.
+        nll: Summed negative log-likelihood (nats) of each row's supervised tokens, all rows of the split;
+            where messages have loss weights, the weighted sum.
+        tokens, weight: For each row the number of these tokens, and the sum of their weights.
         scores: For each grader, one score for each generated row.
         unfinished: Replies cut at `max_new_tokens`.
     """
 
     nll: np.ndarray
     tokens: np.ndarray
+    weight: np.ndarray
     scores: dict[str, np.ndarray]
     unfinished: int
 
     def measures(self) -> dict[str, float]:
         """Each grader's mean over the generated rows, then `val_loss`, NLL per token; NaN without rows."""
-        total = int(self.tokens.sum())
+        total = float(self.weight.sum())
         means = {name: float(s.sum()) / len(s) if len(s) else math.nan for name, s in self.scores.items()}
         return {**means, "val_loss": float(self.nll.sum()) / total if total else math.nan}
 
@@ -205,7 +208,7 @@ class Judge:
         scores: dict[str, list[float]] = {g.name: [] for g in self.graders}
         unfinished = 0
         with threads_for(model):
-            nll, tokens = _losses(model, split, progress)
+            losses = _losses(model, split, progress)
             waiting = held_out_rows(split.parts, split.positions)
             while rows := list(islice(waiting, ROWS_AT_ONCE)):
                 samples = []
@@ -237,7 +240,7 @@ class Judge:
                 self.samples.append(samples)
                 progress.finished(len(rows))
         arrays = {name: np.asarray(s, dtype=np.float64) for name, s in scores.items()}
-        return Judgement(nll, tokens, arrays, unfinished)
+        return Judgement(*losses, arrays, unfinished)
 
     def _generate(self, model: Any, rows: Sequence[HeldOutRow], progress: Reporter) -> list[Reply]:
         """A reply to each row. Greedily, equal prompts have equal replies, and each is generated once."""
@@ -266,13 +269,20 @@ class Judge:
         return [by_prompt[p] for p in prompts]
 
 
-def _losses(model: Any, split: HeldOutSplit, progress: _JoinedProgress) -> tuple[np.ndarray, np.ndarray]:
-    """(summed NLL in nats, float64 [rows]; supervised tokens, int64 [rows])."""
-    results: list[tuple[float, int]] = []
-    for batch in read_batches(split.parts, ["input_ids", "labels"], ROWS_AT_ONCE):
-        ids, labels = batch.column("input_ids"), batch.column("labels")
-        examples: Any = [(np.array(i.values), np.array(y.values)) for i, y in zip(ids, labels)]
+def _losses(
+    model: Any, split: HeldOutSplit, progress: _JoinedProgress
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(summed NLL in nats, supervised tokens, sum of their weights) of each row: float64, int64, float64."""
+    results: list[tuple[float, float]] = []
+    tokens: list[int] = []
+    for batch in read_batches(split.parts, ["input_ids", "labels", "weights"], ROWS_AT_ONCE):
+        columns = (batch.column(name) for name in ("input_ids", "labels", "weights"))
+        examples: Any = [
+            tuple(np.array(v.values) if v.is_valid else None for v in row) for row in zip(*columns)
+        ]
         results += score_nll(model, examples, report=progress)
+        tokens += [int(np.count_nonzero(labels[1:] != IGNORE_LABEL)) for _, labels, _ in examples]
         progress.finished(len(examples))
-    nll, tokens = zip(*results) if results else ((), ())
-    return np.asarray(nll, dtype=np.float64), np.asarray(tokens, dtype=np.int64)
+    nll, weight = zip(*results) if results else ((), ())
+    floats = np.asarray(nll, dtype=np.float64), np.asarray(weight, dtype=np.float64)
+    return floats[0], np.asarray(tokens, dtype=np.int64), floats[1]

@@ -2,8 +2,9 @@
 
     input_ids      a a a a b b b        two examples of four and three tokens in one block
     labels         . . a a . b b        (. is -100)
+    weights        0 0 1 1 0 .5 .5      (null where all that have a label count 1)
     position_ids   0 1 2 3 0 1 2
-    lengths        4 3
+    seq_lengths    4 3
     row_ids        a b
 
 A dataset's tokens are never held as Python objects: they lie in one flat scratch file that is read through
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_pipeline.stages.packed_shards.packing import Packing
+from sft_pipeline.tables.loss_weights import summed_weights, weights_column, weights_of
 from sft_pipeline.tables.parquet import BackgroundWriter, PartWriter, read_batches
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 
@@ -36,8 +38,9 @@ BLOCKS = pa.schema(
         ("block", pa.int32()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
         ("position_ids", pa.list_(pa.int32())),
-        ("lengths", pa.list_(pa.int32())),
+        ("seq_lengths", pa.list_(pa.int32())),
         ("row_ids", pa.list_(pa.string())),
     ]
 )
@@ -52,18 +55,23 @@ class FlatRows:
             supervised.
         starts: int64 (examples + 1,).
         supervised: int64 (examples,): supervised tokens.
+        weights: float32 (tokens,), memory-mapped: what each supervised token counts for in the loss, 0 for
+            1; None where all count 1.
+        weight: float64 (examples,): sums of these; where there are none, equal to `supervised`.
         row_ids: One per example.
         wrong_labels: Positions whose label is neither -100 nor the input id, or that are supervised at an
             example's start.
-        mapped: The map that `tokens` is a view of; None where there are none.
+        mapped: The maps that `tokens` and `weights` are views of.
     """
 
     tokens: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
     supervised: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32] | None
+    weight: npt.NDArray[np.float64]
     row_ids: pa.StringArray
     wrong_labels: int
-    mapped: mmap.mmap | None
+    mapped: tuple[mmap.mmap, ...]
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -71,45 +79,60 @@ class FlatRows:
         return np.diff(self.starts)
 
     def release(self) -> None:
-        """Takes the pages of a large file out of this process's memory; they are mapped again when read."""
-        if self.mapped is not None and len(self.mapped) > RESIDENT_BYTES:
-            self.mapped.madvise(mmap.MADV_DONTNEED)
+        """Takes the pages of large files out of this process's memory; they are mapped again when read."""
+        for mapped in self.mapped:
+            if len(mapped) > RESIDENT_BYTES:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
     """Writes the token columns of tokenized rows end to end.
 
     Args:
-        parts: Parquet files with row_id, input_ids and labels.
-        scratch: A folder for a file, which must outlive the result.
+        parts: Parquet files with row_id, input_ids, labels and weights.
+        scratch: A folder for files, which must outlive the result.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     lengths, supervised = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    row_ids, wrong = [], 0
-    with (scratch / "tokens.bin").open("wb") as file:
-        for batch in read_batches(parts, ["row_id", "input_ids", "labels"]):
+    weight = [np.zeros(0, dtype=np.float64)]
+    row_ids, wrong, any_weights = [], 0, False
+    with (scratch / "tokens.bin").open("wb") as file, (scratch / "weights.bin").open("wb") as weight_file:
+        for batch in read_batches(parts, ["row_id", "input_ids", "labels", "weights"]):
             ids, labels = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "labels"))
             offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
             offsets -= offsets[0]
             counts = labels != IGNORE_LABEL
             wrong += int(np.count_nonzero(counts & (labels != ids)))
             wrong += int(np.count_nonzero(counts[offsets[:-1]]))
+            weights = weights_of(batch)
+            if weights is not None:  # batches that have none leave a hole, which reads as zeros
+                any_weights = True
+                weight_file.seek(file.tell())  # tokens and weights both take four bytes
+                weights.tofile(weight_file)
             np.where(counts, ids | _SUPERVISED, ids).tofile(file)
             lengths.append(np.diff(offsets))
             supervised.append(np.add.reduceat(counts, offsets[:-1], dtype=np.int64))
+            weight.append(summed_weights(weights, labels, offsets))
             row_ids.append(batch.column("row_id"))
-    mapped = None
-    if (scratch / "tokens.bin").stat().st_size:  # an empty file cannot be mapped
-        with (scratch / "tokens.bin").open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        weight_file.truncate(file.tell() if any_weights else 0)
+    token_map, weight_map = (_mapped(scratch / name) for name in ("tokens.bin", "weights.bin"))
     return FlatRows(
-        tokens=np.frombuffer(mapped or b"", np.int32),
+        tokens=np.frombuffer(token_map or b"", np.int32),
         starts=np.cumsum(np.concatenate(lengths)),
         supervised=np.concatenate(supervised),
+        weights=np.frombuffer(weight_map, np.float32) if weight_map else None,
+        weight=np.concatenate(weight),
         row_ids=pa.chunked_array(row_ids, pa.string()).combine_chunks(),
         wrong_labels=wrong,
-        mapped=mapped,
+        mapped=tuple(m for m in (token_map, weight_map) if m),
     )
+
+
+def _mapped(path: Path) -> mmap.mmap | None:
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return None
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @dataclass(frozen=True)
@@ -120,18 +143,21 @@ class WrittenBlocks:
         blocks, examples, tokens: How many.
         bad_boundaries: Examples whose position ids do not run 0, 1, ..., length - 1.
         supervised: Supervised tokens.
+        weight: The sum of their loss weights.
     """
 
     blocks: int
     examples: int
     tokens: int
     supervised: int
+    weight: float
     bad_boundaries: int
 
 
 def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlocks:
     """Writes the blocks of one split as Parquet parts, about a million tokens at a time."""
     examples = tokens = supervised = bad = 0
+    weight = 0.0
     mean = len(rows.tokens) // max(packing.blocks, 1)
     # About GROUP_TOKENS each: training reads a whole row group to get one block.
     group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
@@ -144,15 +170,18 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlock
         for batch in gather(rows, packing):
             background.submit(out.write, batch)
             positions = batch.column("position_ids").flatten().to_numpy()
-            lengths = batch.column("lengths").flatten().to_numpy()
+            lengths = batch.column("seq_lengths").flatten().to_numpy()
             ends = np.cumsum(lengths) - 1
             examples += len(lengths)
             tokens += len(positions)
-            supervised += int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE_LABEL))
+            counted = int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE_LABEL))
+            weights = weights_of(batch)
+            supervised += counted
+            weight += counted if weights is None else float(weights.sum(dtype=np.float64))
             bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(
                 int(np.count_nonzero(positions == 0)) - len(lengths)
             )
-    return WrittenBlocks(out.rows, examples, tokens, supervised, bad)
+    return WrittenBlocks(out.rows, examples, tokens, supervised, weight, bad)
 
 
 def gather(rows: FlatRows, packing: Packing) -> Iterator[pa.RecordBatch]:
@@ -172,9 +201,14 @@ def _batch(rows: FlatRows, packing: Packing, first: int, stop: int) -> pa.Record
     begin = rows.starts[members]
     lengths = rows.starts[members + 1] - begin
     position = position_ids(lengths)
-    stored = rows.tokens[np.repeat(begin, lengths) + position]
+    at = np.repeat(begin, lengths) + position
+    stored = rows.tokens[at]
     ids = stored & ~_SUPERVISED
     labels = np.where(stored < 0, ids, np.int32(IGNORE_LABEL))
+    weights = None
+    if rows.weights is not None:
+        weights = rows.weights[at]
+        weights[(weights == 0) & (stored < 0)] = 1
     segments = _offsets(per_block)
     tokens = _offsets(np.add.reduceat(lengths, segments[:-1]))
     return pa.RecordBatch.from_arrays(
@@ -182,6 +216,7 @@ def _batch(rows: FlatRows, packing: Packing, first: int, stop: int) -> pa.Record
             pa.array(np.arange(first, stop, dtype=np.int32)),
             pa.ListArray.from_arrays(pa.array(tokens), pa.array(ids)),
             pa.ListArray.from_arrays(pa.array(tokens), pa.array(labels)),
+            weights_column(weights, labels, tokens),
             pa.ListArray.from_arrays(pa.array(tokens), pa.array(position)),
             pa.ListArray.from_arrays(pa.array(segments), pa.array(lengths.astype(np.int32))),
             pa.ListArray.from_arrays(pa.array(segments), rows.row_ids.take(pa.array(members))),

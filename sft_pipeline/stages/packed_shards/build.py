@@ -22,7 +22,8 @@ MIN_EFFICIENCY, ENOUGH_BLOCKS = 0.90, 50
 MAX_CV = 0.10
 
 _PLAN_COLUMNS = ("update", "position", "block", "epoch", "tokens", "supervised", "examples")
-PLAN = pa.schema([(name, pa.int32()) for name in _PLAN_COLUMNS])
+# `weight`: summed loss weights of the block's supervised tokens; where no message has one, `supervised`.
+PLAN = pa.schema([*((name, pa.int32()) for name in _PLAN_COLUMNS), ("weight", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,12 @@ def build(b: Build) -> Built:
             )
         validation = _pack(b, "validation", scratch)
         rows, packing = train.rows, train.packing
-        plan = plan_updates(
-            packing.sums(rows.supervised), config.blocks_per_update, config.epochs, config.seed
-        )
-        budget = budget_of(packing, plan, rows.lengths, rows.supervised, config.max_length)
+        plan = plan_updates(packing.sums(rows.weight), config.blocks_per_update, config.epochs, config.seed)
+        budget = budget_of(packing, plan, rows.lengths, rows.supervised, rows.weight, config.max_length)
         per_block = {
             "tokens": packing.sums(rows.lengths),
             "supervised": packing.sums(rows.supervised),
+            "weight": packing.sums(rows.weight),
             "examples": np.diff(packing.starts),
         }
         _write_plan(b.out / "plan.parquet", plan, per_block)
@@ -116,7 +116,7 @@ def _write_plan(path: Path, plan: UpdatePlan, per_block: dict[str, np.ndarray]) 
     columns = {"update": plan.update, "position": plan.position, "block": plan.block, "epoch": plan.epoch}
     columns |= {name: values[plan.block] for name, values in per_block.items()}
     with FileWriter(path, PLAN) as out:
-        out.write(pa.table({f.name: pa.array(columns[f.name].astype(np.int32)) for f in PLAN}, schema=PLAN))
+        out.write(pa.table({f.name: pa.array(columns[f.name]).cast(f.type) for f in PLAN}, schema=PLAN))
 
 
 def _checks(
@@ -132,6 +132,7 @@ def _checks(
         s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised.sum()))
         for s in splits.values()
     )
+    same_weight = all(np.isclose(s.written.weight, s.rows.weight.sum()) for s in splits.values())
     uses = np.zeros((config.epochs, budget.blocks), dtype=np.int64)
     np.add.at(uses, (plan.epoch, plan.block), 1)
     covered = bool((uses == 1).all() and (np.diff(plan.update) >= 0).all() and (plan.sizes() > 0).all())
@@ -140,7 +141,8 @@ def _checks(
         or budget.blocks < ENOUGH_BLOCKS
         or config.packing.strategy == "none"
     )
-    supervised = budget.supervised_tokens_per_update
+    weighted = budget.loss_weight_per_update is not None
+    per_update = budget.loss_weight_per_update or budget.supervised_tokens_per_update
     return (
         Check(
             "every_row_packed_once",
@@ -155,9 +157,10 @@ def _checks(
         ),
         Check(
             "labels_match_inputs",
-            wrong == 0,
+            wrong == 0 and same_weight,
             f"{train.written.supervised} supervised training tokens, {wrong} labels that are "
-            "neither -100 nor the input id, or stand at an example's start",
+            "neither -100 nor the input id, or stand at an example's start"
+            + ("" if same_weight else "; the loss weights are not those of the tokenized rows"),
         ),
         Check(
             "plan_covers_every_block",
@@ -177,8 +180,9 @@ def _checks(
         Check(
             "balanced_updates",
             budget.balance_cv <= MAX_CV,
-            f"supervised tokens per update: mean {supervised.mean:,.0f}, {supervised.min:,} to "
-            f"{supervised.max:,}; variation {budget.balance_cv:.2%} over updates of equal size",
+            f"{'summed loss weights' if weighted else 'supervised tokens'} per update: mean "
+            f"{per_update.mean:,.0f}, {per_update.min:,} to {per_update.max:,}; variation "
+            f"{budget.balance_cv:.2%} over updates of equal size",
             {"cv": number(budget.balance_cv)},
         ),
     )

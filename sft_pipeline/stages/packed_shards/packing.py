@@ -50,11 +50,12 @@ class Packing:
     def blocks(self) -> int:
         return len(self.starts) - 1
 
-    def sums(self, values: Ints) -> Ints:
-        """Per block, the sum of a value per example (tokens, supervised tokens)."""
+    def sums(self, values: npt.NDArray) -> npt.NDArray:
+        """Per block, the sum of a value per example (tokens, weights, ...): int64 or float64."""
+        wide = np.float64 if values.dtype.kind == "f" else np.int64
         if not self.blocks:
-            return np.empty(0, dtype=np.int64)
-        return np.add.reduceat(values[self.order].astype(np.int64), self.starts[:-1])
+            return np.empty(0, dtype=wide)
+        return np.add.reduceat(values[self.order].astype(wide), self.starts[:-1])
 
 
 def pack(lengths: Ints, max_length: int, strategy: str, seed: int = 0) -> Packing:

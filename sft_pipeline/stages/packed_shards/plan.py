@@ -2,7 +2,8 @@
 
 In every epoch all blocks are assigned anew to updates of at most `blocks_per_update`, as few updates as
 that takes, and as even as they can be: 7 blocks at 4 per update are updates of 4 and 3. Within an epoch,
-updates have nearly the same number of supervised tokens, so that every gradient is an average over about as
+updates have nearly the same number of supervised tokens (where messages have loss weights: the same sum of
+weights, which is what the loss is divided by), so that every gradient is an average over about as
 much evidence, whatever the lengths. (Not all global batches of equal size are equal: 3 x 12 x 2 and 6 x 6 x 2
 are both 72 examples per update, but with 5,200 and 4,300 supervised tokens per rank they hold 10,400 and
 8,600 supervised tokens.) The plan knows nothing of devices: another world size re-divides the same updates
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.spread import Spread, spread
-from sft_pipeline.stages.packed_shards.packing import Ints, Packing, pack
+from sft_pipeline.stages.packed_shards.packing import Ints, Packing
 
 _ROUNDS = 60  # of swaps; a few suffice for packed blocks, more for lone examples of widely varying lengths
 _CLOSE = 0.004  # two updates this close, as a share of the mean, are not evened out further
@@ -43,34 +44,34 @@ class UpdatePlan:
     def updates(self) -> int:
         return int(self.update[-1]) + 1
 
-    def sums(self, per_block: Ints) -> Ints:
-        """Per update, the sum of a value per block."""
-        return np.bincount(self.update, weights=per_block[self.block], minlength=self.updates).astype(
-            np.int64
-        )
+    def sums(self, per_block: npt.NDArray) -> npt.NDArray:
+        """Per update, the sum of a value per block: int64 or float64."""
+        sums = np.bincount(self.update, weights=per_block[self.block], minlength=self.updates)
+        return sums if per_block.dtype.kind == "f" else sums.astype(np.int64)
 
     def sizes(self) -> Ints:
         """Blocks per update."""
         return np.bincount(self.update, minlength=self.updates)
 
 
-def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: int) -> UpdatePlan:
+def plan_updates(weight: npt.NDArray, blocks_per_update: int, epochs: int, seed: int) -> UpdatePlan:
     """Plans all epochs.
 
     Args:
-        supervised: Supervised tokens per block, of at least one block.
+        weight: Of at least one block, the summed loss weights of its supervised tokens: their number, unless
+            messages have weights of their own.
         blocks_per_update: What an update holds at most.
 
     Raises:
         InputError: There is no block.
     """
-    if not len(supervised):
+    if not len(weight):
         raise InputError("no block to train on: the train split has no example left; see its rejects.parquet")
     parts = []
     done = 0
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
-        update, block = _plan_epoch(np.asarray(supervised), blocks_per_update, rng)
+        update, block = _plan_epoch(np.asarray(weight), blocks_per_update, rng)
         parts.append((update + done, block, np.full(len(block), epoch)))
         done += int(update[-1]) + 1
     update = np.concatenate([p[0] for p in parts])
@@ -81,34 +82,34 @@ def plan_updates(supervised: Ints, blocks_per_update: int, epochs: int, seed: in
     )
 
 
-def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def _plan_epoch(weight: npt.NDArray, per_update: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """One epoch: (update, block) with updates ascending.
 
-    Blocks are cut into layers by their supervised tokens; each update gets one block of each layer. Some
+    Blocks are cut into layers by their weight; each update gets one block of each layer. Some
     layers are assigned by chance, so that epochs differ; each later one gives its richest block to the update
     that has the least so far. What one block per layer cannot even out, swaps do.
     """
-    count = len(supervised)
+    count = len(weight)
     updates = -(-count // per_update)
     ranked = rng.permutation(count)
-    ranked = ranked[np.argsort(supervised[ranked], kind="stable")]
+    ranked = ranked[np.argsort(weight[ranked], kind="stable")]
     spare = count - updates * (count // updates)
     chosen = rng.choice(updates, size=spare, replace=False)
-    # The blocks left over are those with the fewest supervised tokens: they disturb the balance least.
+    # The blocks left over are those that weigh least: they disturb the balance least.
     extra, ranked = ranked[:spare], ranked[spare:]
     layers = ranked.reshape(-1, updates)
     totals = np.zeros(updates)
-    totals[chosen] += supervised[extra]
+    totals[chosen] += weight[extra]
     members = np.empty_like(layers)  # (layer, update)
-    by_chance, by_need = _order(supervised, layers)
+    by_chance, by_need = _order(weight, layers)
     for layer in [*by_chance, *by_need]:
         if layer in by_chance:
             owner = rng.permutation(updates)
         else:  # after the reversal the poorest update is last, beside the richest block
             owner = np.argsort(totals + rng.random(updates) * 1e-3, kind="stable")[::-1]
-        totals[owner] += supervised[layers[layer]]
+        totals[owner] += weight[layers[layer]]
         members[layer, owner] = layers[layer]
-    _swap(supervised, members, totals)
+    _swap(weight, members, totals)
     owner = np.concatenate([chosen, np.tile(np.arange(updates), len(layers))])
     block = np.concatenate([extra, members.ravel()])
     # Neither the order within an update nor the order of updates may depend on lengths: both are shuffled.
@@ -119,13 +120,13 @@ def _plan_epoch(supervised: Ints, per_update: int, rng: np.random.Generator) -> 
     return owner[ordered], block[ordered]
 
 
-def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
+def _order(weight: npt.NDArray, layers: Ints) -> tuple[list[int], list[int]]:
     """The layers that are assigned by chance, and those that even things out, in the order of assignment.
 
     By chance: the layer whose blocks differ most (some update must have them), and a third of those that
     differ little. The others follow, those that differ most first, so that the finest corrections come last.
     """
-    spread = [int(supervised[layer[-1]]) - int(supervised[layer[0]]) for layer in layers]
+    spread = [weight[layer[-1]] - weight[layer[0]] for layer in layers]
     widest = np.argsort(spread, kind="stable")[::-1].tolist()
     if len(widest) < 4:
         return widest[:1], widest[1:]
@@ -133,10 +134,10 @@ def _order(supervised: Ints, layers: Ints) -> tuple[list[int], list[int]]:
     return [widest[0], *widest[finest:-2]], [*widest[1:finest], *widest[-2:]]
 
 
-def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> None:
+def _swap(weight: npt.NDArray, members: Ints, totals: npt.NDArray[np.float64]) -> None:
     """Evens out what is left, in place.
 
-    The update with the most supervised tokens swaps a block with the one that has the fewest, the second with
+    The update that weighs most swaps a block with the one that weighs least, the second with
     the second but last, and so on, each pair the two blocks that bring them closest; until all are close or
     no swap helps.
     """
@@ -150,7 +151,7 @@ def _swap(supervised: Ints, members: Ints, totals: npt.NDArray[np.float64]) -> N
             return
         poor, rich = ranked[:pairs], ranked[::-1][:pairs]
         # (pair, block of the rich one, block of the poor one)
-        given = supervised[members[:, rich]].T[:, :, None] - supervised[members[:, poor]].T[:, None, :]
+        given = weight[members[:, rich]].T[:, :, None] - weight[members[:, poor]].T[:, None, :]
         off = np.abs(given - gap[:pairs, None, None] / 2).reshape(pairs, -1)
         best = off.argmin(axis=1)
         helps = off[np.arange(pairs), best] < gap[:pairs] / 2
@@ -172,7 +173,9 @@ class PlanBudget:
         updates: Optimizer updates over all epochs.
         blocks: Training blocks.
         tokens, supervised_tokens: In one epoch.
-        balance_cv: Variation of supervised tokens over the updates of the most frequent size.
+        loss_weight_per_update: Summed weights of the supervised tokens; None where each counts 1.
+        balance_cv: Variation of these sums (of the supervised tokens) over the updates of the most frequent
+            size.
         packing_efficiency: Share of the blocks' positions that hold tokens.
         padding_waste: What padding every example to max_length would waste instead.
     """
@@ -184,6 +187,7 @@ class PlanBudget:
     supervised_tokens: int
     examples_per_update: Spread
     supervised_tokens_per_update: Spread
+    loss_weight_per_update: Spread | None
     tokens_per_update: Spread
     balance_cv: float
     packing_efficiency: float
@@ -194,15 +198,21 @@ class PlanBudget:
 
 
 def budget_of(
-    packing: Packing, plan: UpdatePlan, lengths: npt.NDArray, supervised: npt.NDArray, max_length: int
+    packing: Packing,
+    plan: UpdatePlan,
+    lengths: npt.NDArray,
+    supervised: npt.NDArray,
+    weight: npt.NDArray,
+    max_length: int,
 ) -> PlanBudget:
     """The budget of a packing and its plan.
 
     Args:
         lengths: Tokens per example.
         supervised: Supervised tokens per example.
+        weight: The sum of their loss weights.
     """
-    per_update = plan.sums(packing.sums(supervised))
+    per_update = plan.sums(packing.sums(weight))
     sizes = plan.sizes()
     usual = np.bincount(sizes).argmax()
     tokens = int(np.sum(lengths))
@@ -213,28 +223,10 @@ def budget_of(
         tokens=tokens,
         supervised_tokens=int(np.sum(supervised)),
         examples_per_update=spread(plan.sums(np.diff(packing.starts))),
-        supervised_tokens_per_update=spread(per_update),
+        supervised_tokens_per_update=spread(plan.sums(packing.sums(supervised))),
+        loss_weight_per_update=None if np.array_equal(weight, supervised) else spread(per_update),
         tokens_per_update=spread(plan.sums(packing.sums(lengths))),
         balance_cv=spread(per_update[sizes == usual]).cv,
         packing_efficiency=round(tokens / (packing.blocks * max_length), 6),
         padding_waste=round(1 - tokens / (len(lengths) * max_length), 6),
     )
-
-
-def plan_budget(
-    lengths: npt.NDArray,
-    supervised: npt.NDArray,
-    *,
-    max_length: int,
-    strategy: str,
-    blocks_per_update: int,
-    epochs: int,
-    seed: int,
-) -> PlanBudget:
-    """The budget of a training on examples of these lengths, as `packed_shards` would plan it.
-
-    For `sft check`. At least one example, as the `packed_shards` that is built before has it.
-    """
-    packing = pack(lengths, max_length, strategy, seed)
-    plan = plan_updates(packing.sums(supervised), blocks_per_update, epochs, seed)
-    return budget_of(packing, plan, lengths, supervised, max_length)

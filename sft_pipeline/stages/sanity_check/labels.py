@@ -15,7 +15,7 @@ from sft_pipeline.tables.parquet import count_rows
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 MOST, FULLEST = 20, 64
-COLUMNS = ["block", "input_ids", "labels", "lengths", "row_ids"]
+COLUMNS = ["block", "input_ids", "labels", "seq_lengths", "row_ids"]
 
 
 @dataclass
@@ -80,13 +80,13 @@ def _sizes(table: pa.Table) -> list[tuple[int, int, int]]:
 
 
 def _check(table: pa.Table, split: str, vocabulary: int, found: DataFindings) -> None:
-    lists = {name: table[name].chunk(0) for name in ("input_ids", "labels", "lengths", "row_ids")}
+    lists = {name: table[name].chunk(0) for name in ("input_ids", "labels", "seq_lengths", "row_ids")}
     ids, labels = (lists[n].flatten().to_numpy() for n in ("input_ids", "labels"))
     starts = np.concatenate([[0], np.cumsum(lists["input_ids"].value_lengths().to_numpy())])
     supervised = labels != IGNORE_LABEL
     outside = (ids < 0) | (ids >= vocabulary)
     wrong = supervised & (labels != ids)
-    lengths = lists["lengths"].flatten().to_numpy()
+    lengths = lists["seq_lengths"].flatten().to_numpy()
     found.tokens += len(ids)
     found.supervised += int(supervised.sum())
     found.outside_vocabulary += int(outside.sum())

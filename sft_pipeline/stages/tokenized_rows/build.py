@@ -44,7 +44,7 @@ BATCH = 4_096
 # Rows that go through both encoders, at least; where there are not twice as many, the reference does all.
 COMPARED = 2_000
 WORTH_PROCESSES = 8_000  # new rows; a worker process first needs a second to load the tokenizer
-_COUNTED: tuple[str, ...] = ("tokens", "supervised_tokens", "truncated", "split", "neutralised")
+_COUNTED: tuple[str, ...] = ("tokens", "supervised_tokens", "weighted", "truncated", "split", "neutralised")
 _COUNTED += ("turns_not_supervised", "by_columns", "by_rows", "compared")
 _COLUMNS = ["row_id", "source", "file", "line", "group", "messages", "tools", "content_key"]
 

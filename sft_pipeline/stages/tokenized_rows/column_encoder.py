@@ -2,9 +2,9 @@
 
     contents -> layout -> texts of the segments -> ids -> mask, derived twice -> Arrow
 
-Rows that this cannot do (tool calls, weights of 0, overlong rows, text that changes how the template renders,
-...) are simply not among those that come back: the reference encodes them one by one, and says what is wrong
-with those that have to be rejected.
+Rows that this cannot do (tool calls, weights other than 1, overlong rows, text that changes how the template
+renders, ...) are simply not among those that come back: the reference encodes them one by one, and says what
+is wrong with those that have to be rejected.
 """
 
 import threading
@@ -201,6 +201,7 @@ class ColumnEncoder:
                 of_rows.column("group"),
                 pa.ListArray.from_arrays(lists, pa.array(ids)),
                 pa.ListArray.from_arrays(lists, pa.array(labels)),
+                pa.nulls(count, TOKENIZED.field("weights").type),
                 pa.array(grid.lengths.astype(np.int32)),
                 pa.array(counted.astype(np.int32)),
                 pa.array(grid.tokens[:, layout.prompt.segment].astype(np.int32)),

@@ -37,6 +37,7 @@ class Rendered:
         turns: The supervised turns, in order; `final` is the last of them unless its weight is 0.
         loss: The characters that carry loss: those of `turns`, or with `all` everything but weight-0
             messages.
+        weights: What a token of each of them counts for in the loss: as many as `loss`, all above 0.
         inserted: What the template wrote into the final turn before and after the completion (stop excluded).
         not_supervised: Assistant turns left out, because the rendered text is not what a server would have
             seen.
@@ -49,6 +50,7 @@ class Rendered:
     final: Span
     turns: tuple[Span, ...]
     loss: tuple[Span, ...]
+    weights: tuple[float, ...]
     inserted: tuple[str, str] = ("", "")
     not_supervised: int = 0
     marks_agree: bool | None = None
@@ -69,14 +71,19 @@ def render_row(template: ChatTemplate, given: Conversation, supervise: str) -> R
         if not text.startswith(prompt):
             raise Rejected(Reason.PROMPT_NOT_PREFIX)
         final, inserted = _final_turn(text, len(prompt), given.messages[-1], template.stop)
-        turns, left_out = _turns(template, given, supervise, text, final)
-        loss = turns if supervise != "all" else _all_but_weightless(template, given, text, final)
+        of_messages, left_out = _turns(template, given, supervise, text, final)
+        turns = tuple(of_messages.values())
+        if supervise == "all":
+            weighed = _whole_text(template, given, text, final)
+        else:
+            weighed = [(span, given.weights[index]) for index, span in of_messages.items()]
     except jinja2.TemplateError as error:
         raise refusal(error) from None
-    if not loss:
+    if not weighed:
         raise Rejected(Reason.NOTHING_SUPERVISED)
+    loss, weights = zip(*weighed, strict=True)
     agree = {_trimmed(text, t) for t in turns} <= {_trimmed(text, m) for m in marks} if marks else None
-    return Rendered(text, len(prompt), final, turns, loss, inserted, left_out, agree)
+    return Rendered(text, len(prompt), final, turns, loss, weights, inserted, left_out, agree)
 
 
 def _trimmed(text: str, span: Span) -> Span:
@@ -91,27 +98,28 @@ def _prompt(template: ChatTemplate, given: Conversation, index: int) -> str:
 
 def _turns(
     template: ChatTemplate, given: Conversation, supervise: str, text: str, final: Span
-) -> tuple[tuple[Span, ...], int]:
-    """The supervised turns, and how many earlier ones do not qualify.
+) -> tuple[dict[int, Span], int]:
+    """The supervised turns by their messages' indices, in order, and how many earlier ones do not qualify.
 
     An earlier turn qualifies where the text begins with the prompt that a server would have sent for it, and
     its whole content follows. Templates that render earlier turns differently (without their thinking) fail
     one of the two.
     """
-    found, left_out = [], 0
+    found: dict[int, Span] = {}
+    left_out = end = 0
     wanted = _supervised_messages(given, supervise)
     earlier = [i for i in wanted if i != given.last]
     spans = _predicted_turns(template, given, earlier, text, final[0]) if len(earlier) > MANY_TURNS else {}
     for index in wanted:
         if index == given.last:
-            found.append(final)
+            found[index] = final
             continue
         span = spans[index] if index in spans else _earlier_turn(template, given, index, text, final[0])
-        if span is None or (found and span[0] < found[-1][1]):
+        if span is None or span[0] < end:
             left_out += 1
         else:
-            found.append(span)
-    return tuple(found), left_out
+            found[index], end = span, span[1]
+    return found, left_out
 
 
 def _predicted_turns(
@@ -265,23 +273,36 @@ def _squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def _all_but_weightless(
+def _whole_text(
     template: ChatTemplate, given: Conversation, text: str, final: Span
-) -> tuple[Span, ...]:
-    """Everything but the messages of weight 0: an assistant's whole turn, other messages' content."""
-    weightless = [i for i, weight in enumerate(given.weights) if weight == 0]
-    others = [i for i in weightless if given.messages[i]["role"] != "assistant"]
-    holes = _contents(template, given, others, text)
-    for index in weightless:
+) -> list[tuple[Span, float]]:
+    """All characters that carry loss, with their weights: a message's own weight for an assistant's whole
+    turn and for the content of others, 1 for the template's text; what weighs 0 is left out.
+    """
+    weighed = [index for index, weight in enumerate(given.weights) if weight != 1]
+    others = [
+        i for i in weighed if given.messages[i]["role"] != "assistant" and given.messages[i].get("content")
+    ]
+    spans = list(zip(_contents(template, given, others, text), others, strict=True))
+    for index in weighed:
         if given.messages[index]["role"] == "assistant":
             turn = final if index == given.last else _earlier_turn(template, given, index, text, final[0])
-            holes += [turn] if turn else _contents(template, given, [index], text)
-    spans, start = [], 0
-    for begin, end in [*sorted(holes), (len(text), len(text))]:
+            if turn is None and given.messages[index].get("tool_calls"):
+                raise Rejected(
+                    Reason.COMPLETION_NOT_RENDERED,
+                    f"message {index} has a weight of its own, and where its calls stand cannot be told",
+                )
+            spans += [(s, index) for s in ([turn] if turn else _contents(template, given, [index], text))]
+    found, start = [], 0
+    for (begin, end), index in sorted(spans):
         if begin > start:
-            spans.append((start, begin))
+            found.append(((start, begin), 1.0))
+        if end > max(begin, start) and given.weights[index]:
+            found.append(((max(begin, start), end), given.weights[index]))
         start = max(start, end)
-    return tuple(spans)
+    if len(text) > start:
+        found.append(((start, len(text)), 1.0))
+    return found
 
 
 def _contents(template: ChatTemplate, given: Conversation, indices: Sequence[int], text: str) -> list[Span]:
@@ -306,7 +327,7 @@ def _contents(template: ChatTemplate, given: Conversation, indices: Sequence[int
         if place < 0 or not text.startswith(literal, at) or shown is None:
             raise Rejected(
                 Reason.COMPLETION_NOT_RENDERED,
-                f"message {index} is to have no loss, and its text is not in the rendered row",
+                f"message {index} has a weight of its own, and its text is not in the rendered row",
             )
         found.append((begin, begin + len(shown)))
         at, at_rendered = begin + len(shown), place + len(marks[index])

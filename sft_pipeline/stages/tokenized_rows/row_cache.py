@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from sft_pipeline.stages.tokenized_rows.batch_encoder import EncodedBatch
 from sft_pipeline.stages.tokenized_rows.column_encoder import completions_of, one_batch
-from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE, mask_of
+from sft_pipeline.stages.tokenized_rows.outcomes import OUTCOMES, OUTCOMES_FILE, mask_of, span_weights_of
 from sft_pipeline.stages.tokenized_rows.word_cache import Ints, running_totals
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.loss_weights import weights_column
 from sft_pipeline.tables.schemas import IGNORE_LABEL, KEY_BYTES, SPLITS, TOKENIZED
 
 HELD_BYTES = 128 << 20  # of token ids of earlier builds in memory; more of them wait on the disk
@@ -100,7 +101,9 @@ class RowCache:
         for begin, end, place in _runs(starts[:-1], starts[1:], begins[:-1][~old]):
             ids[place : place + end - begin] = new_ids[begin:end]
         # Labels follow from the ids and the supervised spans; names and groups are those of these rows.
-        supervised = mask_of(outcomes.column("spans"), begins[first])
+        spans = outcomes.column("spans")
+        supervised = mask_of(spans, begins[first])
+        weights = span_weights_of(spans, outcomes.column("span_weights"), begins[first])
         labels = np.where(supervised, ids, np.int32(IGNORE_LABEL))
         lists = pa.array(begins.astype(np.int32))
         columns = {
@@ -108,6 +111,7 @@ class RowCache:
             "group": rows.column("group").take(pa.array(row)),
             "input_ids": pa.ListArray.from_arrays(lists, pa.array(ids)),
             "labels": pa.ListArray.from_arrays(lists, pa.array(labels)),
+            "weights": weights_column(weights, labels, begins),
             "completion": completions_of(rows).take(pa.array(row)),
             **{name: pa.array(values) for name, values in carried.items()},
         }

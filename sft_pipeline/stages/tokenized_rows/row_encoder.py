@@ -33,6 +33,7 @@ from sft_pipeline.text.tokenizer import Tokenizer
 
 Row: TypeAlias = Mapping[str, Any]
 Ids: TypeAlias = npt.NDArray[np.int32]
+Weights: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Example:
         row_id: The row's; further parts of a row that was split have "/1", "/2", ... appended.
         input_ids: int32 (length,).
         labels: int32 (length,): the input id where it carries loss, else IGNORE_LABEL.
+        weights: float32 (length,): what each token counts for in the loss, 0 without a label; None where
+            every token with a label counts 1.
         prompt_length: Tokens of the prompt that a server would send before the final turn.
         truncated: Tokens cut off the end, where supervised ones are among them, or off the prompt; else 0.
         completion: The final assistant message, as the row has it.
@@ -52,6 +55,7 @@ class Example:
     group: str
     input_ids: Ids
     labels: Ids
+    weights: Weights | None
     prompt_length: int
     truncated: int
     completion: str
@@ -91,6 +95,7 @@ class _MaskedRow:
 
     Attributes:
         loss: The token spans that carry loss.
+        weights: What a token of each of them counts for.
         turns: (characters, tokens) of each supervised turn.
     """
 
@@ -99,6 +104,7 @@ class _MaskedRow:
     ids: list[int]
     prompt_length: int
     loss: tuple[Span, ...]
+    weights: tuple[float, ...]
     turns: tuple[tuple[Span, Span], ...]
     turns_not_supervised: int
 
@@ -134,8 +140,6 @@ class RowEncoder:
         for i, row in enumerate(rows):
             try:
                 given = self.guard.check(conversation(row, self.system))
-                if any(weight not in (0, 1) for weight in given.weights):
-                    raise Rejected(Reason.UNSUPPORTED_WEIGHT)
                 self.fields.check(given)
                 texts[i] = given, self._render(given)
             except Rejected as why:
@@ -199,12 +203,16 @@ class RowEncoder:
                 )
             else:
                 agreed[span] = by_prefix
-        loss = tuple(agreed[s] for s in rendered.loss if s in agreed)
-        if not loss:
+        weighed = [
+            (agreed[s], w) for s, w in zip(rendered.loss, rendered.weights, strict=True) if s in agreed
+        ]
+        if not weighed:
             raise Rejected(Reason.NOTHING_SUPERVISED)
+        loss, weights = zip(*weighed, strict=True)
         turns = tuple((s, agreed[s]) for s in rendered.turns or (rendered.final,) if s in agreed)
         left_out = rendered.not_supervised + dropped
-        return _MaskedRow(given, rendered, encoded.ids, len(encoded.prompt.ids), loss, turns, left_out)
+        prompt_length = len(encoded.prompt.ids)
+        return _MaskedRow(given, rendered, encoded.ids, prompt_length, loss, weights, turns, left_out)
 
     def _fit(self, masked: _MaskedRow) -> tuple[_MaskedRow, list[Cut]]:
         """The row, shortened where the policy for overlong rows says so, and which stretches of it are kept.
@@ -246,15 +254,19 @@ def _to_result(row: Row, masked: _MaskedRow, cuts: Sequence[Cut]) -> AcceptedRow
     """One example per cut."""
     ids = np.asarray(masked.ids, dtype=np.int32)
     whole = np.full(len(ids), IGNORE_LABEL, dtype=np.int32)
-    for start, stop in masked.loss:
+    weights = np.zeros(len(ids), dtype=np.float32)
+    for (start, stop), weight in zip(masked.loss, masked.weights, strict=True):
         whole[start:stop] = ids[start:stop]
+        weights[start:stop] = weight
     examples = []
     for part, cut in enumerate(cuts):
         labels = whole[cut.start : cut.stop].copy()
         # Position 0 is never predicted; what overlaps with the window before is supervised there.
         labels[: max(cut.new_from - cut.start, 1)] = IGNORE_LABEL
-        if not (labels != IGNORE_LABEL).any():
+        on = labels != IGNORE_LABEL
+        if not on.any():
             return RejectedRow(row, Reason.NOTHING_SUPERVISED, "no supervised token is left")
+        weighed = np.where(on, weights[cut.start : cut.stop], np.float32(0))
         supervised_lost = masked.loss[-1][1] > cut.stop
         examples.append(
             Example(
@@ -262,6 +274,7 @@ def _to_result(row: Row, masked: _MaskedRow, cuts: Sequence[Cut]) -> AcceptedRow
                 group=row["group"],
                 input_ids=ids[cut.start : cut.stop],
                 labels=labels,
+                weights=weighed if (weighed[on] != 1).any() else None,
                 prompt_length=min(max(masked.prompt_length - cut.start, 0), cut.stop - cut.start),
                 truncated=cut.dropped_before + (len(ids) - cut.stop if supervised_lost else 0),
                 completion=masked.given.completion,
@@ -278,11 +291,13 @@ def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     lengths = np.array([len(e.input_ids) for e in examples], dtype=np.int32)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     none = np.empty(0, dtype=np.int32)  # concatenate needs one array at least
+    weighed = pa.array([e.weights for e in examples], TOKENIZED.field("weights").type)
     columns = [
         pa.array([e.row_id for e in examples], pa.string()),
         pa.array([e.group for e in examples], pa.string()),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([none, *(e.input_ids for e in examples)]))),
         pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([none, *(e.labels for e in examples)]))),
+        weighed,
         pa.array(lengths),
         pa.array(np.array([np.count_nonzero(e.labels != IGNORE_LABEL) for e in examples], dtype=np.int32)),
         pa.array(np.array([e.prompt_length for e in examples], dtype=np.int32)),

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.tokenized_rows.batch_encoder import EncodedBatch
+from sft_pipeline.tables.loss_weights import weights_of
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
 
@@ -21,9 +22,9 @@ class StageStats:
     """Sums over all rows, and the first rows of a kind.
 
     Attributes:
-        numbers: Rows read, accepted, rejected, truncated, split, neutralised; examples, tokens,
-            supervised_tokens; turns_not_supervised; marks_agree, marks_disagree (rows); rows tokenized,
-            reused, by_columns (the fast encoder), by_rows (the reference), compared.
+        numbers: Rows read, accepted, rejected, truncated, split, neutralised; examples, those with loss
+            weights (weighted), tokens, supervised_tokens; turns_not_supervised; marks_agree, marks_disagree
+            (rows); rows tokenized, reused, by_columns (the fast encoder), by_rows (the reference), compared.
         reasons: Rejected rows by reason.
         inserted: (before, after) the completion, as the template writes it -> rows.
         read, written: Rows read and examples written, by split.
@@ -77,6 +78,7 @@ class StageStats:
             accepted=int(np.count_nonzero(each)),
             rejected=int(np.count_nonzero(each == 0)),
             examples=int(each.sum()),
+            weighted=len(examples) - examples.column("weights").null_count,
             split=int(np.count_nonzero(each > 1)),
             truncated=int(np.count_nonzero(cut[last[each == 1]])),
             tokens=pc.sum(examples.column("length")).as_py() or 0,
@@ -108,6 +110,11 @@ class StageStats:
         self.broken["nothing supervised"] += int(np.count_nonzero(counted == 0))
         self.broken["position 0 supervised"] += int(np.count_nonzero(supervised[starts]))
         self.broken["label is not the input id"] += int(np.count_nonzero(supervised & (labels != ids)))
+        weights = weights_of(examples)
+        if weights is not None:
+            self.broken["a label has no weight, or the other way round"] += int(
+                np.count_nonzero((weights > 0) != supervised)
+            )
         self.broken["supervised count is wrong"] += int(np.count_nonzero(recounted != counted))
         self.lengths.append(examples.column("length").to_numpy())
         self.supervised.append(counted)

@@ -142,7 +142,7 @@ class ReplayTrainer(SupervisedTrainer):
     """Trains up to an update and takes that one apart."""
 
     examined: int
-    row_losses: list[tuple[float, int]]
+    row_losses: list[tuple[float, float]]
     found_loss = found_norm = float("nan")
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -151,7 +151,7 @@ class ReplayTrainer(SupervisedTrainer):
         with keep_rng(), self.accelerator.autocast():
             self.row_losses = score_nll(
                 model,
-                [(i.tolist(), labels.tolist()) for _, _, i, labels in _examples(self.feed, self.examined)],
+                [(e.input_ids.tolist(), e.labels, e.weights) for e in _examples(self.feed, self.examined)],
             )
         with suppress(NotFinite):
             super().training_step(model, inputs, num_items_in_batch)
@@ -173,8 +173,19 @@ class ReplayProgress(Listener):
         self.report.progress("training again", done, total, "updates")
 
 
-def _examples(feed: Feed, update: int) -> list[tuple[str, int, np.ndarray, np.ndarray]]:
-    """(row_id, block, input_ids, labels) of every example of an update."""
+@dataclass(frozen=True)
+class _Example:
+    """One example of an update: int32, int32, float32 [tokens] or None."""
+
+    row_id: str
+    block: int
+    input_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray | None
+
+
+def _examples(feed: Feed, update: int) -> list[_Example]:
+    """Every example of an update."""
     found = []
     for number in feed.plan.blocks(update - 1):
         block = feed.shards.block(int(number))
@@ -182,15 +193,18 @@ def _examples(feed: Feed, update: int) -> list[tuple[str, int, np.ndarray, np.nd
             feed.shards.row_ids(int(number)), block.starts, block.lengths, strict=True
         ):
             cut = slice(int(start), int(start + length))
-            found.append((row_id, int(number), block.input_ids[cut], block.labels[cut]))
+            weights = None if block.weights is None else block.weights[cut]
+            found.append(_Example(row_id, int(number), block.input_ids[cut], block.labels[cut], weights))
     return found
 
 
-def _rows(feed: Feed, update: int, losses: list[tuple[float, int]], tokenizer: Any) -> list[RowLoss]:
+def _rows(feed: Feed, update: int, losses: list[tuple[float, float]], tokenizer: Any) -> list[RowLoss]:
     rows = []
-    for (row_id, block, ids, labels), (nll, count) in zip(_examples(feed, update), losses, strict=True):
-        text = tokenizer.decode(ids[labels != IGNORE_LABEL].tolist())[:TEXT]
-        rows.append(RowLoss(row_id, block, _finite(nll / max(1, count)), count, text))
+    for example, (nll, weight) in zip(_examples(feed, update), losses, strict=True):
+        supervised = example.labels != IGNORE_LABEL
+        text = tokenizer.decode(example.input_ids[supervised].tolist())[:TEXT]
+        loss = _finite(nll / (weight or 1.0))
+        rows.append(RowLoss(example.row_id, example.block, loss, int(supervised[1:].sum()), text))
     return sorted(rows, key=lambda r: -math.inf if r.loss is None else -r.loss)
 
 
