@@ -2,7 +2,6 @@
 
 import random
 import unicodedata
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.stages.grouped_split import near_duplicates, shingles
-from sft_pipeline.stages.grouped_split.near_duplicates import (
-    cross_split_duplicates,
-    leaked,
-    neighbours,
-    prefix_index,
-)
+from sft_pipeline.stages.grouped_split import prefix_index as prefixes
+from sft_pipeline.stages.grouped_split.near_duplicates import cross_split_duplicates, leaked, neighbours
+from sft_pipeline.stages.grouped_split.prefix_index import prefix_index
 from sft_pipeline.stages.grouped_split.shingles import ShingleSets, jaccard, shingle_sets, texts_of
 from sft_pipeline.stages.grouped_split.split import TEST, TRAIN, VALIDATION
 from sft_pipeline.tables.schemas import SPLITS
@@ -143,13 +139,29 @@ def corpus(seed: int, size: int) -> list[str]:
     seed=st.integers(0, 10_000),
     threshold=st.sampled_from([0.3, 0.5, 0.7, 0.8, 0.9, 1.0]),
     pairs_at_once=st.sampled_from([3, 50, 1 << 20]),
+    many_pairs=st.sampled_from([1, 8, 1 << 13]),
+    rarest=st.sampled_from([2, 16, 128]),
+    long_set=st.sampled_from([1, 20, 2_048]),
+    permuted=st.booleans(),
 )
 def test_the_search_is_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threshold: float, pairs_at_once: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    threshold: float,
+    pairs_at_once: int,
+    many_pairs: int,
+    rarest: int,
+    long_set: int,
+    permuted: bool,
 ) -> None:
     monkeypatch.setattr(near_duplicates, "PAIRS_AT_ONCE", pairs_at_once)
-    monkeypatch.setattr(near_duplicates, "ROWS_AT_ONCE", 16)
-    texts = corpus(seed, 50)
+    monkeypatch.setattr(near_duplicates, "BLOCK", pairs_at_once)
+    monkeypatch.setattr(near_duplicates, "MANY_PAIRS", many_pairs)
+    monkeypatch.setattr(prefixes, "ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(prefixes, "RAREST", rarest)
+    monkeypatch.setattr(shingles, "LONG_SET", long_set)
+    texts = in_another_order(seed, 50, sentences=5, words=4) if permuted else corpus(seed, 50)
     sets = ShingleSets([pa.array(texts[:20]), pa.array(texts[20:])], tmp_path / "sets")
     near = np.arange(len(texts)) % 3 == 0
     nodes = sets.node == np.arange(len(texts))
@@ -166,7 +178,9 @@ def test_the_search_is_exact(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10_000), threshold=st.sampled_from([0.4, 0.8]))
-def test_no_cluster_keeps_rows_in_two_splits(tmp_path: Path, seed: int, threshold: float) -> None:
+def test_rows_that_resemble_a_held_out_row_are_found_and_no_others(
+    tmp_path: Path, seed: int, threshold: float
+) -> None:
     texts = corpus(seed, 60)
     split = (
         np.random.default_rng(seed)
@@ -175,34 +189,84 @@ def test_no_cluster_keeps_rows_in_two_splits(tmp_path: Path, seed: int, threshol
     )
     sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
     found = cross_split_duplicates(sets, prefix_index(sets, threshold), split)
-    parent = list(range(len(texts)))
 
-    def root(x: int) -> int:
-        while parent[x] != x:
-            x = parent[x]
-        return x
+    def resembles(x: int, others: Any) -> bool:
+        return any(similarity(texts[x], texts[y]) >= threshold for y in others)
 
-    for x, y in combinations(range(len(texts)), 2):
-        if similarity(texts[x], texts[y]) >= threshold:
-            parent[root(x)] = root(y)
-    highest: dict[int, int] = {}
-    for x in range(len(texts)):
-        highest[root(x)] = max(highest.get(root(x), TRAIN), int(split[x]))
-    assert found.row.tolist() == [x for x in range(len(texts)) if split[x] < highest[root(x)]]
+    test, validation = (np.flatnonzero(split == s) for s in (TEST, VALIDATION))
+    of_test = [x for x in np.flatnonzero(split != TEST) if resembles(x, test)]
+    left = [y for y in validation if y not in of_test]
+    of_validation = [x for x in np.flatnonzero(split == TRAIN) if x not in of_test and resembles(x, left)]
+    assert found.row.tolist() == sorted([*of_test, *of_validation])
     for x, y, value in zip(found.row, found.near, found.similarity):
         assert value == pytest.approx(similarity(texts[x], texts[y])) and value >= threshold - 1e-9
+        assert split[y] > split[x]
     kept = np.setdiff1d(np.arange(len(texts)), found.row)
     rest = ShingleSets([pa.array([texts[i] for i in kept])], tmp_path / "rest")
-    assert sum(leaked(rest, prefix_index(rest, threshold), split[kept]).values()) == 0
+    left_over = leaked(rest, prefix_index(rest, threshold), split[kept])
+    assert sum(hits for hits, _ in left_over.values()) == 0
     expected = {
-        SPLITS[s]: sum(
-            split[x] == s
-            and any(split[y] < s and similarity(texts[x], texts[y]) >= threshold for y in range(len(texts)))
-            for x in range(len(texts))
+        SPLITS[s]: (
+            sum(split[x] == s and resembles(x, np.flatnonzero(split < s)) for x in range(len(texts))),
+            int((split == s).sum()),
         )
         for s in (VALIDATION, TEST)
     }
-    assert leaked(sets, prefix_index(sets, threshold), split) == expected
+    index = prefix_index(sets, threshold)
+    assert leaked(sets, index, split) == expected
+    some = leaked(sets, index, split, most=3)
+    for name, (hits, looked_at) in some.items():
+        assert hits <= expected[name][0] and (looked_at == 0) == (expected[name][1] == 0)
+
+
+def test_a_row_that_resembles_only_a_dropped_row_stays(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(60)]
+    chain = [" ".join([*words[shift:], *(f"x{i}" for i in range(shift))]) for shift in (0, 5, 10)]
+    assert similarity(chain[0], chain[1]) > 0.8 and similarity(chain[1], chain[2]) > 0.8
+    assert similarity(chain[0], chain[2]) < 0.8
+    sets = ShingleSets([pa.array(chain)], tmp_path / "sets")
+    split = np.array([TEST, TRAIN, TRAIN], np.int8)
+    assert cross_split_duplicates(sets, prefix_index(sets, 0.8), split).row.tolist() == [1]
+
+
+def in_another_order(seed: int, rows: int, sentences: int, words: int) -> list[str]:
+    """Rows of the same sentences."""
+    rng = random.Random(seed)
+    pool = [" ".join(rng.choices([f"w{i}" for i in range(400)], k=words)) + "." for _ in range(sentences)]
+    return [" ".join(rng.sample(pool, sentences)) for _ in range(rows)]
+
+
+def of_few_words(seed: int, rows: int, words: int) -> list[str]:
+    """Long rows; one in five is the row before with a tenth of its words replaced."""
+    rng = np.random.default_rng(seed)
+    vocabulary = np.array([f"w{i}" for i in range(50)])
+    drawn = rng.integers(0, 50, (rows, words))
+    for row in range(1, rows, 5):
+        drawn[row] = np.where(np.arange(words) < words // 10, drawn[row], drawn[row - 1])
+    return [" ".join(vocabulary[row]) for row in drawn]
+
+
+@pytest.mark.parametrize("sentences", [6, 12, 20, 30])
+def test_rows_of_the_same_sentences_in_another_order(tmp_path: Path, sentences: int) -> None:
+    """Nearly all pairs meet, and hardly any is similar enough."""
+    texts = in_another_order(sentences, 4_000, sentences, words=10)
+    sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
+    near = np.arange(len(texts)) % 10 == 0
+    nodes = sets.node == np.arange(len(texts))
+    found = set(neighbours(sets, prefix_index(sets, 0.8), near & nodes, ~near & nodes)[0].tolist())
+    near_grams = [grams(texts[y]) for y in np.flatnonzero(near & nodes)]
+    for x in np.flatnonzero(~near & nodes)[::90]:
+        mine = grams(texts[x])
+        assert any(len(mine & g) >= 0.8 * len(mine | g) for g in near_grams) == (x in found)
+
+
+def test_very_long_rows_of_few_words(tmp_path: Path) -> None:
+    texts = of_few_words(0, 30, words=12_000)
+    sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
+    near = np.arange(len(texts)) % 5 == 0
+    one, other, value = neighbours(sets, prefix_index(sets, 0.8), near, ~near)
+    assert one.tolist() == list(range(1, 30, 5)) and other.tolist() == list(range(0, 30, 5))
+    assert value[0] == pytest.approx(similarity(texts[1], texts[0]))
 
 
 LONG = (
@@ -306,3 +370,33 @@ def test_many_rows_of_one_template_stay_cheap(tmp_path: Path) -> None:
     asked = np.arange(len(texts)) % 2 == 0
     # 10^8 pairs at 0.86, none of which is compared on its own.
     assert len(neighbours(sets, prefix_index(sets, 0.95), ~asked, asked)[0]) == 0
+
+
+def test_a_data_set_of_one_template_says_what_to_set(project: Path) -> None:
+    template = (
+        "Write a short and friendly note to the customer who has written to us twice this week about the "
+        "order that was to come last month, and do not promise anything: it has the number"
+    )
+    lines = [
+        {"group": f"g{i}", "prompt": f"{template} {i}", "completion": f"{template} {i}, please."}
+        for i in range(60)
+    ]
+    outcome = run(dataset(write_jsonl(project / "rows.jsonl", lines)), project / "home")["grouped_split"]
+    assert not outcome.artifact.manifest.accepted
+    empty = check(outcome, "splits_not_empty")["description"]
+    assert empty.startswith("all ") and "split.near_duplicates.threshold" in empty
+    assert not check(outcome, "train_rows_kept")["passed"]
+
+
+def test_one_group_with_most_of_the_rows_is_named(project: Path) -> None:
+    lines = [
+        {"group": "acme" if i % 10 else f"g{i}", "prompt": f"q{i} is a number", "completion": f"{i}"}
+        for i in range(2_000)
+    ]
+    outcome = run(dataset(write_jsonl(project / "rows.jsonl", lines)), project / "home")["grouped_split"]
+    found = check(outcome, "split_shares")
+    assert outcome.artifact.manifest.accepted and not found["passed"] and not found["blocking"]
+    assert "the largest, 'acme', has 90.0% of the rows" in found["description"]
+    even = [{**line, "group": f"g{i}"} for i, line in enumerate(lines)]
+    again = run(dataset(write_jsonl(project / "rows.jsonl", even)), project / "home")["grouped_split"]
+    assert check(again, "split_shares")["passed"] and check(again, "train_rows_kept")["passed"]

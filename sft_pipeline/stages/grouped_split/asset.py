@@ -12,7 +12,7 @@ def _load_build() -> BuildFunction:
 STAGE = Stage(
     name="grouped_split",
     description="train, validation and test by group. The split is a function of (salt, group), so no later "
-    "snapshot moves a group; near-duplicates of held-out rows are dropped from train.",
+    "snapshot moves a group; rows that resemble a held-out one are dropped from train.",
     kinds=frozenset({"parquet"}),
     inputs=("validated_rows",),
     config=lambda branch: branch.dataset.split,
@@ -42,6 +42,16 @@ STAGE = Stage(
             "fixed_groups_found",
             blocking=False,
             description="Every group that is put into a split by hand is in the data",
+        ),
+        CheckSpec(
+            "split_shares",
+            blocking=False,
+            description="Validation and test have between half and double the share of rows asked for",
+        ),
+        CheckSpec(
+            "train_rows_kept",
+            blocking=False,
+            description="At most 20 % of the train rows were dropped as near-duplicates of held-out ones",
         ),
     ),
     packages=("pyarrow",),

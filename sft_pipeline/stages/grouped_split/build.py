@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sft_pipeline.stages.grouped_split.checks import SplitOutcome, SplitSummary, checks, read_back
+from sft_pipeline.stages.grouped_split.checks import (
+    SplitOutcome,
+    SplitSummary,
+    checks,
+    read_back,
+    uneven_shares,
+)
 from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.grouped_split.near_duplicates import (
     CrossSplitDuplicates,
     cross_split_duplicates,
     leaked,
-    prefix_index,
 )
+from sft_pipeline.stages.grouped_split.prefix_index import prefix_index
 from sft_pipeline.stages.grouped_split.report import evidence
 from sft_pipeline.stages.grouped_split.shingles import ShingleSets, texts_of
-from sft_pipeline.stages.grouped_split.split import SplitAssignment, first_times, overlap
+from sft_pipeline.stages.grouped_split.split import TRAIN, SplitAssignment, first_times, overlap
 from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables import parquet
@@ -34,6 +42,7 @@ PAIRS = pa.schema(
 )
 EXCERPT_CHARACTERS = 500
 WORST_PAIRS, WORST_CHARACTERS = 10, 200
+LOOKED_AT_AGAIN = 300  # held-out rows of each split, after near-duplicates have been dropped
 
 
 def build(b: Build) -> Built:
@@ -54,12 +63,18 @@ def build(b: Build) -> Built:
         if near:
             sets = ShingleSets(_texts(b, parts, total), b.work / "sets")
             index = prefix_index(sets, near.threshold)
-            found = cross_split_duplicates(sets, index, split)
-            if near.action == "drop_from_train":
-                dropped[found.row] = True
-            # A second search over the rows that are left. That the files hold exactly these rows is checked
-            # when they are read back.
-            leaks = leaked(sets, index, np.where(dropped, -1, split))
+            found = cross_split_duplicates(
+                sets,
+                index,
+                split,
+                lambda done, total: b.report.progress("search near-duplicates", done, total, "pairs"),
+            )
+            drops = near.action == "drop_from_train"
+            dropped[found.row] = drops
+            # A second search over the rows that are left, the other way round: from held-out rows to train.
+            # That the files hold exactly these rows is checked when they are read back.
+            kept = np.where(dropped, -1, split).astype(np.int8)
+            leaks = leaked(sets, index, kept, LOOKED_AT_AGAIN if drops else None)
             del sets, index
     finally:
         shutil.rmtree(b.work / "sets", ignore_errors=True)
@@ -69,6 +84,8 @@ def build(b: Build) -> Built:
         read=total,
         rejects=parquet.count_rows([b.out / "rejects.parquet"]),
         near_duplicates=len(found.row),
+        assigned={name: int((split == i).sum()) for i, name in enumerate(SPLITS)},
+        dropped_from_train=int((dropped & (split == TRAIN)).sum()),
         written=written,
         on_disk=on_disk,
         shared_groups=overlap([s.groups for s in on_disk.values()]),
@@ -76,6 +93,8 @@ def build(b: Build) -> Built:
         leaks=leaks,
         worst_pairs=worst,
     )
+    if off := uneven_shares(config, outcome):
+        outcome = replace(outcome, uneven=off, largest_group=_largest_group(parts))
     write_json(b.out / "split.json", _summary(config, outcome))
     return Built(
         outcome.counts, checks(config, outcome), volatile=("plots/",), evidence=evidence(b.out, outcome)
@@ -88,6 +107,14 @@ def _texts(b: Build, parts: list[Path], total: int) -> Iterator[pa.Array]:
         yield texts_of(batch.column("messages"))
         done += batch.num_rows
         b.report.progress("shingle", done, total, "rows")
+
+
+def _largest_group(parts: list[Path]) -> tuple[str, int]:
+    """The group with the most rows, and how many it has."""
+    rows: Counter[str] = Counter()
+    for batch in parquet.read_batches(parts, ["group"], parquet.ROW_GROUP):
+        rows.update({c["values"]: c["counts"] for c in pc.value_counts(batch.column("group")).to_pylist()})
+    return rows.most_common(1)[0]
 
 
 def write_splits(
@@ -180,7 +207,7 @@ def _summary(config: SplitConfig, outcome: SplitOutcome) -> dict[str, Any]:
             **config.near_duplicates.model_dump(mode="json"),
             "found": outcome.near_duplicates,
             "dropped": outcome.rejects,
-            "left": outcome.leaks,
+            "left": {name: hits for name, (hits, _) in (outcome.leaks or {}).items()},
             "leakage": outcome.leakage,
         }
     labels = {

@@ -18,6 +18,12 @@ from sft_pipeline.tables import parquet
 from sft_pipeline.tables.schemas import SPLITS
 
 MAX_LABELS = 100
+MAX_TRAIN_LOST = 0.2  # of the train rows, as near-duplicates of held-out ones
+_TOO_MANY_NEAR = (
+    "Rows that share a template look alike. Put the rows of one template into one group, raise "
+    "split.near_duplicates.threshold, or set split.near_duplicates.action: report (or split.near_duplicates: "
+    "null) where such rows are no leak"
+)
 _MERGE_GROUPS = 64  # batches after which their distinct groups are joined
 
 
@@ -135,8 +141,13 @@ class SplitOutcome:
         on_disk: Per split, what its files hold, read back.
         shared_groups: Groups that are in two splits, by the files.
         fixed_missing: Groups put into a split by hand that are not in the data.
-        leaks: Per held-out split, its rows with a near-duplicate left in another split; None: not searched.
+        assigned: Rows by the split of their group, before any were dropped.
+        dropped_from_train: Rows.
+        leaks: Per held-out split (its rows with a near-duplicate left in another split, rows looked at);
+            None: not searched.
         worst_pairs: The most similar near-duplicates.
+        uneven: As `uneven_shares` says.
+        largest_group: Its name and its rows, where shares are uneven.
     """
 
     read: int
@@ -146,8 +157,12 @@ class SplitOutcome:
     on_disk: Mapping[str, SplitOnDisk]
     shared_groups: list[str]
     fixed_missing: list[str]
-    leaks: dict[str, int] | None
+    assigned: Mapping[str, int]
+    dropped_from_train: int
+    leaks: dict[str, tuple[int, int]] | None
     worst_pairs: list[dict[str, Any]]
+    uneven: Mapping[str, float] = field(default_factory=dict)
+    largest_group: tuple[str, int] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -161,10 +176,11 @@ class SplitOutcome:
 
     @property
     def leakage(self) -> float | None:
-        """The fraction of held-out rows with a near-duplicate in another split."""
+        """The fraction of held-out rows, of those looked at, with a near-duplicate in another split."""
         if self.leaks is None:
             return None
-        return sum(self.leaks.values()) / max(1, self.on_disk["validation"].rows + self.on_disk["test"].rows)
+        hits, looked_at = map(sum, zip(*self.leaks.values()))
+        return hits / max(1, looked_at)
 
 
 def checks(config: SplitConfig, outcome: SplitOutcome) -> tuple[Check, ...]:
@@ -193,7 +209,46 @@ def checks(config: SplitConfig, outcome: SplitOutcome) -> tuple[Check, ...]:
             not missing,
             f"{len(missing)} groups of split.groups are not in the data{_some(missing)}",
         ),
+        _shares_check(config, outcome),
+        _train_kept_check(config, outcome),
     )
+
+
+def uneven_shares(config: SplitConfig, outcome: SplitOutcome) -> dict[str, float]:
+    """The held-out splits with less than half or more than double the share of rows asked for, and their
+    shares. Splits with groups chosen by hand or by time are as they were chosen.
+    """
+    asked = {"validation": config.validation, "test": config.test}
+    found = {}
+    for name, share in asked.items():
+        rows = outcome.assigned[name]
+        chosen = getattr(config.groups, name) or (name == "test" and config.time_cutoff)
+        if share and rows and not chosen and not share / 2 <= rows / outcome.read <= share * 2:
+            found[name] = rows / outcome.read
+    return found
+
+
+def _shares_check(config: SplitConfig, outcome: SplitOutcome) -> Check:
+    total = max(outcome.read, 1)
+    description = "rows by split: " + ", ".join(f"{s} {n / total:.1%}" for s, n in outcome.assigned.items())
+    if outcome.uneven and outcome.largest_group:
+        group, rows = outcome.largest_group
+        asked = ", ".join(f"{name} {getattr(config, name):.0%}" for name in outcome.uneven)
+        description += (
+            f"; asked for {asked}. Groups are drawn whole, and their sizes differ: the largest, {group!r}, "
+            f"has {rows / total:.1%} of the rows. Choose a finer group column, or assign groups by hand with "
+            "split.groups"
+        )
+    return Check("split_shares", not outcome.uneven, description)
+
+
+def _train_kept_check(config: SplitConfig, outcome: SplitOutcome) -> Check:
+    assigned, lost = outcome.assigned["train"], outcome.dropped_from_train
+    share = lost / max(assigned, 1)
+    description = f"{lost:,} of {assigned:,} train rows ({share:.1%}) were dropped as near-duplicates"
+    if share > MAX_TRAIN_LOST:
+        description += " of held-out rows; near_duplicates.parquet lists them. " + _TOO_MANY_NEAR
+    return Check("train_rows_kept", share <= MAX_TRAIN_LOST, description)
 
 
 def _some(names: list[str]) -> str:
@@ -213,6 +268,11 @@ def _not_empty_check(config: SplitConfig, outcome: SplitOutcome) -> Check:
             f"no rows in {', '.join(empty)}. Add groups, assign some by hand with split.groups, raise the "
             "fraction, or set the split's fraction to 0"
         )
+        if "train" in empty and outcome.dropped_from_train:
+            description = (
+                f"all {outcome.dropped_from_train:,} train rows were dropped as near-duplicates of held-out "
+                f"rows. {_TOO_MANY_NEAR}"
+            )
     sizes = [{"split": name, "rows": s.rows, "groups": len(s.groups)} for name, s in outcome.on_disk.items()]
     return Check("splits_not_empty", not empty, description, {"splits": table(sizes)})
 
@@ -235,6 +295,9 @@ def _leakage_check(config: SplitConfig, outcome: SplitOutcome) -> Check:
     }
     if outcome.worst_pairs:
         details["worst_pairs"] = table(outcome.worst_pairs)
+    looked_at = (
+        f" (of {sum(n for _, n in (outcome.leaks or {}).values()):,} looked at again)" if drops else ""
+    )
     action = (
         f"{outcome.rejects:,} rows were dropped"
         if drops
@@ -243,7 +306,7 @@ def _leakage_check(config: SplitConfig, outcome: SplitOutcome) -> Check:
     return Check(
         "near_duplicate_leakage",
         leakage <= bound,
-        f"{leakage:.2%} of the held-out rows have a near-duplicate (similarity {near.threshold:g} or more) "
-        f"left in another split; at most {bound:.2%} is allowed; {action}",
+        f"{leakage:.2%} of the held-out rows{looked_at} have a near-duplicate (similarity "
+        f"{near.threshold:g} or more) left in another split; at most {bound:.2%} is allowed; {action}",
         details,
     )

@@ -23,8 +23,8 @@ class NearDuplicatesConfig(Config):
     action: Annotated[
         Literal["drop_from_train", "report"],
         Field(
-            description="drop the rows of a cluster across splits that are not in its held-out split, or "
-            "only list them"
+            description="drop train and validation rows that are near-duplicates of a test row, and train "
+            "rows that are near-duplicates of a validation row; or only list them"
         ),
     ] = "drop_from_train"
     max_leakage: Annotated[

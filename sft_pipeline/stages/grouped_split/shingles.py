@@ -6,13 +6,14 @@ A text of one or two words is one shingle, and so is one without any word.
 The words are never made into strings: they are found in the UTF-8 bytes of the batch and hashed eight bytes
 at a time.
 
-    texts --words--> hashes --3-grams--> a set per row, on disk; in memory its size, bitmap and node
+    texts --words--> hashes --3-grams--> a set per row, on disk; in memory its size and node
 """
 
 import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,10 @@ _STEP = 8  # bytes hashed at a time
 _LONG = 8 * _STEP  # longer words are rare, and hashed one by one
 _FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(_STEP + 1)], np.uint64)
 _MIX = tuple(np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
-BITS = 256  # of a set's bitmap
 FREQUENCY_SLOTS = 1 << 22
 _SLOT = np.uint32(FREQUENCY_SLOTS - 1)
-ELEMENTS_AT_ONCE = 1 << 22
+ELEMENTS_AT_ONCE = 1 << 20
+LONG_SET = 2_048  # sets from this size on are compared one pair at a time
 THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -183,8 +184,7 @@ def jaccard(one: str, other: str) -> float:
 
 
 class ShingleSets:
-    """The shingle set of every row, kept on disk; per row 32 bytes of bitmap and some 30 bytes more in
-    memory.
+    """The shingle set of every row, kept on disk; some 30 bytes per row in memory.
 
     Attributes:
         node: For each row, the index of the first row with an equal set (int64 [rows]).
@@ -201,27 +201,29 @@ class ShingleSets:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._path = folder / "shingles.u32"
-        sizes, signatures = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-        bitmaps = [np.zeros((0, BITS // 64), np.uint64)]
+        sizes, signatures = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.uint64)]
         frequency = np.zeros(FREQUENCY_SLOTS, np.uint32)
         with self._path.open("wb") as stream:
             # Threads suffice, as NumPy and Arrow release the GIL.
             for _, found in threaded_map(_sets_of_batch, texts, threads or THREADS):
-                size, hashes, bitmap, signature = found
+                size, hashes, signature = found
                 hashes.tofile(stream)
                 sizes.append(size)
-                bitmaps.append(bitmap)
                 signatures.append(signature)
                 # Shingles that share a slot look more frequent than they are: that costs speed, never a pair.
                 np.add.at(frequency, hashes & _SLOT, np.uint32(1))
         self._rarity = np.minimum(frequency, 0xFFFF).astype(np.uint16)
         self.size = np.concatenate(sizes)
         self._start = np.cumsum(self.size) - self.size
-        self._bitmap = np.concatenate(bitmaps)
-        self.node = _first_equal(self.size, self._bitmap, np.concatenate(signatures))
+        self.node = _first_equal(self.size, np.concatenate(signatures))
 
     def __len__(self) -> int:
         return len(self.size)
+
+    @cached_property
+    def _mapped(self) -> np.ndarray:
+        """All sets end to end, memory-mapped."""
+        return np.asarray(np.memmap(self._path, np.uint32, "r"))
 
     def read(self, first: int, last: int) -> np.ndarray:
         """The hashes of the rows [first, last), read from the disk (uint32)."""
@@ -232,61 +234,69 @@ class ShingleSets:
         """How often shingles occur, about: a rare one has a small number (uint16)."""
         return self._rarity[hashes & _SLOT]
 
-    def may_reach(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
-        """Whether pairs of rows can be similar enough, by their sizes and bitmaps. False is always right."""
+    def similarity(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
+        """The exact Jaccard similarity of pairs of rows (float64); 0 where it is below the threshold."""
+        if not len(one):
+            return np.zeros(0)
+        hashes = self._mapped
         a, b = self.size[one], self.size[other]
-        needed = np.ceil(threshold / (1 + threshold) * (a + b) - 1e-9)
-        fits = np.minimum(a, b) >= needed
-        x, y = self._bitmap[one], self._bitmap[other]
-        only_x, only_y = (np.bitwise_count(m).sum(axis=1, dtype=np.int64) for m in (x & ~y, y & ~x))
-        return fits & (a - only_x >= needed) & (b - only_y >= needed)
-
-    def similarity(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The exact Jaccard similarity of pairs of rows (float64)."""
-        result = np.zeros(len(one))
-        elements = self.size[one] + self.size[other]
-        hashes = np.memmap(self._path, np.uint32, "r") if elements.any() else np.zeros(0, np.uint32)
-        chunk = np.cumsum(elements) // ELEMENTS_AT_ONCE
-        for piece in np.split(np.arange(len(one)), np.flatnonzero(np.diff(chunk)) + 1):
-            x, y = one[piece], other[piece]
+        long = np.minimum(a, b) >= LONG_SET
+        common = np.zeros(len(one), np.int64)
+        for at in np.flatnonzero(long).tolist():
+            x, y = (hashes[self._start[r] : self._start[r] + self.size[r]] for r in (one[at], other[at]))
+            common[at] = _common(x, y, threshold / (1 + threshold) * (len(x) + len(y)) - 1e-9)
+        short = np.flatnonzero(~long)
+        chunk = np.cumsum(a[short] + b[short]) // ELEMENTS_AT_ONCE
+        for piece in np.split(short, np.flatnonzero(np.diff(chunk)) + 1):
             pair = np.arange(len(piece), dtype=np.uint64) << np.uint64(32)
             keys = np.concatenate(
-                [np.repeat(pair, self.size[r]) | hashes[ranges(self._start[r], self.size[r])] for r in (x, y)]
+                [
+                    np.repeat(pair, self.size[r]) | hashes[ranges(self._start[r], self.size[r])]
+                    for r in (one[piece], other[piece])
+                ]
             )
-            keys.sort()
+            keys.sort(kind="stable")  # merges the two ascending runs, in a tenth of the time
             twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
-            common = np.bincount(twice.astype(np.int64), minlength=len(piece))
-            result[piece] = common / (self.size[x] + self.size[y] - common)
-        return result
+            common[piece] = np.bincount(twice.astype(np.int64), minlength=len(piece))
+        similarity = common / (a + b - common)
+        return np.where(similarity >= threshold - 1e-12, similarity, 0)  # whatever the rounding
 
 
-def _sets_of_batch(texts: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _common(x: np.ndarray, y: np.ndarray, needed: float) -> int:
+    """How many elements two ascending arrays share; 0 where a quarter of them shows that it is not enough."""
+    a, b = len(x) // 4, int(np.searchsorted(y, x[len(x) // 4]))
+    for first, second, rest in ((x[:a], y[:b], min(len(x) - a, len(y) - b)), (x, y, 0)):
+        both = np.concatenate([first, second])
+        both.sort(kind="stable")  # as above
+        common = int(np.count_nonzero(both[1:] == both[:-1]))
+        if common + rest < needed:
+            return 0
+    return common
+
+
+def _sets_of_batch(texts: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The sets of a batch.
 
     Returns:
-        (sizes int64 [n], hashes uint32 [sum of sizes], bitmaps uint64 [n, BITS / 64] of which residues occur
-        in each set, signatures uint64 [n] that are equal for equal sets).
+        (sizes int64 [n], hashes uint32 [sum of sizes], signatures uint64 [n, 2] that are equal for equal
+        sets).
     """
     size, hashes = shingle_sets(texts)
-    marked = np.zeros(len(size) * BITS, bool)
-    marked[np.repeat(np.arange(len(size)) * BITS, size) + hashes % BITS] = True
-    bitmaps = np.packbits(marked).view(np.uint64).reshape(-1, BITS // 64)
     if not len(size):  # reduceat refuses to add nothing
-        return size, hashes, bitmaps, np.zeros(0, np.uint64)
-    signatures = np.add.reduceat(mixed(hashes * _MIX[0]), np.cumsum(size) - size)
-    return size, hashes, bitmaps, signatures
+        return size, hashes, np.zeros((0, 2), np.uint64)
+    starts = np.cumsum(size) - size
+    signatures = np.stack([np.add.reduceat(mixed(hashes * m), starts) for m in _MIX[:2]], axis=1)
+    return size, hashes, signatures
 
 
-def _first_equal(size: np.ndarray, bitmaps: np.ndarray, signatures: np.ndarray) -> np.ndarray:
-    """For each row the first row with the same set: the same size, bitmap and signature."""
-    order = np.argsort(signatures, kind="stable")
+def _first_equal(size: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+    """For each row the first row with the same set: the same size and signature."""
+    order = np.lexsort((signatures[:, 1], signatures[:, 0]))
     new = np.ones(len(order), bool)
     one, other = order[1:], order[:-1]
-    new[1:] = (
-        (signatures[one] != signatures[other])
-        | (size[one] != size[other])
-        | (bitmaps[one] != bitmaps[other]).any(axis=1)
-    )
+    new[1:] = (signatures[one] != signatures[other]).any(axis=1) | (size[one] != size[other])
+    starts = np.flatnonzero(new)
     first = np.empty_like(order)
-    first[order] = order[new][np.cumsum(new) - 1]
+    # The rows of a run are ascending only within equal keys, which lexsort keeps in order.
+    first[order] = np.minimum.reduceat(order, starts)[np.cumsum(new) - 1] if len(order) else order
     return first
