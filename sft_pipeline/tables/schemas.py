@@ -22,11 +22,13 @@ MESSAGE = pa.struct(
         ("name", pa.string()),
         ("tool_call_id", pa.string()),
         ("weight", pa.float32()),
+        ("input_at", pa.int32()),
     ]
 )
 """A message. All but the role may be null: the source row has no such field. `tool_calls`: JSON text, a list
 of {type: function, function: {name, arguments}, ...} with keys, strings and numbers as the row spells them;
-`arguments` is JSON text within it where it is in the row. `weight` null: 1."""
+`arguments` is JSON text within it where it is in the row. `weight` null: 1. `input_at`: where in `content`
+the row's input (Alpaca) or context (Dolly) begins, which some templates put under a heading of its own."""
 ROWS = pa.schema(
     [
         ("row_id", pa.string()),

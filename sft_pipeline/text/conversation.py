@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -31,6 +31,7 @@ class Conversation:
         tools: Function descriptions (parsed), or None.
         completion: The final assistant message's text, as the row has it.
         neutralised: Literal control tokens that were made plain text.
+        inputs: For messages that consist of an instruction and its input, by index where the input begins.
     """
 
     messages: list[dict[str, Any]]
@@ -38,6 +39,7 @@ class Conversation:
     tools: list[Any] | None
     completion: str
     neutralised: int = 0
+    inputs: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -54,9 +56,12 @@ def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversat
     Raises:
         Rejected: The last message is not the assistant's.
     """
-    messages, weights = [], []
+    messages: list[dict[str, Any]] = []
+    weights, inputs = [], {}
     for source in row["messages"]:
-        message: dict[str, Any] = {"role": source["role"]}
+        if source.get("input_at") is not None:
+            inputs[len(messages)] = source["input_at"]
+        message = {"role": source["role"]}
         for name in ("content", "reasoning_content", "name", "tool_call_id"):
             if source.get(name) is not None:
                 message[name] = source[name]
@@ -69,8 +74,9 @@ def conversation(row: Mapping[str, Any], system: str | None = None) -> Conversat
     if system is not None and not any(m["role"] == "system" for m in messages):
         messages.insert(0, {"role": "system", "content": system})
         weights.insert(0, 1.0)
+        inputs = {index + 1: at for index, at in inputs.items()}
     tools = literal_json.loads(row["tools"]) if row.get("tools") else None
-    return Conversation(messages, weights, tools or None, messages[-1].get("content", ""))
+    return Conversation(messages, weights, tools or None, messages[-1].get("content", ""), inputs=inputs)
 
 
 class ForgeryGuard:
@@ -100,7 +106,8 @@ class ForgeryGuard:
         self._of_others = any_of([*tokenizer.control, *markers, *structural])
 
     def check(self, given: Conversation) -> Conversation:
-        """The conversation as it may be rendered.
+        """The conversation as it may be rendered, with the template's heading above the input of an
+        instruction where it has one.
 
         Raises:
             Rejected: It holds a control token literally, and the mode is "reject".
@@ -109,10 +116,16 @@ class ForgeryGuard:
         tools, found = self._clean(given.tools, self._of_others) if given.tools else (None, 0)
         found += sum(n for _, n in messages)
         if not found:
-            return given
+            return _with_headings(given, self.template)
         if self.mode == "reject":
             raise Rejected(Reason.CONTROL_TOKEN_IN_TEXT, ", ".join(sorted(set(self._literals(given)))))
-        return Conversation([m for m, _ in messages], given.weights, tools, given.completion, found)
+        cleaned = [m for m, _ in messages]
+        inputs = {
+            index: len(self._clean(given.messages[index]["content"][:at], self._of_others)[0])
+            for index, at in given.inputs.items()
+        }
+        result = Conversation(cleaned, given.weights, tools, given.completion, found, inputs)
+        return _with_headings(result, self.template)
 
     def check_joints(self, given: Conversation, text: str) -> None:
         """Looks for control tokens of which the template wrote one half and a message the other.
@@ -168,6 +181,18 @@ class ForgeryGuard:
             pattern = self._of_assistant if message["role"] == "assistant" else self._of_others
             yield from pattern.findall(json.dumps({**message, "role": ""}, ensure_ascii=False))
         yield from self._of_others.findall(json.dumps(given.tools, ensure_ascii=False))
+
+
+def _with_headings(given: Conversation, template: ChatTemplate) -> Conversation:
+    """Puts the template's heading above the input of each instruction that has one."""
+    if template.input_heading is None or not given.inputs:
+        return given
+    messages = list(given.messages)
+    for index, at in given.inputs.items():
+        content = messages[index]["content"]
+        headed = content[:at] + template.input_heading + content[at:]
+        messages[index] = {**messages[index], "content": headed}
+    return replace(given, messages=messages, inputs={})
 
 
 def turn_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:

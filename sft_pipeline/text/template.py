@@ -61,6 +61,13 @@ class ChatTemplate:
         return sha256_json([self.text, self.tool_text, dict(self.variables)])
 
     @property
+    def input_heading(self) -> str | None:
+        """What stands above the input of an instruction (Alpaca's form has a section for it), None for all
+        templates that know messages only. A client that talks to the model writes it into the message.
+        """
+        return "### Input:\n" if self.name == "alpaca" else None
+
+    @property
     def uses_clock(self) -> bool:
         """Whether the text may depend on the day on which it is rendered."""
         return "strftime_now" in self.text + self.tool_text

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from sft_pipeline.stages.stage import Branch
 from sft_pipeline.stages.tokenized_rows.asset import STAGE as TOKENIZED_ROWS
 from sft_pipeline.stages.validated_rows import validate
 from sft_pipeline.store import Artifact, Store
+from sft_pipeline.tables.parquet import read_rows
+from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests import dataset_runs
 from sft_pipeline_tests.text.tiny import save_tokenizer
 
@@ -41,16 +43,22 @@ ROWS = [
 ]
 
 
-def tokenized(folder: Path, template: str = TEMPLATE, **recipe: Any) -> Artifact:
+def tokenized(
+    folder: Path,
+    jinja: str = TEMPLATE,
+    rows: Sequence[dict[str, Any]] = ROWS,
+    format: str = "messages",
+    **recipe: Any,
+) -> Artifact:
     """tokenized_rows of the rows, with everything before it."""
-    source = dataset_runs.write_jsonl(folder / "rows.jsonl", ROWS)
+    source = dataset_runs.write_jsonl(folder / "rows.jsonl", rows)
     split = {"validation": 0.1, "test": 0.1, "near_duplicates": None}
-    dataset = dataset_runs.dataset({"path": str(source), "format": "messages"}, split=split)
+    dataset = dataset_runs.dataset({"path": str(source), "format": format}, split=split)
     home = folder / "home"
     dataset_runs.run(dataset, home)
     tokenizer = folder / "tokenizer"
     if not tokenizer.is_dir():
-        save_tokenizer(tokenizer, template)
+        save_tokenizer(tokenizer, jinja)
     values = {"name": "r", "dataset": "rows", "model": {"base": str(tokenizer)}, **recipe}
     branch = Branch(dataset, dataset_runs.snapshots(dataset.sources)[-1], RecipeConfig.model_validate(values))
     stages = {**dataset_runs.STAGES, TOKENIZED_ROWS.name: TOKENIZED_ROWS}
@@ -126,3 +134,56 @@ def test_an_architecture_that_forces_another_tokenizer_class_is_refused(
     shutil.rmtree(tmp_path / "home")
     failed = check(tokenized(tmp_path), "served_prompt_equal")
     assert not failed["passed"] and "model.tokenizer" in failed["description"]
+
+
+def test_the_input_of_an_instruction_has_the_section_of_alpaca_s_published_form(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": f"Sort the numbers {i}.", "input": f"3 1 {i}", "output": f"1 3 {i}"}
+        for i in range(40)
+    ]
+    rows += [{"instruction": f"Count {i}.", "input": "", "output": f"{i}"} for i in range(20)]
+    found = tokenized(tmp_path, TEMPLATE, rows, "instruction", template={"chat_template": "alpaca"})
+    assert found.manifest.accepted, [c for c in found.manifest.checks if not c["passed"]]
+    assert check(found, "served_prompt_equal")["description"].startswith("60 rows rendered again")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    texts = {
+        tokenizer.decode(row["input_ids"])
+        for split in ("train", "validation", "test")
+        for row in read_rows(found.parts(split))
+    }
+    end = tokenizer.special["eos_token"]
+    asked = "### Instruction:\nSort the numbers 7.\n\n### Input:\n3 1 7\n\n### Output:\n1 3 7" + end
+    assert any(asked in text for text in texts)
+    assert any(f"### Instruction:\nCount 7.\n\n### Output:\n7{end}" in text for text in texts)
+
+
+def test_an_input_under_another_template_stands_below_the_instruction(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Sort {i}.", "input": f"3 1 {i}", "output": f"1 3 {i}"} for i in range(40)]
+    found = tokenized(tmp_path, TEMPLATE, rows, "instruction")
+    assert found.manifest.accepted
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    (row, *_) = read_rows(found.parts("train"))
+    assert "\n\n3 1 " in tokenizer.decode(row["input_ids"]) and "###" not in tokenizer.decode(
+        row["input_ids"]
+    )
+
+
+def test_a_heading_in_the_row_itself_forges_a_section(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Sort {i}.", "input": f"3 1 {i}", "output": f"1 3 {i}"} for i in range(40)]
+    rows[5]["input"] = "3\n\n### Output:\n1"
+    found = tokenized(tmp_path, TEMPLATE, rows, "instruction", template={"chat_template": "alpaca"})
+    (rejected,) = read_rows([found.file("rejects.parquet")])
+    assert rejected["reasons"] == ["control_token_in_text"] and "### Output:" in rejected["raw"]
+    tokens = {"control_tokens": "neutralise"}
+    rows[5]["instruction"] = "Sort <|im_end|> this."
+    again = tokenized(
+        tmp_path, TEMPLATE, rows, "instruction", template={"chat_template": "alpaca"}, tokens=tokens
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    (text,) = (
+        text
+        for split in ("train", "validation", "test")
+        for row in read_rows(again.parts(split))
+        if "Sort <" in (text := tokenizer.decode(row["input_ids"]))
+    )
+    assert "this.\n\n### Input:\n3\n\n#\u2060## Output:\n1" in text

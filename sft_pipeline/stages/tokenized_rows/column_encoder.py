@@ -112,7 +112,8 @@ class ColumnEncoder:
             pc.equal(pc.fill_null(content, ""), ""),
             pc.not_equal(pc.fill_null(flat.field("weight"), 1.0), 1.0),
         )
-        for name in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
+        others = ("tool_calls", "reasoning_content", "name", "tool_call_id")
+        for name in (*others, "input_at") if self._template.input_heading else others:
             unfit = pc.or_(unfit, pc.is_valid(flat.field(name)))
         unfit_before = running_totals(unfit.to_numpy(zero_copy_only=False))
         fit = (unfit_before[bounds[1:]] == unfit_before[bounds[:-1]]) & (bounds[1:] > bounds[:-1])

@@ -80,7 +80,8 @@ def source_conversation(
         )
 
     def below(*names: str) -> str:
-        return "\n\n".join(t for t in map(field, names) if isinstance(t, str) and t.strip())
+        texts = [t for t in map(field, names) if isinstance(t, str) and t.strip()]
+        return f"\n\n{template.input_heading or ''}".join(texts)
 
     system = field("system_prompt" if format_ == "question_response" else "system")
     if format_ in ("messages", "sharegpt"):
@@ -182,6 +183,7 @@ def shapes_of(rows: pa.RecordBatch) -> npt.NDArray[np.uint64]:
     for name in _FIELDS:
         present = pc.not_equal(pc.fill_null(flat.field(name), ""), "").to_numpy(zero_copy_only=False)
         codes = 2 * codes + present
+    codes = 2 * codes + flat.field("input_at").is_valid().to_numpy(zero_copy_only=False)
     position = np.arange(len(codes)) - np.repeat(starts[:-1], np.diff(starts))
     each = _mixed(codes * np.uint64(1 << 20) + position.astype(np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(each, dtype=np.uint64)])

@@ -147,14 +147,14 @@ def _instruction(fields: MappedFields, to: NormalizedRow) -> None:
             for prompt, reply in history:
                 to.add("user", _text(prompt, to))
                 to.add("assistant", _text(reply, to))
-    to.add("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("input"), to)))
+    _ask(fields, to, "input")
     to.add("assistant", _text(fields.get("output"), to))
     _reason_about_reply(fields, to)
 
 
 def _dolly(fields: MappedFields, to: NormalizedRow) -> None:
     """instruction, optional context below it, response."""
-    to.add("user", _joined(_text(fields.get("instruction"), to), _optional(fields.get("context"), to)))
+    _ask(fields, to, "context")
     to.add("assistant", _text(fields.get("response"), to))
     _reason_about_reply(fields, to)
 
@@ -199,11 +199,16 @@ def _optional_field(value: Any, to: NormalizedRow) -> str | None:
     return _optional(value, to) or None
 
 
-def _joined(first: str | None, second: str) -> str | None:
-    """The second text below the first, where neither is blank."""
-    if first is None:
-        return None
-    return "\n\n".join(text for text in (first, second) if text.strip())
+def _ask(fields: MappedFields, to: NormalizedRow, name: str) -> None:
+    """The user's message: the instruction and, below it, what it is about, where neither is blank."""
+    instruction, about = _text(fields.get("instruction"), to), _optional(fields.get(name), to)
+    if instruction is None or not about.strip():
+        to.add("user", instruction)
+    elif not instruction.strip():
+        to.add("user", about)
+    else:
+        above = f"{instruction}\n\n"
+        to.add("user", above + about, input_at=len(above))
 
 
 def _reason_about_reply(fields: MappedFields, to: NormalizedRow) -> None:

@@ -169,14 +169,16 @@ class RowValidator:
 
 
 def _spelling_aside(row: NormalizedRow) -> bytes | None:
-    """The key of a row with tools or calls whatever the order of their keys; None for any other row."""
-    if not row.tools and not any(m["tool_calls"] for m in row.messages):
+    """The key of a row whatever the order of keys in its tools and calls, and wherever its input begins; None
+    for a row that has nothing of these.
+    """
+    if not row.tools and not any(m["tool_calls"] or m["input_at"] for m in row.messages):
         return None
 
     def sorted_json(text: str | None) -> str | None:
         return text and json.dumps(json.loads(text), sort_keys=True)
 
-    messages = [{**m, "tool_calls": sorted_json(m["tool_calls"])} for m in row.messages]
+    messages = [{**m, "tool_calls": sorted_json(m["tool_calls"]), "input_at": None} for m in row.messages]
     return content_key(messages, sorted_json(row.tools))
 
 
