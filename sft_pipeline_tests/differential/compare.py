@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +15,8 @@ from sft_pipeline.stages.validated_rows.config import ContractConfig, SourceShap
 from sft_pipeline.stages.validated_rows.validate import RowValidator
 from sft_pipeline.text.auto_tokenizer import frozen_clock
 from sft_pipeline.text.template import load_template
-from sft_pipeline.text.tokenizer import make_tokenizer
-from sft_pipeline_tests.differential.space import backend_for
+from sft_pipeline.text.tokenizer import load_tokenizer, make_tokenizer
+from sft_pipeline_tests.differential.space import Pairing, backend_for, templates
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,32 @@ class Compared:
 
 
 class Comparison:
-    """A template with a tokenizer that fits it, on both sides."""
+    """A template with a tokenizer that fits it, on both sides.
 
-    def __init__(self, source: str, supervise: str) -> None:
-        backend, special = backend_for(source)
-        own, _ = backend_for(source)
-        tokenizer = make_tokenizer(own, special=special, templates={"default": source})
+    Raises:
+        InputError: The tokenizer has no such template.
+    """
+
+    def __init__(self, pairing: Pairing, supervise: str) -> None:
+        if pairing.tokenizer is None:
+            source = templates()[pairing.template]
+            backend, special = backend_for(source)
+            own, _ = backend_for(source)
+            tokenizer = make_tokenizer(own, special=special, templates={"default": source})
+            self.template = load_template("tokenizer", tokenizer)
+            self.served: Any = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+        else:
+            tokenizer = load_tokenizer(str(pairing.tokenizer))
+            if pairing.template in templates():
+                tokenizer = replace(tokenizer, templates={"default": templates()[pairing.template]})
+            named = "tokenizer" if pairing.template in templates() else pairing.template
+            self.template = load_template(named, tokenizer)
+            # Exactly its tokenizer.json. AutoTokenizer rebuilds some otherwise, from the class that their
+            # configuration names, which the check `tokenizer_skew` is about.
+            self.served = PreTrainedTokenizerFast.from_pretrained(str(pairing.tokenizer))
         self.supervise = supervise
-        self.template = load_template("tokenizer", tokenizer)
         tokens = TokensConfig(max_length=100_000, supervise=supervise)
         self.encoder = RowEncoder(tokenizer, self.template, tokens)
-        self.served = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
         self.served.chat_template = self.template.text
         config = ValidatedRowsConfig(
             contract=ContractConfig(), shapes=[SourceShape(format="messages", columns={})]
@@ -116,7 +131,8 @@ class Comparison:
             prompt = self._render(messages[:index], tools, prompt=True)
             if self.served(prompt, add_special_tokens=False)["input_ids"] != ids[:begin]:
                 continue
-            turn = self._decode(ids[begin:end])
+            # Some decoders drop the space before the first word.
+            turn = self._decode(ids[:end])[len(self._decode(ids[:begin])) :]
             if not whole.startswith(prompt + turn):
                 return "the span is not what follows its prompt"
             if index + 1 < len(messages):

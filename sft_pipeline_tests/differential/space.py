@@ -1,8 +1,13 @@
-"""The space of the comparison: templates, tokenizers that fit them, and conversations of every shape."""
+"""The space of the comparison: templates, tokenizers that fit them, and conversations of every shape.
+
+A template is compared with a tokenizer made for it, which has its control tokens, and with every real
+tokenizer at hand that has them; the named templates and the tokenizers' own with every real tokenizer.
+"""
 
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,7 @@ _ENDS = (
 
 @cache
 def templates() -> dict[str, str]:
-    """Name -> Jinja source: the chat templates in TRL's package, and the named ones of this project."""
+    """Name -> Jinja source of the chat templates in TRL's package."""
     import importlib.util
 
     spec = importlib.util.find_spec("trl")  # trl itself is not imported
@@ -41,8 +46,35 @@ def templates() -> dict[str, str]:
     folder = Path(spec.submodule_search_locations[0]) / "chat_templates"
     found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))}
     assert len(found) > 40
-    own = PACKAGE_DIR / "text" / "templates"
-    return found | {f"named {n}": (own / f"{n}.jinja").read_text(encoding="utf-8") for n in NAMED_TEMPLATES}
+    return found
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A template and a tokenizer that fits it.
+
+    Attributes:
+        template: The name of one of `templates()`, "tokenizer", or a named template of this project.
+        tokenizer: The folder of a real one; None: made for the template.
+    """
+
+    template: str
+    tokenizer: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.template} on {self.tokenizer.name if self.tokenizer else 'a tokenizer made for it'}"
+
+
+def pairings(tokenizers_folder: Path | None = None) -> list[Pairing]:
+    """All pairs of the space; without a folder of real tokenizers, those with one that is made."""
+    found = [Pairing(name) for name in templates()]
+    folders = sorted(tokenizers_folder.iterdir()) if tokenizers_folder else []
+    for folder in (f for f in folders if (f / "tokenizer.json").is_file()):
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        added = {t.content for t in backend.get_added_tokens_decoder().values()}
+        fitting = [n for n, source in templates().items() if (t := _TOKEN.findall(source)) and added >= {*t}]
+        found += [Pairing(name, folder) for name in ("tokenizer", *NAMED_TEMPLATES, *fitting)]
+    return found
 
 
 def backend_for(source: str) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
