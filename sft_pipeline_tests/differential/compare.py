@@ -131,9 +131,11 @@ class Comparison:
             prompt = self._render(messages[:index], tools, prompt=True)
             if self.served(prompt, add_special_tokens=False)["input_ids"] != ids[:begin]:
                 continue
-            # Some decoders drop the space before the first word.
-            turn = self._decode(ids[:end])[len(self._decode(ids[:begin])) :]
-            if not whole.startswith(prompt + turn):
+            # Decoders drop the space before the first word, or put one there: one of the two ways is right.
+            alone, within = self._decode(ids[begin:end]), self._decode(ids[:end])
+            turns = (alone, within[len(self._decode(ids[:begin])) :])
+            turn = next((t for t in turns if whole.startswith(prompt + t)), None)
+            if turn is None:
                 return "the span is not what follows its prompt"
             if index + 1 < len(messages):
                 bound = len(self._render(messages[: index + 1], tools, prompt=False))

@@ -48,7 +48,15 @@ def test_every_template(name: str) -> None:
 
 
 @pytest.mark.shared_data
-@pytest.mark.parametrize("name", ["qwen3", "smollm2", "phi-3-mini", "olmo2-dolma2", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "smollm2",
+        "phi-3-mini",
+        "gpt2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "olmo2-dolma2")),
+    ],
+)
 def test_real_tokenizers_under_their_own_and_the_named_templates(shared_data: Path, name: str) -> None:
     wrong, seen = [], 0
     for pairing in pairings(shared_data / "tokenizers"):
