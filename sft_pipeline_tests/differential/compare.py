@@ -10,13 +10,15 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
-from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RowEncoder
+from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, Example, RejectedRow, RowEncoder
 from sft_pipeline.stages.validated_rows.config import ContractConfig, SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.validate import RowValidator
 from sft_pipeline.text.auto_tokenizer import frozen_clock
 from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer, make_tokenizer
 from sft_pipeline_tests.differential.space import Pairing, backend_for, templates
+
+WHITE_SPACE = "white space after the stop"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,22 @@ class Comparison:
 
     def compare(self, rows: Sequence[Mapping[str, Any]]) -> list[Compared]:
         """Each row as it is trained, and as transformers renders its source."""
+        found = []
+        for row, trained in zip(rows, self._train(rows), strict=True):
+            if isinstance(trained, AcceptedRow):
+                found.append(self._compare(dict(row), trained))
+            else:
+                found.append(trained)
+        return found
+
+    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | str]:
+        """What each row is trained as, or why it is refused."""
+        return [
+            found.outcome.removeprefix("refused: ") if isinstance(found, Compared) else found.examples[0]
+            for found in self._train(rows)
+        ]
+
+    def _train(self, rows: Sequence[Mapping[str, Any]]) -> list[AcceptedRow | Compared]:
         contents = [json.dumps(row, ensure_ascii=False) for row in rows]
         batch = pa.RecordBatch.from_pydict(
             {
@@ -77,16 +95,18 @@ class Comparison:
         refused = dict(zip(validated.rejected.tolist(), validated.reasons, strict=True))
         normalized = validated.rows.to_pylist()
         results = self.encoder.encode([{**row, "row_id": str(i)} for i, row in enumerate(normalized)])
-        found = []
+        found: list[AcceptedRow | Compared] = []
         for i in range(len(rows)):
             if i in refused:
                 found.append(Compared("refused: " + ", ".join(refused[i])))
                 continue
             result = results[places[i]]
-            if isinstance(result, AcceptedRow):
-                found.append(self._compare(json.loads(contents[i]), result))
-            else:
-                found.append(Compared(f"refused: {result.reason}", result.detail))
+            refusal = (
+                Compared(f"refused: {result.reason}", result.detail)
+                if isinstance(result, RejectedRow)
+                else None
+            )
+            found.append(refusal or result)
         return found
 
     def _render(self, messages: list[Any], tools: Any, *, prompt: bool) -> str:
@@ -113,7 +133,7 @@ class Comparison:
             )
         if not whole.startswith(prompt):
             return Compared("different: accepted though the row does not begin with its prompt", whole)
-        spans = _spans(labels)
+        spans = spans_of(labels)
         if spans[-1][0] != len(expected):
             return Compared("different: the final turn does not begin behind the prompt", repr(spans))
         for begin, end in spans:
@@ -150,6 +170,42 @@ class Comparison:
             return f"the span lacks {missing[0]!r}" if missing else None
         return "no assistant message has this prompt"
 
+    def problem_of_span(self, row: Mapping[str, Any], ids: list[int], begin: int, end: int) -> str | None:
+        """Why a supervised span is not what the template writes after a prompt that a server sends, up to and
+        with what ends the turn; None where it is.
+        """
+        messages, tools, stop = (
+            [self._as_sent(m) for m in row["messages"]],
+            row.get("tools"),
+            self.template.stop,
+        )
+        try:
+            whole = self._render(messages, tools, prompt=False)
+            prompts = [
+                self._render(messages[:index], tools, prompt=True)
+                for index, message in enumerate(messages)
+                if message["role"] == "assistant"
+            ]
+        except Exception:
+            return "the served template refuses the row"
+        fitting = [p for p in prompts if self.served(p, add_special_tokens=False)["input_ids"] == ids[:begin]]
+        if not fitting:
+            return "no server sends the prompt before it"
+        alone, within = self._decode(ids[begin:end]), self._decode(ids[:end])
+        rest = whole[len(fitting[0]) :] if whole.startswith(fitting[0]) else None
+        if rest is None:
+            return "the row does not begin with its prompt"
+        turn = next(
+            (t for t in (alone, within[len(self._decode(ids[:begin])) :]) if rest.startswith(t)), None
+        )
+        if turn is None:
+            return "it is not what follows the prompt"
+        if stop is None or turn.endswith(stop):
+            return None
+        if stop in turn:
+            return WHITE_SPACE if turn.rstrip().endswith(stop) else "it goes on into the next turn"
+        return "the stop is missing" if rest[len(turn) :].lstrip().startswith(stop) else None
+
     def _decode(self, ids: list[int]) -> str:
         return str(self.served.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -163,7 +219,7 @@ class Comparison:
         return sent
 
 
-def _spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+def spans_of(labels: Sequence[int]) -> list[tuple[int, int]]:
     on = [label != -100 for label in labels]
     edges = [i for i in range(len(on) + 1) if (i < len(on) and on[i]) != (i > 0 and on[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
