@@ -20,6 +20,15 @@ _TOKENIZER_KEYS_LEFT_OUT = (
 )
 
 
+def remedy(source: str) -> str:
+    """What to do where AutoTokenizer rebuilds a tokenizer otherwise than its files say."""
+    return (
+        "Choose a base whose own tokenizer this is, or train with what servers make of it: "
+    """What to do where AutoTokenizer rebuilds a tokenizer and its files say otherwise."""
+        "config.json, and model.tokenizer: tokenizer"
+    )
+
+
 def write_tokenizer(
     tokenizer: Tokenizer, template: str, folder: Path, *, pad_id: int, with_tools: str | None = None
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 
+import pyarrow as pa
 import pytest
 
 from sft_pipeline.reporting import Reporter
@@ -10,10 +11,13 @@ from sft_pipeline.stages.sanity_check import build as build_module
 from sft_pipeline.stages.sanity_check.asset import STAGE
 from sft_pipeline.stages.sanity_check.build import build
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig, SanityConfig
+from sft_pipeline.stages.sanity_check.exported_tokenizer import compare_exported_tokenizer
 from sft_pipeline.stages.sanity_check.protocol import ShortRun, WorstMicrobatch, instabilities
 from sft_pipeline.stages.sanity_check.report import forecast
 from sft_pipeline.stages.stage import Build
 from sft_pipeline.store import Artifact
+from sft_pipeline.tables.schemas import TOKENIZED
+from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 from sft_pipeline_tests.training import tiny
 
@@ -218,3 +222,38 @@ def test_the_memory_trial_takes_the_fullest_blocks_of_the_whole_plan(root, tmp_p
     assert worst["blocks"] == [b["block"] for b in expected[:2]]
     assert 0 < worst["supervised"] <= sum(t != -100 for b in expected[:2] for t in b["labels"])
     assert worst["memory_mb"] > 50 and worst["seconds"] > 0
+
+
+@pytest.mark.shared_data
+def test_a_base_whose_architecture_forces_another_tokenizer_is_refused_before_the_training(
+    tmp_path, shared_data
+):
+    """GPT-2 keeps numbers together, and transformers' class for Qwen2 splits them, whatever the files say."""
+    gpt2 = shared_data / "tokenizers" / "gpt2"
+    tokenizer = load_tokenizer(str(gpt2))
+    rows = [tokenizer.ids(f"in {year} it was {year * 37}") for year in range(1900, 1920)]
+    examples = [
+        {"row_id": str(i), "group": str(i), "input_ids": ids, "labels": ids, "length": len(ids)}
+        for i, ids in enumerate(rows)
+    ]
+    schema = pa.schema([f for f in TOKENIZED if f.name in examples[0]])
+    for split in ("train", "validation", "test"):
+        tiny.write_parquet(tmp_path / "tokenized" / split / "part-0.parquet", examples, schema)
+    artifact = tiny.commit(tmp_path / "tokenized", "tiny/tokenized_rows")
+    base = tmp_path / "base"
+    base.mkdir()
+    found = {}
+    for architecture in ("gpt2", "qwen2"):
+        (base / "config.json").write_text(json.dumps({"model_type": architecture}))
+        config = SanityCheckConfig(
+            sanity=SanityConfig(),
+            model=ModelConfig(base=str(base), tokenizer=str(gpt2)),
+            training=TrainingConfig(),
+            tokenizer=str(gpt2),
+            tokenizer_revision=None,
+            template={"chat_template": "plain", "system": None, "variables": {}},
+            tokens={},
+        )
+        found[architecture] = compare_exported_tokenizer(config, artifact)
+    assert found["gpt2"][0] and not found["qwen2"][0]
+    assert "model.tokenizer" in found["qwen2"][1] and found["qwen2"][2][0]["training"]

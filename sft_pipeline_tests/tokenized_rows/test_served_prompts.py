@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,12 @@ def test_a_template_with_a_clock_is_compared(tmp_path: Path) -> None:
     assert "40 of them by transformers" in check(found, "served_prompt_equal")["description"]
 
 
+AS_SERVED = (
+    "import sys; from transformers import AutoTokenizer; "
+    "AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+)
+
+
 @pytest.mark.shared_data
 def test_an_architecture_that_forces_another_tokenizer_class_is_refused(
     tmp_path: Path, shared_data: Path
@@ -134,6 +142,17 @@ def test_an_architecture_that_forces_another_tokenizer_class_is_refused(
     shutil.rmtree(tmp_path / "home")
     failed = check(tokenized(tmp_path), "served_prompt_equal")
     assert not failed["passed"] and "model.tokenizer" in failed["description"]
+    # The remedy that it names.
+    ran = subprocess.run(
+        [sys.executable, "-c", AS_SERVED, str(tokenizer), str(tmp_path / "as_served")],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    (tmp_path / "as_served" / "config.json").write_text('{"model_type": "qwen2"}')
+    shutil.rmtree(tmp_path / "home")
+    again = tokenized(tmp_path, model={"base": str(tokenizer), "tokenizer": str(tmp_path / "as_served")})
+    assert check(again, "served_prompt_equal")["passed"], check(again, "served_prompt_equal")
 
 
 def test_the_input_of_an_instruction_has_the_section_of_alpaca_s_published_form(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sft_pipeline.stages.sanity_check import report
 from sft_pipeline.stages.sanity_check.checks import CHECKS, PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
+from sft_pipeline.stages.sanity_check.exported_tokenizer import compare_exported_tokenizer
 from sft_pipeline.stages.sanity_check.labels import DataFindings, changed_formatting, check_blocks
 from sft_pipeline.stages.stage import Build, Built, Check, CheckSpec, Evidence, plot, table
 from sft_pipeline.store.files import write_json
@@ -140,6 +141,9 @@ def _check_data(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> 
         "template, tokenizer and mask are those of the rows."
     )
     verdict.add("labels_match", not problems, "; ".join(problems) or description, **offenders)
+    good, description, different = compare_exported_tokenizer(config, b.inputs["tokenized_rows"])
+    rows = {"different": table(different[:10])} if different else {}
+    verdict.add("exported_tokenizer", good, description, **rows)
     verdict.record["data"] = {k: v for k, v in asdict(found).items() if k != "offenders"}
     return found
 

@@ -12,6 +12,11 @@ CHECKS = (
         "Labels equal input ids wherever supervised; template and tokenizer are those of the rows.",
     ),
     CheckSpec(
+        "exported_tokenizer",
+        True,
+        "AutoTokenizer gives training's ids, as a server loads the tokenizer beside the base's config.json.",
+    ),
+    CheckSpec(
         "boundaries",
         True,
         "No example of a block sees another: changing one moves no other's predictions, "
@@ -27,4 +32,5 @@ CHECKS = (
 )
 
 # Those that depend on data and model alone, and on nothing of how the model is trained.
-PROBE_CHECKS = tuple(c for c in CHECKS if c.name in ("ids_in_vocabulary", "labels_match", "boundaries"))
+_BEFORE_TRIALS = ("ids_in_vocabulary", "labels_match", "exported_tokenizer", "boundaries")
+PROBE_CHECKS = tuple(c for c in CHECKS if c.name in _BEFORE_TRIALS)

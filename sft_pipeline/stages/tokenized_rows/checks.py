@@ -7,6 +7,7 @@ from sft_pipeline.stages.stage import Check, number, table
 from sft_pipeline.stages.tokenized_rows.served_prompts import SERVED_CHECK, ServedPrompts
 from sft_pipeline.stages.tokenized_rows.stats import StageStats
 from sft_pipeline.stages.tokenized_rows.tokenizer_skew import SKEW_CHECK, TokenizerSkew
+from sft_pipeline.text.exported_tokenizer import remedy
 from sft_pipeline.text.reasons import MEANING, Reason
 
 MAX_REJECT_RATE = 0.05
@@ -119,8 +120,7 @@ def _served(served: ServedPrompts) -> Check:
             f"{count} of {served.sampled} sampled rows differ from their source or from what a server sends; "
             f"the first, {first['row']}: {first['why']}. Where only the tokenizer's class is "
             "to blame (an architecture for which AutoTokenizer takes a class of its own, whatever "
-            "tokenizer_config.json says), choose a base whose own tokenizer this is, or set model.tokenizer "
-            "to the base's own"
+            f"tokenizer_config.json says): {remedy(served.tokenizer)}"
         )
     else:
         description = (

@@ -79,6 +79,7 @@ class ServedPrompts:
     """How the sampled prompts compare with those of the source rows and of a server.
 
     Attributes:
+        tokenizer: As the recipe names it.
         sampled: Rows of the sample, rendered again.
         not_prefix: Of these, those that do not begin with the ids of their prompt.
         compared: Rows compared with their source.
@@ -91,6 +92,7 @@ class ServedPrompts:
         shapes: Those that transformers has rendered without a difference, now and earlier.
     """
 
+    tokenizer: str
     sampled: int = 0
     not_prefix: list[dict[str, Any]] = field(default_factory=list)
     compared: int = 0
@@ -149,7 +151,7 @@ class PromptSample:
 
     def compare(self, encoder: BatchEncoder) -> tuple[ServedPrompts, TokenizerSkew]:
         """Compares the sample with the source rows and with transformers."""
-        found = ServedPrompts(shapes=set(self._known_shapes))
+        found = ServedPrompts(encoder.config.tokenizer, shapes=set(self._known_shapes))
         asked = sum(len(rows) for rows, _ in self._asked)
         if asked < len(self.rows) or not self._asked:
             self._ask(encoder, self.rows[asked:])
