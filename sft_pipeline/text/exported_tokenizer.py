@@ -24,8 +24,8 @@ def remedy(source: str) -> str:
     """What to do where AutoTokenizer rebuilds a tokenizer otherwise than its files say."""
     return (
         "Choose a base whose own tokenizer this is, or train with what servers make of it: "
-    """What to do where AutoTokenizer rebuilds a tokenizer and its files say otherwise."""
-        "config.json, and model.tokenizer: tokenizer"
+        f"AutoTokenizer.from_pretrained({source!r}).save_pretrained('tokenizer') in Python, beside the "
+        "base's config.json, and model.tokenizer: tokenizer"
     )
 
 
