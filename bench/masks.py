@@ -9,14 +9,20 @@ labels differ, the served prompt decides: a supervised span is right if the ids 
 `apply_chat_template(messages before the turn, add_generation_prompt=True)` gives, under the template that is
 served, and if the span is what the template writes after that prompt, up to and with what ends the turn.
 
-axolotl and LLaMA-Factory are not here: their current releases pin other versions of torch and transformers
-than this environment has, and mask by strategies of their own for a list of known templates.
+axolotl and LLaMA-Factory take part where the Python of an environment that has them is given:
+
+    python bench/masks.py --axolotl /envs/axolotl/bin/python --llamafactory /envs/llamafactory/bin/python
+
+They mask by code of their own (bench/peer_masks.py) and are compared with `supervise: assistant`;
+LLaMA-Factory only where it has a template of that model.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,45 +35,80 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 warnings.filterwarnings("ignore")
 
+from peer_masks import LLAMAFACTORY  # noqa: E402
 from report import machine, table  # noqa: E402
 
 from sft_pipeline_tests.differential.compare import WHITE_SPACE, Comparison, spans_of  # noqa: E402
 from sft_pipeline_tests.differential.space import Pairing, rows, templates  # noqa: E402
 
-MODES = {"completion": "completion_only_loss", "assistant": "assistant_only_loss"}
+MODES = {"completion_only_loss": "completion", "assistant_only_loss": "assistant"}  # TRL's, ours
+PEERS = ("axolotl", "llamafactory")
+TITLES = {mode: f"TRL {mode}" for mode in MODES}
 Tokens = tuple[list[int], list[int]]  # input ids, labels
+Row = Mapping[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1, help="rows of each shape, template and mode")
+    parser.add_argument("--seeds", type=int, default=1, help="rows of each shape, template and peer")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"of an environment that has {peer}")
     options = parser.parse_args()
     print("\n".join(f"{key}: {value}" for key, value in machine().items()), flush=True)
-    verdicts: dict[str, Counter[str]] = {mode: Counter() for mode in MODES}
+    names = [n for n in templates() if not n.endswith("_training")]  # TRL chooses what it trains with
+    given = [pair for seed in range(options.seeds) for pair in rows(seed)]
+    only_rows = [row for _, row in given]
+    judges = {mode: {name: MaskJudge(name, supervise) for name in names} for mode, supervise in MODES.items()}
+    results: dict[str, dict[str, list[Tokens | str]]] = {
+        mode: {name: [trl_tokens(judge.served, row, mode) for row in only_rows] for name, judge in of.items()}
+        for mode, of in judges.items()
+    }
+    for peer in PEERS:
+        if python := getattr(options, peer):
+            judges[peer] = judges["assistant_only_loss"]
+            results[peer] = peer_tokens(peer, python, judges[peer], only_rows)
+    verdicts: dict[str, Counter[str]] = {mode: Counter() for mode in results}
     kinds: Counter[tuple[str, str, str]] = Counter()
     examples: dict[tuple[str, str, str], str] = {}
-    for name in templates():
-        if name.endswith("_training"):  # what TRL trains with is chosen by TRL
-            continue
-        for supervise, mode in MODES.items():
-            judge = MaskJudge(name, supervise)
-            given = [pair for seed in range(options.seeds) for pair in rows(seed)]
-            for (shape, row), ours in zip(given, judge.ours([row for _, row in given]), strict=True):
-                theirs = trl_tokens(judge.served, row, mode)
-                verdict, problems = judge.verdict(row, ours, theirs)
-                verdicts[supervise][verdict] += 1
+    for mode, of_templates in results.items():
+        for name, theirs in of_templates.items():
+            judge = judges[mode][name]
+            for (shape, row), a, b in zip(given, judge.ours(only_rows), theirs, strict=True):
+                verdict, problems = judge.verdict(row, a, b)
+                verdicts[mode][verdict] += 1
                 for whose, problem in problems:
                     key = (mode, whose, problem)
                     kinds[key] += 1
                     examples.setdefault(key, f"{name}, {shape}")
     counted = sorted({verdict for counts in verdicts.values() for verdict in counts})
-    lines = [[v, *(f"{verdicts[mode][v]:,}" for mode in MODES)] for v in counted]
-    print(table(["outcome", *MODES.values()], lines))
+    lines = [[v, *(f"{verdicts[mode][v]:,}" for mode in results)] for v in counted]
+    print(table(["outcome", *(TITLES.get(mode, mode) for mode in results)], lines))
     lines = [[*key, f"{count:,}", examples[key]] for key, count in kinds.most_common()]
-    print(table(["mode", "whose", "what is wrong", "rows", "for example"], lines))
+    print(table(["masks of", "whose", "what is wrong", "rows", "for example"], lines))
     return int(any(whose == "ours" for _, whose, _ in kinds))
+
+
+def peer_tokens(
+    peer: str, python: str, judges: Mapping[str, "MaskJudge"], given: Sequence[Row]
+) -> dict[str, list[Tokens | str]]:
+    """What another framework trains on, by template; asked in one process of its own environment."""
+    names = [n for n in judges if peer != "llamafactory" or n in LLAMAFACTORY]
+    with tempfile.TemporaryDirectory() as folder:
+        requests = []
+        for name in names:
+            judges[name].served.save_pretrained(f"{folder}/{name}")
+            requests.append({"template": name, "tokenizer": f"{folder}/{name}", "rows": given})
+        script = [python, str(Path(__file__).with_name("peer_masks.py")), peer]
+        done = subprocess.run(
+            script, input=json.dumps(requests), stdout=subprocess.PIPE, text=True, check=True
+        )
+    replies = json.loads(done.stdout)
+    return {
+        name: [found if isinstance(found, str) else (found[0], found[1]) for found in of_template]
+        for name, of_template in zip(names, replies, strict=True)
+    }
 
 
 def trl_tokens(served: Any, row: Mapping[str, Any], mode: str) -> Tokens | str:
@@ -129,7 +170,7 @@ class MaskJudge:
             return "both refuse it", []
         problems = []
         right = {}
-        for whose, found in (("ours", ours), ("TRL's", theirs)):
+        for whose, found in (("ours", ours), ("theirs", theirs)):
             if isinstance(found, str):
                 continue
             problem = self._problem(row, *found)
@@ -137,17 +178,17 @@ class MaskJudge:
             if problem:
                 problems.append((whose, problem))
         if isinstance(ours, str):
-            good = "right" if right["TRL's"] else "wrong"
-            return f"refused here ({ours}); TRL's spans are {good}", problems
+            good = "right" if right["theirs"] else "wrong"
+            return f"refused here ({ours}); their spans are {good}", problems
         if isinstance(theirs, str):
-            return f"TRL refuses it; ours is {'right' if right['ours'] else 'wrong'}", problems
-        if problems == [("TRL's", WHITE_SPACE)]:
-            return "ours is right; TRL's adds white space after the stop", problems
+            return f"they refuse it; ours is {'right' if right['ours'] else 'wrong'}", problems
+        if problems == [("theirs", WHITE_SPACE)]:
+            return "ours is right; theirs adds white space after the stop", problems
         if ours == theirs:
             return f"equal, {'right' if right['ours'] else 'wrong'}", problems
         if all(right.values()):
             more = len(spans_of(theirs[1])) - len(spans_of(ours[1]))
-            return "both right" + (f", TRL's has {more} more turns" if more > 0 else ""), problems
+            return "both right" + (f", theirs has {more} more turns" if more > 0 else ""), problems
         return next((f"{whose} is right" for whose, good in right.items() if good), "neither"), problems
 
     def _problem(self, row: Mapping[str, Any], ids: list[int], labels: list[int]) -> str | None:
