@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.packed_shards.packing import Packing
 from sft_pipeline.tables.loss_weights import summed_weights, weights_column, weights_of
-from sft_pipeline.tables.parquet import BackgroundWriter, PartWriter, read_batches
+from sft_pipeline.tables.parquet import BackgroundWriter, PartWriter, count_rows, read_batches
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 
 GROUP_TOKENS = 1 << 15  # about so many in a row group
@@ -85,14 +86,17 @@ class FlatRows:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
+def flatten(parts: Sequence[Path], scratch: Path, report: Reporter | None = None) -> FlatRows:
     """Writes the token columns of tokenized rows end to end.
 
     Args:
         parts: Parquet files with row_id, input_ids, labels and weights.
         scratch: A folder for files, which must outlive the result.
+        report: Told how far the reading is.
     """
+    report = report or Reporter()
     scratch.mkdir(parents=True, exist_ok=True)
+    total, done = count_rows(parts), 0
     lengths, supervised = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     weight = [np.zeros(0, dtype=np.float64)]
     row_ids, wrong, any_weights = [], 0, False
@@ -114,6 +118,8 @@ def flatten(parts: Sequence[Path], scratch: Path) -> FlatRows:
             supervised.append(np.add.reduceat(counts, offsets[:-1], dtype=np.int64))
             weight.append(summed_weights(weights, labels, offsets))
             row_ids.append(batch.column("row_id"))
+            done += batch.num_rows
+            report.progress("reading tokens", done, total, "rows")
         weight_file.truncate(file.tell() if any_weights else 0)
     token_map, weight_map = (_mapped(scratch / name) for name in ("tokens.bin", "weights.bin"))
     return FlatRows(
@@ -154,8 +160,11 @@ class WrittenBlocks:
     bad_boundaries: int
 
 
-def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlocks:
+def write_blocks(
+    rows: FlatRows, packing: Packing, folder: Path, report: Reporter | None = None
+) -> WrittenBlocks:
     """Writes the blocks of one split as Parquet parts, about a million tokens at a time."""
+    report = report or Reporter()
     examples = tokens = supervised = bad = 0
     weight = 0.0
     mean = len(rows.tokens) // max(packing.blocks, 1)
@@ -174,6 +183,7 @@ def write_blocks(rows: FlatRows, packing: Packing, folder: Path) -> WrittenBlock
             ends = np.cumsum(lengths) - 1
             examples += len(lengths)
             tokens += len(positions)
+            report.progress("writing blocks", tokens, len(rows.tokens), "tokens")
             counted = int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE_LABEL))
             weights = weights_of(batch)
             supervised += counted

@@ -101,9 +101,9 @@ def _pack(b: Build, split: str, scratch: Path) -> PackedSplit:
     """Packs one split and writes its blocks."""
     config: PackedShardsConfig = b.config
     parts = b.inputs["tokenized_rows"].parts(split)
-    rows = flatten(parts, scratch / split)
+    rows = flatten(parts, scratch / split, b.report)
     packing = pack(rows.lengths, config.max_length, config.packing.strategy, config.seed)
-    written = write_blocks(rows, packing, b.out / split)
+    written = write_blocks(rows, packing, b.out / split, b.report)
     b.report.log(
         f"packed_shards: {written.examples} {split} examples in {written.blocks} blocks of "
         f"{config.max_length} tokens"
