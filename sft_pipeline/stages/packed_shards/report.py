@@ -23,7 +23,7 @@ def evidence(
 
     Args:
         lengths: Tokens per example.
-        per_block: For each block its tokens, supervised tokens and examples.
+        per_block: For each block its tokens, supervised tokens, their summed loss weights, and examples.
     """
     per_update = {name: plan.sums(values) for name, values in per_block.items()}
     plot_block_fill(out / "plots" / "block_fill.png", per_block["tokens"], lengths, max_length)
@@ -31,7 +31,7 @@ def evidence(
     sizes = plan.sizes()
     first = [
         {
-            "update": u,
+            "update": u + 1,
             "blocks": int(sizes[u]),
             "examples": int(per_update["examples"][u]),
             "tokens": int(per_update["tokens"][u]),
@@ -44,6 +44,8 @@ def evidence(
         "supervised tokens": budget.supervised_tokens_per_update,
         "tokens": budget.tokens_per_update,
     }
+    if budget.loss_weight_per_update is not None:
+        spreads["summed loss weights"] = budget.loss_weight_per_update
     return {
         "row_count": number(budget.examples),
         "blocks": number(budget.blocks),
