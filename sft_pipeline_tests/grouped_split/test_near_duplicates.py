@@ -372,6 +372,24 @@ def test_many_rows_of_one_template_stay_cheap(tmp_path: Path) -> None:
     assert len(neighbours(sets, prefix_index(sets, 0.95), ~asked, asked)[0]) == 0
 
 
+def test_bounds_of_very_long_rows_are_not_lost_in_rounding(tmp_path: Path) -> None:
+    """Pairs of about 0.8, a shingle more or less, in rows of several hundred thousand."""
+    words = [f"w{i}" for i in range(300_000)]
+    same = 8 * 300_000 // 9  # x and y share this many of their words' shingles: J = same / (2n - same)
+    texts = []
+    for pair in range(6):
+        tail = [f"x{pair}y{i}" for i in range(300_000 - same - pair + 3)]
+        texts += [" ".join([f"p{pair}", *words]), " ".join([f"p{pair}", *words[: same + pair - 3], *tail])]
+    sets = ShingleSets([pa.array(texts)], tmp_path / "sets")
+    index = prefix_index(sets, 0.8)
+    near = np.arange(12) % 2 == 0
+    one, other = np.flatnonzero(~near), np.flatnonzero(near)
+    exact = np.array([[sets.similarity(np.array([x]), np.array([y]), 0.0)[0] for y in other] for x in one])
+    found = set(neighbours(sets, index, near, ~near)[0].tolist())
+    assert found == {x for x, row in zip(one.tolist(), exact) if (row >= 0.8).any()}
+    assert found and len(found) < 6
+
+
 def test_a_data_set_of_one_template_says_what_to_set(project: Path) -> None:
     template = (
         "Write a short and friendly note to the customer who has written to us twice this week about the "

@@ -29,6 +29,7 @@ class PrefixIndex:
         most_common: float32 [rows], the row's shingles less the bits of its bitmap: with the bits that it
             shares with another row, a bound on what the two have in common.
         size: float32 [rows], shingles of each row.
+        slack: What rounding may take from a bound, in shingles.
     """
 
     threshold: float
@@ -38,6 +39,7 @@ class PrefixIndex:
     cut: np.ndarray
     most_common: np.ndarray
     size: np.ndarray
+    slack: float
 
     def may_reach(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Whether pairs of rows can be similar enough. False is always right.
@@ -55,7 +57,7 @@ class PrefixIndex:
         by_one = self.size[one] * share - self.most_common[one] + self.size[other] * share
         by_other = self.size[one] * share + (self.size[other] * share - self.most_common[other])
         needed = np.where(self.cut[one] <= self.cut[other], by_one, by_other)
-        return shared >= needed - np.float32(0.01)
+        return shared >= needed - np.float32(self.slack)
 
 
 def prefix_index(sets: ShingleSets, threshold: float) -> PrefixIndex:
@@ -89,7 +91,8 @@ def prefix_index(sets: ShingleSets, threshold: float) -> PrefixIndex:
     bits = np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64)
     sizes = sets.size.astype(np.float32)
     most_common = sizes - bits.astype(np.float32)
-    return PrefixIndex(threshold, prefixes[0], prefixes[1], bitmap, cut, most_common, sizes)
+    slack = 0.01 + 1e-6 * float(sizes.max(initial=0))  # a few roundings of float32
+    return PrefixIndex(threshold, prefixes[0], prefixes[1], bitmap, cut, most_common, sizes, slack)
 
 
 def _rarest(
