@@ -130,6 +130,8 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
                 artifact = _reusable(stage, run.store, fingerprint)
                 if artifact is None:
                     cached = False
+                    for data in inputs.data.values():
+                        data.verify(deep=True)  # what is read is hashed, or rot would get fresh hashes
                     with (
                         clear_disk_errors(f"building {asset}"),
                         run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
@@ -142,7 +144,7 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
                             report=tracked.report,
                             snapshot=branch.snapshot,
                             asset=asset,
-                            earlier=earlier_builds(stage, run.store, branch) if stage.reuses_rows else (),
+                            earlier=earlier_builds(stage, branch, run) if stage.reuses_rows else (),
                             outside=parts["outside"],
                         )
                         if stage.isolated and run.isolate:
@@ -238,16 +240,21 @@ def _reusable(stage: Stage, store: Store, fingerprint: str) -> Artifact | None:
     return artifact
 
 
-def earlier_builds(stage: Stage, store: Store, branch: Branch) -> tuple[Artifact, ...]:
-    """The newest intact artifacts of a stage that differ in their inputs only."""
+def earlier_builds(stage: Stage, branch: Branch, run: Run) -> tuple[Artifact, ...]:
+    """The newest artifacts of a stage that differ in their inputs only, all of whose files are intact."""
     _, parts = fingerprint_of(stage, branch, {})
     found: list[Artifact] = []
-    for artifact in reversed(store.all()):
+    unreadable = f"{stage.name}: no rows are taken over from an artifact"
+    for artifact in reversed(run.store.all(lambda e: run.report.log(f"{unreadable}: {e}", "warning"))):
         manifest = artifact.manifest
         same = manifest.asset.endswith(f"/{stage.name}") and all(
             getattr(manifest, k) == parts[k] for k in ("code_version", "config", "outside", "packages")
         )
-        if same and not artifact.damage(deep=False):
+        if same and (damage := artifact.damage(deep=True)):
+            run.report.log(
+                f"{stage.name}: no rows are taken over from a damaged artifact: {damage[0]}", "warning"
+            )
+        elif same:
             found.append(artifact)
         if len(found) == MOST_EARLIER:
             break
@@ -285,6 +292,7 @@ def _commit(
         fields={
             **{k: parts[k] for k in ("asset", "partition", "code_version", "config", "outside", "packages")},
             "inputs": inputs.entries(),
+            "reused_from": [artifact.as_input("rows") for artifact in built.reused_from],
             "accepted": all(c["passed"] for c in checks if c["blocking"]),
             "counts": dict(built.counts),
             "checks": checks,

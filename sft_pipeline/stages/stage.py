@@ -96,6 +96,7 @@ class Built:
         counts: Whole numbers for the manifest (rows read, accepted, ...).
         checks: One outcome for each declared check.
         volatile: Paths (folders end in "/") that may differ between equal builds.
+        reused_from: Earlier artifacts from which rows were taken over.
         evidence: Numbers, tables and plots for people.
     """
 
@@ -103,6 +104,7 @@ class Built:
     checks: tuple[Check, ...] = ()
     volatile: tuple[str, ...] = ()
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    reused_from: tuple[Artifact, ...] = ()
 
 
 BuildFunction = Callable[[Build], Built]

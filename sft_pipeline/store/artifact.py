@@ -1,6 +1,7 @@
 """An artifact on disk: its folder and its manifest."""
 
 import errno
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,10 +38,15 @@ class Artifact:
         """What is wrong with the files, one line each naming the file; empty when intact.
 
         Args:
-            deep: Hash every file; otherwise only compare sizes and modification times against the manifest's.
+            deep: Hash every file, the manifest among them; otherwise only compare sizes and modification
+                times against the manifest's.
         """
         found = []
         written = (self.path / MANIFEST_NAME).stat().st_mtime
+        if deep:
+            recorded = json.loads((self.path / MANIFEST_NAME).read_bytes()).get("manifest_sha256")
+            if recorded != self.manifest.to_json()["manifest_sha256"]:
+                found.append(f"{self.path / MANIFEST_NAME}: it was changed after it was written")
         for entry in self.manifest.files:
             path = self.path / entry.path
             try:

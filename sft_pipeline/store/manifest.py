@@ -26,7 +26,9 @@ class FileEntry(_Entry):
 
 
 class InputEntry(_Entry):
-    """An artifact that was read; `role` is "data", or "acceptance" if only that was needed."""
+    """An artifact that was read; `role` is "data", "acceptance" if only that was needed, or "rows" if rows
+    were taken over from it.
+    """
 
     asset: str
     partition: str
@@ -47,6 +49,7 @@ class Manifest(_Entry):
         code_version: Of the stage's modules.
         config: What the stage read of the recipe or dataset file.
         inputs: By stage name, the artifacts that were read.
+        reused_from: Earlier artifacts of the same asset from which rows were taken over.
         accepted: Whether every blocking check passed. What is not accepted is no input.
         counts: Whole numbers about the rows and blocks.
         files: Every file but this one.
@@ -74,6 +77,7 @@ class Manifest(_Entry):
     dagster_run_id: str | None = None
     mlflow_run_id: str | None = None
     created_at: str
+    reused_from: list[InputEntry] = Field(default_factory=list)
     outside: dict[str, str] = Field(default_factory=dict)
     checks: list[dict[str, Any]] = Field(default_factory=list)
     packages: dict[str, str | None] = Field(default_factory=dict)

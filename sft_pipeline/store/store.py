@@ -43,10 +43,20 @@ class Store:
         artifact = Artifact(self.objects / fingerprint)
         return artifact if (artifact.path / MANIFEST_NAME).is_file() else None
 
-    def all(self) -> list[Artifact]:
-        """Every artifact, oldest first."""
-        found = [Artifact(p.parent) for p in self.objects.glob(f"*/{MANIFEST_NAME}")]
-        return sorted(found, key=lambda a: a.manifest.created_at)
+    def all(self, unreadable: Callable[[InputError], None] = lambda error: None) -> list[Artifact]:
+        """Every artifact, by time of creation.
+
+        Args:
+            unreadable: Told of those whose manifest cannot be read; they are left out.
+        """
+        found = []
+        for path in sorted(self.objects.glob("*/manifest.json")) if self.objects.is_dir() else ():
+            artifact = Artifact(path.parent)
+            try:
+                found.append((artifact.manifest.created_at, artifact))
+            except InputError as error:
+                unreadable(error)
+        return [artifact for _, artifact in sorted(found, key=lambda pair: pair[0])]
 
     def work(self, fingerprint: str) -> Path:
         """The folder for what a killed build may go on from, for example training checkpoints."""

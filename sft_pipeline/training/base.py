@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.external_files import HUB_MODEL_FILES
+from sft_pipeline.external_files import ADAPTER_CONFIG, HUB_MODEL_FILES
 from sft_pipeline.hub import clear_loading_errors, local_folder
 from sft_pipeline.training.config import ModelConfig
 
@@ -13,13 +13,19 @@ def base_folder(config: ModelConfig) -> Path:
     """The base model's folder: local, or the hub's at a pinned commit, fetched once into the hub's cache.
 
     Raises:
-        InputError: There is no such folder and it is no hub id, the hub id has no pinned commit, or the hub
-            cannot be reached.
+        InputError: There is no such folder and it is no hub id, the hub id has no pinned commit, the hub
+            cannot be reached, or an adapter lies beside the model.
     """
     files = (*HUB_MODEL_FILES, "*.py") if config.trust_remote_code else HUB_MODEL_FILES
     folder = local_folder(config.base, config.revision, key="model.base", patterns=files)
     if not (folder / "config.json").is_file():
         raise InputError(f"model.base {config.base}: {folder} has no config.json, so it is no model folder")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(
+            f"model.base {config.base}: {folder} has {ADAPTER_CONFIG} beside config.json, and transformers "
+            "would put that adapter on the model wherever it is loaded. Move the adapter away, or take the "
+            "merged model"
+        )
     return folder
 
 

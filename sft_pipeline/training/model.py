@@ -19,6 +19,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.hub import clear_loading_errors
 from sft_pipeline.training.base import base_folder, load_model_config
+from sft_pipeline.training.base_weights import refuse_other_weights
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 from sft_pipeline.training.loss import causal_model
 from sft_pipeline.training.process import disable_progress_bars
@@ -93,8 +94,8 @@ def load_base(
         four_bit: NF4 with double quantization (Dettmers et al. 2023); needs bitsandbytes.
 
     Raises:
-        InputError: Unknown base, no safetensors, or an attention implementation that this machine or model
-            lacks.
+        InputError: Unknown base, no safetensors, other tensors than the architecture has, or an attention
+            implementation that this machine or model lacks.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -107,14 +108,18 @@ def load_base(
     if four_bit:
         extra = {"quantization_config": _nf4(dtype), "device_map": {"": device}}
     with clear_loading_errors(f"model.base {config.base} with attention {attention}"):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
             **extra,
         )
+    model, info = loaded
+    refuse_other_weights(config.base, info)
     got = model.config._attn_implementation
     if got != attention:
         raise InputError(
@@ -217,6 +222,13 @@ def add_adapter(
         raise InputError(
             f"model.lora.target_modules {settings.target_modules} includes the output layer, "
             "whose adapter the loss could not see. Leave it out"
+        )
+    embedding = wrapped.get_input_embeddings()
+    if hasattr(embedding, "lora_embedding_A") and getattr(head, "weight", None) is embedding.weight:
+        raise InputError(
+            f"model.lora.target_modules {settings.target_modules} includes the input embeddings, which this "
+            "model shares with its output layer: merged into them, the adapter would change the output too, "
+            "and another model would be judged and exported than was trained. Leave them out"
         )
     if gradient_checkpointing:
         wrapped.enable_input_require_grads()

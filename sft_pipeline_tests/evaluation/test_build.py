@@ -301,3 +301,21 @@ def _sub(project):
     sub.mkdir()
     (sub / "base").symlink_to(project.root / "base")
     return w.World(sub, project.store)
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-5, 0.01, -0.01])
+def test_a_model_with_another_loss_than_training_recorded_is_not_the_trained_one(project, rows, off):
+    trained = w.checkpoints(_sub(project), rows, ModelConfig(**LORA), {5: 0, 9: 0}, learn=False)
+    built, found, _ = run(project, rows, trained, config(LORA, require_improvement=False, max_rows=2))
+    assert "no validation loss to compare" in checks(built)["judged_is_trained"].description
+    path = trained.file("training.json")
+    training = json.loads(path.read_text())
+    training["checkpoints"] = [
+        {"step": e["step"], "val_loss": e["val_loss"] * (1 + off * (e["step"] == 9))}
+        for e in found["checkpoints"]
+    ]
+    path.write_text(json.dumps(training))
+    built, _, _ = run(project, rows, trained, config(LORA, require_improvement=False, max_rows=2))
+    check = checks(built)["judged_is_trained"]
+    assert check.passed == (abs(off) < 1e-3)
+    assert check.passed or check.description.startswith("step 9: training recorded")

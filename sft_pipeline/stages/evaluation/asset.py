@@ -109,6 +109,11 @@ STAGE = Stage(
     config=_config,
     load_build=_load_build,
     checks=(
+        CheckSpec(
+            "judged_is_trained",
+            True,
+            "Each checkpoint's validation loss is the one that training recorded for it.",
+        ),
         CheckSpec("gates_passed", True, "The chosen checkpoint passes every gate on the validation split."),
         CheckSpec(
             "improvement",

@@ -24,12 +24,18 @@ from sft_pipeline.stages.evaluation.judge import (
 )
 from sft_pipeline.stages.evaluation.select import Candidate, Gate, Selection, better, select
 from sft_pipeline.stages.stage import Build, Built, Check, number, table
+from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables.held_out import held_out_rows
 from sft_pipeline.text.reply import ReplyDecoder
 
 TEST_LOSS = "test_loss"  # on the test split, what is `val_loss` on the validation split
 MAX_UNFINISHED = 0.05
+# By the precision of the training: how far, as a share of it, the validation loss may be from the recorded
+# one. In fp32 merging and another layout round otherwise; in half precision training autocasts, which
+# evaluation does not.
+TOLERANCE = {"fp32": 5e-4, "bf16": 2e-2, "fp16": 2e-2}
+SMALL_LOSS = 0.2  # nats; below it, differences are measured as shares of this
 
 
 def build(b: Build) -> Built:
@@ -103,6 +109,7 @@ def build(b: Build) -> Built:
             "chosen_step": selection.step,
         },
         checks=(
+            judged_is_trained(b.inputs["trained_checkpoints"], judged),
             gates_passed(selection, config, validation.rows),
             improvement({c.name: c for c in comparisons}, config),
             selection_explained(selection),
@@ -192,6 +199,37 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(v) for v in value]
     return round(value, 6) if isinstance(value, float) else value
+
+
+def judged_is_trained(trained: Artifact, judged: Mapping[int, Judgement]) -> Check:
+    """Blocking: the models that are judged have the validation losses that training recorded for them."""
+    training = json.loads(trained.file("training.json").read_text(encoding="utf-8"))
+    recorded = {c["step"]: c["val_loss"] for c in training.get("checkpoints", ())}
+    precision = training["model"]["precision"]
+    rows = []
+    for step, judgement in judged.items():
+        before, here = recorded.get(step), judgement.measures()["val_loss"]
+        if before is not None and not math.isnan(here):
+            off = abs(here - before) / max(abs(before), SMALL_LOSS)
+            rows.append({"step": step, "training": before, "evaluation": here, "off": off})
+    wrong = [r for r in rows if not r["off"] <= TOLERANCE[precision]]
+    if not rows:
+        return Check("judged_is_trained", True, "training recorded no validation loss to compare with")
+    if wrong:
+        first = wrong[0]
+        description = (
+            f"step {first['step']}: training recorded a validation loss of {first['training']:.4f}, the "
+            f"model that is judged has {first['evaluation']:.4f} ({len(wrong)} of {len(rows)} checkpoints "
+            f"differ by more than {TOLERANCE[precision]:g}): it is another model than was trained. Files "
+            "changed since, or an adapter that cannot be merged into this base look like this"
+        )
+    else:
+        worst = max(r["off"] for r in rows)
+        description = (
+            f"the validation losses of {len(rows)} checkpoints are those that training recorded, to "
+            f"{worst:.1e} (at most {TOLERANCE[precision]:g} for {precision})"
+        )
+    return Check("judged_is_trained", not wrong, description, {"losses": table(rows)})
 
 
 def gates_passed(selection: Selection, config: EvaluationConfig, rows: int) -> Check:

@@ -81,6 +81,7 @@ def build(b: Build) -> Built:
         },
         checks=checks(stats, served, skew, formatting, on_disk, rejected_on_disk),
         volatile=("plots/", SHAPES_FILE),
+        reused_from=tuple(stats.reused_from),
         evidence=evidence(stats, formatting, config, encoder.tokenizer, b.out),
     )
 
@@ -134,6 +135,7 @@ def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, Stage
             loading = thread.submit(load_tokenizer, b.config.tokenizer, b.config.revision)
             keys = read_batches(chain(*parts.values()), ["content_key"]) if b.earlier else ()
             cache = RowCache(b.earlier, [batch.column(0) for batch in keys], scratch)
+        stats.reused_from = cache.used
         new = total - int(np.count_nonzero(cache.found >= 0))
         encoder = BatchEncoder(b.config, loading.result(), fast and new >= 2 * COMPARED)
         splits = {

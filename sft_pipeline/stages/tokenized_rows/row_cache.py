@@ -38,11 +38,13 @@ class RowCache:
 
     Attributes:
         found: int64 (rows,), for each wanted row the same row of the earlier builds (-1: none).
+        used: The artifacts that rows are taken from.
     """
 
     def __init__(self, artifacts: Sequence[Artifact], wanted: Sequence[pa.Array], scratch: Path) -> None:
         these = _numbers(wanted)
         missing = these[:, 0]
+        self.used: list[Artifact] = []
         outcomes, first = [OUTCOMES.empty_table()], [np.zeros(0, np.int64)]
         carried, parts = [TOKENIZED.empty_table().select(_CARRIED)], list[Path]()
         for artifact in artifacts:
@@ -53,6 +55,7 @@ class RowCache:
             has = np.isin(keys, missing)
             if not has.any():
                 continue
+            self.used.append(artifact)
             missing = missing[~np.isin(missing, keys)]
             outcomes.append(theirs.filter(pa.array(has)))
             first.append(sum(map(len, carried)) + running_totals(theirs["examples"].to_numpy())[:-1][has])

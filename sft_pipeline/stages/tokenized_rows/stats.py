@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.tokenized_rows.batch_encoder import EncodedBatch
+from sft_pipeline.store import Artifact
 from sft_pipeline.tables.loss_weights import weights_of
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reasons import Reason
@@ -33,6 +34,7 @@ class StageStats:
         first_rejected: The first rejected rows of each reason, for people.
         previews: The first examples, for people.
         not_rendered: Rows rejected for a field that the template leaves out, by field.
+        reused_from: The artifacts that rows were taken from.
         why_not_fast: Why the fast encoder encoded no row, where that is so.
     """
 
@@ -48,6 +50,7 @@ class StageStats:
     previews: list[dict[str, Any]] = field(default_factory=list)
     why_not_fast: str | None = None
     not_rendered: Counter[str] = field(default_factory=Counter)
+    reused_from: list[Artifact] = field(default_factory=list)
 
     def add(self, split: str, encoded: EncodedBatch, whole: EncodedBatch, rejects: pa.RecordBatch) -> None:
         """Counts a batch.
