@@ -32,10 +32,14 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
         for message in reap_dead_runs(instance):
             console.print(message, markup=False)
     workspace = str(project_root() / "workspace.yaml")
-    servers = {"Dagster": _start("dagster", "dev", "-h", HOST, "-p", str(port), "-w", workspace)}
+    guarded = [sys.executable, "-m", "sft_pipeline.orchestration.webserver"]
+    servers = {
+        "Dagster": _start([*guarded, "-h", HOST, "-p", str(port), "-w", workspace]),
+        "Dagster daemon": _start([_program("dagster-daemon"), "run", "-w", workspace]),
+    }
     if mlflow_is_ours:
         where = ["--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
-        servers["MLflow"] = _start("mlflow", "server", "--backend-store-uri", tracking, *where)
+        servers["MLflow"] = _start([_program("mlflow"), "server", "--backend-store-uri", tracking, *where])
     try:
         console.print("starting the UIs; Ctrl-C stops them")
         _wait(servers["Dagster"], "Dagster", f"http://{HOST}:{port}/server_info", console)
@@ -45,7 +49,7 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
             for name, server in servers.items():
                 if server.poll() is not None:
                     raise SftError(
-                        f"the {name} UI stopped with exit code {server.returncode}; is its port taken? "
+                        f"{name} stopped with exit code {server.returncode}; is its port taken? "
                         "Choose others with --port and --mlflow-port"
                     )
             time.sleep(0.5)
@@ -56,14 +60,18 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
             _stop(server)
 
 
-def _start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
-    path = Path(sys.executable).with_name(program)
-    found = str(path) if path.exists() else shutil.which(program)
+def _program(name: str) -> str:
+    path = Path(sys.executable).with_name(name)
+    found = str(path) if path.exists() else shutil.which(name)
     if found is None:
         raise InputError(
-            f"{program} is not installed beside this Python: pip install it, or run `make demo` once"
+            f"{name} is not installed beside this Python: pip install it, or run `make demo` once"
         )
-    return subprocess.Popen([found, *arguments], cwd=project_root(), start_new_session=True)
+    return found
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=project_root(), start_new_session=True)
 
 
 def _wait(server: subprocess.Popen[bytes], name: str, url: str, console: Console) -> None:

@@ -1,10 +1,14 @@
 """Both UIs in headless Chromium, on a finished branch: what their APIs hold, and what a user sees of it."""
 
+import http.client
+import http.server
 import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,23 +102,29 @@ class Ui:
                 checks{name blocking executionForLatestMaterialization{status}}}}}}}"""
         return self.ask(query, k={"path": key}, p=[self.branch.snapshot])["assetNodeOrError"]
 
-    def launch(self, assets: list[list[str]]) -> str:
-        mutation = """mutation($p: ExecutionParams!){launchPipelineExecution(executionParams:$p){__typename
-            ... on LaunchRunSuccess{run{runId}} ... on PythonError{message}}}"""
-        result = self.ask(
-            mutation,
-            p={
-                "selector": {
-                    "repositoryLocationName": "sft_pipeline",
-                    "repositoryName": "__repository__",
-                    "pipelineName": "__ASSET_JOB",
-                    "assetSelection": [{"path": a} for a in assets],
-                },
-                "mode": "default",
-                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": self.branch.snapshot}]},
-                "runConfigData": "{}",
+    LAUNCH = """mutation($p: ExecutionParams!){launchPipelineExecution(executionParams:$p){__typename
+        ... on LaunchRunSuccess{run{runId}} ... on PythonError{message}}}"""
+
+    def run_of(self, assets: list[list[str]]) -> dict[str, Any]:
+        """The variable of LAUNCH."""
+        return {
+            "selector": {
+                "repositoryLocationName": "sft_pipeline",
+                "repositoryName": "__repository__",
+                "pipelineName": "__ASSET_JOB",
+                "assetSelection": [{"path": a} for a in assets],
             },
-        )["launchPipelineExecution"]
+            "mode": "default",
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": self.branch.snapshot}]},
+            "runConfigData": "{}",
+        }
+
+    def runs(self) -> set[str]:
+        query = "{runsOrError{... on Runs{results{runId}}}}"
+        return {run["runId"] for run in self.ask(query)["runsOrError"]["results"]}
+
+    def launch(self, assets: list[list[str]]) -> str:
+        result = self.ask(self.LAUNCH, p=self.run_of(assets))["launchPipelineExecution"]
         assert result["__typename"] == "LaunchRunSuccess", result
         return result["run"]["runId"]
 
@@ -228,3 +238,72 @@ def test_the_mlflow_run_has_its_curves(ui: Ui, page: Any) -> None:
     page.get_by_placeholder("Search metric charts").fill("val_loss")  # charts below the fold are not drawn
     see(page, "val_loss")
     page.locator(".scatterlayer path.js-line").first.wait_for(timeout=VISIBLE)
+
+
+ELSEWHERE = """<!doctype html><body><form id=f method=post enctype="text/plain" target=frame></form>
+<iframe name=frame></iframe><img id=i><script>
+const url = %(url)s, body = %(body)s, query = %(query)s;
+const attempt = (address, options) => fetch(address, options).then(r => r.status, () => "no answer");
+const json = {"Content-Type": "application/json"}, plain = {"Content-Type": "text/plain"};
+Promise.all([
+  attempt(url + query), attempt(url + query, {mode: "no-cors"}),
+  attempt(url, {method: "POST", body, headers: json}),
+  attempt(url, {method: "POST", body, headers: plain, mode: "no-cors"}),
+  new Promise(done => { i.onload = i.onerror = done; i.src = url + query; }),
+  new Promise(done => {
+    f.action = url; f.innerHTML = "<input name='x'>"; f.elements[0].name = body.slice(0, -1) + ',"a":"';
+    f.elements[0].value = '"}'; document.querySelector("iframe").onload = done; f.submit();
+    setTimeout(done, 3000);
+  }),
+]).then(found => { document.title = "done " + JSON.stringify(found.slice(0, 4)); });
+</script>"""
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_a_page_from_elsewhere_starts_nothing_and_reads_nothing(ui: Ui, page: Any, name: str) -> None:
+    variables = {"p": ui.run_of([ui.keys()["raw_rows"]])}
+    before = ui.runs()
+    query = "?" + urllib.parse.urlencode({"query": Ui.LAUNCH, "variables": json.dumps(variables)})
+    values = {
+        "url": json.dumps(f"{ui.dagster}/graphql"),
+        "body": json.dumps(json.dumps({"query": Ui.LAUNCH, "variables": variables})),
+        "query": json.dumps(query),
+    }
+    served = (ELSEWHERE % values).encode()
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(served)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        page.goto(f"http://{name}:{elsewhere.server_port}/")
+        page.wait_for_function("document.title.startsWith('done')", timeout=30_000)
+        assert "200" not in page.title(), page.title()
+        elsewhere.shutdown()
+    # A name that points here, as after DNS rebinding.
+    body = json.dumps({"query": Ui.LAUNCH, "variables": variables})
+    for headers in ({"Host": "evil.example"}, {"Host": "evil.example:80", "Origin": "http://evil.example"}):
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(ui.dagster).netloc, timeout=30)
+        connection.request("POST", "/graphql", body, {"Content-Type": "application/json", **headers})
+        assert connection.getresponse().status == 403
+    assert ui.runs() == before
+
+
+@pytest.mark.parametrize("server", ["dagster", "mlflow"])
+def test_both_uis_answer_under_their_own_names_only(ui: Ui, server: str) -> None:
+    address = urllib.parse.urlsplit(getattr(ui, server)).netloc
+    for host, expected in (
+        (address, 200),
+        (address.replace("127.0.0.1", "localhost"), 200),
+        ("evil.example", 403),
+    ):
+        connection = http.client.HTTPConnection(address, timeout=30)
+        connection.request("GET", "/", headers={"Host": host})
+        assert connection.getresponse().status == expected, host
