@@ -15,6 +15,7 @@ from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
 from sft_pipeline.launch.reaper import WORKER_TAG, process_identity
 from sft_pipeline.orchestration.metadata import DagsterReporter, to_metadata
+from sft_pipeline.orchestration.tags import is_outside, refuse_code
 from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.graph import STAGES
@@ -100,7 +101,13 @@ def _run_of(
 
     overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
     if recipe is not None and overrides:
-        recipe = find_recipe(load_catalog(), context.run.tags.get(RECIPE_TAG, recipe.name), overrides)
+        catalog, name = load_catalog(), context.run.tags.get(RECIPE_TAG, recipe.name)
+        tagged = find_recipe(catalog, name, overrides)
+        if tagged != recipe:  # `sft run` has been given the overrides by its caller, not by the tags
+            if name not in catalog.recipes and is_outside(name):
+                raise InputError(f"the tag {RECIPE_TAG} names a file outside the project ({name})")
+            refuse_code(find_recipe(catalog, name), tagged)
+        recipe = tagged
     run = Run(
         store=Store(),
         report=Tee(DagsterReporter(context), listener),
