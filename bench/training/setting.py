@@ -124,7 +124,7 @@ def write_rows(setting: Setting, updates: int, folder: Path) -> dict[str, float]
     blocks = list(_blocks(setting, updates * setting.blocks))
     pq.write_table(pa.Table.from_pylist(blocks, schema=BLOCKS), folder / "train.parquet", row_group_size=16)
     plan = [
-        {"update": i // setting.blocks, "position": i % setting.blocks, "block": i}
+        {"update": i // setting.blocks + 1, "position": i % setting.blocks, "block": i}
         for i in range(len(blocks))
     ]
     pq.write_table(pa.Table.from_pylist(plan, schema=PLAN), folder / "plan.parquet")

@@ -34,7 +34,7 @@ class Trace:
         sources: source file and line: row_id, file, line.
         artifacts: side, which is the split (null where there are none), rows, note (such as why it was
             rejected).
-        blocks: side, block, row_ids, updates (numbers from 0; training split only).
+        blocks: side, block, row_ids, updates (numbers from 1; training split only).
         models: Exported models whose chosen checkpoint was trained on one of the blocks: step, updates.
     """
 
@@ -196,7 +196,7 @@ def _trace_model(artifact: Artifact, store: Store, found: Trace) -> None:
             for b in found.blocks
             if b["fingerprint"] in packed and b["side"] == "train"
             for u in b["updates"]
-            if step is None or u < step
+            if step is None or u <= step
         }
     )
     if learned:

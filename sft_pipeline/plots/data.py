@@ -81,7 +81,7 @@ def plot_updates(path: Path, supervised: npt.NDArray) -> None:
     """Plots the supervised tokens per update, in the order of training."""
     figure, axes = quick_axes(*SIZE)
     marker = "." if len(supervised) < 100 else None
-    axes.plot(np.arange(len(supervised)), supervised, color="#2d6a4f", linewidth=1, marker=marker)
+    axes.plot(1 + np.arange(len(supervised)), supervised, color="#2d6a4f", linewidth=1, marker=marker)
     axes.set_ylim(0, float(supervised.max()) * 1.15 if len(supervised) else 1)
     axes.set(xlabel="update", ylabel="supervised tokens")
     save(figure, path)

@@ -41,7 +41,7 @@ class PlannedUpdates:
     @classmethod
     def read(cls, packed: Artifact) -> "PlannedUpdates":
         table = pq.read_table(packed.file("plan.parquet"), columns=["update", "supervised", "tokens"])
-        update = table["update"].to_numpy()
+        update = table["update"].to_numpy() - 1
         supervised, tokens = (
             np.bincount(update, weights=table[name].to_numpy()).astype(np.int64)
             for name in ("supervised", "tokens")

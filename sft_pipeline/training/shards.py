@@ -198,14 +198,14 @@ class Plan:
     """Which blocks form each update, over all epochs, in order.
 
     Read from the file a row group at a time, so that the first update is there as soon in a long plan as in a
-    short one.
+    short one. The file counts updates from 1, as people do; here they are indices, from 0.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the footer alone.
 
         Raises:
-            InputError: The plan cannot be read, is empty, or its updates are not numbered 0, 1, 2, ...
+            InputError: The plan cannot be read, is empty, or its updates are not numbered 1, 2, 3, ...
         """
         self._path = path
         try:
@@ -215,7 +215,7 @@ class Plan:
         metadata = self._file.metadata
         groups = range(metadata.num_row_groups if metadata.num_rows else 0)
         bounds = [_bounds(metadata, group, "update", path) for group in groups]
-        self._firsts, self._lasts = [first for first, _ in bounds], [last for _, last in bounds]
+        self._firsts, self._lasts = [first - 1 for first, _ in bounds], [last - 1 for _, last in bounds]
         steps = [first - last for first, last in zip(self._firsts, [-1, *self._lasts])]
         if not bounds or steps[0] != 1 or not {0, 1}.issuperset(steps):
             raise self._unordered()
@@ -248,7 +248,7 @@ class Plan:
         total = 0
         for group in range(bisect_left(self._firsts, updates)):
             table = self._file.read_row_group(group, columns=["update", name])
-            total += int(table[name].to_numpy()[table["update"].to_numpy() < updates].sum())
+            total += int(table[name].to_numpy()[table["update"].to_numpy() <= updates].sum())
         return total
 
     def _group(self, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -263,12 +263,12 @@ class Plan:
                 np.array_equal(update[1:], update[:-1] + ~same) and np.array_equal(position[1:], expected)
             ):
                 raise self._unordered()
-            self._read[group] = (update, block)
+            self._read[group] = (update - 1, block)
             while len(self._read) > PLAN_GROUPS:
                 self._read.popitem(last=False)
         return self._read[group]
 
     def _unordered(self) -> InputError:
         return InputError(
-            f"{self._path}: updates are not numbered 0, 1, 2, ... with their blocks in order. {REBUILD}"
+            f"{self._path}: updates are not numbered 1, 2, 3, ... with their blocks in order. {REBUILD}"
         )

@@ -307,7 +307,7 @@ def packed(world: World, rows: Artifact) -> Artifact:
         out / "plan.parquet",
         pa.schema([("update", pa.int32()), ("position", pa.int32()), ("block", pa.int32())]),
     ) as writer:
-        writer.append([{"update": i, "position": 0, "block": i} for i in range(len(train))])
+        writer.append([{"update": i + 1, "position": 0, "block": i} for i in range(len(train))])
     return world.artifact("packed_shards", "recipe", out, inputs={"tokenized_rows": rows})
 
 

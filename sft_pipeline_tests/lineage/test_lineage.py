@@ -229,7 +229,7 @@ def test_what_is_gone_is_unreachable_and_not_silently_verified(project, branch):
 
 
 def test_a_trained_group_is_traced_from_its_lines_to_the_model(project, branch):
-    found = trace("T1", project.store)  # rows 2 and 3; checkpoint 7 has seen updates 0 to 6, one block each
+    found = trace("T1", project.store)  # rows 2 and 3; checkpoint 7 has seen updates 1 to 7, one block each
     assert found.row_ids == sorted(r["row_id"] for r in TRAIN[2:4])
     assert [(s["file"], s["line"]) for s in found.sources] == [("rows.jsonl", 3), ("rows.jsonl", 4)]
     places = [(a["asset"], a["side"], a["rows"]) for a in found.artifacts]
@@ -240,9 +240,9 @@ def test_a_trained_group_is_traced_from_its_lines_to_the_model(project, branch):
         ("recipe/tokenized_rows", "train", 2),
         ("recipe/packed_shards", "train", 2),
     ]
-    assert [(b["block"], b["updates"]) for b in found.blocks] == [(2, [2]), (3, [3])]
+    assert [(b["block"], b["updates"]) for b in found.blocks] == [(2, [3]), (3, [4])]
     assert [(m["asset"], m["step"], m["updates"]) for m in found.models] == [
-        ("recipe/exported_model", 7, [2, 3])
+        ("recipe/exported_model", 7, [3, 4])
     ]
     text = shown(print_trace, found)
     assert "was trained on it" in text and "rows.jsonl" in text
@@ -253,7 +253,7 @@ def test_a_row_id_a_row_seen_too_late_and_a_held_out_group(project, branch):
     one = trace(TRAIN[0]["row_id"], project.store)
     assert one.row_ids == [TRAIN[0]["row_id"]] and one.models
     late = trace(TRAIN[9]["row_id"], project.store)
-    assert late.blocks[0]["updates"] == [9] and not late.models
+    assert late.blocks[0]["updates"] == [10] and not late.models
     held_out = trace(TEST[0]["group"], project.store)
     assert (
         {a["side"] for a in held_out.artifacts} == {None, "test"}

@@ -159,7 +159,7 @@ def test_training_reads_what_was_written_from_small_row_groups_in_several_parts(
         assert shards.row_ids(expected["block"]) == expected["row_ids"]
     planned = pq.read_table(out / "plan.parquet").to_pandas()
     for update, rows in planned.groupby("update"):
-        assert plan.blocks(update).tolist() == rows["block"].tolist()
+        assert plan.blocks(int(update) - 1).tolist() == rows["block"].tolist()
     assert plan.planned("tokens", len(plan)) == 2 * built.counts["tokens"]
 
 

@@ -32,7 +32,7 @@ def poisoned(tmp_path_factory):
     """A training in a store, one row of whose update 41 is nonsense: (root, block, row_id, findings)."""
     root = tmp_path_factory.mktemp("poisoned")
     blocks = tiny.pack(tiny.examples(400, vocabulary=FEW), 64)
-    block = next(r["block"] for r in tiny.plan(len(blocks), 2, 1) if r["update"] == 40)
+    block = next(r["block"] for r in tiny.plan(len(blocks), 2, 1) if r["update"] == 41)
     tiny.base_folder(root / "base")
     tiny.packed_shards(
         root / "objects" / "packed", rows=400, per_update=2, epochs=1, vocabulary=FEW, poisoned=block

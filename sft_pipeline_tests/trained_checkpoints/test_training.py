@@ -113,7 +113,7 @@ def test_what_is_written_down(root, whole):
         assert (recorded["min"], recorded["max"]) == (min(values), max(values))
         assert recorded["mean"] == pytest.approx(sum(values) / len(values), abs=0.01) and recorded["cv"] >= 0
     plan = pq.read_table(root / "packed" / "plan.parquet")
-    updates = max(plan["update"].to_pylist()) + 1
+    updates = max(plan["update"].to_pylist())
     assert (
         training["updates"] == {"planned": updates, "done": updates}
         and training["stopped"] == "plan finished"
@@ -399,7 +399,7 @@ def planned_rows(root):
     for entry in pq.read_table(root / "packed" / "plan.parquet").to_pylist():
         ids, at = blocks[entry["block"]]["input_ids"], 0
         for length in blocks[entry["block"]]["seq_lengths"]:
-            found.setdefault(entry["update"], []).append(tuple(ids[at : at + length]))
+            found.setdefault(entry["update"] - 1, []).append(tuple(ids[at : at + length]))
             at += length
     return {update: sorted(rows) for update, rows in found.items()}
 

@@ -25,7 +25,12 @@ def write_part(folder, name, first, rows, row_group=2):
 
 def write_plan(path, updates, row_group=5, **columns):
     position = [updates[:i].count(u) for i, u in enumerate(updates)]
-    table = {"update": updates, "position": position, "block": list(range(len(updates))), **columns}
+    table = {
+        "update": [u + 1 for u in updates],
+        "position": position,
+        "block": list(range(len(updates))),
+        **columns,
+    }
     pq.write_table(pa.table(table), path, row_group_size=row_group)
     return path
 

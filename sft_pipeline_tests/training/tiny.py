@@ -165,7 +165,7 @@ def pack(rows: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
 
 
 def plan(blocks: int, per_update: int, epochs: int, seed: int = 0) -> list[dict[str, int]]:
-    rows, update = [], 0
+    rows, update = [], 1
     for epoch in range(epochs):
         order = list(range(blocks))
         random.Random(seed + epoch).shuffle(order)

@@ -113,7 +113,8 @@ def _pack(b: Build, split: str, scratch: Path) -> PackedSplit:
 
 
 def _write_plan(path: Path, plan: UpdatePlan, per_block: dict[str, np.ndarray]) -> None:
-    columns = {"update": plan.update, "position": plan.position, "block": plan.block, "epoch": plan.epoch}
+    # Updates are counted from 1 wherever people see them.
+    columns = {"update": plan.update + 1, "position": plan.position, "block": plan.block, "epoch": plan.epoch}
     columns |= {name: values[plan.block] for name, values in per_block.items()}
     with FileWriter(path, PLAN) as out:
         out.write(pa.table({f.name: pa.array(columns[f.name]).cast(f.type) for f in PLAN}, schema=PLAN))
