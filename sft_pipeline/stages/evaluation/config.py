@@ -1,5 +1,7 @@
 """What evaluation reads of a recipe: graders, gates, ranking, decoding."""
 
+import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +13,7 @@ SAMPLE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply",
 """Of samples.parquet, which has one column more for each grader."""
 CHECKPOINT_KEYS = ("val_loss", "gates", "rank", "chosen", "unfinished", "supervised_tokens")
 """Of a checkpoint in evaluation.json, beside its step and each grader's mean."""
+_NAME = re.compile(r"[A-Za-z][\w.-]*")
 
 
 class JsonSchemaGrader(Config):
@@ -112,26 +115,55 @@ class EvaluationConfig(Config):
             raise ValueError(f"two graders share a name: {names}")
         if taken := [n for n in names if n in (*SAMPLE_COLUMNS, *CHECKPOINT_KEYS, "test_loss")]:
             raise ValueError(f"a grader cannot be named {taken[0]}, which evaluation itself uses: rename it")
-        known = {*names, "val_loss"}
-        listed = ", ".join(sorted(known))
+        if odd := [n for n in names if not _NAME.fullmatch(n)]:
+            raise ValueError(
+                f"a grader cannot be named {odd[0]!r}: take letters, digits, _, . and -, a letter first, as "
+                "names of metrics are made of"
+            )
         for gate in self.gates:
-            words = gate.split()
-            if len(words) != 3 or words[1] not in (">=", ">", "<=", "<", "==") or not _is_number(words[2]):
-                raise ValueError(f'gate "{gate}": write it as "NAME >= NUMBER" (also >, <=, <, ==)')
-            if words[0] not in known:
-                raise ValueError(f'gate "{gate}": no grader is named {words[0]}; known: {listed}')
+            self._check_gate(gate)
         for term in self.rank_by:
-            if term.lstrip("-") not in known:
-                raise ValueError(f"rank_by {term}: no grader is named {term.lstrip('-')}; known: {listed}")
+            name = term.removeprefix("-")
+            if name not in self._measures():
+                raise ValueError(f"rank_by {term}: no grader is named {name}; known: {self._known()}")
+            if term == "val_loss":
+                raise ValueError("rank_by val_loss: the highest loss would win; write -val_loss")
         return self
+
+    def _measures(self) -> set[str]:
+        return {*(g.name for g in self.graders), "val_loss"}
+
+    def _known(self) -> str:
+        return ", ".join(sorted(self._measures()))
+
+    def _check_gate(self, gate: str) -> None:
+        words = gate.split()
+        if len(words) != 3 or words[1] not in (">=", ">", "<=", "<", "==") or not _is_number(words[2]):
+            raise ValueError(f'gate "{gate}": write it as "NAME >= NUMBER" (also >, <=, <, ==)')
+        name, sign, bound = words[0], words[1], float(words[2])
+        if name not in self._measures():
+            raise ValueError(f'gate "{gate}": no grader is named {name}; known: {self._known()}')
+        # Shares lie between 0 and 1, a loss is not negative; what a Python grader gives is its own.
+        if any(g.name == name and g.kind == "python" for g in self.graders):
+            return
+        highest = math.inf if name == "val_loss" else 1.0
+        met = {
+            ">=": bound <= highest,
+            ">": bound < highest,
+            "<=": bound >= 0,
+            "<": bound > 0,
+            "==": 0 <= bound <= highest,
+        }
+        if not met[sign]:
+            raise ValueError(f'gate "{gate}": no {name} can meet it, which lies between 0 and {highest:g}')
 
 
 def _is_number(text: str) -> bool:
+    """Whether a text is a finite number."""
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 class EvaluationStageConfig(Config):
