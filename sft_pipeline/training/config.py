@@ -74,7 +74,7 @@ class TrainingConfig(Config):
     ] = None
     precision: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
-        Field(description="auto: bf16 where the device has it, fp32 on a CPU"),
+        Field(description="auto: bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU"),
     ] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False

@@ -52,14 +52,16 @@ def training_device() -> torch.device:
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """bf16 where the GPU has it, fp32 on a CPU.
+    """bf16 where the GPU has it (fp16 where it would be emulated: T4, V100), fp32 on a CPU.
 
     Raises:
         InputError: The device cannot do what was asked for.
     """
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if has_bf16 else "fp16"
     if asked == "bf16" and not has_bf16:
         raise InputError("training.precision bf16: this GPU has no bfloat16. Set fp16 or fp32")
     if asked == "fp16" and device.type == "cpu":

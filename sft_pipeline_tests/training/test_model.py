@@ -151,3 +151,16 @@ def test_the_estimate_grows_with_tokens_and_shrinks_with_checkpointing(base):
         sum(a * b if len(s) == 2 else a for s in weight_shapes(base).values() for a, b in [(s[0], s[-1])])
         == small.parameters - small.trainable
     )
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_takes_no_emulated_bf16(monkeypatch, has_bf16, expected):
+    """torch counts emulation as support: a T4 or V100 would train in it at a fraction of its speed."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16
+    )
+    gpu = torch.device("cuda", 0)
+    assert resolve_precision("auto", gpu) == expected
+    if not has_bf16:
+        with pytest.raises(InputError, match="no bfloat16"):
+            resolve_precision("bf16", gpu)
