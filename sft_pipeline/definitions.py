@@ -7,6 +7,7 @@ import dagster as dg
 from sft_pipeline.config.load import Catalog, load_catalog
 from sft_pipeline.orchestration.assets import stage_asset
 from sft_pipeline.orchestration.automation import branch_job, retrain_schedule, snapshot_sensor
+from sft_pipeline.project import switch_telemetry_off
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.graph import DATASET_STAGES, RECIPE_STAGES
 
@@ -50,6 +51,7 @@ def build_definitions(catalog: Catalog, listener: Reporter | None = None) -> dg.
 
 def load() -> dg.Definitions:
     """Loads every file; a broken one is reported in the log and leaves the other branches standing."""
+    switch_telemetry_off()
     catalog = load_catalog()
     for problem in catalog.problems.values():
         warnings.warn(f"left out: {problem}", stacklevel=2)

@@ -8,6 +8,8 @@ from pathlib import Path
 from sft_pipeline.errors import InputError
 
 PACKAGE_DIR = Path(__file__).resolve().parent
+NO_TELEMETRY = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+"""Set in every process: nothing is sent anywhere that nobody asked for. Dagster's is off in dagster.yaml."""
 
 
 @lru_cache
@@ -34,6 +36,12 @@ def project_path(path: str | os.PathLike[str]) -> Path:
     return (project_root() / Path(path).expanduser()).resolve()
 
 
+def switch_telemetry_off() -> None:
+    """For this process and every process it starts."""
+    for name in NO_TELEMETRY:
+        os.environ.setdefault(name, "true")
+
+
 def set_environment() -> None:
     """Points Dagster and MLflow at SFT_HOME, for this process and every process it starts.
 
@@ -41,6 +49,7 @@ def set_environment() -> None:
         InputError: Nothing can be written there.
     """
     home = sft_home()
+    switch_telemetry_off()
     os.environ["SFT_PROJECT_ROOT"] = str(project_root())
     os.environ["SFT_HOME"] = str(home)
     os.environ.setdefault("DAGSTER_HOME", str(project_root()))

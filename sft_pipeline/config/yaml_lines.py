@@ -9,6 +9,7 @@ import yaml
 from sft_pipeline.errors import InputError
 
 Loc = tuple[str | int, ...]
+MOST_VALUES = 100_000  # of a file, its aliases written out: a few lines of them can stand for millions
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ def read_yaml(path: Path) -> Document:
             kind = type(node).__name__.removesuffix("Node").lower()
             line = node.start_mark.line + 1
             raise InputError(f"{path}:{line}: expected `key: value` lines, found a {kind}")
+        if (count := _values(node, {})) > MOST_VALUES:
+            raise InputError(
+                f"{path}: its aliases stand for {count:,} values; at most {MOST_VALUES:,} are read"
+            )
         origins: dict[Loc, Origin] = {(): Origin(str(path), 1)}
         _collect(node, (), str(path), origins)
         return Document(yaml.safe_load(content), origins)
@@ -66,6 +71,28 @@ def read_yaml(path: Path) -> Document:
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
+
+
+def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Values below a node, with every alias written out, but each node visited once.
+
+    Raises:
+        ValueError: A node contains itself.
+    """
+    if id(node) in known:
+        found = known[id(node)]
+        if found is None:
+            raise ValueError(f"line {node.start_mark.line + 1} contains itself")
+        return found
+    known[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    total = 1 + sum(_values(child, known) for child in children)
+    known[id(node)] = total
+    return total
 
 
 def _collect(node: yaml.Node, loc: Loc, where: str, origins: dict[Loc, Origin]) -> None:
@@ -106,9 +133,12 @@ def parse_set(option: str) -> Document:
     if not equals or not all(keys):
         raise InputError(f"--set {option}: write it as a.b=value")
     try:
+        node = yaml.compose(raw, Loader=yaml.SafeLoader)
+        if node is not None and (count := _values(node, {})) > MOST_VALUES:
+            raise ValueError(f"its aliases stand for {count:,} values; at most {MOST_VALUES:,} are read")
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {option}: the value is not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"--set {option[:200]}: the value is not valid YAML: {error}") from error
     # YAML 1.1 reads 1e-4 as text; people mean the number.
     if isinstance(value, str):
         try:

@@ -1,13 +1,15 @@
 """Dataset and recipe files: what loads, and how each mistake is told."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from sft_pipeline.config.load import find_recipe, load_catalog
 from sft_pipeline.config.schemas import schemas
+from sft_pipeline.config.yaml_lines import parse_set, read_yaml
 from sft_pipeline.errors import InputError
-from sft_pipeline.project import PACKAGE_DIR
+from sft_pipeline.project import NO_TELEMETRY, PACKAGE_DIR, set_environment
 
 DATASET = "name: d\nsources:\n  - path: rows\n"
 RECIPE = "name: {name}\ndataset: d\nmodel:\n  base: m\n"
@@ -135,3 +137,46 @@ def test_the_schemas_for_editors_are_up_to_date() -> None:
         assert (PACKAGE_DIR / "schemas" / name).read_text() == content, (
             "run python -m sft_pipeline.config.schemas"
         )
+
+
+def bomb(levels: int) -> str:
+    """A few lines of aliases that stand for 10 ** levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bomb(9), "its aliases stand for"),
+        (bomb(40), "its aliases stand for"),
+        ("a: &a [*a]\n", "contains itself"),
+        ("a: &a\n  b: *a\n", "contains itself"),
+        ("a: " + "[" * 5_000 + "]" * 5_000 + "\n", "not valid YAML"),
+    ],
+)
+def test_a_yaml_bomb_is_one_message_in_bounded_time(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=said):
+        read_yaml(path)
+    flow = content.removeprefix("a: ").strip()
+    if said == "not valid YAML":
+        with pytest.raises(InputError, match=said):
+            parse_set(f"training={flow}")
+
+
+def test_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "few.yaml"
+    path.write_text(bomb(3))
+    assert len(read_yaml(path).value["a2"]) == 10
+
+
+def test_no_process_sends_telemetry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NO_TELEMETRY:
+        monkeypatch.delenv(name, raising=False)
+    set_environment()
+    assert {os.environ[name] for name in NO_TELEMETRY} == {"true"}
+    settings = (PACKAGE_DIR.parent / "dagster.yaml").read_text()
+    assert "telemetry: {enabled: false}" in settings
