@@ -9,6 +9,7 @@ from typing import Any
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path
+from sft_pipeline.secret_text import redacted
 
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -75,7 +76,7 @@ def local_folder(path_or_id: str, revision: str | None, *, key: str, patterns: S
     try:
         return Path(snapshot_download(**files))
     except Exception as error:  # the hub's client raises many kinds, also those of its HTTP library
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        first = redacted((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
         raise InputError(
             f"{key} {hub_id.name}@{commit} cannot be loaded: {first}. Check the name, the pinned commit, "
             "HF_TOKEN and the network"
@@ -90,7 +91,7 @@ def clear_loading_errors(what: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0].rstrip(".")
+        first = redacted(str(error).strip().split("\n")[0].rstrip("."))
         raise InputError(
             f"{what} cannot be loaded: {first}. Check the name, the pinned commit, HF_TOKEN and the network, "
             "and that it has safetensors"

@@ -24,8 +24,8 @@ def spread(values: npt.ArrayLike) -> Spread:
         return Spread(0.0, 0, 0, 0.0)
     mean = float(np.mean(values))
     return Spread(
-        round(mean, 2),
-        int(np.min(values)) if whole else round(float(np.min(values)), 2),
-        int(np.max(values)) if whole else round(float(np.max(values)), 2),
+        round(mean, 2) if whole else float(f"{mean:.6g}"),
+        int(np.min(values)) if whole else float(f"{np.min(values):.6g}"),
+        int(np.max(values)) if whole else float(f"{np.max(values):.6g}"),
         round(float(np.std(values)) / mean, 5) if mean else 0.0,
     )

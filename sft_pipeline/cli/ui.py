@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sft_pipeline.errors import InputError, SftError
 from sft_pipeline.project import project_root
+from sft_pipeline.secret_text import public_address
 
 HOST = "127.0.0.1"
 READY_SECONDS = 120
@@ -27,7 +28,9 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
     os.environ["SFT_DAGSTER_URL"] = f"http://{HOST}:{port}"
     tracking = os.environ["MLFLOW_TRACKING_URI"]
     mlflow_is_ours = not tracking.startswith("http")
-    os.environ["SFT_MLFLOW_URL"] = f"http://{HOST}:{mlflow_port}" if mlflow_is_ours else tracking
+    os.environ["SFT_MLFLOW_URL"] = (
+        f"http://{HOST}:{mlflow_port}" if mlflow_is_ours else public_address(tracking)
+    )
     with dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
             console.print(message, markup=False)
@@ -39,7 +42,9 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
     }
     if mlflow_is_ours:
         where = ["--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
-        servers["MLflow"] = _start([_program("mlflow"), "server", "--backend-store-uri", tracking, *where])
+        # The address of a database may hold a password, which everybody could read on a command line.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = tracking
+        servers["MLflow"] = _start([_program("mlflow"), "server", *where])
     try:
         console.print("starting the UIs; Ctrl-C stops them")
         _wait(servers["Dagster"], "Dagster", f"http://{HOST}:{port}/server_info", console)

@@ -17,6 +17,7 @@ from sft_pipeline.launch.reaper import WORKER_TAG, process_identity
 from sft_pipeline.orchestration.metadata import DagsterReporter, to_metadata
 from sft_pipeline.orchestration.tags import is_outside, refuse_code
 from sft_pipeline.reporting import Reporter, Tee
+from sft_pipeline.secret_text import redacted
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.report import read_report
@@ -79,7 +80,14 @@ def stage_asset(
                 context.log.warning(str(error))
                 raise dg.RetryRequested(max_retries=CRASH_RETRIES) from error
             metadata = {"exit_code": error.exit_code}
-            raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error
+            raise dg.Failure(redacted(str(error)), metadata=metadata, allow_retries=False) from error
+        except Exception as error:
+            # Libraries put addresses with passwords into their errors, and Dagster keeps those with their
+            # causes.
+            said = f"{type(error).__name__}: {error}"
+            if redacted(said) == said:
+                raise
+            raise dg.Failure(redacted(said)) from None
         yield from _results(stage, outcome)
 
     return materialize

@@ -100,6 +100,7 @@ class ForgeryGuard:
         self._longest = max((len(t) for t in tokenizer.control), default=1)
         written = literal_text(template)
         markers = turn_markers(template, tokenizer)
+        markers += [template.input_heading.strip()] if template.input_heading else []
         structural = {t for t in tokenizer.added if t in written} - set(tokenizer.control)
         self._control = tokenizer.control_pattern
         self._of_assistant = any_of([*tokenizer.control, *markers])

@@ -65,7 +65,7 @@ class ChatTemplate:
         """What stands above the input of an instruction (Alpaca's form has a section for it), None for all
         templates that know messages only. A client that talks to the model writes it into the message.
         """
-        return "### Input:\n" if self.name == "alpaca" else None
+        return "### Input:\n" if "### Instruction:" in self.text and "### Input:" in self.text else None
 
     @property
     def uses_clock(self) -> bool:

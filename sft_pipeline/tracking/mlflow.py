@@ -16,6 +16,7 @@ from typing import Any
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import sft_home
 from sft_pipeline.reporting import Reporter, Tee
+from sft_pipeline.secret_text import public_address, redacted
 from sft_pipeline.stages.run import Run, Tracked
 from sft_pipeline.stages.stage import Branch, Evidence, Stage
 from sft_pipeline.store import Artifact, Store
@@ -103,7 +104,7 @@ def publish(artifact: Artifact, branch: Branch, run: Run) -> None:
     database = Path(uri.removeprefix("sqlite:///"))
     there = database.is_file() if uri.startswith("sqlite:///") else True
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if there and known.get("tracking_uri") == uri and (known["current"] or not run.current):
+    if there and known.get("tracking_uri") == public_address(uri) and (known["current"] or not run.current):
         return
     client = connect()
     _, run_id = open_training_run(client, branch, manifest.inputs["trained_checkpoints"].fingerprint)
@@ -115,7 +116,7 @@ def publish(artifact: Artifact, branch: Branch, run: Run) -> None:
     finally:
         client.set_terminated(run_id)
     run.report.log(outcome)
-    write_json(record, {"tracking_uri": uri, "current": run.current, "outcome": outcome})
+    write_json(record, {"tracking_uri": public_address(uri), "current": run.current, "outcome": outcome})
 
 
 def connect() -> Any:
@@ -138,13 +139,9 @@ def connect() -> Any:
         return client
     except Exception as error:
         raise InputError(
-            f"MLflow does not answer at {_without_password(uri)}: {error}. Check MLFLOW_TRACKING_URI"
+            f"MLflow does not answer at {public_address(uri)}: {redacted(str(error))}. "
+            "Check MLFLOW_TRACKING_URI"
         ) from error
-
-
-def _without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def open_run(client: Any, branch: Branch, title: str, identity: Mapping[str, str]) -> tuple[str, str]:
@@ -234,7 +231,8 @@ class MlflowReporter(Reporter):
         except Exception as error:  # a lost point of a curve must not end a training
             if not self._warned:
                 self._warned = True
-                self._trouble.log(f"MLflow does not accept metrics, curves may have gaps: {error}", "warning")
+                why = redacted(str(error))
+                self._trouble.log(f"MLflow does not accept metrics, curves may have gaps: {why}", "warning")
 
     def flush(self) -> None:
         """Sends what is waiting; keeps it for the next time where MLflow does not answer."""
@@ -338,6 +336,6 @@ def dagster_run_url(run_id: str) -> str:
 def mlflow_run_url(experiment_id: str, run_id: str) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     base = os.environ.get("SFT_MLFLOW_URL") or (
-        uri if uri.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}"
+        public_address(uri) if uri.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}"
     )
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"

@@ -156,6 +156,8 @@ def rows(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "call", {"messages": [user(), call], "tools": tools}
     yield "call with text", {"messages": [user(), assistant(tool_calls=[_call(chance)])], "tools": tools}
     yield "result", {"messages": [user(), call, result(), assistant()], "tools": tools}
+    quoted = {**result(), "content": '{"temp": 20, "said": "so"}'}
+    yield "result as JSON", {"messages": [user(), call, quoted, assistant()], "tools": tools}
     yield "parallel calls", {"messages": [user(), both, result(0), result(1), assistant()], "tools": tools}
     yield "reasoning", {"messages": [user(), assistant(reasoning_content=_text(chance))]}
     thought = assistant(reasoning_content=_text(chance))

@@ -227,6 +227,11 @@ def test_a_row_that_resembles_only_a_dropped_row_stays(tmp_path: Path) -> None:
     sets = ShingleSets([pa.array(chain)], tmp_path / "sets")
     split = np.array([TEST, TRAIN, TRAIN], np.int8)
     assert cross_split_duplicates(sets, prefix_index(sets, 0.8), split).row.tolist() == [1]
+    # Test, validation, train: the validation row is dropped, or it stays and the train row resembles it.
+    index, split = prefix_index(sets, 0.8), np.array([TEST, VALIDATION, TRAIN], np.int8)
+    assert cross_split_duplicates(sets, index, split).row.tolist() == [1]
+    reported = cross_split_duplicates(sets, index, split, dropped=False)
+    assert (reported.row.tolist(), reported.near.tolist()) == ([1, 2], [0, 1])
 
 
 def in_another_order(seed: int, rows: int, sentences: int, words: int) -> list[str]:

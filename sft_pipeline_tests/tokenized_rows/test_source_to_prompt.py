@@ -17,6 +17,8 @@ from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.config import NAMED_TEMPLATES
 from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
+from sft_pipeline_tests.differential.compare import Comparison
+from sft_pipeline_tests.differential.space import Pairing
 
 pytestmark = pytest.mark.shared_data
 
@@ -242,3 +244,58 @@ def test_weights_of_1_and_0_are_no_weights(encoder) -> None:
         asked, answered = ({**m, "weight": w} for m, w in zip((USER, ANSWER), weights, strict=True))
         (example,) = encode(encoder("qwen3", supervise="all"), asked, answered).examples
         assert example.weights is None
+
+
+@pytest.mark.parametrize("result", ['{"temp": 20}', "plain", 'say "hi"'])
+def test_a_result_that_the_template_quotes_does_not_cost_the_turn_before_it(
+    tmp_path: Path, result: str
+) -> None:
+    """llama3_1 in TRL's package writes results of tools through tojson."""
+    pairing = Pairing("llama3_1")
+    encoder = Comparison(pairing, "assistant").encoder
+    found = encode(
+        encoder,
+        USER,
+        CALL,
+        {"role": "tool", "name": "book", "tool_call_id": "a", "content": result},
+        {"role": "assistant", "content": "Booked."},
+        tools=TOOLS,
+    )
+    assert isinstance(found, AcceptedRow), found
+    assert len(trained(encoder, found)) == 2
+
+
+def test_reasoning_of_a_weightless_message_is_never_trained(encoder, tmp_path: Path) -> None:
+    path = tmp_path / "odd.jinja"
+    path.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.reasoning_content and not loop.last %}({{ m.reasoning_content }})"
+        "{% elif m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    )
+    one = encoder("qwen3", str(path), supervise="all")
+    masked = {"role": "assistant", "content": "no", "reasoning_content": "secret", "weight": 0}
+    found = encode(one, USER, masked, USER, {**ANSWER, "reasoning_content": "because"})
+    assert isinstance(found, RejectedRow) or "secret" not in "".join(trained(one, found))
+
+
+@pytest.mark.parametrize("content", ["\nq\n\n", " q ", "\n\nq", "q\n", "\tq \n"])
+@pytest.mark.parametrize("strip", ["lstrip", "rstrip", "strip", "lstrip('\\n')", "rstrip('\\n')"])
+def test_a_weightless_content_is_masked_whole_however_it_is_stripped(
+    encoder, tmp_path: Path, content: str, strip: str
+) -> None:
+    call = strip if "(" in strip else f"{strip}()"
+    path = tmp_path / "strip.jinja"
+    path.write_text(
+        f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}:{{{{ m.content.{call} }}}}<|im_end|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    one = encoder("qwen3", str(path), supervise="all")
+    found = encode(one, {"role": "user", "content": content, "weight": 0}, ANSWER)
+    if isinstance(found, RejectedRow):  # the colon and a newline after it are one token
+        assert str(found.reason) == "mask_disagreement" and call.startswith("rstrip")
+        return
+    spans = trained(one, found)
+    assert spans[0].endswith(":") and spans[1].startswith("<|im_end|>"), spans

@@ -363,11 +363,11 @@ def test_a_locked_database_does_not_make_a_worse_model_the_champion(
 def test_a_server_that_does_not_answer_is_one_message(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sft_pipeline.tracking.mlflow import connect
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:s3cret-word@127.0.0.1:9/?key=qu3ry-secret")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(InputError, match=r"MLflow does not answer at http://127\.0\.0\.1:9") as caught:
         connect()
-    assert "secret" not in str(caught.value).split(":", 2)[0]
+    assert "s3cret-word" not in str(caught.value) and "qu3ry-secret" not in str(caught.value)
 
 
 def test_a_metric_that_cannot_be_sent_is_a_warning_and_is_sent_later() -> None:
@@ -397,3 +397,11 @@ def test_a_metric_that_cannot_be_sent_is_a_warning_and_is_sent_later() -> None:
     client.up = True
     reporter.flush()
     assert [(m.key, m.step) for m in client.sent] == [("loss", 1)]
+
+
+def test_links_and_records_hold_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_pipeline.tracking.mlflow import mlflow_run_url
+
+    monkeypatch.delenv("SFT_MLFLOW_URL", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:s3cret-word@mlflow.example/x?key=qu3ry-secret")
+    assert mlflow_run_url("1", "r") == "https://mlflow.example/x/#/experiments/1/runs/r"

@@ -39,6 +39,12 @@ def replies(*messages: dict[str, Any], **row: Any) -> dict[str, Any]:
     return {name: value for name, value in last.items() if value is not None}
 
 
+def refusals(*messages: dict[str, Any]) -> list[str]:
+    """Why the row that is made of these is rejected."""
+    (reasons,) = validate(json.dumps({"messages": [USER, *messages]})).reasons
+    return reasons
+
+
 @pytest.mark.parametrize("alias", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept_under_each_of_its_names(alias: str) -> None:
     found = replies({"role": "assistant", alias: "Three times two is six.", "content": "Six."})
@@ -236,3 +242,20 @@ def test_every_text_of_a_row_is_kept_counted_or_refused(
         for key, value in given_message.items():
             assert str(value) in texts or found.unused[f"messages[].{key}"]
     assert all(found.unused[key] for key in row)
+
+
+@pytest.mark.parametrize(
+    "message", [{"weight": 1, "train": False}, {"loss": True, "train": 0}, {"weight": 2, "loss": 3}]
+)
+def test_two_weights_that_contradict_each_other_reject_the_row(message: dict[str, Any]) -> None:
+    assert refusals({"role": "assistant", "content": "A", **message})[0].startswith("unused_field: ")
+
+
+@pytest.mark.parametrize("weight", [-1, 1e-50, 0.0009, 1001, 3e38, "1", [1]])
+def test_a_weight_that_training_could_not_keep_rejects_the_row(weight: Any) -> None:
+    assert refusals({"role": "assistant", "content": "A", "weight": weight}) == ["wrong_type"]
+
+
+@pytest.mark.parametrize("message", [{"weight": 0, "train": False}, {"weight": 1, "loss": True}])
+def test_two_weights_that_agree_are_one(message: dict[str, Any]) -> None:
+    assert replies({"role": "assistant", "content": "A", **message})["weight"] in (0, 1)

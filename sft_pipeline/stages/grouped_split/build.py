@@ -63,13 +63,14 @@ def build(b: Build) -> Built:
         if near:
             sets = ShingleSets(_texts(b, parts, total), b.work / "sets")
             index = prefix_index(sets, near.threshold)
+            drops = near.action == "drop_from_train"
             found = cross_split_duplicates(
                 sets,
                 index,
                 split,
                 lambda done, total: b.report.progress("search near-duplicates", done, total, "pairs"),
+                dropped=drops,
             )
-            drops = near.action == "drop_from_train"
             dropped[found.row] = drops
             # A second search over the rows that are left, the other way round: from held-out rows to train.
             # That the files hold exactly these rows is checked when they are read back.

@@ -233,7 +233,7 @@ def _shares_check(config: SplitConfig, outcome: SplitOutcome) -> Check:
     description = "rows by split: " + ", ".join(f"{s} {n / total:.1%}" for s, n in outcome.assigned.items())
     if outcome.uneven and outcome.largest_group:
         group, rows = outcome.largest_group
-        asked = ", ".join(f"{name} {getattr(config, name):.0%}" for name in outcome.uneven)
+        asked = ", ".join(f"{name} {getattr(config, name):.3g}" for name in outcome.uneven)
         description += (
             f"; asked for {asked}. Groups are drawn whole, and their sizes differ: the largest, {group!r}, "
             f"has {rows / total:.1%} of the rows. Choose a finer group column, or assign groups by hand with "

@@ -237,38 +237,50 @@ class CrossSplitDuplicates:
 
 
 def cross_split_duplicates(
-    sets: ShingleSets, index: PrefixIndex, split: np.ndarray, progress: Progress = lambda done, total: None
+    sets: ShingleSets,
+    index: PrefixIndex,
+    split: np.ndarray,
+    progress: Progress = lambda done, total: None,
+    *,
+    dropped: bool = True,
 ) -> CrossSplitDuplicates:
-    """Finds train and validation rows that resemble a test row, and train rows that resemble one of the
-    validation rows which are left then.
+    """Finds train and validation rows that resemble a test row, and train rows that resemble a validation
+    row.
 
     The rule is about direct neighbours: a row that resembles only such a row, and no held-out one, is not
     among them. Without the rows that are, no held-out row has a near-duplicate in another split.
 
     Args:
         split: Index into SPLITS per row (int8).
+        dropped: Whether the rows found will be dropped: then a validation row that resembles a test row keeps
+            no train row out.
     """
     first = _first_rows(sets, split)
     is_node = sets.node == np.arange(len(sets))
     taken = np.zeros(len(sets), bool)  # nodes whose rows in the lower splits have been found
-    rows, near, similarity = [], [], []
+    rows: list[np.ndarray] = []
+    near: list[np.ndarray] = []
+    similarity: list[np.ndarray] = []
 
     def told(half: int) -> Progress:
         return lambda done, total: progress(half * total + done, 2 * total)
 
     for half, (held_out, lower) in enumerate(((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,)))):
-        start = (first[held_out] >= 0) & ~taken
+        start = first[held_out] >= 0
+        if dropped:
+            start &= ~taken
         lower_there = np.any([first[s] >= 0 for s in lower], axis=0)
         asked = is_node & lower_there & ~start & ~taken
         one, other, found = neighbours(sets, index, start, asked, told(half))
         link, strength = np.full(len(sets), -1), np.ones(len(sets))
         link[one], strength[one] = first[held_out][other], found
         link[start] = first[held_out][start]
-        dropped = np.flatnonzero((link[sets.node] >= 0) & np.isin(split, lower))
+        hit = (link >= 0)[sets.node] & np.isin(split, lower)
+        hit[np.concatenate([*rows, np.zeros(0, np.int64)])] = False  # found in the first half
         taken |= link >= 0
-        rows.append(dropped)
-        near.append(link[sets.node[dropped]])
-        similarity.append(strength[sets.node[dropped]])
+        rows.append(np.flatnonzero(hit))
+        near.append(link[sets.node[rows[-1]]])
+        similarity.append(strength[sets.node[rows[-1]]])
     row = np.concatenate(rows)
     order = np.argsort(row, kind="stable")
     return CrossSplitDuplicates(row[order], np.concatenate(near)[order], np.concatenate(similarity)[order])

@@ -67,6 +67,8 @@ def plan_updates(weight: npt.NDArray, blocks_per_update: int, epochs: int, seed:
     """
     if not len(weight):
         raise InputError("no block to train on: the train split has no example left; see its rejects.parquet")
+    if weight.dtype.kind == "f" and weight.sum():
+        weight = weight / weight.mean()  # the plan depends on their ratios alone
     parts = []
     done = 0
     for epoch in range(epochs):

@@ -47,7 +47,9 @@ def compare_exported_tokenizer(
         }
         for text, theirs in zip(texts, map(list, reply.ids), strict=True)
         if (ours := tokenizer.ids(text)) != theirs
-        for at in [next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), 0)]
+        for at in [
+            next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        ]
     ]
     if not different:
         return True, f"AutoTokenizer, as a server loads the export, gives the ids of {len(texts)} rows.", []

@@ -235,12 +235,20 @@ def _earlier_turn(
         if not emitted[end:finish].strip():
             return turn
         # Calls stand between, or the next message: then its content begins before the stop.
-        following = given.messages[index + 1]
-        if following.get("content") and turn[1] <= _contents(template, given, [index + 1], text)[0][0]:
+        if turn[1] <= _begin_of(template, given, index + 1, text):
             return turn
     # The turn ends otherwise than a reply does: where the text ends that is rendered up to its message.
     own = template.render(given.messages[: index + 1], given.tools).rstrip()
     return (start, len(own)) if text.startswith(own) and len(own) >= start + end else None
+
+
+def _begin_of(template: ChatTemplate, given: Conversation, index: int, text: str) -> int:
+    """Where the content of a message begins; -1 where it has none, or the text has it otherwise (quoted)."""
+    try:
+        found = _contents(template, given, [index], text)
+    except Rejected:
+        return -1
+    return found[0][0] if found else -1
 
 
 def _locate_reply(emitted: str, message: dict[str, Any]) -> tuple[int, int, int]:
@@ -287,10 +295,11 @@ def _whole_text(
     for index in weighed:
         if given.messages[index]["role"] == "assistant":
             turn = final if index == given.last else _earlier_turn(template, given, index, text, final[0])
-            if turn is None and given.messages[index].get("tool_calls"):
+            if turn is None and not _is_plain(given.messages[index]):
                 raise Rejected(
                     Reason.COMPLETION_NOT_RENDERED,
-                    f"message {index} has a weight of its own, and where its calls stand cannot be told",
+                    f"message {index} has a weight of its own, and where its reasoning or its calls stand "
+                    "cannot be told",
                 )
             spans += [(s, index) for s in ([turn] if turn else _contents(template, given, [index], text))]
     found, start = [], 0
@@ -322,12 +331,15 @@ def _contents(template: ChatTemplate, given: Conversation, indices: Sequence[int
         literal = rendered[at_rendered:place]
         content = given.messages[index]["content"]
         begin = at + len(literal)
-        spelled = (content, content.strip("\n"), content.strip(), content.lstrip(), content.rstrip())
-        shown = next((c for c in spelled if text.startswith(c, begin)), None)
+        edges = ("\n", None)
+        spelled = {
+            content,
+            *(strip(content, e) for strip in (str.strip, str.lstrip, str.rstrip) for e in edges),
+        }
+        shown = next((c for c in sorted(spelled, key=len, reverse=True) if text.startswith(c, begin)), None)
         if place < 0 or not text.startswith(literal, at) or shown is None:
             raise Rejected(
-                Reason.COMPLETION_NOT_RENDERED,
-                f"message {index} has a weight of its own, and its text is not in the rendered row",
+                Reason.COMPLETION_NOT_RENDERED, f"the text of message {index} is not in the rendered row"
             )
         found.append((begin, begin + len(shown)))
         at, at_rendered = begin + len(shown), place + len(marks[index])

@@ -36,7 +36,7 @@ ROLES = {
 CALL_ROLES = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHT_KEYS = ("weight", "loss_weight", "loss", "train")
-LARGEST_WEIGHT = 3.4e38  # of a 32-bit float
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.001, 1_000.0  # of a message; 0 masks it
 
 
 _MORE = frozenset({"tools", "functions", *REASONING})
@@ -319,10 +319,16 @@ class _Parts:
 
 def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
     """The loss weight of a message; `loss: false` and `train: false` are weight 0."""
+    found: set[float] = set()
     for key in WEIGHT_KEYS:
         if (value := turn.get(key)) is not None:
-            # A bool is an int: `loss: true` is weight 1.
-            if isinstance(value, int | float) and 0 <= value <= LARGEST_WEIGHT:
-                return float(value)
-            to.reject(RejectReason.WRONG_TYPE)
-    return None
+            # A bool is an int: `loss: true` is weight 1. Weights far from 1 would overflow half precision.
+            if not isinstance(value, int | float) or (
+                value != 0 and not SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT
+            ):
+                to.reject(RejectReason.WRONG_TYPE)
+                continue
+            found.add(float(value))
+            if len(found) > 1:  # two keys that say different things
+                to.reject(RejectReason.UNUSED_FIELD, key)
+    return found.pop() if found else None

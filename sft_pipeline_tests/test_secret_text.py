@@ -1,0 +1,58 @@
+"""Secrets of the environment appear in no address, message or record."""
+
+import pytest
+
+from sft_pipeline.secret_text import HIDDEN, public_address, redacted
+
+SECRETS = ("p@ss-word", "t0ken-in-query", "hf_abcdefgh", "tracking-secret")
+ADDRESS = "https://mara:p%40ss-word@mlflow.example:8443/base?key=t0ken-in-query#part"
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ADDRESS)
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "tracking-secret")
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        (ADDRESS, "https://mlflow.example:8443/base"),
+        ("postgresql://u:p@db:5432/mlflow", "postgresql://db:5432/mlflow"),
+        ("http://user@127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("http://a:b@c@host/x", "http://host/x"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+        ("file:///tmp/mlruns", "file:///tmp/mlruns"),
+        ("databricks", "databricks"),
+        ("", ""),
+    ],
+)
+def test_an_address_is_shown_without_user_password_and_query(address: str, public: str) -> None:
+    assert public_address(address) == public
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"cannot reach {ADDRESS}",
+        "auth failed for mara:p%40ss-word",
+        "password p@ss-word is wrong",
+        "Max retries exceeded with url: /base/api?key=t0ken-in-query (Caused by ...)",
+        "401 for token hf_abcdefgh, then tracking-secret",
+    ],
+)
+def test_no_secret_can_be_read_in_a_message(text: str) -> None:
+    found = redacted(text)
+    assert HIDDEN in found
+    assert not any(secret in found for secret in (*SECRETS, "p%40ss-word"))
+
+
+def test_a_message_without_secrets_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert redacted("nothing is secret at mlflow.example") == "nothing is secret at mlflow.example"
+    for name in ("MLFLOW_TRACKING_URI", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name)
+    assert redacted("hf_abcdefgh") == "hf_abcdefgh"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:abc@host")  # too short to be told from other text
+    assert redacted("abc") == "abc" and public_address("http://u:abc@host") == "http://host"
