@@ -198,11 +198,11 @@ def test_a_final_message_of_tool_calls_alone_is_graded_by_the_rendered_turn(proj
 
 
 def test_a_gate_that_nobody_passes_blocks_and_says_by_how_much(project, rows, learned):
-    built, found, _ = run(project, rows, learned, config(gates=["policy_pass_rate > 1"], max_rows=4))
+    built, found, _ = run(project, rows, learned, config(gates=["val_loss <= 1e-9"], max_rows=4))
     failed = checks(built)["gates_passed"]
     assert not failed.passed and found["chosen_step"] == 60
     assert "no checkpoint passes the gates; step 60 is the best by rank" in failed.description
-    assert [r["gates"] for r in failed.evidence["checkpoints"].value] == ["failed: policy_pass_rate > 1"] * 2
+    assert [r["gates"] for r in failed.evidence["checkpoints"].value] == ["failed: val_loss <= 1e-09"] * 2
 
 
 def test_without_graders_the_loss_alone_ranks_and_must_improve(project, rows, learned):
