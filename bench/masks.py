@@ -1,6 +1,6 @@
 """Which tokens carry loss: beside TRL's own masks, on the same rows.
 
-    python bench/masks.py [--seeds 1]        about three minutes
+    python bench/masks.py [--seeds 1]        about a minute
 
 Every chat template in TRL's package with a tokenizer that fits it, and rows of every shape (those of
 bench/differential.py). TRL prepares each row by its own code: `completion_only_loss` on prompt and
@@ -87,6 +87,15 @@ def main() -> int:
     print(table(["outcome", *(TITLES.get(mode, mode) for mode in results)], lines))
     lines = [[*key, f"{count:,}", examples[key]] for key, count in kinds.most_common()]
     print(table(["masks of", "whose", "what is wrong", "rows", "for example"], lines))
+    # Why they refuse rows, in their words: an error of this benchmark would show here.
+    refusals = Counter(
+        (mode, found)
+        for mode, of in results.items()
+        for theirs in of.values()
+        for found in theirs
+        if isinstance(found, str)
+    )
+    print(table(["masks of", "refuses, since", "rows"], [[*k, f"{n:,}"] for k, n in refusals.most_common()]))
     return int(any(whose == "ours" for _, whose, _ in kinds))
 
 

@@ -8,6 +8,8 @@ SHORTEST = 4  # characters; taking a shorter one out of a text would spoil it
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 HIDDEN = "***"
+TOKEN = 12  # characters; a user's name without a password is a token from this length on
+_SECRET_KEY = re.compile("pass|pwd|token|key|secret|sig|auth|cred", re.IGNORECASE)  # of a query
 
 
 def public_address(address: str) -> str:
@@ -29,6 +31,7 @@ def _secrets() -> set[str]:
     found = {os.environ.get(name, "") for name in _VARIABLES}
     for name in _ADDRESSES:
         parts = urlsplit(os.environ.get(name, ""))
-        userinfo = parts.netloc.rpartition("@")[0]
-        found |= {userinfo, userinfo.partition(":")[2], parts.query, *(v for _, v in parse_qsl(parts.query))}
+        user, colon, password = parts.netloc.rpartition("@")[0].partition(":")
+        found |= {f"{user}:{password}", password} if colon else {user} if len(user) >= TOKEN else set()
+        found |= {value for key, value in parse_qsl(parts.query) if _SECRET_KEY.search(key)}
     return {spelled for secret in found for spelled in (secret, unquote(secret)) if len(spelled) >= SHORTEST}

@@ -56,3 +56,18 @@ def test_a_message_without_secrets_is_left_alone(monkeypatch: pytest.MonkeyPatch
     assert redacted("hf_abcdefgh") == "hf_abcdefgh"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:abc@host")  # too short to be told from other text
     assert redacted("abc") == "abc" and public_address("http://u:abc@host") == "http://host"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://mlflow@host", "postgresql://sft@db/x?sslmode=require&ssl=true", "http://host/?project=tickets"],
+)
+def test_words_that_are_no_secrets_stay_readable(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    text = "mlflow requires ssl: true is not require, tickets of sft"
+    assert redacted(text) == text
+
+
+def test_a_token_in_the_place_of_a_user_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://abcdef0123456789@host")
+    assert redacted("401 for abcdef0123456789") == f"401 for {HIDDEN}"

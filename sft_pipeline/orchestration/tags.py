@@ -27,6 +27,10 @@ def refuse_code(written: RecipeConfig, tagged: RecipeConfig) -> None:
     graders = [g for g in tagged.evaluation.graders if g.kind == "python"]
     if any(g not in written.evaluation.graders for g in graders):
         found.append("a grader of the kind python in evaluation.graders")
+    known = [g.schema_ for g in written.evaluation.graders if g.kind == "json_schema"]
+    for schema in (g.schema_ for g in tagged.evaluation.graders if g.kind == "json_schema"):
+        if isinstance(schema, str) and schema not in known and is_outside(schema):
+            found.append(f"a grader's schema with a path outside the project ({schema})")
     for key in PATHS:
         section, name = key.split(".")
         before, after = (getattr(getattr(recipe, section), name) for recipe in (written, tagged))

@@ -50,7 +50,7 @@ class Store:
             unreadable: Told of those whose manifest cannot be read; they are left out.
         """
         found = []
-        for path in sorted(self.objects.glob("*/manifest.json")) if self.objects.is_dir() else ():
+        for path in sorted(self.objects.glob(f"*/{MANIFEST_NAME}")) if self.objects.is_dir() else ():
             artifact = Artifact(path.parent)
             try:
                 found.append((artifact.manifest.created_at, artifact))

@@ -11,6 +11,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.hub import clear_loading_errors
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.config import ModelConfig
+from sft_pipeline.training.process import disable_progress_bars
 
 NAMED = 5  # keys that a message names
 
@@ -23,6 +24,7 @@ def check_base_weights(config: ModelConfig) -> None:
     """
     from transformers import AutoModelForCausalLM
 
+    disable_progress_bars()
     folder = base_folder(config)
     with clear_loading_errors(f"model.base {config.base}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

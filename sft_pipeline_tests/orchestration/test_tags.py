@@ -28,6 +28,11 @@ def tagged(*overrides: str) -> None:
         ["model={base: data/base_model, trust_remote_code: true}"],
         ["training.epochs=3", "model.trust_remote_code=true"],
         [f"evaluation.graders=[{PYTHON}]", "evaluation.gates=[]", "evaluation.rank_by=[mine]"],
+        [
+            "evaluation.graders=[{name: s, kind: json_schema, schema: /etc/passwd}]",
+            "evaluation.gates=[]",
+            "evaluation.rank_by=[s]",
+        ],
         ["model.base=/etc"],
         ["model.base=../elsewhere"],
         ["model.base=~/elsewhere"],

@@ -195,6 +195,29 @@ def test_weights_go_with_their_tokens_to_training(tmp_path, first):
     assert budget["loss_weight_per_update"]["mean"] != budget["supervised_tokens_per_update"]["mean"]
 
 
+@pytest.mark.parametrize("lost", ["moved by a token", "another row's", "left out"])
+def test_weights_that_do_not_stay_with_their_tokens_fail_a_blocking_check(tmp_path, monkeypatch, lost):
+    train = [
+        e._replace(weights=[0.0 if t == IGNORE_LABEL else (0.1, 2.5)[i % 2] for t in e.labels])
+        for i, e in enumerate(examples(60))
+    ]
+    own = blocks.weights_column
+
+    def spoiled(weights, labels, starts):
+        if lost == "moved by a token":
+            weights = np.roll(weights, 1)
+        elif lost == "another row's":  # every total over the split stays
+            on = np.flatnonzero(weights)
+            weights = weights.copy()
+            weights[on] = weights[on[::-1]]
+        return own(None if lost == "left out" else weights, labels, starts)
+
+    monkeypatch.setattr(blocks, "weights_column", spoiled)
+    built, _ = run(tmp_path, tokenized(tmp_path / "in", train))
+    [check] = [c for c in built.checks if c.name == "labels_match_inputs"]
+    assert not check.passed and "loss weights" in check.description
+
+
 def test_no_training_rows_is_a_clear_error(tmp_path):
     with pytest.raises(InputError, match="no rows"):
         run(tmp_path, tokenized(tmp_path / "in", []))

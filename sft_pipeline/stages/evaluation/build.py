@@ -209,7 +209,7 @@ def judged_is_trained(trained: Artifact, judged: Mapping[int, Judgement]) -> Che
     rows = []
     for step, judgement in judged.items():
         before, here = recorded.get(step), judgement.measures()["val_loss"]
-        if before is not None and not math.isnan(here):
+        if before is not None:  # a loss that is no number here was one in training: as wrong as any
             off = abs(here - before) / max(abs(before), SMALL_LOSS)
             rows.append({"step": step, "training": before, "evaluation": here, "off": off})
     wrong = [r for r in rows if not r["off"] <= TOLERANCE[precision]]
@@ -229,7 +229,8 @@ def judged_is_trained(trained: Artifact, judged: Mapping[int, Judgement]) -> Che
             f"the validation losses of {len(rows)} checkpoints are those that training recorded, to "
             f"{worst:.1e} (at most {TOLERANCE[precision]:g} for {precision})"
         )
-    return Check("judged_is_trained", not wrong, description, {"losses": table(rows)})
+    shown = [{k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in rows]
+    return Check("judged_is_trained", not wrong, description, {"losses": table(shown)})
 
 
 def gates_passed(selection: Selection, config: EvaluationConfig, rows: int) -> Check:

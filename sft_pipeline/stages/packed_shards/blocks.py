@@ -149,14 +149,16 @@ class WrittenBlocks:
         blocks, examples, tokens: How many.
         bad_boundaries: Examples whose position ids do not run 0, 1, ..., length - 1.
         supervised: Supervised tokens.
-        weight: The sum of their loss weights.
+        weight: float64 (blocks,): sums of their loss weights.
+        wrong_weights: Positions with a loss weight and no label, or the other way round.
     """
 
     blocks: int
     examples: int
     tokens: int
     supervised: int
-    weight: float
+    weight: npt.NDArray[np.float64]
+    wrong_weights: int
     bad_boundaries: int
 
 
@@ -165,8 +167,8 @@ def write_blocks(
 ) -> WrittenBlocks:
     """Writes the blocks of one split as Parquet parts, about a million tokens at a time."""
     report = report or Reporter()
-    examples = tokens = supervised = bad = 0
-    weight = 0.0
+    examples = tokens = supervised = bad = wrong_weights = 0
+    weight = [np.zeros(0, dtype=np.float64)]
     mean = len(rows.tokens) // max(packing.blocks, 1)
     # About GROUP_TOKENS each: training reads a whole row group to get one block.
     group = min(max(GROUP_TOKENS // max(mean, 1), 1), GROUP_BLOCKS)
@@ -184,14 +186,16 @@ def write_blocks(
             examples += len(lengths)
             tokens += len(positions)
             report.progress("writing blocks", tokens, len(rows.tokens), "tokens")
-            counted = int(np.count_nonzero(batch.column("labels").flatten().to_numpy() != IGNORE_LABEL))
-            weights = weights_of(batch)
-            supervised += counted
-            weight += counted if weights is None else float(weights.sum(dtype=np.float64))
+            labels, weights = batch.column("labels"), weights_of(batch)
+            flat = labels.flatten().to_numpy()
+            supervised += int(np.count_nonzero(flat != IGNORE_LABEL))
+            weight.append(summed_weights(weights, flat, labels.offsets.to_numpy()))
+            if weights is not None:
+                wrong_weights += int(np.count_nonzero((weights > 0) != (flat != IGNORE_LABEL)))
             bad += int(np.count_nonzero(positions[ends] != lengths - 1)) + abs(
                 int(np.count_nonzero(positions == 0)) - len(lengths)
             )
-    return WrittenBlocks(out.rows, examples, tokens, supervised, weight, bad)
+    return WrittenBlocks(out.rows, examples, tokens, supervised, np.concatenate(weight), wrong_weights, bad)
 
 
 def gather(rows: FlatRows, packing: Packing) -> Iterator[pa.RecordBatch]:

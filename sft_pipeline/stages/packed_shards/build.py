@@ -133,7 +133,10 @@ def _checks(
         s.rows.wrong_labels + abs(s.written.supervised - int(s.rows.supervised.sum()))
         for s in splits.values()
     )
-    same_weight = all(np.isclose(s.written.weight, s.rows.weight.sum()) for s in splits.values())
+    same_weight = all(
+        not s.written.wrong_weights and np.allclose(s.written.weight, s.packing.sums(s.rows.weight), atol=0)
+        for s in splits.values()
+    )
     uses = np.zeros((config.epochs, budget.blocks), dtype=np.int64)
     np.add.at(uses, (plan.epoch, plan.block), 1)
     covered = bool((uses == 1).all() and (np.diff(plan.update) >= 0).all() and (plan.sizes() > 0).all())

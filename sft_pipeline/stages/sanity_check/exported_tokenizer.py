@@ -1,4 +1,4 @@
-"""Whether a server that loads the exported tokenizer gives the model the ids that it was trained on.
+"""Whether a server that loads the exported tokenizer encodes the rows' texts as training does.
 
 For some architectures AutoTokenizer takes a class of its own and rebuilds the tokenizer by it, whatever
 tokenizer_config.json says. Which architecture it is stands in the base's config.json, and that the export
@@ -27,7 +27,7 @@ TEXTS = 64  # of each split
 def compare_exported_tokenizer(
     config: SanityCheckConfig, tokenized: Artifact
 ) -> tuple[bool, str, list[dict[str, Any]]]:
-    """(whether the ids are those of training, in words, the first texts with other ids)."""
+    """(whether the ids of some rows' texts are those of training, in words, the texts with other ids)."""
     tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision)
     template = load_template(config.template["chat_template"], tokenizer, config.template["variables"])
     texts = [tokenizer.decode(ids) for split in SPLITS for ids in _first_ids(tokenized, split)]
@@ -52,7 +52,11 @@ def compare_exported_tokenizer(
         ]
     ]
     if not different:
-        return True, f"AutoTokenizer, as a server loads the export, gives the ids of {len(texts)} rows.", []
+        return (
+            True,
+            f"AutoTokenizer, as a server loads the export, encodes the texts of {len(texts)} rows alike.",
+            [],
+        )
     return (
         False,
         f"beside the config.json of {config.model.base} AutoTokenizer gives other ids on {len(different)} of "
