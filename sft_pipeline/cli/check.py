@@ -15,7 +15,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.stages.environment import accelerator, output_of
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.training.base import base_folder
-from sft_pipeline.training.base_weights import check_base_weights
+from sft_pipeline.training.base_weights import check_base
 from sft_pipeline.training.flops import training_seconds
 from sft_pipeline.training.memory import DeviceBudget, MemoryEstimate, advise, estimate
 from sft_pipeline.training.schedule import Schedule, sampled, warm_up
@@ -32,7 +32,7 @@ def check_recipe(
     """
     _, branch = find_branch(recipe, snapshot, overrides)
     config = branch.require_recipe()
-    check_base_weights(config.model)
+    check_base(config.model)
     gpu = accelerator() is not None
     with prepared(branch, "packed_shards", console) as outcomes:
         artifacts = {name: outcome.artifact for name, outcome in outcomes.items()}

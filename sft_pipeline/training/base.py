@@ -1,5 +1,6 @@
 """Where the base model and its tokenizer are. Light: no torch, no weight is read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,25 @@ def base_folder(config: ModelConfig) -> Path:
             "would put that adapter on the model wherever it is loaded. Move the adapter away, or take the "
             "merged model"
         )
+    _refuse_quantized(config.base, folder)
     return folder
+
+
+def _refuse_quantized(base: str, folder: Path) -> None:
+    """Raises where the base's weights are already quantized: nothing exact could be merged into them."""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return  # transformers says it better
+    for part in (described, *(v for v in described.values() if isinstance(v, dict))):
+        if quantization := part.get("quantization_config"):
+            method = quantization.get("quant_method") or "quantized"
+            raise InputError(
+                f"model.base {base}: its weights are already quantized ({method}), so that they cannot be "
+                "trained, nor an adapter be merged into them exactly. Take the model they were made from; "
+                "parameterization qlora quantizes it to 4 bits while loading. Where there is only this one, "
+                "load it in transformers, call dequantize() and save_pretrained, and take that folder"
+            )
 
 
 def load_model_config(config: ModelConfig) -> Any:

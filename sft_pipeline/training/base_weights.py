@@ -1,4 +1,4 @@
-"""Every tensor of the base is loaded from its files: none missing, none left over.
+"""Every tensor of the base is loaded from its files: none missing, none left over; and adapters fit it.
 
 transformers fills what it does not find with random numbers, other ones at every load, and says so only in
 its log. A model with such a layer trains, is judged and exported, as a mixture of the base and of noise.
@@ -9,6 +9,7 @@ from typing import Any
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.hub import clear_loading_errors
+from sft_pipeline.training.adapters import add_adapter, refuse_own_linear_layers
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.process import disable_progress_bars
@@ -16,11 +17,12 @@ from sft_pipeline.training.process import disable_progress_bars
 NAMED = 5  # keys that a message names
 
 
-def check_base_weights(config: ModelConfig) -> None:
-    """Compares the names and shapes in the base's files with those of its architecture; reads no weight.
+def check_base(config: ModelConfig) -> None:
+    """Compares the names and shapes in the base's files with those of its architecture, and puts the adapters
+    on it; reads no weight.
 
     Raises:
-        InputError: One is missing, left over, or of another shape.
+        InputError: A tensor is missing, left over, or of another shape, or the adapters do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -36,6 +38,10 @@ def check_base_weights(config: ModelConfig) -> None:
             output_loading_info=True,
         )
     refuse_other_weights(config.base, loaded[1])
+    if config.parameterization == "qlora":
+        refuse_own_linear_layers(config.base, loaded[0])
+    if config.parameterization != "full":
+        add_adapter(loaded[0], config.model_copy(update={"parameterization": "lora"}))
 
 
 def refuse_other_weights(base: str, info: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.hub import clear_loading_errors
+from sft_pipeline.training.adapters import add_adapter, refuse_own_linear_layers
 from sft_pipeline.training.base import base_folder, load_model_config
 from sft_pipeline.training.base_weights import refuse_other_weights
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
@@ -69,16 +70,19 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def resolve_attention(asked: str, device: torch.device, architecture: Any = None) -> str:
+def resolve_attention(
+    asked: str, device: torch.device, architecture: Any = None, *, flash: bool = True
+) -> str:
     """For `auto` flash attention where it is installed on a GPU, else sdpa, else eager.
 
     Args:
         architecture: The model class, whose `_supports_...` say what it has; None for one that has all.
+        flash: Whether `auto` may take flash attention, which computes in half precision only.
     """
     if asked != "auto":
         return asked
     # transformers has no public name for what an architecture supports.
-    if device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
+    if flash and device.type == "cuda" and getattr(architecture, "_supports_flash_attn", True):
         packages = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
         for package, name in packages.items():
             if importlib.util.find_spec(package):
@@ -87,13 +91,19 @@ def resolve_attention(asked: str, device: torch.device, architecture: Any = None
 
 
 def load_base(
-    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None, four_bit: bool = False
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    four_bit: bool = False,
+    flash: bool = True,
 ) -> Any:
     """The base model in evaluation mode, with the attention that was asked for.
 
     Args:
         dtype: Of the weights (of the computation where four_bit).
         four_bit: NF4 with double quantization (Dettmers et al. 2023); needs bitsandbytes.
+        flash: As in `resolve_attention`.
 
     Raises:
         InputError: Unknown base, no safetensors, other tensors than the architecture has, or an attention
@@ -105,9 +115,10 @@ def load_base(
     device = device or training_device()
     folder = base_folder(config)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
-    attention = resolve_attention(config.attention, device, architecture)
+    attention = resolve_attention(config.attention, device, architecture, flash=flash)
     extra: dict[str, Any] = {}
     if four_bit:
+        refuse_own_linear_layers(config.base, empty_model(config))
         extra = {"quantization_config": _nf4(dtype), "device_map": {"": device}}
     with clear_loading_errors(f"model.base {config.base} with attention {attention}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -133,6 +144,15 @@ def load_base(
     else:
         model.to(device)  # type: ignore[arg-type]
     return model.eval()
+
+
+def empty_model(config: ModelConfig) -> Any:
+    """The base's architecture without weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    described = load_model_config(config)
+    with torch.device("meta"), clear_loading_errors(f"model.base {config.base}"):
+        return AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
 
 
 def load_for_training(
@@ -188,55 +208,6 @@ def load_for_training(
     )
 
 
-def add_adapter(
-    model: Any, config: ModelConfig, checkpoint: Path | None = None, *, gradient_checkpointing: bool = False
-) -> Any:
-    """Wraps the base in low-rank adapters: freshly initialised, or those of a checkpoint.
-
-    Raises:
-        InputError: `target_modules` names no module of this architecture.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    if config.parameterization == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    settings = config.lora
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        bias="none",
-        target_modules=settings.target_modules,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-    )
-    wrapped: Any
-    try:
-        if checkpoint is None:
-            wrapped = get_peft_model(model, lora)
-        else:
-            wrapped = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
-    except ValueError as error:
-        raise InputError(f"model.lora.target_modules {settings.target_modules}: {error}") from error
-    head = wrapped.get_output_embeddings()
-    if hasattr(head, "lora_A"):
-        raise InputError(
-            f"model.lora.target_modules {settings.target_modules} includes the output layer, "
-            "whose adapter the loss could not see. Leave it out"
-        )
-    embedding = wrapped.get_input_embeddings()
-    if hasattr(embedding, "lora_embedding_A") and getattr(head, "weight", None) is embedding.weight:
-        raise InputError(
-            f"model.lora.target_modules {settings.target_modules} includes the input embeddings, which this "
-            "model shares with its output layer: merged into them, the adapter would change the output too, "
-            "and another model would be judged and exported than was trained. Leave them out"
-        )
-    if gradient_checkpointing:
-        wrapped.enable_input_require_grads()
-    return wrapped
-
-
 def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Stops training every parameter whose name one of the regular expressions finds.
 
@@ -268,29 +239,31 @@ def load_for_inference(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    as_trained: bool = False,
 ) -> Any:
-    """A model to generate or score with, in evaluation mode, gradients off.
+    """The model of a checkpoint, to generate or score with: what is judged, exported and compared.
+
+    In evaluation mode, gradients off. An adapter is put on the base as it is, also one that was trained on
+    the base's 4-bit form.
 
     Args:
         config: The recipe's model section.
         checkpoint: A `checkpoint-<step>` folder with an adapter or whole weights; None for the base itself.
         dtype: null: bf16 on a GPU that has it, fp32 on a CPU.
+        as_trained: For QLoRA the 4-bit model that was trained, to say how far from it the exported one is.
     """
     device = device or training_device()
     dtype = dtype or DTYPES[resolve_precision("auto", device)]
+    flash = dtype != torch.float32
     if checkpoint is None or (checkpoint / ADAPTER_CONFIG).is_file():
-        model = load_base(
-            config,
-            dtype=dtype,
-            device=device,
-            four_bit=config.parameterization == "qlora" and checkpoint is not None,
-        )
+        four_bit = as_trained and config.parameterization == "qlora" and checkpoint is not None
+        model = load_base(config, dtype=dtype, device=device, four_bit=four_bit, flash=flash)
         if checkpoint is not None:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=False)
     else:
-        model = load_base(_as_base(config, checkpoint), dtype=dtype, device=device)
+        model = load_base(_as_base(config, checkpoint), dtype=dtype, device=device, flash=flash)
     model.requires_grad_(False)
     return model.eval()
 

@@ -30,11 +30,13 @@ from trl import SFTConfig, SFTTrainer
 from sft_pipeline.training.checkpoint import Checkpoint, load_training_state
 from sft_pipeline.training.config import TrainingConfig
 from sft_pipeline.training.data import Feed, Microbatch, UpdateBatch, all_blocks
-from sft_pipeline.training.loss import install_supervised_forward
+from sft_pipeline.training.loss import causal_model, install_supervised_forward
 from sft_pipeline.training.process import keep_rng
 from sft_pipeline.training.progress import Intervals, Listener, NotFinite, UpdateNumbers
 from sft_pipeline.training.schedule import Schedule, learning_rate
 from sft_pipeline.training.shards import Shards
+
+ROUTING = ("output_router_logits", "router_aux_loss_coef")
 
 
 def training_arguments(
@@ -73,6 +75,9 @@ def training_arguments(
         gradient_checkpointing=None,  # type: ignore[arg-type]
         activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         torch_compile=training.compile,
+        # The loss is that of the supervised tokens alone, also for a mixture of experts: on, TRL has the
+        # model return the logits of all its routers.
+        router_aux_loss_coef=0.0,
         neftune_noise_alpha=training.neftune_alpha,
         max_length=None,
         packing=False,
@@ -192,6 +197,8 @@ class SupervisedTrainer(SFTTrainer):
         self._norm = self._rate = 0.0
         self._now: tuple[float, int, int, int] = (0.0, 0, 0, 0)
         cpu = next(model.parameters()).device.type == "cpu"
+        text_config = causal_model(model).config.get_text_config()
+        routing = {k: v for k, v in vars(text_config).items() if k in ROUTING}
         trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
         super().__init__(
             model=model,
@@ -204,6 +211,9 @@ class SupervisedTrainer(SFTTrainer):
             processing_class=tokenizer,
             optimizers=(None, None),
         )
+        # TRL writes its choice of them into the model's configuration, with which it would be exported.
+        for key, value in routing.items():
+            setattr(text_config, key, value)
         for parameter, values in trained:
             # TRL rounds the adapters of a 4-bit model to bf16. Their values are put back, not only their
             # dtype: a resumed run would otherwise start from rounded weights.

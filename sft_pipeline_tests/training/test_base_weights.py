@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.training.base_weights import check_base_weights
+from sft_pipeline.training.base_weights import check_base
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 from sft_pipeline.training.model import load_for_inference, load_for_training
 from sft_pipeline_tests.training import tiny
@@ -42,7 +42,7 @@ def test_other_tensors_are_named_before_a_weight_is_read_and_at_every_load(tmp_p
     change, named = CHANGED[kind]
     config = base(tmp_path / "base", change)
     for load in (
-        lambda: check_base_weights(config),
+        lambda: check_base(config),
         lambda: load_for_training(config, TrainingConfig()),
         lambda: load_for_inference(config),
     ):
@@ -54,21 +54,21 @@ def test_other_tensors_are_named_before_a_weight_is_read_and_at_every_load(tmp_p
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_whole_base_is_accepted(tmp_path, tie):
     config = base(tmp_path / "base", tie=tie)
-    check_base_weights(config)
+    check_base(config)
     load_for_training(config, TrainingConfig())
 
 
 @pytest.mark.parametrize("model", [tiny.qwen, gemma, cohere, granite])
 def test_other_families_are_accepted(tmp_path, model):
     tiny.base_folder(tmp_path / "base", model=model())
-    check_base_weights(ModelConfig(base=str(tmp_path / "base")))
+    check_base(ModelConfig(base=str(tmp_path / "base")))
 
 
 def test_an_adapter_beside_the_base_is_refused(tmp_path):
     config = base(tmp_path / "base")
     (tmp_path / "base" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(InputError, match=r"adapter_config\.json beside config\.json"):
-        check_base_weights(config)
+        check_base(config)
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -7,6 +7,7 @@ The test split is read once, for the chosen checkpoint and the base, after the c
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sft_pipeline.reporting import Reporter
@@ -21,6 +22,7 @@ from sft_pipeline.stages.evaluation.judge import (
     Judgement,
     SamplesWriter,
     checkpoints_of,
+    validation_loss,
 )
 from sft_pipeline.stages.evaluation.select import Candidate, Gate, Selection, better, select
 from sft_pipeline.stages.stage import Build, Built, Check, number, table
@@ -28,6 +30,7 @@ from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables.held_out import held_out_rows
 from sft_pipeline.text.reply import ReplyDecoder
+from sft_pipeline.training.config import ModelConfig
 
 TEST_LOSS = "test_loss"  # on the test split, what is `val_loss` on the validation split
 MAX_UNFINISHED = 0.05
@@ -48,6 +51,7 @@ def build(b: Build) -> Built:
     validation, test = (HeldOutSplit.of(tokenized, name, config) for name in ("validation", "test"))
     decoder = ReplyDecoder.of(tokenized)
     ungradable = {s.name: _ungradable(s, graders, decoder, b.report) for s in (validation, test)}
+    four_bit = _four_bit_losses(stage_config.model, checkpoints, validation, b.report)
     models = CheckpointModels(stage_config.model, checkpoints)
     with SamplesWriter(b.out / "samples.parquet", graders) as samples:
         judge = Judge(config, graders, decoder, samples, b.report).judge
@@ -109,7 +113,11 @@ def build(b: Build) -> Built:
             "chosen_step": selection.step,
         },
         checks=(
-            judged_is_trained(b.inputs["trained_checkpoints"], judged),
+            judged_is_trained(
+                b.inputs["trained_checkpoints"],
+                {step: j.measures()["val_loss"] for step, j in judged.items()},
+                four_bit,
+            ),
             gates_passed(selection, config, validation.rows),
             improvement({c.name: c for c in comparisons}, config),
             selection_explained(selection),
@@ -201,17 +209,39 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def judged_is_trained(trained: Artifact, judged: Mapping[int, Judgement]) -> Check:
-    """Blocking: the models that are judged have the validation losses that training recorded for them."""
+def _four_bit_losses(
+    model: ModelConfig, checkpoints: dict[int, Path], validation: HeldOutSplit, report: Reporter
+) -> dict[int, float]:
+    """For QLoRA the validation loss of each checkpoint as it was trained, on the 4-bit base."""
+    if model.parameterization != "qlora":
+        return {}
+    models = CheckpointModels(model, checkpoints, as_trained=True)
+    return {
+        step: validation_loss(models.tuned(step), validation, report, f"4-bit loss of step {step}")
+        for step in checkpoints
+    }
+
+
+def judged_is_trained(
+    trained: Artifact, judged: Mapping[int, float], four_bit: Mapping[int, float] | None = None
+) -> Check:
+    """Blocking: the checkpoints have the validation losses that training recorded for them.
+
+    Args:
+        judged: Of the models that are judged and exported, by step.
+        four_bit: Where these are not the models that were trained (QLoRA): of those that were.
+    """
     training = json.loads(trained.file("training.json").read_text(encoding="utf-8"))
     recorded = {c["step"]: c["val_loss"] for c in training.get("checkpoints", ())}
     precision = training["model"]["precision"]
     rows = []
-    for step, judgement in judged.items():
-        before, here = recorded.get(step), judgement.measures()["val_loss"]
+    for step, loss in (four_bit or judged).items():
+        before = recorded.get(step)
         if before is not None:  # a loss that is no number here was one in training: as wrong as any
-            off = abs(here - before) / max(abs(before), SMALL_LOSS)
-            rows.append({"step": step, "training": before, "evaluation": here, "off": off})
+            off = abs(loss - before) / max(abs(before), SMALL_LOSS)
+            rows.append({"step": step, "training": before, "evaluation": loss, "off": off})
+            if four_bit:
+                rows[-1] |= {"exported": judged[step]}
     wrong = [r for r in rows if not r["off"] <= TOLERANCE[precision]]
     if not rows:
         return Check("judged_is_trained", True, "training recorded no validation loss to compare with")
@@ -228,6 +258,12 @@ def judged_is_trained(trained: Artifact, judged: Mapping[int, Judgement]) -> Che
         description = (
             f"the validation losses of {len(rows)} checkpoints are those that training recorded, to "
             f"{worst:.1e} (at most {TOLERANCE[precision]:g} for {precision})"
+        )
+    if four_bit:
+        far = max(rows, key=lambda r: abs(r["exported"] - r["evaluation"]))
+        description += (
+            f"; on the unquantized base, as the models are judged and exported, they differ from it by at "
+            f"most {abs(far['exported'] - far['evaluation']):.4f} (step {far['step']}: {far['exported']:.4f})"
         )
     shown = [{k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in rows]
     return Check("judged_is_trained", not wrong, description, {"losses": table(shown)})

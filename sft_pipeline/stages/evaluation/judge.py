@@ -55,16 +55,20 @@ class CheckpointModels:
     Args:
         config: The recipe's model section.
         checkpoints: Folder of each step.
+        as_trained: For QLoRA the 4-bit models that were trained, instead of those that are exported.
     """
 
-    def __init__(self, config: ModelConfig, checkpoints: dict[int, Path]) -> None:
-        self.config, self.checkpoints = config, checkpoints
+    def __init__(
+        self, config: ModelConfig, checkpoints: dict[int, Path], *, as_trained: bool = False
+    ) -> None:
+        self.config, self.checkpoints, self.as_trained = config, checkpoints, as_trained
         self._model: Any = None
         self._adapter: str | None = None
 
     @property
     def _merges(self) -> bool:
-        return self.config.parameterization == "lora" and training_device().type == "cpu"
+        adapters = self.config.parameterization != "full"
+        return adapters and not self.as_trained and training_device().type == "cpu"
 
     def tuned(self, step: int) -> Any:
         """The model of one checkpoint; any model that was given out before must not be used any more."""
@@ -76,7 +80,7 @@ class CheckpointModels:
             return self._model
         name = f"step_{step}"
         if self._adapter is None:
-            self._model = load_for_inference(self.config, folder)
+            self._model = load_for_inference(self.config, folder, as_trained=self.as_trained)
             self._adapter = next(iter(self._model.peft_config))
         elif self._adapter != name:
             self._model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
@@ -89,12 +93,8 @@ class CheckpointModels:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[Any]:
-        """The untuned model, for the time of the context.
-
-        The base of a QLoRA is the model itself, not its 4-bit form: it is what one would serve without
-        tuning.
-        """
-        if self._adapter is not None and self.config.parameterization == "lora":
+        """The untuned model, for the time of the context."""
+        if self._adapter is not None:
             with self._model.disable_adapter():
                 yield self._model
             return
@@ -267,6 +267,13 @@ class Judge:
             return replies
         by_prompt = dict(zip(distinct, replies))
         return [by_prompt[p] for p in prompts]
+
+
+def validation_loss(model: Any, split: HeldOutSplit, report: Reporter, name: str) -> float:
+    """NLL per supervised token (weighted where messages have weights) of all rows of a split; NaN without."""
+    with threads_for(model):
+        nll, _, weight = _losses(model, split, _JoinedProgress(report, name, split.rows))
+    return float(nll.sum() / weight.sum()) if weight.sum() else math.nan
 
 
 def _losses(

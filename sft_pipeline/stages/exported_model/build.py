@@ -1,10 +1,7 @@
 """Builds exported_model: merge, write, load again, prove, describe."""
 
 import json
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import ADAPTER_CONFIG
@@ -17,36 +14,21 @@ from sft_pipeline.stages.exported_model.lineage import (
     upstream,
     write_lineage,
 )
-from sft_pipeline.stages.exported_model.merge import (
-    load_exact,
-    merge_adapter,
-    target_dtype,
-    unquantized,
-    write_adapter,
-    write_merged,
-)
 from sft_pipeline.stages.exported_model.verify import (
     ANSWER_TOKENS,
     ANSWERS,
     PROBES,
-    ExportProof,
-    difference,
-    free_memory,
-    greedy,
-    logits,
     merged_equals_adapter,
     probe_rows,
     reload_answers_equal,
-    reload_model,
     reload_tokenizer,
     served_prompt_equal,
 )
 from sft_pipeline.stages.stage import Build, Built, markdown, number, table
-from sft_pipeline.tables.held_out import HeldOutRow
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
 from sft_pipeline.text.reply import ReplyDecoder, formatting_of, tokenizer_of
 from sft_pipeline.text.template import load_template
-from sft_pipeline.training.model import load_base, load_for_inference, training_device
+from sft_pipeline.training.export import ExportSettings, write_adapter, write_and_compare
 
 STEPS = 6
 
@@ -86,7 +68,23 @@ def build(b: Build) -> Built:
     )
     progress("tokenizer written")
     rows = probe_rows(tokenized, PROBES)
-    proof = _write_and_prove(config, checkpoint, folder, rows, evaluation, decoder, progress, merged=merged)
+    settings = ExportSettings(
+        config.model,
+        merged,
+        config.export.dtype,
+        sorted(decoder.stop_ids),
+        decoder.pad_id,
+        evaluation["decoding"],
+    )
+    proof = write_and_compare(
+        settings,
+        checkpoint,
+        folder,
+        [r.prompt + r.target for r in rows],
+        [r.prompt for r in rows[:ANSWERS]],
+        min(ANSWER_TOKENS, evaluation["max_new_tokens"]),
+        step=progress,
+    )
     made_with = tokenized.manifest.config["template"]
     template = load_template(made_with["chat_template"], tokenizer, made_with["variables"])
     prompts_equal = served_prompt_equal(
@@ -146,61 +144,3 @@ class _ExportProgress:
         self.done += 1
         self.report.log(f"export: {step}")
         self.report.progress("exporting", self.done, STEPS, "steps")
-
-
-def _write_and_prove(
-    config: ExportedModelConfig,
-    checkpoint: Path,
-    folder: Path,
-    rows: list[HeldOutRow],
-    evaluation: dict[str, Any],
-    decoder: ReplyDecoder,
-    progress: _ExportProgress,
-    *,
-    merged: bool,
-) -> ExportProof:
-    """Writes merged weights where they are wanted, and loads the export again, one model in memory at a time.
-
-    Without merged weights the exported adapter on the base is compared with the checkpoint on the base, in
-    fp32.
-    """
-    sequences, prompts = [r.prompt + r.target for r in rows], [r.prompt for r in rows[:ANSWERS]]
-    new_tokens = min(ANSWER_TOKENS, evaluation["max_new_tokens"])
-    stop_ids = sorted(decoder.stop_ids)
-    stops: dict[str, Any] = {"eos_token_id": stop_ids, "pad_token_id": decoder.pad_id}
-    dtype = target_dtype(config.export.dtype, config.model) if merged else torch.float32
-    model = load_exact(config.model, checkpoint)
-    has_adapter = hasattr(model, "peft_config")
-    reference, exact = logits(model, sequences), None
-    progress("checkpoint loaded")
-    if merged:
-        model = merge_adapter(model)
-        exact = difference(reference, logits(model, sequences)) if has_adapter else None
-        model = model.to(dtype)
-        decoding = evaluation["decoding"]
-        write_merged(model, folder, config.model, stop_ids=stop_ids, pad_id=decoder.pad_id, decoding=decoding)
-        progress("weights written")
-    before = greedy(model, prompts, new_tokens, **stops)
-    del model
-    free_memory()
-    if merged:
-        model = reload_model(folder, trust_remote_code=config.model.trust_remote_code)
-        stops = {}  # the exported generation config has to stop the answers by itself
-    else:
-        from peft import PeftModel
-
-        base = load_base(unquantized(config.model), dtype=torch.float32, device=training_device())
-        model = PeftModel.from_pretrained(base, str(folder)).eval()
-        del base
-    loaded = difference(reference, logits(model, sequences))
-    after = greedy(model, prompts, new_tokens, **stops)
-    del model
-    free_memory()
-    progress("export loaded again")
-    quantized = None
-    if config.model.parameterization == "qlora":  # against the 4-bit model that was trained and judged
-        model = load_for_inference(config.model, checkpoint)
-        quantized = difference(reference, logits(model, sequences))
-        del model
-        free_memory()
-    return ExportProof(exact, loaded, quantized, before, after, dtype)

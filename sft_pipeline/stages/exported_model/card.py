@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from sft_pipeline.hub import parse_hub_id
 from sft_pipeline.stages.exported_model.config import ExportedModelConfig
-from sft_pipeline.stages.exported_model.merge import public_name
 from sft_pipeline.store import Artifact, Manifest
+from sft_pipeline.training.export import public_name
 
 SAMPLES = 4
 TUNING = {

@@ -1,14 +1,11 @@
 """Proof that what is exported is what was judged: logits, greedy answers, served prompts."""
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-import torch
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.stage import Check, number, table
@@ -18,52 +15,12 @@ from sft_pipeline.text.auto_tokenizer import frozen_clock
 from sft_pipeline.text.conversation import ForgeryGuard, conversation
 from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
-from sft_pipeline.training.process import threads_for
+from sft_pipeline.training.export import ExportProof
 
 PROBES, ANSWERS = 6, 4  # rows whose logits are compared, and the first of them that are answered
-PROBE_TOKENS, ANSWER_TOKENS = 256, 64
+ANSWER_TOKENS = 64
 PROMPTS_PER_SPLIT = 100
 SPLITS = ("test", "validation", "train")
-# Largest difference of a logit, in units of the largest logit, that rounding the weights to a dtype explains.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-
-
-@dataclass(frozen=True)
-class LogitDifference:
-    """Of two models' logits on the same ids.
-
-    Attributes:
-        largest: Largest absolute difference.
-        scale: Largest absolute reference logit.
-        agreement: Share of positions whose most likely token is the same.
-    """
-
-    largest: float
-    scale: float
-    agreement: float
-
-    def within(self, dtype: torch.dtype) -> bool:
-        return self.largest <= TOLERANCE[dtype] * max(1.0, self.scale)
-
-
-@dataclass(frozen=True)
-class ExportProof:
-    """What was measured while the weights were written and loaded again.
-
-    Attributes:
-        exact: Before casting: merged against base and adapter, both in fp32. None where nothing was merged.
-        loaded: The reference (the checkpoint in fp32) against the export loaded again, in its own dtype.
-        quantized: The reference against the 4-bit model that was trained and judged, for QLoRA.
-        before, after: Ids of greedy answers before saving and after loading again.
-        dtype: Of the exported weights.
-    """
-
-    exact: LogitDifference | None
-    loaded: LogitDifference
-    quantized: LogitDifference | None
-    before: list[list[int]]
-    after: list[list[int]]
-    dtype: torch.dtype
 
 
 def probe_rows(tokenized: Artifact, count: int) -> list[HeldOutRow]:
@@ -80,65 +37,6 @@ def probe_rows(tokenized: Artifact, count: int) -> list[HeldOutRow]:
     raise InputError(f"{tokenized.manifest.asset} has no rows to prove the export with")
 
 
-@torch.inference_mode()
-def logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """fp32 logits [length, vocabulary] of each sequence (its first 256 tokens), on the CPU, one at a time."""
-    device = next(model.parameters()).device
-    found = []
-    with threads_for(model):
-        # One by one: padding would make models differ that agree on the row itself.
-        for ids in sequences:
-            batch = torch.tensor([list(ids)[:PROBE_TOKENS]], device=device)
-            found.append(model(input_ids=batch, use_cache=False).logits[0].float().cpu())
-    return found
-
-
-def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> LogitDifference:
-    """Compares logits position by position. A NaN in either is an infinite difference."""
-    infinity = float("inf")
-    largest = max(
-        float((a - b).abs().nan_to_num(nan=infinity).max()) for a, b in zip(reference, other, strict=True)
-    )
-    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(reference, other))
-    scale = max(float(a.abs().max()) for a in reference)
-    return LogitDifference(largest, scale, same / sum(len(a) for a in reference))
-
-
-@torch.inference_mode()
-def greedy(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any
-) -> list[list[int]]:
-    """New ids for each prompt, by transformers' own `generate`, one prompt at a time, as users call it.
-
-    Args:
-        settings: eos_token_id and pad_token_id, where the model's generation config is not to be used.
-    """
-    device = next(model.parameters()).device
-    found = []
-    with threads_for(model):
-        for ids in prompts:
-            batch = torch.tensor([list(ids)], device=device)
-            out = model.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                **settings,
-            )
-            found.append(out[0, len(ids) :].tolist())
-    return found
-
-
-def reload_model(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The exported weights as a stranger would load them."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
 def reload_tokenizer(folder: Path) -> Any:
     """The exported tokenizer as a stranger would load it."""
     from transformers import AutoTokenizer
@@ -146,35 +44,13 @@ def reload_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def free_memory() -> None:
-    """Gives back what a dropped model held, before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def merged_equals_adapter(proof: ExportProof) -> Check:
     """Blocking: the exported weights' logits are those of base and adapter."""
-    exact, loaded, quantized = proof.exact, proof.loaded, proof.quantized
-    passed = loaded.within(proof.dtype) and (exact is None or exact.within(torch.float32))
-    description = (
-        f"{'exported' if exact is None else 'merged'} weights loaded again in "
-        f"{str(proof.dtype).removeprefix('torch.')}: logits differ by at most {loaded.largest:.2g} "
-        f"of {loaded.scale:.3g}, the likeliest token agrees at {loaded.agreement:.1%} of positions"
-    )
-    if exact is not None:
-        description += f"; the merge itself, in fp32: {exact.largest:.2g}"
-    if quantized is not None:
-        description += (
-            f"; against the 4-bit model that was trained: {quantized.largest:.2g}, "
-            f"agreement {quantized.agreement:.1%}"
-        )
-    if not passed:
-        description += (
-            ". That is more than rounding explains: try export.dtype float32, or report the architecture"
-        )
-    evidence = {"largest_difference": number(loaded.largest), "agreement": number(loaded.agreement)}
-    return Check("merged_equals_adapter", passed, description, evidence)
+    evidence = {
+        "largest_difference": number(proof.loaded.largest),
+        "agreement": number(proof.loaded.agreement),
+    }
+    return Check("merged_equals_adapter", proof.passed, str(proof), evidence)
 
 
 def reload_answers_equal(
