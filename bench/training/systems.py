@@ -208,8 +208,8 @@ def build_model(setting: Setting) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sft_pipeline.training.config import LoraConfig, ModelConfig
     from sft_pipeline.training.adapters import add_adapter
+    from sft_pipeline.training.config import LoraConfig, ModelConfig
     from sft_pipeline.training.model import DTYPES, resolve_attention, training_device
 
     device = training_device()

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft_pipeline.errors import InputError
+from sft_pipeline.store import Artifact
 from sft_pipeline.tables.parquet import read_batches
 
 
@@ -62,3 +64,16 @@ def held_out_rows(parts: Sequence[Path], positions: Sequence[int]) -> Iterator[H
             yield HeldOutRow(following, row["row_id"], row["group"], ids[:n], ids[n:], row["completion"])
             following = next(wanted, None)
         start += batch.num_rows
+
+
+def probe_rows(tokenized: Artifact, count: int) -> list[HeldOutRow]:
+    """A few rows of the first split that has any, test first: always the same ones.
+
+    Raises:
+        InputError: No split has a row.
+    """
+    for split in ("test", "validation", "train"):
+        parts = tokenized.parts(split)
+        if rows := list(held_out_rows(parts, chosen_positions(parts, count))):
+            return rows
+    raise InputError(f"{tokenized.manifest.asset} has no rows to compare models with")

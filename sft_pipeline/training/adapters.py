@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sft_pipeline.errors import InputError
@@ -84,14 +85,17 @@ def refuse_unfit_adapters(wrapped: Any, config: ModelConfig) -> None:
 
 
 def layers_with_own_forward(model: nn.Module) -> list[str]:
-    """Names of linear layers that compute something of their own, such as Llama 4's routers."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
-    ]
+    """Names of linear layers that return something else than their product, such as Llama 4's routers."""
+    return [name for name, module in model.named_modules() if _returns_more(module)]
+
+
+def _returns_more(module: nn.Module) -> bool:
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if not own or not type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
+        return False
+    weight: Any = module.weight
+    with torch.no_grad():
+        return not isinstance(module(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
 
 
 def refuse_own_linear_layers(base: str, model: nn.Module) -> None:

@@ -12,6 +12,15 @@ from sft_pipeline.training.process import threads_for
 PROBE_TOKENS = 256  # of each sequence whose logits are compared
 # Largest difference of a logit, in units of the largest logit, that rounding the weights to a dtype explains.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# By the precision of the training: how far, as a share of it, a loss may be from the recorded one. In fp32
+# merging and another layout round otherwise; in half precision training autocasts, which evaluation does not.
+LOSS_TOLERANCE = {"fp32": 5e-4, "bf16": 2e-2, "fp16": 2e-2}
+SMALL_LOSS = 0.2  # nats; below it, differences are measured as shares of this
+
+
+def loss_difference(loss: float, recorded: float) -> float:
+    """How far a loss is from the recorded one, as a share of it; NaN where it is no number."""
+    return abs(loss - recorded) / max(abs(recorded), SMALL_LOSS)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sft_pipeline.stages.exported_model.lineage import machine_paths, portable, safetensors_only
-from sft_pipeline.stages.exported_model.verify import probe_rows, reload_tokenizer, served_prompt
+from sft_pipeline.stages.exported_model.verify import reload_tokenizer, served_prompt
 from sft_pipeline.store import Store
+from sft_pipeline.tables.held_out import probe_rows
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.export import load_exact, reload_model

@@ -5,6 +5,7 @@ import random
 
 import pyarrow as pa
 import pytest
+import torch
 
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.sanity_check import build as build_module
@@ -109,9 +110,11 @@ def test_labels_shifted_by_one_token_are_stopped(root, tmp_path):
     assert "shifted by one" in checks["labels_match"].description and failed(checks) == [
         "labels_match",
         "boundaries",
+        "causal",
         "overfits",
         "short_run_stable",
         "samples",
+        "exportable",
     ]
     assert checks["overfits"].description == "Not run, since an earlier check failed."
     assert checks["labels_match"].evidence["rows"].value[0]["row_id"]
@@ -257,3 +260,43 @@ def test_a_base_whose_architecture_forces_another_tokenizer_is_refused_before_th
         found[architecture] = compare_exported_tokenizer(config, artifact)
     assert found["gpt2"][0] and not found["qwen2"][0]
     assert "model.tokenizer" in found["qwen2"][1] and found["qwen2"][2][0]["training"]
+
+
+def test_what_would_fail_at_the_end_fails_before_the_training(root, tmp_path, monkeypatch):
+    from sft_pipeline.training import export
+
+    lora = {"parameterization": "lora"}
+    assert check(root, tmp_path / "sound", model=lora)[0]["exportable"].passed
+    monkeypatch.setattr(export, "merge_adapter", lambda model: model.unload())  # the adapter is lost
+    checks, _ = check(root, tmp_path / "spoiled", model=lora)
+    assert not checks["exportable"].passed
+    assert "more than rounding explains" in checks["exportable"].description
+    assert not (tmp_path / "spoiled-work" / "export").exists()
+
+
+def test_a_checkpoint_that_loads_as_another_model_is_stopped(root, tmp_path, monkeypatch):
+    from sft_pipeline.stages.sanity_check import export_trial
+
+    save = export_trial.save_weights
+
+    def save_another(model, folder, config):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).mul_(3)
+        save(model, folder, config)
+
+    monkeypatch.setattr(export_trial, "save_weights", save_another)
+    checks, _ = check(root, tmp_path / "out")
+    assert failed(checks)[-1] == "exportable"
+    assert "not what is trained would be judged" in checks["exportable"].description
+
+
+def test_an_error_of_a_library_is_the_outcome_of_a_check(root, tmp_path, monkeypatch):
+    from sft_pipeline.training import generate
+
+    def fail(*_, **__):
+        raise IndexError("no cache for this family")
+
+    monkeypatch.setattr(generate, "generate", fail)
+    checks, built = check(root, tmp_path / "out")
+    assert failed(checks) == ["samples", "exportable"] and built.counts["checks_failed"] == 2
+    assert "IndexError: no cache for this family" in checks["samples"].description

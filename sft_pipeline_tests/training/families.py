@@ -56,7 +56,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "llama-tied": _made("Llama", tie_word_embeddings=True),
-    "qwen2-bias": _made("Qwen2", tie_word_embeddings=True),
+    "seed-oss-bias": _made("SeedOss", attention_bias=True, tie_word_embeddings=True),
     "qwen3": _made("Qwen3"),
     "mistral-sliding": _made("Mistral", sliding_window=16),
     "gemma2-softcap": _made("Gemma2", tie_word_embeddings=True, sliding_window=16, query_pre_attn_scalar=8),
@@ -104,6 +104,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
         linear_value_head_dim=8,
         linear_num_key_heads=2,
         linear_num_value_heads=2,
+        layer_types=["linear_attention", "full_attention"],
         decoder_sparse_step=1,
     ),
     "lfm2-conv": _made("Lfm2"),

@@ -31,14 +31,10 @@ from sft_pipeline.store.files import write_json
 from sft_pipeline.tables.held_out import held_out_rows
 from sft_pipeline.text.reply import ReplyDecoder
 from sft_pipeline.training.config import ModelConfig
+from sft_pipeline.training.logits import LOSS_TOLERANCE, loss_difference
 
 TEST_LOSS = "test_loss"  # on the test split, what is `val_loss` on the validation split
 MAX_UNFINISHED = 0.05
-# By the precision of the training: how far, as a share of it, the validation loss may be from the recorded
-# one. In fp32 merging and another layout round otherwise; in half precision training autocasts, which
-# evaluation does not.
-TOLERANCE = {"fp32": 5e-4, "bf16": 2e-2, "fp16": 2e-2}
-SMALL_LOSS = 0.2  # nats; below it, differences are measured as shares of this
 
 
 def build(b: Build) -> Built:
@@ -238,11 +234,11 @@ def judged_is_trained(
     for step, loss in (four_bit or judged).items():
         before = recorded.get(step)
         if before is not None:  # a loss that is no number here was one in training: as wrong as any
-            off = abs(loss - before) / max(abs(before), SMALL_LOSS)
+            off = loss_difference(loss, before)
             rows.append({"step": step, "training": before, "evaluation": loss, "off": off})
             if four_bit:
                 rows[-1] |= {"exported": judged[step]}
-    wrong = [r for r in rows if not r["off"] <= TOLERANCE[precision]]
+    wrong = [r for r in rows if not r["off"] <= LOSS_TOLERANCE[precision]]
     if not rows:
         return Check("judged_is_trained", True, "training recorded no validation loss to compare with")
     if wrong:
@@ -250,14 +246,14 @@ def judged_is_trained(
         description = (
             f"step {first['step']}: training recorded a validation loss of {first['training']:.4f}, the "
             f"model that is judged has {first['evaluation']:.4f} ({len(wrong)} of {len(rows)} checkpoints "
-            f"differ by more than {TOLERANCE[precision]:g}): it is another model than was trained. Files "
-            "changed since, or an adapter that cannot be merged into this base look like this"
+            f"differ by more than {LOSS_TOLERANCE[precision]:g}): it is another model than was trained. "
+            "Files changed since, or an adapter that cannot be merged into this base look like this"
         )
     else:
         worst = max(r["off"] for r in rows)
         description = (
             f"the validation losses of {len(rows)} checkpoints are those that training recorded, to "
-            f"{worst:.1e} (at most {TOLERANCE[precision]:g} for {precision})"
+            f"{worst:.1e} (at most {LOSS_TOLERANCE[precision]:g} for {precision})"
         )
     if four_bit:
         far = max(rows, key=lambda r: abs(r["exported"] - r["evaluation"]))

@@ -19,12 +19,12 @@ from sft_pipeline.stages.exported_model.verify import (
     ANSWERS,
     PROBES,
     merged_equals_adapter,
-    probe_rows,
     reload_answers_equal,
     reload_tokenizer,
     served_prompt_equal,
 )
 from sft_pipeline.stages.stage import Build, Built, markdown, number, table
+from sft_pipeline.tables.held_out import probe_rows
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
 from sft_pipeline.text.reply import ReplyDecoder, formatting_of, tokenizer_of
 from sft_pipeline.text.template import load_template

@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from sft_pipeline.errors import InputError
 from sft_pipeline.stages.stage import Check, number, table
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.held_out import HeldOutRow, chosen_positions, held_out_rows
@@ -21,20 +20,6 @@ PROBES, ANSWERS = 6, 4  # rows whose logits are compared, and the first of them 
 ANSWER_TOKENS = 64
 PROMPTS_PER_SPLIT = 100
 SPLITS = ("test", "validation", "train")
-
-
-def probe_rows(tokenized: Artifact, count: int) -> list[HeldOutRow]:
-    """A few rows of the first split that has any, test first: always the same ones.
-
-    Raises:
-        InputError: No split has a row.
-    """
-    for split in SPLITS:
-        parts = tokenized.parts(split)
-        rows = list(held_out_rows(parts, chosen_positions(parts, count)))
-        if rows:
-            return rows
-    raise InputError(f"{tokenized.manifest.asset} has no rows to prove the export with")
 
 
 def reload_tokenizer(folder: Path) -> Any:

@@ -13,6 +13,7 @@ def _config(branch: Branch) -> SanityCheckConfig:
         sanity=recipe.sanity,
         model=recipe.model,
         training=recipe.training,
+        export=recipe.export,
         tokenizer=recipe.tokenizer,
         tokenizer_revision=recipe.model.revision,
         template=recipe.template.model_dump(mode="json"),
@@ -37,7 +38,7 @@ STAGE = Stage(
     name="sanity_check",
     description=(
         "Before training: boundary probe on the real model, overfitting a few rows, a short run with "
-        "evaluations, sample generations, labels and vocabulary."
+        "evaluations, sample generations, labels and vocabulary, and an export of the short run's model."
     ),
     kinds=frozenset({"pytorch"}),
     inputs=("tokenized_rows", "packed_shards"),

@@ -1,13 +1,15 @@
 """Builds sanity_check: runs the protocol on a throw-away copy of the model and writes the verdict.
 
     data          ids, labels and formatting against the model; no weights are loaded
-    boundaries    the probe on the loaded model
+    boundaries, causal    the probe on the loaded model
     overfits, short_run_stable, samples    the trials, on the same copy
+    exportable    that copy saved, exported and loaded again
 
 torch is imported after the data check, and trl after the probe: a skipped or failed check does not wait for
 them.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,7 +75,7 @@ def _judge(
     else:
         data = _check_data(b, config, verdict)
         if all(c.passed for c in verdict.checks.values()):
-            trials(b, config, verdict)
+            _run_trials(b, config, verdict, specs, trials)
     for spec in specs:
         if spec.name not in verdict.checks:
             verdict.add(spec.name, False, "Not run, since an earlier check failed.")
@@ -90,6 +92,40 @@ def _judge(
         checks=checks,
         volatile=("plots/", "forecast.json"),
         evidence=verdict.evidence,
+    )
+
+
+def _run_trials(
+    b: Build,
+    config: SanityCheckConfig,
+    verdict: SanityVerdict,
+    specs: Sequence[CheckSpec],
+    trials: Callable[[Build, SanityCheckConfig, SanityVerdict], Any],
+) -> None:
+    """Runs them; an error of a library under way is the outcome of the first check that has none.
+
+    What a family of models cannot do raises whatever it does in the library that tries it. A configuration
+    that cannot work at all and memory that does not suffice are reported as they are everywhere.
+    """
+    try:
+        trials(b, config, verdict)
+    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        failure: Exception = error
+    except RuntimeError as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        failure = error
+    else:
+        return
+    name = next((s.name for s in specs if s.name not in verdict.checks), specs[-1].name)
+    b.report.log("".join(traceback.format_exception(failure)), "error")
+    verdict.add(
+        name,
+        False,
+        f"The model fails here: {type(failure).__name__}: {str(failure)[:500]}. Try another model.attention, "
+        "packing.strategy: none or model.parameterization; the log has the whole error",
     )
 
 
@@ -159,7 +195,7 @@ def _probed_copy(
     Returns:
         (the copy, its precision, the training blocks, their layout on this device).
     """
-    from sft_pipeline.stages.sanity_check.probe import collate_as, probe, probe_block
+    from sft_pipeline.stages.sanity_check.probe import sees_ahead
     from sft_pipeline.training.data import layout_for
     from sft_pipeline.training.model import load_for_training, training_device
     from sft_pipeline.training.process import be_deterministic
@@ -171,10 +207,30 @@ def _probed_copy(
     shards = Shards(b.inputs["packed_shards"].parts("train"))
     layout = layout_for(training_device(), loaded.attention)
     verdict.record["model"] = loaded.as_dict()
+    _probe_boundaries(b, verdict, model, shards, layout)
+    moved, causal = sees_ahead(model, shards)
+    if causal:
+        description = f"Changing an example's second half moves predictions of its first by {moved:.1e} nats."
+    else:
+        description = (
+            f"Changing an example's second half moves predictions of its first half by {moved:.2g} nats: "
+            f"{loaded.architecture} sees the tokens that it is to predict, so that its loss means nothing. "
+            "Take a causal model (is_decoder: true in a BERT's config.json, no bidirectional attention)"
+        )
+    verdict.add("causal", causal, description)
+    return model, loaded.precision, shards, layout
+
+
+def _probe_boundaries(
+    b: Build, verdict: SanityVerdict, model: Any, shards: "Shards", layout: "Layout"
+) -> None:
+    """Whether the model keeps the examples of a block apart."""
+    from sft_pipeline.stages.sanity_check.probe import collate_as, probe, probe_block
+
     block = probe_block(shards)
     if block is None:
         verdict.add("boundaries", True, "There is only one example: nothing to be seen across a boundary.")
-        return model, loaded.precision, shards, layout
+        return
     packing = any(len(shards.block(i).lengths) > 1 for i in range(min(len(shards), 64)))
     layouts: list[Layout] = ["packed", layout] if packing and layout != "packed" else [layout]
     probes = [probe(model, block, name, collate_as(name)) for name in layouts]
@@ -194,14 +250,13 @@ def _probed_copy(
     rows = [row for p in probes for row in p.rows()]
     verdict.add("boundaries", leaking is None, description, **({"differences": table(rows)} if rows else {}))
     b.report.log(description, "error" if leaking else "info")
-    return model, loaded.precision, shards, layout
 
 
 def _trials(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> None:
     """Probe, overfitting, short run and samples, in that order, on one throw-away copy."""
     verdict.evidence |= report.plot_learning_rate(b, config)
     model, precision, shards, layout = _probed_copy(b, config, verdict)
-    if not verdict.checks["boundaries"].passed:
+    if not (verdict.checks["boundaries"].passed and verdict.checks["causal"].passed):
         return
     import torch
 
@@ -280,10 +335,9 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> None
 
     if sanity.samples:
         parts = tokenized.parts("validation") or tokenized.parts("train")
-        sampler = make_sampler(
+        samples = make_sampler(
             model, tokenizer, parts, formatting_of(tokenized), sanity.samples, new_tokens=64
-        )
-        samples = sampler()
+        )()
         b.report.samples(samples, sanity.short_run_steps)
         replied = sum(bool(str(row["reply"]).strip()) for row in samples)
         ended = sum(bool(row["finished"]) for row in samples)
@@ -296,6 +350,15 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> None
         verdict.add("samples", True, "None asked for (sanity.samples is 0).")
     parameters = sum(p.numel() for p in trained)
     verdict.evidence |= report.write_forecast(b, config, run.seconds, worst, parameters)
+    if run.failure is not None:  # its weights are spoiled, and what they give says nothing
+        return
+    from sft_pipeline.stages.sanity_check.export_trial import export_trial, save_trial
+
+    saved = save_trial(model, config, tokenized, b.work / "export", precision)
+    del model, trained, start  # the next one need not fit beside it
+    b.report.log("exporting the short run's model")
+    passed, description = export_trial(saved, config, tokenized)
+    verdict.add("exportable", passed, description)
 
 
 def _plain(value: Any) -> Any:

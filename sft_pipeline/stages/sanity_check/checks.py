@@ -22,6 +22,7 @@ CHECKS = (
         "No example of a block sees another: changing one moves no other's predictions, "
         "and packed loss equals unpacked loss.",
     ),
+    CheckSpec("causal", True, "No prediction sees the tokens that follow it in its own example."),
     CheckSpec("overfits", True, "A throw-away copy of the model can overfit a few rows."),
     CheckSpec(
         "short_run_stable",
@@ -29,8 +30,13 @@ CHECKS = (
         "A short run at the recipe's own learning rate neither diverges nor oscillates nor meets a NaN.",
     ),
     CheckSpec("samples", False, "After the short run the model says something, and ends."),
+    CheckSpec(
+        "exportable",
+        True,
+        "A checkpoint of the short run, saved, exported and loaded again, is the model that was trained.",
+    ),
 )
 
 # Those that depend on data and model alone, and on nothing of how the model is trained.
-_BEFORE_TRIALS = ("ids_in_vocabulary", "labels_match", "exported_tokenizer", "boundaries")
+_BEFORE_TRIALS = ("ids_in_vocabulary", "labels_match", "exported_tokenizer", "boundaries", "causal")
 PROBE_CHECKS = tuple(c for c in CHECKS if c.name in _BEFORE_TRIALS)

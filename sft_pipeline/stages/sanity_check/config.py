@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sft_pipeline.config.base import Config
+from sft_pipeline.stages.exported_model.config import ExportConfig
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 
 
@@ -27,6 +28,7 @@ class SanityCheckConfig(Config):
     sanity: SanityConfig
     model: ModelConfig
     training: TrainingConfig
+    export: ExportConfig = ExportConfig()
     tokenizer: str
     tokenizer_revision: str | None
     template: dict
@@ -35,5 +37,6 @@ class SanityCheckConfig(Config):
     def identity(self) -> dict[str, Any]:
         """With the micro-batch, whose memory is tried out; without the processes: the check has one."""
         return super().identity() | {
-            "training": self.training.identity() | {"per_device_batch": self.training.per_device_batch}
+            "export": {"merge": self.export.merge, "dtype": self.export.dtype},
+            "training": self.training.identity() | {"per_device_batch": self.training.per_device_batch},
         }
