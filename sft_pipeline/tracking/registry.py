@@ -102,14 +102,7 @@ def _measure(
 ) -> tuple[float, float, str, str] | str:
     """(the champion's value, this version's, what was measured, on what), or why they cannot be compared."""
     if name == "val_loss":
-        # Recorded for the whole split only, and dependent on the tokenizer: it must be the same tokens.
-        test = _test_files(ours, store)
-        if test is None or test != _test_files(theirs, store):
-            return "test_loss needs the same tokenized test split, and theirs differ or are no longer stored"
-        old, new = (_result(e)["tuned"]["test_loss"] for e in (theirs, ours))
-        if old is None or new is None:
-            return "the test split has no rows"
-        return old, new, "test_loss", "the same test split"
+        return _measure_loss(theirs, ours, store)
     first, second = _test_scores(theirs, name), _test_scores(ours, name)
     if first is None or second is None:
         return f"{'the champion' if first is None else 'this version'} has no scores of {name}"
@@ -120,6 +113,30 @@ def _measure(
     return old, new, name, f"{len(shared)} shared test groups"
 
 
+def _measure_loss(theirs: Artifact, ours: Artifact, store: Store) -> tuple[float, float, str, str] | str:
+    """As `_measure`, of the loss per supervised token on the test rows that both have, as the same tokens."""
+    import pyarrow.parquet as pq
+
+    made = [_formatting(evaluation, store) for evaluation in (theirs, ours)]
+    if None in made:
+        return "the rows that one of them was judged on are no longer stored"
+    if made[0] != made[1]:
+        return "losses of another tokenizer, chat template or mask are no measure of each other"
+    columns = ["row_id", "tuned", "weight"]
+    found = []
+    for evaluation in (theirs, ours):
+        path = evaluation.file("test_losses.parquet")
+        if not path.is_file():
+            return "the evaluation of one of them has no test_losses.parquet; materialize it again"
+        found.append({r["row_id"]: r for r in pq.read_table(path, columns=columns).to_pylist()})
+    shared = sorted(found[0].keys() & found[1].keys())
+    weight = sum(found[1][row_id]["weight"] for row_id in shared)
+    if not weight:
+        return "they share no test row"
+    old, new = (sum(rows[row_id]["tuned"] for row_id in shared) / weight for rows in found)
+    return old, new, "test_loss", f"{len(shared)} shared test rows"
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -128,12 +145,13 @@ def _result(evaluation: Artifact) -> dict[str, Any]:
     return json.loads(evaluation.file("evaluation.json").read_text(encoding="utf-8"))
 
 
-def _test_files(evaluation: Artifact, store: Store) -> dict[str, str] | None:
-    """{path: SHA-256} of the tokenized test split; None where it is not in the store any more."""
+def _formatting(evaluation: Artifact, store: Store) -> dict[str, str] | None:
+    """What turned rows into tokens and labels; None where they are not in the store any more."""
     tokenized = store.get(evaluation.manifest.inputs["tokenized_rows"].fingerprint)
     if tokenized is None:
         return None
-    return {f.path: f.sha256 for f in tokenized.manifest.files if f.path.startswith("test/")}
+    formatting = json.loads(tokenized.file("formatting.json").read_text(encoding="utf-8"))
+    return {name: formatting[name] for name in ("template_sha256", "tokenizer_sha256", "mask_sha256")}
 
 
 def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]] | None:

@@ -78,7 +78,10 @@ class TrainingConfig(Config):
     ] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
-    neftune_alpha: Annotated[float | None, Field(gt=0)] = None
+    neftune_alpha: Annotated[
+        float | None,
+        Field(gt=0, description="noise on embeddings, by the length of each example; null: none"),
+    ] = None
     eval_steps: Annotated[
         int | None, Field(ge=1, description="updates between evaluations; null: ten evaluations a run")
     ] = None

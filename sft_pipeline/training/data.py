@@ -66,6 +66,7 @@ class Microbatch:
     [B, T]; in flat the segment offsets too;
     index, targets: int64 [N], flattened positions that are scored and the ids predicted there;
     weights: float32 [N], what each of them counts for in the loss, or None where all count 1;
+    lengths: int64 [B], in the layout rows, where each sequence is one example: its length without padding;
     examples, tokens: without padding.
     """
 
@@ -75,6 +76,7 @@ class Microbatch:
     examples: int
     tokens: int
     weights: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
     @property
     def weight(self) -> float:
@@ -90,10 +92,14 @@ class Microbatch:
 
     def _mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Microbatch":
         inputs = {k: move(v) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
-        weights = None if self.weights is None else move(self.weights)
-        return replace(
-            self, inputs=inputs, index=move(self.index), targets=move(self.targets), weights=weights
-        )
+        given = {
+            "index": self.index,
+            "targets": self.targets,
+            "weights": self.weights,
+            "lengths": self.lengths,
+        }
+        moved: dict[str, Any] = {k: None if v is None else move(v) for k, v in given.items()}
+        return replace(self, inputs=inputs, **moved)
 
 
 @dataclass(frozen=True)
@@ -253,6 +259,7 @@ def _pad(group: list[_Segment]) -> Microbatch:
         examples=len(group),
         tokens=sum(len(t) for t, _, _ in group),
         weights=scored.weights(),
+        lengths=torch.tensor([len(tokens) for tokens, _, _ in group]),
     )
 
 

@@ -31,6 +31,7 @@ from sft_pipeline.training.checkpoint import Checkpoint, load_training_state
 from sft_pipeline.training.config import TrainingConfig
 from sft_pipeline.training.data import Feed, Microbatch, UpdateBatch, all_blocks
 from sft_pipeline.training.loss import causal_model, install_supervised_forward
+from sft_pipeline.training.neftune import EmbeddingNoise, embedding_noise
 from sft_pipeline.training.process import keep_rng
 from sft_pipeline.training.progress import Intervals, Listener, NotFinite, UpdateNumbers
 from sft_pipeline.training.schedule import Schedule, learning_rate
@@ -78,7 +79,7 @@ def training_arguments(
         # The loss is that of the supervised tokens alone, also for a mixture of experts: on, TRL has the
         # model return the logits of all its routers.
         router_aux_loss_coef=0.0,
-        neftune_noise_alpha=training.neftune_alpha,
+        neftune_noise_alpha=None,  # embedding_noise adds it, by the length of each example
         max_length=None,
         packing=False,
         padding_free=False,
@@ -195,6 +196,7 @@ class SupervisedTrainer(SFTTrainer):
         self.evaluate_first = evaluate_first
         self.clock = time.monotonic()
         self._norm = self._rate = 0.0
+        self._noise: EmbeddingNoise | None = None
         self._now: tuple[float, int, int, int] = (0.0, 0, 0, 0)
         cpu = next(model.parameters()).device.type == "cpu"
         text_config = causal_model(model).config.get_text_config()
@@ -243,7 +245,8 @@ class SupervisedTrainer(SFTTrainer):
         """
         if self.resume is not None and self.resume.step >= self.feed.updates:
             return self.resume.step
-        self.train()
+        with embedding_noise(self.model, self.training.neftune_alpha) as self._noise:
+            self.train()
         return self.state.global_step
 
     # What an update is
@@ -264,6 +267,8 @@ class SupervisedTrainer(SFTTrainer):
         self, model: Any, inputs: Microbatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Summed (weighted) NLL of a micro-batch, in fp32."""
+        if self._noise is not None:
+            self._noise.about(inputs)
         return model(
             **inputs.inputs,
             supervised_index=inputs.index,

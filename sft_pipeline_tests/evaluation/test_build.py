@@ -138,6 +138,11 @@ def test_every_row_stays_in_the_denominator_and_cut_replies_are_counted(evaluate
         found["tuned"]["policy_pass_rate"], abs=1e-6
     )
     assert [s["row_id"] for s in tuned] == [s["row_id"] for s in base]
+    losses = pq.read_table(out / "test_losses.parquet").to_pydict()
+    assert losses["row_id"] == [s["row_id"] for s in tuned]
+    for model in ("base", "tuned"):
+        mean = sum(losses[model]) / sum(losses["weight"])
+        assert mean == pytest.approx(found[model]["test_loss"], abs=1e-6)
     right = next(s for s in tuned if s["policy_pass_rate"] == 1)
     assert right["reply"] == right["expected"] and right["prompt"].startswith("user\nMay I")
 

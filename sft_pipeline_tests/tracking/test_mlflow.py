@@ -85,10 +85,10 @@ def evaluation(
     name: str,
     training: Artifact,
     scores: dict[str, float],
-    test: str = "rows",
-    test_loss: float | None = 1.0,
+    losses: dict[str, float] | None = None,
+    template: str = "chatml",
 ) -> Artifact:
-    """An evaluation: the scores by test group, the test split's content, and the loss on it."""
+    """An evaluation: the scores by test group, the loss by test row, and the template of the rows."""
 
     def write(folder: Path) -> None:
         mean = sum(scores.values()) / len(scores)
@@ -97,7 +97,7 @@ def evaluation(
                 {
                     "chosen_step": 10,
                     "base": {"right": 0.0, "test_loss": 3.0},
-                    "tuned": {"right": mean, "test_loss": test_loss},
+                    "tuned": {"right": mean, "test_loss": 1.0},
                     "checkpoints": [{"step": 10, "right": mean, "val_loss": 1.0}],
                 }
             )
@@ -108,13 +108,15 @@ def evaluation(
             for step in ("base", "10")
         ]
         pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+        judged = [{"row_id": row, "tuned": 4 * loss, "weight": 4.0} for row, loss in (losses or {}).items()]
+        columns = pa.schema([("row_id", pa.string()), ("tuned", pa.float64()), ("weight", pa.float64())])
+        pq.write_table(pa.Table.from_pylist(judged, columns), folder / "test_losses.parquet")
 
-    def write_test(folder: Path) -> None:
-        (folder / "test").mkdir()
-        (folder / "test" / "part.parquet").write_text(test)
-        (folder / "train.txt").write_text(name)
+    def write_formatting(folder: Path) -> None:
+        made_with = {"template_sha256": template, "tokenizer_sha256": "k", "mask_sha256": "m"}
+        (folder / "formatting.json").write_text(json.dumps(made_with | {"name": name}))
 
-    tokenized = put(store, "r/tokenized_rows", name[:-1] + "f", {}, write_test)
+    tokenized = put(store, "r/tokenized_rows", name[:-1] + "f", {}, write_formatting)
     return put(
         store, "r/evaluation", name, {"trained_checkpoints": training, "tokenized_rows": tokenized}, write
     )
@@ -257,22 +259,30 @@ def test_evaluation_and_export_reach_the_run_and_the_champion_moves_only_to_a_be
     assert "shares no test group" in decision(client, "3")
 
 
-def test_a_loss_is_compared_on_the_same_test_split_only(client) -> None:
+def test_a_loss_is_compared_on_the_test_rows_that_both_have(client) -> None:
     store, branch = Store(), ranked_by("-val_loss")
-    for name, test, loss in [("1", "rows", 1.0), ("2", "rows", 1.5), ("3", "other", 0.1), ("4", "rows", 0.9)]:
-        register(export(store, name, {"A": 1.0}, test=test, test_loss=loss), branch=branch)
-    assert champion(client) == "4"
-    assert decision(client, "2") == "test_loss 1.5000 against 1.0000 of version 1 on the same test split"
-    assert "needs the same tokenized test split" in decision(client, "3")
+    for name, losses, template in [
+        ("1", {"a": 1.0, "b": 1.0}, "chatml"),
+        ("2", {"a": 1.5, "b": 1.5, "new": 0.1}, "chatml"),  # better on all it has, worse on what both have
+        ("3", {"a": 0.1, "b": 0.1}, "another"),
+        ("4", {"x": 0.1}, "chatml"),
+        ("5", {"b": 0.75, "new": 9.0}, "chatml"),  # the test split of a later snapshot is another one
+    ]:
+        register(export(store, name, {"A": 1.0}, losses=losses, template=template), branch=branch)
+    assert decision(client, "2") == "test_loss 1.5000 against 1.0000 of version 1 on 2 shared test rows"
+    assert "another tokenizer, chat template or mask" in decision(client, "3")
+    assert "share no test row" in decision(client, "4")
+    assert champion(client) == "5"
+    assert decision(client, "5") == "test_loss 0.7500 against 1.0000 of version 1 on 1 shared test rows"
 
 
 def test_what_cannot_be_compared_keeps_the_champion_and_says_why(client) -> None:
     store = Store()
-    register(export(store, "1", {"A": 0.0}, test_loss=None))
+    register(export(store, "1", {"A": 0.0}))
     register(export(store, "2", {"A": 1.0}), branch=ranked_by("new_grader"))
     assert decision(client, "2").endswith("version 1: the champion has no scores of new_grader")
     register(export(store, "3", {"A": 1.0}), branch=ranked_by("-val_loss"))
-    assert decision(client, "3").endswith("version 1: the test split has no rows")
+    assert decision(client, "3").endswith("version 1: they share no test row")
     assert champion(client) == "1"
 
 

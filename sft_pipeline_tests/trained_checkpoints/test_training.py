@@ -343,7 +343,7 @@ def test_qlora_trains_and_its_checkpoint_scores_as_in_training(root):
     training = json.loads((root / "qlora" / "training.json").read_text())
     assert training["model"]["weights_dtype"] == "nf4"
     model = load_for_inference(
-        config_of(root, parameterization="qlora").model, root / "qlora" / "checkpoint-2"
+        config_of(root, parameterization="qlora").model, root / "qlora" / "checkpoint-2", as_trained=True
     )
     scores = score_nll(model, [(e["input_ids"], e["labels"], None) for e in tiny.examples(12, 1000)])
     assert sum(n for n, _ in scores) / sum(k for _, k in scores) == pytest.approx(

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation import report
 from sft_pipeline.stages.evaluation.compare import PairedComparison, compare
@@ -29,6 +31,7 @@ from sft_pipeline.stages.stage import Build, Built, Check, number, table
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables.held_out import held_out_rows
+from sft_pipeline.tables.parquet import FileWriter, read_batches
 from sft_pipeline.text.reply import ReplyDecoder
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.logits import LOSS_TOLERANCE, loss_difference
@@ -38,7 +41,7 @@ MAX_UNFINISHED = 0.05
 
 
 def build(b: Build) -> Built:
-    """Writes evaluation.json and samples.parquet."""
+    """Writes evaluation.json, samples.parquet and test_losses.parquet."""
     stage_config: EvaluationStageConfig = b.config
     config = stage_config.evaluation
     tokenized = b.inputs["tokenized_rows"]
@@ -62,6 +65,7 @@ def build(b: Build) -> Built:
         tuned = judge(models.tuned(step), test, step, f"test split, step {step}")
         with models.base() as model:
             base = judge(model, test, None, "test split, base")
+    _write_test_losses(b.out / "test_losses.parquet", test, base, tuned)
     comparisons = _compare_on_test(base, tuned, test, graders, config)
     groups = {s.name: len(set(s.groups())) for s in (validation, test)}
     found = {c.name: c.to_json() for c in comparisons}
@@ -179,6 +183,21 @@ def _ungradable(
             "warning",
         )
     return counts
+
+
+def _write_test_losses(path: Path, test: HeldOutSplit, base: Judgement, tuned: Judgement) -> None:
+    """The loss of each test row, by which a later model can be compared with this one on the rows they share.
+
+    Columns: row_id, group, and float64 base and tuned (summed NLL in nats) and weight (of its tokens).
+    """
+    columns = {"base": base.nll, "tuned": tuned.nll, "weight": tuned.weight}
+    schema = pa.schema(
+        [("row_id", pa.string()), ("group", pa.string()), *((name, pa.float64()) for name in columns)]
+    )
+    with FileWriter(path, schema) as writer:
+        rows = read_batches(test.parts, ["row_id", "group"])
+        for i, row in enumerate(row for batch in rows for row in batch.to_pylist()):
+            writer.append([row | {name: float(values[i]) for name, values in columns.items()}])
 
 
 def _compare_on_test(
