@@ -18,6 +18,7 @@ from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.base_weights import check_base
 from sft_pipeline.training.flops import training_seconds
 from sft_pipeline.training.memory import DeviceBudget, MemoryEstimate, advise, estimate
+from sft_pipeline.training.reporters import require_reporters
 from sft_pipeline.training.schedule import Schedule, sampled, warm_up
 
 
@@ -32,6 +33,7 @@ def check_recipe(
     """
     _, branch = find_branch(recipe, snapshot, overrides)
     config = branch.require_recipe()
+    require_reporters(config.training)
     check_base(config.model)
     gpu = accelerator() is not None
     with prepared(branch, "packed_shards", console) as outcomes:

@@ -3,9 +3,11 @@
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from sft_pipeline.cli.check import check_recipe, show_check
+from sft_pipeline.errors import InputError
 
 SILENT = Console(file=io.StringIO())
 
@@ -46,3 +48,15 @@ def test_the_blocks_of_an_update_are_a_product_only_where_they_are_one(home: Pat
     assert "4 = 4 per device x 1 accumulated x 1 processes" in line("training.per_device_batch=4")
     given = line("training.per_device_batch=4", "training.blocks_per_update=16")
     assert "16, as given by training.blocks_per_update" in given
+
+
+def test_a_reporter_that_is_not_installed_is_known_before_any_data_is_read(home: Path, monkeypatch) -> None:
+    from importlib import util
+
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *a: None if name == "wandb" else found(name, *a))
+    with pytest.raises(InputError, match=r"training\.report_to wandb.*sft-pipeline\[wandb\]"):
+        check_recipe(
+            "access_policy_lora", snapshot=None, overrides=["training.report_to=[wandb]"], console=SILENT
+        )
+    assert not (home / "objects").exists() or not list((home / "objects").iterdir())
