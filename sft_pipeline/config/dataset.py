@@ -52,7 +52,7 @@ class DatasetConfig(Config):
     """A named collection of rows from one or more sources."""
 
     name: Name
-    description: str = ""
+    description: Annotated[str, Field(description="shown in Dagster, at the dataset's sensor")] = ""
     owner: Annotated[str | None, Field(description="e-mail or team:name, shown in the UI")] = None
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     contract: ContractConfig = ContractConfig()

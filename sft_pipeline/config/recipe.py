@@ -25,7 +25,9 @@ class RecipeConfig(Config):
     """Everything that makes a model besides the data."""
 
     name: Name
-    description: str = ""
+    description: Annotated[
+        str, Field(description="shown in Dagster, at the recipe's job, and in MLflow, at its registered model")
+    ] = ""
     owner: Annotated[str | None, Field(description="e-mail or team:name, shown in the UI")] = None
     extends: Annotated[
         str | None, Field(description="another recipe, or a preset, whose values are inherited")

@@ -15,12 +15,19 @@ SENSOR_SECONDS = 30
 NONE_YET = "/"  # the cursor of a sensor that has looked and found nothing; no snapshot is named so
 
 
+def _described(what: str, by_its_file: str) -> str:
+    """What something does, and below it what the YAML file says about it."""
+    return f"{what}\n\n{by_its_file}" if by_its_file else what
+
+
 def branch_job(dataset: DatasetConfig, recipe: RecipeConfig) -> Any:
     """The whole branch, from raw rows to the exported model."""
     return dg.define_asset_job(
         f"{recipe.name}_job",
         selection=dg.AssetSelection.groups(dataset.name, recipe.name),
-        description=f"{dataset.name} to {recipe.name}: every asset of the branch, for one snapshot.",
+        description=_described(
+            f"{dataset.name} to {recipe.name}: every asset of the branch, for one snapshot.", recipe.description
+        ),
         tags={"sft/recipe": recipe.name},
     )
 
@@ -37,7 +44,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         jobs=list(jobs.values()) or None,
         minimum_interval_seconds=SENSOR_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"Finds new snapshots of {dataset.name}.",
+        description=_described(f"Finds new snapshots of {dataset.name}.", dataset.description),
     )
     def _sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         from sft_pipeline.stages.raw_rows.locate import snapshots, source_digests
