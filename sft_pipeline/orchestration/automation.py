@@ -26,7 +26,8 @@ def branch_job(dataset: DatasetConfig, recipe: RecipeConfig) -> Any:
         f"{recipe.name}_job",
         selection=dg.AssetSelection.groups(dataset.name, recipe.name),
         description=_described(
-            f"{dataset.name} to {recipe.name}: every asset of the branch, for one snapshot.", recipe.description
+            f"{dataset.name} to {recipe.name}: every asset of the branch, for one snapshot.",
+            recipe.description,
         ),
         tags={"sft/recipe": recipe.name},
     )

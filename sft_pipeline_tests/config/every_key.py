@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
+import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -64,6 +67,14 @@ def _tag(section: type[BaseModel]) -> str:
     kind = section.model_fields["kind"].annotation
     assert get_origin(kind) is Literal
     return get_args(kind)[0]
+
+
+def with_keys(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a document with some keys set."""
+    found = dict(document)
+    for key, value in given.items():
+        found = changed(found, key, value)
+    return found
 
 
 def changed(document: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -128,10 +139,16 @@ class Workshop:
         """The artifact of a stage, whether or not its checks passed."""
         at = (side.written(), stage)
         if at not in self.built:
+            # A training keeps it for its own process; here all have one.
+            os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
             for name in needed_for(stage, STAGES):
                 found = run_stage(STAGES[name], STAGES, side.branch, Run(Store(), Reporter())).artifact
                 self.built[side.written(), name] = found
         return self.built[at]
+
+    def fresh(self) -> Path:
+        """An empty folder."""
+        return Path(tempfile.mkdtemp(dir=self.root))
 
     def write_recipe(self, name: str, document: Mapping[str, Any]) -> Path:
         path = self.root / "recipes" / f"{name}.yaml"
@@ -163,7 +180,38 @@ class Key:
 
 
 class Different:
-    """Stands for what is seen after the change where no figure can be given: anything else than before."""
+    """Stands for what is seen on a side where no figure can be given: anything but what the other side has."""
 
     def __repr__(self) -> str:
         return "something else"
+
+
+DIFFERENT = Different()
+
+
+def ids_of(keys: Sequence[Key]) -> list[str]:
+    """The names of the tests of a table: its keys, numbered from the second entry of a key on."""
+    seen: Counter[str] = Counter()
+    names = []
+    for key in keys:
+        seen[key.key] += 1
+        names.append(key.key if seen[key.key] == 1 else f"{key.key} {seen[key.key]}")
+    return names
+
+
+def check_complete(model: type[BaseModel], table: Sequence[Key]) -> None:
+    """Fails by name for a key without an entry, and for an entry whose key is gone."""
+    keys, written = set(leaves(model)), {entry.key for entry in table}
+    assert not keys - written, f"no entry shows what these keys change: {sorted(keys - written)}"
+    assert not written - keys, f"these entries are of no key: {sorted(written - keys)}"
+
+
+def check_changes(shop: Workshop, key: Key, before: Side, after: Side) -> None:
+    """Looks at both sides, which must differ, and must show what the entry says."""
+    seen = key.seen(shop, before), key.seen(shop, after)
+    assert seen[0] != seen[1], f"{key.key}: {key.value!r} changes nothing: {seen[0]!r} is seen either way"
+    for found, expected in zip(seen, (key.before, key.after)):
+        assert expected is DIFFERENT or found == expected, (
+            f"{key.key}: {seen[0]!r} and with {key.value!r} {seen[1]!r} are seen, "
+            f"not {key.before!r} and {key.after!r}"
+        )

@@ -1,0 +1,509 @@
+"""What a key can change: arguments as they arrive at a library, tensors, files, figures, plans, produced rows.
+
+Each function gives an observation: it takes the workshop and one side (before or after the change) and says
+what is to be seen there. Names say what, so that the tables read as sentences.
+"""
+
+import contextlib
+import functools
+import json
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from sft_pipeline.config.load import Catalog, load_recipe
+from sft_pipeline.errors import InputError
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.graph import STAGES
+from sft_pipeline.stages.raw_rows.locate import snapshots
+from sft_pipeline.stages.stage import Build
+from sft_pipeline.tables.parquet import read_rows
+from sft_pipeline.tables.schemas import SPLITS
+from sft_pipeline_tests.config.every_key import Observation, Side, Workshop
+
+
+class Arrived(Exception):
+    """Ends a call where what was looked for has arrived."""
+
+
+# Dagster and MLflow
+
+
+def of_dagster(look: Callable[[Any], Any]) -> Observation:
+    """Something of the definitions that Dagster loads for the two files."""
+
+    def seen(_: Workshop, side: Side) -> Any:
+        from sft_pipeline.definitions import build_definitions
+
+        recipe, own = side.recipe, side.dataset
+        other = own.model_copy(update={"name": "other"})
+        return look(build_definitions(Catalog({own.name: own, "other": other}, {recipe.name: recipe})))
+
+    return seen
+
+
+def jobs(definitions: Any) -> list[str]:
+    return [job.name for job in definitions.jobs]
+
+
+def job_description(definitions: Any) -> str:
+    return definitions.jobs[0].description.partition("\n\n")[2]
+
+
+def sensor_description(definitions: Any) -> str:
+    return definitions.sensors[0].description.partition("\n\n")[2]
+
+
+def sensor_jobs(definitions: Any) -> list[str]:
+    """The jobs that the sensor of the dataset starts where a snapshot arrives."""
+    return [target.job_name for target in definitions.sensors[0].targets]
+
+
+def schedules(definitions: Any) -> list[str]:
+    return [schedule.cron_schedule for schedule in definitions.schedules or ()]
+
+
+def owners(asset: str) -> Callable[[Any], list[str]]:
+    def seen(definitions: Any) -> list[str]:
+        return [s.owners for s in definitions.resolve_all_asset_specs() if s.key.to_user_string() == asset][0]
+
+    return seen
+
+
+def read_by(asset: str) -> Callable[[Any], list[str]]:
+    """The assets that one depends on."""
+
+    def seen(definitions: Any) -> list[str]:
+        specs = definitions.resolve_all_asset_specs()
+        [spec] = [s for s in specs if s.key.to_user_string() == asset]
+        return [dep.asset_key.to_user_string() for dep in spec.deps]
+
+    return seen
+
+
+def registered_description(shop: Workshop, side: Side) -> str:
+    """What arrives at MLflow's registry when the exported model is registered."""
+    from sft_pipeline.store import Store
+    from sft_pipeline.tracking.registry import register
+
+    arrived = {}
+
+    class Client:
+        def create_registered_model(self, name: str, description: str) -> None:
+            arrived.update({"name": name, "description": description})
+            raise Arrived
+
+    with contextlib.suppress(Arrived):
+        register(Client(), "run", shop.artifact(side, "exported_model"), side.branch, Store())
+    return arrived["description"]
+
+
+def launched_processes(shop: Workshop, side: Side) -> str:
+    """The number of ranks on the command line of torchrun; 1 where the stage's child is no torchrun."""
+    from sft_pipeline.launch import launcher
+    from sft_pipeline.orchestration import assets
+
+    commands: list[list[str]] = []
+
+    def record(_build: Build, command: list[str], *_: Any) -> None:
+        commands.append(command)
+        raise Arrived
+
+    session = types.SimpleNamespace(get_bootstrap_env_vars=dict)
+    work = shop.root / "launch"
+    build = Build(side.config("trained_checkpoints"), {}, work / "out", work, Reporter())
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Arrived):
+        patch.setattr(launcher, "_supervise", record)
+        patch.setattr(assets.dg, "open_pipes_session", lambda **_: contextlib.nullcontext(session))
+        assets._isolate(None, STAGES["trained_checkpoints"], build, side.recipe)  # type: ignore[arg-type]
+    [command] = commands
+    return command[command.index("--nproc_per_node") + 1] if "--nproc_per_node" in command else "1"
+
+
+# The model as it is loaded for the training
+
+
+def of_model(look: Callable[[Any], Any]) -> Observation:
+    """Something of the model that the training is given."""
+
+    def seen(_: Workshop, side: Side) -> Any:
+        from sft_pipeline.training.model import load_for_training
+
+        config = side.config("trained_checkpoints")
+        return look(load_for_training(config.model, config.training)[0])
+
+    return seen
+
+
+def class_name(model: Any) -> str:
+    return type(model).__name__
+
+
+def width(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[1]
+
+
+def frozen_dtype(model: Any) -> str:
+    return str(model.get_input_embeddings().weight.dtype)
+
+
+def attention(model: Any) -> str:
+    return model.config._attn_implementation
+
+
+def embeddings_trained(model: Any) -> bool:
+    return model.get_input_embeddings().weight.requires_grad
+
+
+def adapted(model: Any) -> set[str]:
+    """The names of the modules that have an adapter."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def of_adapter(look: Callable[[Any], Any]) -> Observation:
+    """Something of the adapter on the first layer's query projection."""
+
+    def found(model: Any) -> Any:
+        return look(next(m for n, m in model.named_modules() if n.endswith("q_proj")))
+
+    return of_model(found)
+
+
+def rank(adapter: Any) -> int:
+    return adapter.lora_A["default"].weight.shape[0]
+
+
+def scale(adapter: Any) -> float:
+    return adapter.scaling["default"]
+
+
+def dropout(adapter: Any) -> float:
+    return getattr(adapter.lora_dropout["default"], "p", 0.0)
+
+
+def has_magnitudes(adapter: Any) -> bool:
+    """DoRA's own vector of magnitudes."""
+    return len(adapter.lora_magnitude_vector) == 1
+
+
+def revision_asked_of_the_hub(_: Workshop, side: Side) -> set[str]:
+    from sft_pipeline.training.base import base_folder
+
+    asked = set()
+
+    def record(**call: Any) -> str:
+        asked.add(call["revision"])
+        raise OSError("no network in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", record)
+        with pytest.raises(InputError, match="cannot be loaded"):
+            base_folder(side.config("trained_checkpoints").model)
+    return asked
+
+
+def trust_in_remote_code(_: Workshop, side: Side) -> dict[str, bool]:
+    """What transformers is told where it loads configuration, tokenizer and weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from sft_pipeline.training.base import load_tokenizer
+    from sft_pipeline.training.model import load_for_training
+
+    arrived: dict[str, bool] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+
+            def record(*args: Any, _kind: Any = kind, _own: Any = kind.from_pretrained, **call: Any) -> Any:
+                arrived[_kind.__name__] = call["trust_remote_code"]
+                return _own(*args, **call)
+
+            patch.setattr(kind, "from_pretrained", record)
+        config = side.config("trained_checkpoints")
+        load_tokenizer(config.model)
+        load_for_training(config.model, config.training)
+    return arrived
+
+
+# Rows as they are tokenized and packed
+
+
+def rows_of(shop: Workshop, side: Side, stage: str, split: str) -> list[dict[str, Any]]:
+    return list(read_rows(shop.artifact(side, stage).parts(split)))
+
+
+def count(stage: str, name: str) -> Observation:
+    """One of the counts in a stage's manifest."""
+    return lambda shop, side: shop.artifact(side, stage).manifest.counts[name]
+
+
+def check(stage: str, name: str) -> Observation:
+    """Whether a check of a stage passed."""
+
+    def seen(shop: Workshop, side: Side) -> bool:
+        checks = shop.artifact(side, stage).manifest.checks
+        return next(c["passed"] for c in checks if c["name"] == name)
+
+    return seen
+
+
+def of_text(words: str, *, supervised: bool = False) -> Observation:
+    """Whether the first training row has these words, or has them where the loss is."""
+
+    def seen(shop: Workshop, side: Side) -> bool:
+        from transformers import AutoTokenizer
+
+        row = rows_of(shop, side, "tokenized_rows", "train")[0]
+        ids = [t for t in row["labels"] if t != -100] if supervised else row["input_ids"]
+        return words in AutoTokenizer.from_pretrained(shop.root / side.recipe.tokenizer).decode(ids)
+
+    return seen
+
+
+def vocabulary_of_the_rows(shop: Workshop, side: Side) -> int:
+    return json.loads(shop.artifact(side, "tokenized_rows").file("formatting.json").read_text())["vocab_size"]
+
+
+def examples_share_blocks(shop: Workshop, side: Side) -> bool:
+    return any(len(b["seq_lengths"]) > 1 for b in rows_of(shop, side, "packed_shards", "train"))
+
+
+def plan(shop: Workshop, side: Side) -> list[dict[str, Any]]:
+    return pq.read_table(shop.artifact(side, "packed_shards").file("plan.parquet")).to_pylist()
+
+
+def epochs_of_the_plan(shop: Workshop, side: Side) -> int:
+    return len({row["epoch"] for row in plan(shop, side)})
+
+
+def most_blocks_of_an_update(shop: Workshop, side: Side) -> int:
+    return max(Counter(row["update"] for row in plan(shop, side)).values())
+
+
+def order_of_blocks(shop: Workshop, side: Side) -> list[int]:
+    return [row["block"] for row in plan(shop, side)]
+
+
+def blocks_of_a_micro_batch(shop: Workshop, side: Side) -> int:
+    """Rows of the first tensor that a GPU would be given."""
+    from sft_pipeline.training.data import make_feed
+    from sft_pipeline.training.shards import Plan, Shards
+
+    packed = shop.artifact(side, "packed_shards")
+    training = side.config("trained_checkpoints").training
+    shards, planned = Shards(packed.parts("train")), Plan(packed.file("plan.parquet"))
+    feed = make_feed(shards, planned, training, layout="packed", updates=1)
+    return feed.update(0).microbatches[0].inputs["input_ids"].shape[0]
+
+
+# Sanity check and training
+
+
+def of_sanity(look: Callable[[dict[str, Any]], Any]) -> Observation:
+    """Something of sanity.json."""
+
+    def seen(shop: Workshop, side: Side) -> Any:
+        return look(json.loads(shop.artifact(side, "sanity_check").file("sanity.json").read_text()))
+
+    return seen
+
+
+def argument(*names: str) -> Observation:
+    """Fields of TRL's configuration, as the trainer is given it."""
+
+    def seen(shop: Workshop, side: Side) -> Any:
+        from sft_pipeline.training.schedule import Schedule
+        from sft_pipeline.training.trainer import training_arguments
+
+        model, training = (getattr(side.config("trained_checkpoints"), n) for n in ("model", "training"))
+        schedule = Schedule.of(training, model)
+        made = training_arguments(
+            training, schedule, "fp32", shop.root / "trainer", 4, cpu=True, distributed=False
+        )
+        found = tuple(getattr(made, name) for name in names)
+        return found if len(names) > 1 else found[0]
+
+    return seen
+
+
+def inherited(name: str) -> Observation:
+    """A field of TRL's configuration, of the recipe as it is loaded from its file."""
+
+    def seen(shop: Workshop, side: Side) -> Any:
+        loaded = load_recipe(shop.write_recipe("child", side.recipe_document), folders=[shop.root])
+        document = loaded.model_dump(mode="json", by_alias=True)
+        return argument(name)(shop, Side(side.dataset_document, document))
+
+    return seen
+
+
+def of_training(look: Callable[[Path], Any]) -> Observation:
+    """Something of the files that a training leaves."""
+    return lambda shop, side: look(shop.artifact(side, "trained_checkpoints").path)
+
+
+def curve(folder: Path, name: str) -> dict[int, float]:
+    rows = pq.read_table(folder / "history.parquet").to_pylist()
+    return {row["step"]: row["value"] for row in rows if row["name"] == name}
+
+
+def rate(update: int) -> Observation:
+    """The learning rate with which an update was made."""
+    return of_training(lambda folder: curve(folder, "learning_rate")[update])
+
+
+def updates_made(folder: Path) -> int:
+    return len(curve(folder, "loss"))
+
+
+def evaluated_after(folder: Path) -> list[int]:
+    return list(curve(folder, "val_loss"))
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def event_files(folder: Path) -> int:
+    """TensorBoard's."""
+    return len(list((folder / "tensorboard").rglob("events*")))
+
+
+# Evaluation and export
+
+
+def score(grader: str, reply: str, completion: str = "") -> Observation:
+    """What one of the recipe's graders gives for a reply."""
+
+    def seen(_: Workshop, side: Side) -> float:
+        from sft_pipeline.stages.evaluation.graders import make_graders
+
+        [found] = [g for g in make_graders(side.config("evaluation").evaluation.graders) if g.name == grader]
+        return found(reply, completion, {})
+
+    return seen
+
+
+def of_evaluation(look: Callable[[dict[str, Any]], Any]) -> Observation:
+    """Something of evaluation.json."""
+
+    def seen(shop: Workshop, side: Side) -> Any:
+        return look(json.loads(shop.artifact(side, "evaluation").file("evaluation.json").read_text()))
+
+    return seen
+
+
+def compared(name: str) -> Observation:
+    """Whether a measure of this name was compared on the test split."""
+    return of_evaluation(lambda found: name in found["comparison"])
+
+
+def replies(shop: Workshop, side: Side) -> list[str]:
+    return pq.read_table(shop.artifact(side, "evaluation").file("samples.parquet"))["reply"].to_pylist()
+
+
+def most_tokens_of_a_reply(shop: Workshop, side: Side) -> int:
+    """Forward passes of the longest generation, as the model is called in a new evaluation."""
+    return len(max(_generations(shop, side), key=len))
+
+
+def most_prompts_at_once(shop: Workshop, side: Side) -> int:
+    return max(call for calls in _generations(shop, side) for call in calls)
+
+
+def _generations(shop: Workshop, side: Side) -> list[list[int]]:
+    """Of each batch that is generated in an evaluation, the rows of every call of the model."""
+    from transformers import LlamaForCausalLM
+
+    shop.artifact(side, "trained_checkpoints")
+    found: list[list[int]] = []
+    caches: list[Any] = []
+    own = LlamaForCausalLM.forward
+
+    @functools.wraps(own)  # whose signature is looked at
+    def record(model: Any, *args: Any, **call: Any) -> Any:
+        if (cache := call.get("past_key_values")) is not None:
+            if not caches or cache is not caches[-1]:
+                caches.append(cache)
+                found.append([])
+            found[-1].append(len(call["input_ids"]))
+        return own(model, *args, **call)
+
+    branch, stage = side.branch, STAGES["evaluation"]
+    inputs = {name: shop.artifact(side, name) for name in stage.inputs}
+    out = shop.fresh()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", record)
+        stage.load_build()(Build(stage.config(branch), inputs, out, out / "work", Reporter()))
+    return found
+
+
+def of_export(look: Callable[[Path], Any]) -> Observation:
+    """Something of the exported files."""
+    return lambda shop, side: look(shop.artifact(side, "exported_model").path)
+
+
+def merged_dtype(folder: Path) -> str:
+    return json.loads((folder / "merged" / "config.json").read_text())["dtype"]
+
+
+def has_merged_weights(folder: Path) -> bool:
+    return (folder / "merged" / "model.safetensors").is_file()
+
+
+def licence_of_the_card(folder: Path) -> str | None:
+    from huggingface_hub import ModelCard
+
+    return ModelCard((folder / "README.md").read_text()).data.license
+
+
+# Rows of a dataset
+
+
+def asset_name(shop: Workshop, side: Side) -> str:
+    return shop.artifact(side, "raw_rows").manifest.asset
+
+
+def snapshot_count(_: Workshop, side: Side) -> int:
+    return len(snapshots(side.dataset.sources))
+
+
+def rows_by_source(shop: Workshop, side: Side) -> list[int]:
+    found = [row["source"] for row in rows_of(shop, side, "raw_rows", "rows")]
+    return [found.count(i) for i in range(len(side.dataset.sources))]
+
+
+def rejections(shop: Workshop, side: Side) -> list[str]:
+    """The reasons that are in quarantine."""
+    found = read_rows([shop.artifact(side, "validated_rows").file("quarantine.parquet")])
+    return sorted({reason for row in found for reason in row["reasons"]})
+
+
+def times(shop: Workshop, side: Side) -> set[str | None]:
+    return {row["time"] for row in rows_of(shop, side, "validated_rows", "rows")}
+
+
+def split_of(group: str) -> Observation:
+    """The split in whose files a group is."""
+
+    def seen(shop: Workshop, side: Side) -> str | None:
+        holding = [s for s in SPLITS if any(r["group"] == group for r in _split(shop, side, s))]
+        return holding[0] if holding else None
+
+    return seen
+
+
+def groups_in(split: str) -> Observation:
+    return lambda shop, side: sorted({row["group"] for row in _split(shop, side, split)})
+
+
+def number_of_groups_in(split: str) -> Observation:
+    return lambda shop, side: len({row["group"] for row in _split(shop, side, split)})
+
+
+def _split(shop: Workshop, side: Side, split: str) -> Iterator[dict[str, Any]]:
+    return read_rows(shop.artifact(side, "grouped_split").parts(split))

@@ -1,0 +1,114 @@
+"""No key that does nothing: each key of a dataset file, as in `test_every_key.py`."""
+
+import pytest
+
+from sft_pipeline.config.dataset import DatasetConfig
+from sft_pipeline_tests.config import observations as see
+from sft_pipeline_tests.config.every_key import (
+    DIFFERENT,
+    Key,
+    Side,
+    Workshop,
+    changed,
+    check_changes,
+    check_complete,
+    ids_of,
+    with_keys,
+)
+from sft_pipeline_tests.config.small_branch import DATASET_DOCUMENT, RECIPE_DOCUMENT
+
+MOVING = {"sources": [{"path": "moving"}]}
+NEAR = {"split.near_duplicates": {"threshold": 0.3, "action": "drop_from_train"}}
+REPORTED = {"split.near_duplicates": {"threshold": 0.3, "action": "report"}}
+
+BAD = ["empty_completion", "missing_group"]
+
+DATASET = [
+    Key("name", "other", see.asset_name, "small/raw_rows", "other/raw_rows"),
+    Key("description", "Doors.", see.of_dagster(see.sensor_description), "", "Doors."),
+    Key("owner", "team:doors", see.of_dagster(see.owners("small/raw_rows")), ["team:sft"], ["team:doors"]),
+    Key("sources[].path", "few.jsonl", see.rows_by_source, [62], [6]),
+    Key("sources[].limit", 10, see.rows_by_source, [62], [10]),
+    Key(
+        "sources[].weight",
+        3.0,
+        see.rows_by_source,
+        [6, 6],
+        [6, 2],
+        {"sources": [{"path": "few.jsonl", "static": True}, {"path": "few_more.jsonl", "static": True}]},
+    ),
+    Key("sources[].static", True, see.snapshot_count, 2, 1, MOVING),
+    Key("sources[].format", "dolly", see.count("validated_rows", "accepted"), 60, 0),
+    Key("sources[].columns", {"group": "shelf"}, see.count("validated_rows", "groups"), 60, 2),
+    Key(
+        "sources[].unused",
+        ["image"],
+        see.rejections,
+        ["unused_field: image"],
+        [],
+        {"sources": [{"path": "pictures.jsonl", "static": True}]},
+    ),
+    # contract
+    Key("contract.max_reject_rate", 0.0, see.check("validated_rows", "reject_rate"), True, False),
+    Key("contract.require_group", False, see.count("validated_rows", "accepted"), 60, 61),
+    *(
+        Key(f"contract.{key}", bound, see.rejections, BAD, sorted([*BAD, reason]))
+        for key, bound, reason in (
+            ("min_prompt_chars", 1000, "prompt_too_short"),
+            ("max_prompt_chars", 5, "prompt_too_long"),
+            ("min_completion_chars", 1000, "completion_too_short"),
+            ("max_completion_chars", 5, "completion_too_long"),
+        )
+    ),
+    # split
+    Key("split.validation", 0, see.number_of_groups_in("validation"), DIFFERENT, 0),
+    Key("split.test", 0, see.number_of_groups_in("test"), DIFFERENT, 0),
+    Key("split.salt", "pepper", see.groups_in("test"), DIFFERENT, DIFFERENT),
+    Key("split.groups.train", ["T0"], see.split_of("T0"), "test", "train", {"split.test": 0.79}),
+    Key("split.groups.validation", ["T0"], see.split_of("T0"), "train", "validation", {"split.test": 0}),
+    Key("split.groups.test", ["T0"], see.split_of("T0"), "train", "test", {"split.test": 0}),
+    Key("split.time_column", "day", see.times, {None}, DIFFERENT),
+    Key(
+        "split.time_cutoff",
+        "2026-01-11",
+        see.number_of_groups_in("test"),
+        0,
+        40,
+        {"split.time_column": "day", "split.test": 0},
+    ),
+    Key(
+        "split.near_duplicates",
+        NEAR["split.near_duplicates"],
+        see.count("grouped_split", "near_duplicates"),
+        0,
+        DIFFERENT,
+    ),
+    Key(
+        "split.near_duplicates.threshold",
+        1.0,
+        see.count("grouped_split", "near_duplicates"),
+        DIFFERENT,
+        0,
+        NEAR,
+    ),
+    Key("split.near_duplicates.action", "report", see.count("grouped_split", "rejects"), DIFFERENT, 0, NEAR),
+    Key(
+        "split.near_duplicates.max_leakage",
+        0.0,
+        see.check("grouped_split", "near_duplicate_leakage"),
+        True,
+        False,
+        REPORTED,
+    ),
+]
+
+
+def test_every_key_of_a_dataset_has_an_entry() -> None:
+    check_complete(DatasetConfig, DATASET)
+
+
+@pytest.mark.parametrize("key", DATASET, ids=ids_of(DATASET))
+def test_each_key_of_a_dataset_changes_what_it_says(shop: Workshop, key: Key) -> None:
+    document = with_keys(DATASET_DOCUMENT, key.given)
+    after = changed(document, key.key, key.value)
+    check_changes(shop, key, Side(document, RECIPE_DOCUMENT), Side(after, RECIPE_DOCUMENT))
