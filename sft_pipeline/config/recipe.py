@@ -27,7 +27,7 @@ class RecipeConfig(Config):
     name: Name
     description: Annotated[
         str,
-        Field(description="shown in Dagster, at the recipe's job, and in MLflow, at its registered model"),
+        Field(description="shown in Dagster, at the recipe's job, and in MLflow, at the registered model"),
     ] = ""
     owner: Annotated[str | None, Field(description="e-mail or team:name, shown in the UI")] = None
     extends: Annotated[

@@ -27,8 +27,8 @@ from sft_pipeline.store import Artifact, Store
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of a section and of the sections in it, as a path.
 
-    Of a list of sections `sources[].path`; where they have kinds, `graders[regex].pattern`. A section that may
-    be null is a key too: that which switches it on.
+    Of a list of sections `sources[].path`; where they have kinds, `graders[regex].pattern`. A section that
+    may be null is a key too: that which switches it on.
     """
     for name, info in model.model_fields.items():
         yield from _leaves_of(info.annotation, f"{prefix}{info.alias or name}")
@@ -180,7 +180,7 @@ class Key:
 
 
 class Different:
-    """Stands for what is seen on a side where no figure can be given: anything but what the other side has."""
+    """Stands for what is seen on a side where no figure can be given; it differs from the other side's."""
 
     def __repr__(self) -> str:
         return "something else"

@@ -3,7 +3,8 @@
 import pytest
 
 from sft_pipeline.config.dataset import DatasetConfig
-from sft_pipeline_tests.config import observations as see
+from sft_pipeline_tests.config import seen_in_artifacts as made
+from sft_pipeline_tests.config import seen_in_libraries as arrives
 from sft_pipeline_tests.config.every_key import (
     DIFFERENT,
     Key,
@@ -24,35 +25,41 @@ REPORTED = {"split.near_duplicates": {"threshold": 0.3, "action": "report"}}
 BAD = ["empty_completion", "missing_group"]
 
 DATASET = [
-    Key("name", "other", see.asset_name, "small/raw_rows", "other/raw_rows"),
-    Key("description", "Doors.", see.of_dagster(see.sensor_description), "", "Doors."),
-    Key("owner", "team:doors", see.of_dagster(see.owners("small/raw_rows")), ["team:sft"], ["team:doors"]),
-    Key("sources[].path", "few.jsonl", see.rows_by_source, [62], [6]),
-    Key("sources[].limit", 10, see.rows_by_source, [62], [10]),
+    Key("name", "other", made.asset_name, "small/raw_rows", "other/raw_rows"),
+    Key("description", "Doors.", arrives.of_dagster(arrives.sensor_description), "", "Doors."),
+    Key(
+        "owner",
+        "team:doors",
+        arrives.of_dagster(arrives.owners("small/raw_rows")),
+        ["team:sft"],
+        ["team:doors"],
+    ),
+    Key("sources[].path", "few.jsonl", made.rows_by_source, [62], [6]),
+    Key("sources[].limit", 10, made.rows_by_source, [62], [10]),
     Key(
         "sources[].weight",
         3.0,
-        see.rows_by_source,
+        made.rows_by_source,
         [6, 6],
         [6, 2],
         {"sources": [{"path": "few.jsonl", "static": True}, {"path": "few_more.jsonl", "static": True}]},
     ),
-    Key("sources[].static", True, see.snapshot_count, 2, 1, MOVING),
-    Key("sources[].format", "dolly", see.count("validated_rows", "accepted"), 60, 0),
-    Key("sources[].columns", {"group": "shelf"}, see.count("validated_rows", "groups"), 60, 2),
+    Key("sources[].static", True, made.snapshot_count, 2, 1, MOVING),
+    Key("sources[].format", "dolly", made.count("validated_rows", "accepted"), 60, 0),
+    Key("sources[].columns", {"group": "shelf"}, made.count("validated_rows", "groups"), 60, 2),
     Key(
         "sources[].unused",
         ["image"],
-        see.rejections,
+        made.rejections,
         ["unused_field: image"],
         [],
         {"sources": [{"path": "pictures.jsonl", "static": True}]},
     ),
     # contract
-    Key("contract.max_reject_rate", 0.0, see.check("validated_rows", "reject_rate"), True, False),
-    Key("contract.require_group", False, see.count("validated_rows", "accepted"), 60, 61),
+    Key("contract.max_reject_rate", 0.0, made.check("validated_rows", "reject_rate"), True, False),
+    Key("contract.require_group", False, made.count("validated_rows", "accepted"), 60, 61),
     *(
-        Key(f"contract.{key}", bound, see.rejections, BAD, sorted([*BAD, reason]))
+        Key(f"contract.{key}", bound, made.rejections, BAD, sorted([*BAD, reason]))
         for key, bound, reason in (
             ("min_prompt_chars", 1000, "prompt_too_short"),
             ("max_prompt_chars", 5, "prompt_too_long"),
@@ -61,17 +68,17 @@ DATASET = [
         )
     ),
     # split
-    Key("split.validation", 0, see.number_of_groups_in("validation"), DIFFERENT, 0),
-    Key("split.test", 0, see.number_of_groups_in("test"), DIFFERENT, 0),
-    Key("split.salt", "pepper", see.groups_in("test"), DIFFERENT, DIFFERENT),
-    Key("split.groups.train", ["T0"], see.split_of("T0"), "test", "train", {"split.test": 0.79}),
-    Key("split.groups.validation", ["T0"], see.split_of("T0"), "train", "validation", {"split.test": 0}),
-    Key("split.groups.test", ["T0"], see.split_of("T0"), "train", "test", {"split.test": 0}),
-    Key("split.time_column", "day", see.times, {None}, DIFFERENT),
+    Key("split.validation", 0, made.number_of_groups_in("validation"), DIFFERENT, 0),
+    Key("split.test", 0, made.number_of_groups_in("test"), DIFFERENT, 0),
+    Key("split.salt", "pepper", made.groups_in("test"), DIFFERENT, DIFFERENT),
+    Key("split.groups.train", ["T0"], made.split_of("T0"), "test", "train", {"split.test": 0.79}),
+    Key("split.groups.validation", ["T0"], made.split_of("T0"), "train", "validation", {"split.test": 0}),
+    Key("split.groups.test", ["T0"], made.split_of("T0"), "train", "test", {"split.test": 0}),
+    Key("split.time_column", "day", made.times, {None}, DIFFERENT),
     Key(
         "split.time_cutoff",
         "2026-01-11",
-        see.number_of_groups_in("test"),
+        made.number_of_groups_in("test"),
         0,
         40,
         {"split.time_column": "day", "split.test": 0},
@@ -79,23 +86,23 @@ DATASET = [
     Key(
         "split.near_duplicates",
         NEAR["split.near_duplicates"],
-        see.count("grouped_split", "near_duplicates"),
+        made.count("grouped_split", "near_duplicates"),
         0,
         DIFFERENT,
     ),
     Key(
         "split.near_duplicates.threshold",
         1.0,
-        see.count("grouped_split", "near_duplicates"),
+        made.count("grouped_split", "near_duplicates"),
         DIFFERENT,
         0,
         NEAR,
     ),
-    Key("split.near_duplicates.action", "report", see.count("grouped_split", "rejects"), DIFFERENT, 0, NEAR),
+    Key("split.near_duplicates.action", "report", made.count("grouped_split", "rejects"), DIFFERENT, 0, NEAR),
     Key(
         "split.near_duplicates.max_leakage",
         0.0,
-        see.check("grouped_split", "near_duplicate_leakage"),
+        made.check("grouped_split", "near_duplicate_leakage"),
         True,
         False,
         REPORTED,
