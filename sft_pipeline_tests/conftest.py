@@ -24,6 +24,7 @@ COSTLY_FIRST = (
     "training/test_loss.py",
     "launch/",
     "sweep/test_sweep.py",
+    "config/test_every_key.py",
     "tokenized_rows/test_columns.py",
 )
 

@@ -186,6 +186,12 @@ def has_magnitudes(adapter: Any) -> bool:
     return len(adapter.lora_magnitude_vector) == 1
 
 
+def vocabulary_of_the_trainers_tokenizer(_: Workshop, side: Side) -> int:
+    from sft_pipeline.training.base import load_tokenizer
+
+    return len(load_tokenizer(side.config("trained_checkpoints").model))
+
+
 def revision_asked_of_the_hub(_: Workshop, side: Side) -> set[str]:
     from sft_pipeline.training.base import base_folder
 
@@ -228,21 +234,32 @@ def trust_in_remote_code(_: Workshop, side: Side) -> dict[str, bool]:
 
 
 def argument(*names: str) -> Observation:
-    """Fields of TRL's configuration, as the trainer is given it."""
+    """Fields of the configuration that arrives at TRL's trainer where the stage trains."""
 
     def seen(shop: Workshop, side: Side) -> Any:
-        from sft_pipeline.training.schedule import Schedule
-        from sft_pipeline.training.trainer import training_arguments
+        from trl import SFTTrainer
 
-        model, training = (getattr(side.config("trained_checkpoints"), n) for n in ("model", "training"))
-        schedule = Schedule.of(training, model)
-        made = training_arguments(
-            training, schedule, "fp32", shop.root / "trainer", 4, cpu=True, distributed=False
-        )
-        found = tuple(getattr(made, name) for name in names)
+        arrived = []
+
+        def record(*_: Any, args: Any, **__: Any) -> None:
+            arrived.append(args)
+            raise Arrived
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Arrived):
+            patch.setattr(SFTTrainer, "__init__", record)
+            _build(shop, side, "trained_checkpoints")
+        found = tuple(getattr(arrived[0], name) for name in names)
         return found if len(names) > 1 else found[0]
 
     return seen
+
+
+def _build(shop: Workshop, side: Side, name: str) -> None:
+    """Calls a stage's build on its inputs, whether or not there is an artifact of it."""
+    branch, stage = side.branch, STAGES[name]
+    inputs = {upstream: shop.artifact(side, upstream) for upstream in stage.inputs}
+    out = shop.fresh()
+    stage.load_build()(Build(stage.config(branch), inputs, out, out / "work", Reporter()))
 
 
 def inherited(name: str) -> Observation:
@@ -269,7 +286,7 @@ def _generations(shop: Workshop, side: Side) -> list[list[int]]:
     """Of each batch that is generated in an evaluation, the rows of every call of the model."""
     from transformers import LlamaForCausalLM
 
-    shop.artifact(side, "trained_checkpoints")
+    shop.artifact(side, "trained_checkpoints")  # whose calls are not counted
     found: list[list[int]] = []
     caches: list[Any] = []
     own = LlamaForCausalLM.forward
@@ -283,10 +300,7 @@ def _generations(shop: Workshop, side: Side) -> list[list[int]]:
             found[-1].append(len(call["input_ids"]))
         return own(model, *args, **call)
 
-    branch, stage = side.branch, STAGES["evaluation"]
-    inputs = {name: shop.artifact(side, name) for name in stage.inputs}
-    out = shop.fresh()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaForCausalLM, "forward", record)
-        stage.load_build()(Build(stage.config(branch), inputs, out, out / "work", Reporter()))
+        _build(shop, side, "evaluation")
     return found

@@ -68,6 +68,7 @@ RECIPE = [
         {"model.base": "owner/name", "model.revision": "a" * 40},
     ),
     Key("model.tokenizer", "letters", made.vocabulary_of_the_rows, DIFFERENT, 333),
+    Key("model.tokenizer", "letters", arrives.vocabulary_of_the_trainers_tokenizer, DIFFERENT, 333),
     Key(
         "model.parameterization",
         "full",
@@ -152,6 +153,7 @@ RECIPE = [
         "torch.float32",
         "torch.bfloat16",
     ),
+    Key("training.precision", "bf16", arrives.argument("bf16"), False, True),
     Key("training.gradient_checkpointing", True, arrives.argument("activation_checkpointing"), False, True),
     Key("training.compile", True, arrives.argument("torch_compile"), False, True),
     Key("training.neftune_alpha", 5.0, arrives.argument("neftune_noise_alpha"), None, 5.0),
