@@ -254,6 +254,25 @@ def argument(*names: str) -> Observation:
     return seen
 
 
+def noise_on_embeddings(shop: Workshop, side: Side) -> float | None:
+    """The alpha of the noise that arrives at the embeddings of the model that is trained."""
+    from torch import nn
+
+    from sft_pipeline.training.neftune import EmbeddingNoise
+
+    arrived = []
+    own = nn.Embedding.register_forward_hook
+
+    def record(module: Any, hook: Any, **more: Any) -> Any:
+        arrived.extend([hook.alpha] if isinstance(hook, EmbeddingNoise) else [])
+        return own(module, hook, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Embedding, "register_forward_hook", record)
+        _build(shop, side, "trained_checkpoints")
+    return arrived[0] if arrived else None
+
+
 def _build(shop: Workshop, side: Side, name: str) -> None:
     """Calls a stage's build on its inputs, whether or not there is an artifact of it."""
     branch, stage = side.branch, STAGES[name]

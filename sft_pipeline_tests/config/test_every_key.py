@@ -156,7 +156,7 @@ RECIPE = [
     Key("training.precision", "bf16", arrives.argument("bf16"), False, True),
     Key("training.gradient_checkpointing", True, arrives.argument("activation_checkpointing"), False, True),
     Key("training.compile", True, arrives.argument("torch_compile"), False, True),
-    Key("training.neftune_alpha", 5.0, arrives.argument("neftune_noise_alpha"), None, 5.0),
+    Key("training.neftune_alpha", 5.0, arrives.noise_on_embeddings, None, 5.0),
     Key("training.eval_steps", 1, made.of_training(made.evaluated_after), [0, 2, 4], [0, 1, 2, 3, 4]),
     Key(
         "training.save_steps",
