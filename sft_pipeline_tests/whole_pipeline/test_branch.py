@@ -113,7 +113,8 @@ def test_another_learning_rate_reruns_nothing_before_the_sanity_check(finished: 
 def test_a_learning_rate_of_one_is_stopped_before_the_training(finished: Finished) -> None:
     ran = command(finished, "run", finished.recipe, "--set", "training.learning_rate=1.0")
     assert ran.code == 3 and ran.json["status"] == "blocked"
-    [stopped] = [c for c in ran.json["checks"] if c["blocking"] and not c["passed"]]
+    stopped, *rest = (c for c in ran.json["checks"] if c["blocking"] and not c["passed"])
+    assert [c["description"] for c in rest] == ["Not run, since an earlier check failed."]
     assert stopped["name"] == "short_run_stable" and "Lower training.learning_rate" in stopped["description"]
     assert list(ran.json["artifacts"]) == [*DATA_STAGES, "sanity_check"]
 

@@ -350,7 +350,7 @@ def _trials(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> None
         verdict.add("samples", True, "None asked for (sanity.samples is 0).")
     parameters = sum(p.numel() for p in trained)
     verdict.evidence |= report.write_forecast(b, config, run.seconds, worst, parameters)
-    if run.failure is not None:  # its weights are spoiled, and what they give says nothing
+    if problems:  # what spoiled weights give says nothing
         return
     from sft_pipeline.stages.sanity_check.export_trial import export_trial, save_trial
 
