@@ -1,7 +1,7 @@
 """From generated ids to a reply's text: what ends a reply, and what the template puts around it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,13 @@ def formatting_of(tokenized: Artifact) -> dict[str, Any]:
         raise InputError(
             f"{path}: not readable ({error}). Delete the artifact's folder to have it rebuilt"
         ) from error
+
+
+def stops_and_padding(formatting: Mapping[str, Any]) -> tuple[frozenset[int], int]:
+    """(the tokens that end a reply, the id to pad with: any of the vocabulary) by formatting.json."""
+    stop_ids = frozenset(formatting["stop_token_ids"])
+    pad = formatting["pad_token_id"]
+    return stop_ids, pad if pad is not None else min(stop_ids, default=0)
 
 
 def tokenizer_of(tokenized: Artifact) -> Tokenizer:
@@ -67,11 +74,10 @@ class ReplyDecoder:
         """
         formatting = formatting_of(tokenized)
         backend = tokenizer_of(tokenized).backend
-        stop_ids = frozenset(formatting["stop_token_ids"])
-        pad = formatting["pad_token_id"]
+        stop_ids, pad_id = stops_and_padding(formatting)
         return cls(
             stop_ids=stop_ids,
-            pad_id=pad if pad is not None else min(stop_ids, default=0),
+            pad_id=pad_id,
             decode=lambda ids: backend.decode(list(ids), skip_special_tokens=True),
             stop_text=formatting["stop_text"] if formatting["stop_token_id"] is None else None,
         )

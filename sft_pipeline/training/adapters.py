@@ -94,8 +94,11 @@ def _returns_more(module: nn.Module) -> bool:
     if not own or not type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
         return False
     weight: Any = module.weight
-    with torch.no_grad():
-        return not isinstance(module(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
+    try:
+        with torch.no_grad():
+            return not isinstance(module(weight.new_zeros(1, weight.shape[1])), torch.Tensor)
+    except TypeError:  # it takes more than its input
+        return True
 
 
 def refuse_own_linear_layers(base: str, model: nn.Module) -> None:

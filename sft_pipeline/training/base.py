@@ -37,9 +37,12 @@ def _refuse_quantized(base: str, folder: Path) -> None:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         return  # transformers says it better
+    if not isinstance(described, dict):
+        raise InputError(f"model.base {base}: {folder / 'config.json'} is not a JSON object")
     for part in (described, *(v for v in described.values() if isinstance(v, dict))):
         if quantization := part.get("quantization_config"):
-            method = quantization.get("quant_method") or "quantized"
+            named = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            method = named or "by an unnamed method"
             raise InputError(
                 f"model.base {base}: its weights are already quantized ({method}), so that they cannot be "
                 "trained, nor an adapter be merged into them exactly. Take the model they were made from; "

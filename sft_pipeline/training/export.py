@@ -7,6 +7,7 @@ adapter puts it on the base (Dettmers et al. 2023 train through the quantized we
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import torch
 from sft_pipeline.external_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sft_pipeline.project import project_path
 from sft_pipeline.text.exported_tokenizer import write_sorted_json
-from sft_pipeline.training.base import load_model_config
+from sft_pipeline.training.base import base_folder, load_model_config
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.logits import LogitDifference, difference, free_memory, greedy, logits
+from sft_pipeline.training.memory import weight_shapes
 from sft_pipeline.training.model import load_base, load_for_inference, training_device
 
+ROOM = 1.2  # of the weights' bytes, for what is computed with them
 _GENERATION_KEYS_KEPT = ("bos_token_id", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
@@ -45,9 +48,26 @@ class ExportSettings:
     decoding: dict[str, Any]
 
 
-def load_exact(config: ModelConfig, checkpoint: Path) -> Any:
+def exact_device(config: ModelConfig) -> torch.device:
+    """Where the model is compared in fp32: the GPU where it fits beside what is there already, else the CPU.
+
+    A few short sequences are all that is computed; a GPU that trained the model in 16 or 4 bits may well be
+    too small for it.
+    """
+    device = training_device()
+    if device.type == "cuda":
+        shapes = weight_shapes(base_folder(config)).values()
+        free, _ = torch.cuda.mem_get_info(device)
+        if ROOM * 4 * sum(math.prod(shape) for shape in shapes) > free:
+            return torch.device("cpu")
+    return device
+
+
+def load_exact(config: ModelConfig, checkpoint: Path, device: torch.device | None = None) -> Any:
     """The checkpoint's model in fp32: base and adapter apart, or the whole weights."""
-    return load_for_inference(with_any_attention(config), checkpoint, dtype=torch.float32)
+    return load_for_inference(
+        with_any_attention(config), checkpoint, dtype=torch.float32, device=device or exact_device(config)
+    )
 
 
 def with_any_attention(config: ModelConfig) -> ModelConfig:
@@ -188,7 +208,8 @@ def write_and_compare(
     """
     stops: dict[str, Any] = {"eos_token_id": settings.stop_ids, "pad_token_id": settings.pad_id}
     dtype = target_dtype(settings.dtype, settings.model) if settings.merge else torch.float32
-    model = load_exact(settings.model, checkpoint)
+    device = exact_device(settings.model)
+    model = load_exact(settings.model, checkpoint, device)
     has_adapter = hasattr(model, "peft_config")
     reference, exact = logits(model, sequences), None
     step("checkpoint loaded")
@@ -202,14 +223,12 @@ def write_and_compare(
     del model
     free_memory()
     if settings.merge:
-        model = reload_model(folder, trust_remote_code=settings.model.trust_remote_code)
+        model = reload_model(folder, trust_remote_code=settings.model.trust_remote_code, device=device)
         stops = {}  # the exported generation config has to stop the answers by itself
     else:
         from peft import PeftModel
 
-        base = load_base(
-            with_any_attention(settings.model), dtype=torch.float32, device=training_device(), flash=False
-        )
+        base = load_base(with_any_attention(settings.model), dtype=torch.float32, device=device, flash=False)
         model = PeftModel.from_pretrained(base, str(folder)).eval()
         del base
     loaded = difference(reference, logits(model, sequences))
@@ -226,11 +245,11 @@ def write_and_compare(
     return ExportProof(exact, loaded, quantized, before, after, dtype)
 
 
-def reload_model(folder: Path, *, trust_remote_code: bool) -> Any:
+def reload_model(folder: Path, *, trust_remote_code: bool, device: torch.device | None = None) -> Any:
     """The exported weights as a stranger would load them."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device or training_device()).eval()

@@ -233,6 +233,11 @@ def _as_base(config: ModelConfig, checkpoint: Path) -> ModelConfig:
     return config.model_copy(update={"base": str(checkpoint), "revision": None})
 
 
+def inference_dtype(precision: str) -> torch.dtype | None:
+    """For `load_for_inference`, by the precision of the training: fp32 is kept, for half precision null."""
+    return torch.float32 if precision == "fp32" else None
+
+
 def load_for_inference(
     config: ModelConfig,
     checkpoint: Path | None = None,

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.cli.check import check_recipe, show_check
 from sft_pipeline.errors import InputError
+from sft_pipeline.stages.graph import STAGES
 
 SILENT = Console(file=io.StringIO())
 
@@ -60,3 +62,6 @@ def test_a_reporter_that_is_not_installed_is_known_before_any_data_is_read(home:
             "access_policy_lora", snapshot=None, overrides=["training.report_to=[wandb]"], console=SILENT
         )
     assert not (home / "objects").exists() or not list((home / "objects").iterdir())
+    # Where nothing is trained nobody asks: such a recipe is shown, and its data is prepared, all the same.
+    for stage in STAGES.values():
+        stage.config(find_branch("access_policy_lora", None, ["training.report_to=[wandb]"])[1])

@@ -334,3 +334,8 @@ def test_a_loss_that_is_no_number_only_in_evaluation_is_not_the_trained_one(proj
     trained.file("training.json").write_text(json.dumps(training))
     for loss, passed in ((2.5, True), (2.6, False), (math.nan, False), (math.inf, False)):
         assert judged_is_trained(trained, {5: loss}).passed == passed, loss
+    # QLoRA: the 4-bit model must be the trained one, and how far from it the exported one is is stated.
+    for exported, four_bit, passed in ((2.7, 2.5, True), (2.5, 2.7, False), (math.nan, 2.5, False)):
+        check = judged_is_trained(trained, {5: exported}, {5: four_bit})
+        assert check.passed == passed, (exported, four_bit)
+        assert ("differ from it by at most 0.2000 (step 5: 2.7000)" in check.description) == passed

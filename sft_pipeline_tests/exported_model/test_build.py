@@ -13,7 +13,7 @@ from sft_pipeline.store import Store
 from sft_pipeline.tables.held_out import probe_rows
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
 from sft_pipeline.training.config import ModelConfig
-from sft_pipeline.training.export import load_exact, reload_model
+from sft_pipeline.training.export import exact_device, load_exact, reload_model
 from sft_pipeline.training.logits import difference, greedy, logits
 from sft_pipeline_tests.evaluation import world as w
 from sft_pipeline_tests.exported_model.branch import LORA, export, inputs_for
@@ -290,3 +290,10 @@ def test_real_tokenizers_are_served_as_trained(shared_data, tmp_path, name):
         prompt = template.render(messages, add_generation_prompt=True)
         assert served_prompt(served, messages, None) == tokenizer.ids(prompt)
         assert served(text, add_special_tokens=False)["input_ids"] == tokenizer.ids(text)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1 << 40, "cuda"), (1000, "cpu")])
+def test_fp32_weights_are_compared_where_they_fit(project, monkeypatch, free, expected):
+    monkeypatch.setattr("sft_pipeline.training.export.training_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+    assert exact_device(LORA).type == expected

@@ -48,7 +48,7 @@ def test_a_base_that_is_quantized_is_refused_whatever_is_trained_of_it(tmp_path,
     described |= {"text_config": quantization} if nested else quantization
     path.write_text(json.dumps(described))
     with pytest.raises(
-        InputError, match=rf"already quantized \({method or 'quantized'}\).*qlora quantizes it"
+        InputError, match=rf"already quantized \({method or 'by an unnamed method'}\).*qlora quantizes it"
     ):
         base_folder(ModelConfig(base=str(base), parameterization=how))
 
@@ -65,3 +65,10 @@ def test_a_base_saved_by_bitsandbytes_is_refused(tmp_path, bits):
     quantized.save_pretrained(tmp_path / "quantized")
     with pytest.raises(InputError, match=r"already quantized \(bitsandbytes\)"):
         check_base(ModelConfig(base=str(tmp_path / "quantized")))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"llama"', "null"])
+def test_a_config_that_is_no_object_is_one_message(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
+        base_folder(ModelConfig(base=str(tmp_path)))

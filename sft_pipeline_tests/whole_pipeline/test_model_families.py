@@ -30,7 +30,7 @@ TRAINING = TrainingConfig(learning_rate=1e-3, max_steps=4, eval_steps=2)
 # The models are random and the trials short: what is learned is not the question here.
 SANITY = {"overfit_rows": 4, "overfit_steps": 10, "overfit_loss": 0.9999, "short_run_steps": 4, "samples": 1}
 GRADERS = [{"name": "format_pass_rate", "kind": "regex", "pattern": "decision"}]
-UNPACKED = ("gpt2", "opt", "bloom", "falcon", "gpt-oss-experts", "mamba", "qwen3-next")
+UNPACKED = ("opt", "bloom", "falcon", "gpt-oss-experts", "mamba", "qwen3-next")
 REFUSED = {
     ("mamba", "lora"): "incompatible with Mamba-based models",
     ("mamba", "qlora"): "incompatible with Mamba-based models",
@@ -110,6 +110,15 @@ def refusal(data: Data, family: str, model: ModelConfig) -> str:
     return "; ".join(
         f"{c.name}: {c.description}" for c in built.checks if not c.passed and c.name != "samples"
     )
+
+
+@pytest.mark.parametrize("family", UNPACKED)
+def test_examples_that_would_see_each_other_in_a_block_are_refused(data, family, monkeypatch):
+    base = data.world.root / f"{family}-packed"
+    FAMILIES[family](data.vocabulary).save_pretrained(base)
+    monkeypatch.setitem(data.blocks, "none", data.blocks["bfd"])
+    found = refusal(data, family, ModelConfig(base=base.name, tokenizer="base", parameterization="full"))
+    assert found.startswith("boundaries: ") and "set packing.strategy: none" in found
 
 
 def inputs(data: Data, family: str) -> dict[str, Artifact]:

@@ -34,7 +34,7 @@ from sft_pipeline.tables.held_out import held_out_rows
 from sft_pipeline.tables.parquet import FileWriter, read_batches
 from sft_pipeline.text.reply import ReplyDecoder
 from sft_pipeline.training.config import ModelConfig
-from sft_pipeline.training.logits import LOSS_TOLERANCE, loss_difference
+from sft_pipeline.training.logits import LOSS_TOLERANCE, free_memory, loss_difference
 
 TEST_LOSS = "test_loss"  # on the test split, what is `val_loss` on the validation split
 MAX_UNFINISHED = 0.05
@@ -50,8 +50,9 @@ def build(b: Build) -> Built:
     validation, test = (HeldOutSplit.of(tokenized, name, config) for name in ("validation", "test"))
     decoder = ReplyDecoder.of(tokenized)
     ungradable = {s.name: _ungradable(s, graders, decoder, b.report) for s in (validation, test)}
-    four_bit = _four_bit_losses(stage_config.model, checkpoints, validation, b.report)
-    models = CheckpointModels(stage_config.model, checkpoints)
+    precision = _precision_of(b.inputs["trained_checkpoints"])
+    four_bit = _four_bit_losses(stage_config.model, checkpoints, precision, validation, b.report)
+    models = CheckpointModels(stage_config.model, checkpoints, precision)
     with SamplesWriter(b.out / "samples.parquet", graders) as samples:
         judge = Judge(config, graders, decoder, samples, b.report).judge
         judged: dict[int, Judgement] = {}
@@ -123,7 +124,7 @@ def build(b: Build) -> Built:
             selection_explained(selection),
             replies_end(tuned.unfinished, len(test.positions), config),
         ),
-        volatile=("plots/",),
+        volatile=("plots/", "test_losses.parquet"),  # its last digits depend on how many threads summed
         evidence=report.evidence(b.out, comparisons, selection, b.report),
     )
 
@@ -142,7 +143,8 @@ def build_trial_judgement(b: Build) -> Built:
     split = HeldOutSplit.of(tokenized, "validation", config)
     decoder = ReplyDecoder.of(tokenized)
     ungradable = _ungradable(split, graders, decoder, b.report)
-    model = CheckpointModels(stage_config.model, checkpoints).tuned(step)
+    precision = _precision_of(b.inputs["trial_training"])
+    model = CheckpointModels(stage_config.model, checkpoints, precision).tuned(step)
     with SamplesWriter(b.out / "samples.parquet", graders) as samples:
         judge = Judge(config, graders, decoder, samples, b.report)
         judgement = judge.judge(model, split, step, "judging on the validation split")
@@ -188,16 +190,16 @@ def _ungradable(
 def _write_test_losses(path: Path, test: HeldOutSplit, base: Judgement, tuned: Judgement) -> None:
     """The loss of each test row, by which a later model can be compared with this one on the rows they share.
 
-    Columns: row_id, group, and float64 base and tuned (summed NLL in nats) and weight (of its tokens).
+    Columns: row_id, and float64 base and tuned (summed NLL in nats) and weight (of its tokens).
     """
     columns = {"base": base.nll, "tuned": tuned.nll, "weight": tuned.weight}
-    schema = pa.schema(
-        [("row_id", pa.string()), ("group", pa.string()), *((name, pa.float64()) for name in columns)]
-    )
+    schema = pa.schema([("row_id", pa.string()), *((name, pa.float64()) for name in columns)])
+    done = 0
     with FileWriter(path, schema) as writer:
-        rows = read_batches(test.parts, ["row_id", "group"])
-        for i, row in enumerate(row for batch in rows for row in batch.to_pylist()):
-            writer.append([row | {name: float(values[i]) for name, values in columns.items()}])
+        for batch in read_batches(test.parts, ["row_id"]):
+            rows = slice(done, done := done + batch.num_rows)
+            values = [pa.array(of_rows[rows]) for of_rows in columns.values()]
+            writer.write(pa.record_batch([batch.column(0), *values], schema=schema))
 
 
 def _compare_on_test(
@@ -224,17 +226,29 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
+def _precision_of(trained: Artifact) -> str:
+    """In which the training computed: bf16, fp16 or fp32."""
+    return json.loads(trained.file("training.json").read_text(encoding="utf-8"))["model"]["precision"]
+
+
 def _four_bit_losses(
-    model: ModelConfig, checkpoints: dict[int, Path], validation: HeldOutSplit, report: Reporter
+    model: ModelConfig,
+    checkpoints: dict[int, Path],
+    precision: str,
+    validation: HeldOutSplit,
+    report: Reporter,
 ) -> dict[int, float]:
     """For QLoRA the validation loss of each checkpoint as it was trained, on the 4-bit base."""
     if model.parameterization != "qlora":
         return {}
-    models = CheckpointModels(model, checkpoints, as_trained=True)
-    return {
+    models = CheckpointModels(model, checkpoints, precision, as_trained=True)
+    found = {
         step: validation_loss(models.tuned(step), validation, report, f"4-bit loss of step {step}")
         for step in checkpoints
     }
+    del models
+    free_memory()  # the unquantized base comes next
+    return found
 
 
 def judged_is_trained(
@@ -257,14 +271,21 @@ def judged_is_trained(
             rows.append({"step": step, "training": before, "evaluation": loss, "off": off})
             if four_bit:
                 rows[-1] |= {"exported": judged[step]}
-    wrong = [r for r in rows if not r["off"] <= LOSS_TOLERANCE[precision]]
+    wrong = [
+        r
+        for r in rows
+        if not (r["off"] <= LOSS_TOLERANCE[precision] and math.isfinite(r.get("exported", 0.0)))
+    ]
     if not rows:
         return Check("judged_is_trained", True, "training recorded no validation loss to compare with")
     if wrong:
         first = wrong[0]
+        judged_loss = f"{first['evaluation']:.4f}"
+        if four_bit:
+            judged_loss = f"{first['exported']:.4f}, and on the 4-bit base {judged_loss}"
         description = (
             f"step {first['step']}: training recorded a validation loss of {first['training']:.4f}, the "
-            f"model that is judged has {first['evaluation']:.4f} ({len(wrong)} of {len(rows)} checkpoints "
+            f"model that is judged has {judged_loss} ({len(wrong)} of {len(rows)} checkpoints "
             f"differ by more than {LOSS_TOLERANCE[precision]:g}): it is another model than was trained. "
             "Files changed since, or an adapter that cannot be merged into this base look like this"
         )
@@ -274,7 +295,7 @@ def judged_is_trained(
             f"the validation losses of {len(rows)} checkpoints are those that training recorded, to "
             f"{worst:.1e} (at most {LOSS_TOLERANCE[precision]:g} for {precision})"
         )
-    if four_bit:
+    if four_bit and not wrong:
         far = max(rows, key=lambda r: abs(r["exported"] - r["evaluation"]))
         description += (
             f"; on the unquantized base, as the models are judged and exported, they differ from it by at "

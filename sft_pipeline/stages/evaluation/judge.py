@@ -23,7 +23,7 @@ from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.reply import ReplyDecoder
 from sft_pipeline.training.config import ModelConfig
 from sft_pipeline.training.generate import Reply, generate, score_nll
-from sft_pipeline.training.model import load_for_inference, training_device
+from sft_pipeline.training.model import inference_dtype, load_for_inference, training_device
 from sft_pipeline.training.process import threads_for
 
 ROWS_AT_ONCE = 4096
@@ -55,13 +55,15 @@ class CheckpointModels:
     Args:
         config: The recipe's model section.
         checkpoints: Folder of each step.
+        precision: Of the training. What was trained in fp32 is judged in fp32, also where the GPU has bf16.
         as_trained: For QLoRA the 4-bit models that were trained, instead of those that are exported.
     """
 
     def __init__(
-        self, config: ModelConfig, checkpoints: dict[int, Path], *, as_trained: bool = False
+        self, config: ModelConfig, checkpoints: dict[int, Path], precision: str, *, as_trained: bool = False
     ) -> None:
         self.config, self.checkpoints, self.as_trained = config, checkpoints, as_trained
+        self._dtype = inference_dtype(precision)
         self._model: Any = None
         self._adapter: str | None = None
 
@@ -75,12 +77,14 @@ class CheckpointModels:
         folder = self.checkpoints[step]
         if self._merges or not (folder / ADAPTER_CONFIG).is_file():
             self._model = None  # frees the memory of the model before, ahead of loading the next
-            model = load_for_inference(self.config, folder)
+            model = load_for_inference(self.config, folder, dtype=self._dtype)
             self._model = model.merge_and_unload() if hasattr(model, "peft_config") else model
             return self._model
         name = f"step_{step}"
         if self._adapter is None:
-            self._model = load_for_inference(self.config, folder, as_trained=self.as_trained)
+            self._model = load_for_inference(
+                self.config, folder, dtype=self._dtype, as_trained=self.as_trained
+            )
             self._adapter = next(iter(self._model.peft_config))
         elif self._adapter != name:
             self._model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
@@ -99,7 +103,7 @@ class CheckpointModels:
                 yield self._model
             return
         self._model, self._adapter = None, None
-        self._model = load_for_inference(self.config, None)
+        self._model = load_for_inference(self.config, None, dtype=self._dtype)
         yield self._model
         self._model = None
 

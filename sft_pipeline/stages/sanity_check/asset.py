@@ -5,12 +5,10 @@ from sft_pipeline.stages.sanity_check.checks import CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.stage import Branch, BuildFunction, Stage
 from sft_pipeline.text.config import NAMED_TEMPLATES
-from sft_pipeline.training.reporters import require_reporters
 
 
 def _config(branch: Branch) -> SanityCheckConfig:
     recipe = branch.require_recipe()
-    require_reporters(recipe.training)
     return SanityCheckConfig(
         sanity=recipe.sanity,
         model=recipe.model,

@@ -22,6 +22,7 @@ from sft_pipeline.stages.sanity_check.labels import DataFindings, changed_format
 from sft_pipeline.stages.stage import Build, Built, Check, CheckSpec, Evidence, plot, table
 from sft_pipeline.store.files import write_json
 from sft_pipeline.text.reply import formatting_of
+from sft_pipeline.training.reporters import require_reporters
 
 if TYPE_CHECKING:
     from sft_pipeline.training.data import Layout
@@ -46,7 +47,12 @@ class SanityVerdict:
 
 
 def build(b: Build) -> Built:
-    """The whole protocol. Writes sanity.json, and forecast.json where the trials ran."""
+    """The whole protocol. Writes sanity.json, and forecast.json where the trials ran.
+
+    Raises:
+        InputError: A package that the training is to report with is not installed.
+    """
+    require_reporters(b.config.training)
     verdict = SanityVerdict()
     if b.config.sanity.skip:
         verdict.evidence |= report.plot_learning_rate(b, b.config)

@@ -13,11 +13,11 @@ from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.held_out import HeldOutRow, probe_rows
 from sft_pipeline.tables.schemas import IGNORE_LABEL
-from sft_pipeline.text.reply import formatting_of
+from sft_pipeline.text.reply import formatting_of, stops_and_padding
 from sft_pipeline.training.export import ExportSettings, write_and_compare
 from sft_pipeline.training.generate import score_nll
 from sft_pipeline.training.logits import LOSS_TOLERANCE, free_memory, loss_difference
-from sft_pipeline.training.model import load_for_inference, save_weights
+from sft_pipeline.training.model import inference_dtype, load_for_inference, save_weights
 from sft_pipeline.training.process import threads_for
 
 ROWS, ANSWERS, ANSWER_TOKENS = 6, 2, 16
@@ -55,7 +55,8 @@ def export_trial(saved: SavedTrial, config: SanityCheckConfig, tokenized: Artifa
 
 def _export(saved: SavedTrial, config: SanityCheckConfig, tokenized: Artifact) -> tuple[bool, str]:
     free_memory()
-    model = load_for_inference(config.model, saved.checkpoint, as_trained=True)
+    dtype = inference_dtype(saved.precision)
+    model = load_for_inference(config.model, saved.checkpoint, dtype=dtype, as_trained=True)
     loss = _loss(model, saved.rows)
     del model
     free_memory()
@@ -65,15 +66,13 @@ def _export(saved: SavedTrial, config: SanityCheckConfig, tokenized: Artifact) -
             f"saved and loaded again, the model of the short run has a loss of {loss:.4f} on "
             f"{len(saved.rows)} rows instead of {saved.loss:.4f}: not what is trained would be judged"
         )
-    formatting = formatting_of(tokenized)
-    stop_ids = sorted(formatting["stop_token_ids"])
-    pad = formatting["pad_token_id"]
+    stop_ids, pad_id = stops_and_padding(formatting_of(tokenized))
     settings = ExportSettings(
         config.model,
         config.export.merge or config.model.parameterization == "full",
         config.export.dtype,
-        stop_ids,
-        pad if pad is not None else min(stop_ids, default=0),
+        sorted(stop_ids),
+        pad_id,
         {"temperature": 0.0, "top_p": 1.0},
     )
     folder = saved.checkpoint.with_name("merged") if settings.merge else saved.checkpoint

@@ -3,12 +3,10 @@
 from sft_pipeline.external_files import digest_model
 from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 from sft_pipeline.stages.trained_checkpoints.config import TrainedCheckpointsConfig
-from sft_pipeline.training.reporters import require_reporters
 
 
 def _config(branch: Branch) -> TrainedCheckpointsConfig:
     recipe = branch.require_recipe()
-    require_reporters(recipe.training)
     return TrainedCheckpointsConfig(model=recipe.model, training=recipe.training)
 
 

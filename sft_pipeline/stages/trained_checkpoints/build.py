@@ -23,6 +23,7 @@ from sft_pipeline.text.reply import formatting_of
 from sft_pipeline.training.checkpoint import NotResumable, checkpoint_folders, read_checkpoint, step_of
 from sft_pipeline.training.data import Feed
 from sft_pipeline.training.process import set_tensorboard_folder
+from sft_pipeline.training.reporters import require_reporters
 
 COUNTS = ("examples", "tokens", "supervised_tokens")
 
@@ -40,6 +41,7 @@ class TrainingTotals:
 def build(b: Build) -> Built:
     """Every rank trains; rank 0 writes. What other ranks return is not used."""
     config: TrainedCheckpointsConfig = b.config
+    require_reporters(config.training)
     b.work.mkdir(parents=True, exist_ok=True)
     set_tensorboard_folder(b.work / "tensorboard")
     data = read_data(b.inputs["packed_shards"], b.inputs["tokenized_rows"])
