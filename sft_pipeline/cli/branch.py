@@ -15,22 +15,31 @@ from sft_pipeline.stages.run import Run, StageOutcome, run_until
 from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Store
 from sft_pipeline.store.files import remove_tree
+from sft_pipeline.store.partition_names import why_unusable
 
 
-def find_branch(recipe: str, snapshot: str | None, overrides: Sequence[str] = ()) -> tuple[Catalog, Branch]:
+def find_branch(
+    recipe: str, snapshot: str | None, overrides: Sequence[str], console: Console
+) -> tuple[Catalog, Branch]:
     """The branch of a recipe on a snapshot, the newest one by name where none is given.
 
     Raises:
         InputError: The recipe, its dataset or the snapshot is not there.
     """
     catalog = load_catalog()
-    found = find_recipe(catalog, recipe, overrides)
+    found = find_recipe(catalog, recipe, overrides, read_schemas=True)
     dataset = catalog.datasets[found.dataset]
-    known = snapshots(dataset.sources)
+    refused: list[str] = []
+    known = snapshots(dataset.sources, refused.append)
+    if snapshot is not None and (why := why_unusable(snapshot)):
+        raise InputError(f"dataset {dataset.name} has no snapshot {snapshot!r}: the name {why}")
     if not known:
         raise InputError(
             f"dataset {dataset.name} has no snapshot: put a subfolder of rows into {dataset.sources[0].path}"
+            + "".join(f". {message}" for message in refused)
         )
+    for message in refused:
+        console.print(message, style="yellow", markup=False)
     if snapshot is not None and snapshot not in known:
         raise InputError(
             f"dataset {dataset.name} has no snapshot {snapshot!r}; it has {', '.join(known[-5:])}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch, prepared
@@ -31,7 +32,7 @@ def check_recipe(
         BlockedError: A blocking check of the data failed.
         InputError: Bad configuration or data.
     """
-    _, branch = find_branch(recipe, snapshot, overrides)
+    _, branch = find_branch(recipe, snapshot, overrides, console)
     config = branch.require_recipe()
     require_reporters(config.training)
     check_base(config.model)
@@ -135,7 +136,8 @@ def show_check(result: dict[str, Any], console: Console) -> None:
     else:
         origin = ", as given by training.blocks_per_update"
     stops = f" of {budget['updates']:,} planned" if schedule["updates"] < budget["updates"] else ""
-    table = Table(title=f"{result['recipe']} on {result['dataset']} {result['snapshot']}", show_header=False)
+    title = escape(f"{result['recipe']} on {result['dataset']} {result['snapshot']}")
+    table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     rows = {

@@ -23,6 +23,11 @@ MARKS = {"built": "[green]✔[/]", "cached": "[cyan]=[/]", "not accepted": "[red
 LEVELS = "▁▂▃▄▅▆▇█"
 
 
+def printable(text: str) -> str:
+    """A message without what a terminal would obey: names of files may hold control characters."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def sparkline(values: Sequence[float]) -> str:
     """A curve of values that are not negative, one character each; the highest value has the full height."""
     top = max(values, default=0.0) or 1.0
@@ -71,7 +76,7 @@ class ConsoleReporter(Reporter):
     def log(self, message: str, level: str = "info") -> None:
         style = {"warning": "yellow", "error": "red", "debug": "dim"}.get(level, "")
         if level != "debug":
-            self._console.print(f"  {message}", style=style, markup=False)
+            self._console.print(f"  {printable(message)}", style=style, markup=False)
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
         amount = f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"

@@ -24,7 +24,7 @@ def inspect_recipe(
     """The JSON of the command; also prints to `out`, or writes the page `html`."""
     from sft_pipeline.inspection import html_page, inspect_rows, print_inspection
 
-    _, branch = find_branch(recipe, snapshot, overrides)
+    _, branch = find_branch(recipe, snapshot, overrides, console)
     with prepared(branch, "packed_shards", console) as outcomes:
         inspection = inspect_rows(
             outcomes["tokenized_rows"].artifact, outcomes["packed_shards"].artifact, row=row, n=n

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sft_pipeline.cli.console import printable
 from sft_pipeline.errors import Interrupted, SftError
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def run(
     result = run_recipe(recipe, snapshot=snapshot, until=until, overrides=overrides or [], console=err)
     if as_json:
         if result.error:
-            err.print(f"sft: {result.error}", markup=False)
+            err.print(f"sft: {printable(result.error)}", markup=False)
         print_json(result.to_json())
     else:
         result.show(_out())
@@ -93,7 +94,7 @@ def sweep(
     result = sweep_recipe(recipe, options=overrides or [], snapshot=snapshot, updates=updates, console=err)
     if as_json:
         if result.error:
-            err.print(f"sft: {result.error}", markup=False)
+            err.print(f"sft: {printable(result.error)}", markup=False)
         print_json(result.to_json())
     else:
         show_sweep(result, _out())
@@ -193,8 +194,9 @@ def _out() -> Console:
 
 
 def print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, ensure_ascii=False)
-    sys.stdout.write("\n")
+    text = json.dumps(value, ensure_ascii=False)
+    # A name of a file that is not UTF-8 is text that cannot be written as it is.
+    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
 
 
 def main() -> None:
@@ -226,9 +228,9 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(message: str, code: int, wants_json: bool) -> None:
-    err.print(
-        f"[bold red]sft:[/] {message}" if "[" not in message else f"sft: {message}", markup="[" not in message
-    )
+    # With markup, what stands in brackets in a message would be read as a style.
+    err.print("[bold red]sft:[/]", end=" ")
+    err.print(printable(message), markup=False)
     if wants_json:
         status = {3: "blocked", 4: "interrupted"}.get(code, "failed")
         print_json({"status": status, "error": message, "valid": False})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
-from sft_pipeline.cli.console import ConsoleReporter
+from sft_pipeline.cli.console import ConsoleReporter, printable
 from sft_pipeline.config.load import Catalog
 from sft_pipeline.errors import BlockedError, InputError, Interrupted
 from sft_pipeline.stages.graph import STAGES
@@ -74,7 +74,7 @@ class RunResult:
             console.print(table)
         console.print(f"status: {self.status}")
         if self.error:
-            console.print(self.error, style="red", markup=False, soft_wrap=True)
+            console.print(printable(self.error), style="red", markup=False, soft_wrap=True)
         if export := self.exported_model:
             for line in (
                 f"exported model: {export}",
@@ -94,7 +94,7 @@ def run_recipe(
         InputError: The recipe, dataset, snapshot or asset name is not there.
         Interrupted: The user or a signal stopped the run.
     """
-    _, branch = find_branch(recipe, snapshot, overrides)
+    _, branch = find_branch(recipe, snapshot, overrides, console)
     last = until or list(STAGES)[-1]
     if last not in STAGES:
         raise InputError(f"--until {last}: no such asset; take one of {', '.join(STAGES)}")

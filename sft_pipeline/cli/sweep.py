@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
@@ -28,7 +29,7 @@ def sweep_recipe(
         BlockedError: The recipe's own data failed a blocking check.
     """
     grid = parse_grid(options)
-    catalog, branch = find_branch(recipe, snapshot, grid.common)
+    catalog, branch = find_branch(recipe, snapshot, grid.common, console)
     store = Store()
     store.sweep()
     with ConsoleReporter(console) as reporter:
@@ -49,7 +50,8 @@ def show_plan(plan: SweepPlan, console: Console) -> None:
     """What will be trained, before it is."""
     recipe, budget = plan.branch.require_recipe(), plan.budget
     names = short_names(list(plan.trials[0].values))
-    table = Table(title=f"sweep {plan.name} on {plan.branch.dataset.name} {plan.branch.snapshot}")
+    title = f"sweep {plan.name} on {plan.branch.dataset.name} {plan.branch.snapshot}"
+    table = Table(title=escape(title))
     for column in ("trial", *names.values(), "updates", "supervised tokens"):
         table.add_column(column, justify="right")
     for trial in plan.trials:

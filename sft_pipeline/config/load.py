@@ -15,7 +15,9 @@ from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.config.yaml_lines import Document, Loc, Origin, overlay, parse_set, read_yaml
 from sft_pipeline.errors import InputError
+from sft_pipeline.json_schemas import check_schema, read_schema
 from sft_pipeline.project import PACKAGE_DIR, project_path
+from sft_pipeline.stages.evaluation.config import JsonSchemaGrader
 
 M = TypeVar("M", bound=BaseModel)
 PRESETS = PACKAGE_DIR / "config" / "presets"
@@ -59,8 +61,14 @@ def load_catalog(folders: Sequence[Path] | None = None) -> Catalog:
     return catalog
 
 
-def find_recipe(catalog: Catalog, name_or_path: str, overrides: Iterable[str] = ()) -> RecipeConfig:
+def find_recipe(
+    catalog: Catalog, name_or_path: str, overrides: Iterable[str] = (), *, read_schemas: bool = False
+) -> RecipeConfig:
     """The recipe of this name or in this file, with `--set` overrides applied.
+
+    Args:
+        read_schemas: As for `load_recipe`. Only for overrides of somebody who may read these files: not for
+            those in the tags of a run.
 
     Raises:
         InputError: There is none, or it does not validate; with the nearest name or the file's own error.
@@ -82,15 +90,23 @@ def find_recipe(catalog: Catalog, name_or_path: str, overrides: Iterable[str] = 
             f"no recipe is named {name_or_path!r}{_nearest(name_or_path, known)}; "
             f"known: {', '.join(known) or 'none'}"
         )
-    recipe = load_recipe(path, overrides=tuple(overrides))
+    recipe = load_recipe(path, overrides=tuple(overrides), read_schemas=read_schemas)
     _check_dataset(recipe, catalog, path)
     return recipe
 
 
 def load_recipe(
-    path: Path, overrides: tuple[str, ...] = (), folders: Sequence[Path] | None = None
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    folders: Sequence[Path] | None = None,
+    *,
+    read_schemas: bool = True,
 ) -> RecipeConfig:
     """One recipe file with what it extends and what overrides it.
+
+    Args:
+        read_schemas: Whether the files with the graders' JSON Schemas are read and checked too. Evaluation
+            does it in any case, but only after the training.
 
     Raises:
         InputError: With file, line, field and remedy.
@@ -98,7 +114,17 @@ def load_recipe(
     document = _extended(read_yaml(path), path, config_folders() if folders is None else folders, seen=())
     for option in overrides:
         document = overlay(document, parse_set(option))
-    return validate(RecipeConfig, document)
+    recipe = validate(RecipeConfig, document)
+    for index, grader in enumerate(recipe.evaluation.graders if read_schemas else ()):
+        if isinstance(grader, JsonSchemaGrader) and isinstance(grader.schema_, str):
+            try:
+                check_schema(read_schema(project_path(grader.schema_)))
+            except ValueError as error:
+                origin = document.origin(("evaluation", "graders", index, "schema"))
+                raise InputError(
+                    f"{origin}: evaluation.graders.{index}.schema: grader {grader.name}: {error}"
+                ) from error
+    return recipe
 
 
 def _extended(document: Document, path: Path, folders: Sequence[Path], seen: tuple[Path, ...]) -> Document:
@@ -138,7 +164,7 @@ def validate(model: type[M], document: Document) -> M:
 def _explain(model: type[BaseModel], document: Document, error: Any) -> str:
     loc: Loc = tuple(part for part in error["loc"] if not _is_tag(part, document, error["loc"]))
     origin: Origin = document.origin(loc)
-    name = ".".join(map(str, loc)) or model.__name__
+    name = ".".join(map(str, loc))[:300] or model.__name__
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, loc[:-1], document)
         return (
@@ -147,7 +173,7 @@ def _explain(model: type[BaseModel], document: Document, error: Any) -> str:
     if error["type"] == "missing":
         return f"{origin}: the key {name!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    given = f" (given: {error['input']!r})" if not isinstance(error["input"], (dict, list)) else ""
+    given = f" (given: {repr(error['input'])[:300]})" if not isinstance(error["input"], (dict, list)) else ""
     return f"{origin}: {name}: {message}{given}"
 
 

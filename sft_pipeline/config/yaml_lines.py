@@ -9,6 +9,7 @@ import yaml
 from sft_pipeline.errors import InputError
 
 Loc = tuple[str | int, ...]
+MOST_BYTES = 1_000_000  # of a file
 MOST_VALUES = 100_000  # of a file, its aliases written out: a few lines of them can stand for millions
 
 
@@ -46,7 +47,16 @@ def read_yaml(path: Path) -> Document:
             line.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot read {path}: it is not a file")
+        with path.open("rb") as stream:
+            found = stream.read(MOST_BYTES + 1)
+        if len(found) > MOST_BYTES:
+            raise InputError(
+                f"{path}: the file has more than {MOST_BYTES:,} bytes, which no configuration needs: rows "
+                "belong into a data file"
+            )
+        content = found.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     try:
@@ -59,7 +69,8 @@ def read_yaml(path: Path) -> Document:
             raise InputError(f"{path}:{line}: expected `key: value` lines, found a {kind}")
         if (count := _values(node, {})) > MOST_VALUES:
             raise InputError(
-                f"{path}: its aliases stand for {count:,} values; at most {MOST_VALUES:,} are read"
+                f"{path}: with what its aliases stand for, it has {count:,} values; at most "
+                f"{MOST_VALUES:,} are read"
             )
         origins: dict[Loc, Origin] = {(): Origin(str(path), 1)}
         _collect(node, (), str(path), origins)
@@ -69,8 +80,14 @@ def read_yaml(path: Path) -> Document:
         raise InputError(
             f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be read") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _values(node: yaml.Node, known: dict[int, int | None]) -> int:
@@ -137,8 +154,10 @@ def parse_set(option: str) -> Document:
         if node is not None and (count := _values(node, {})) > MOST_VALUES:
             raise ValueError(f"its aliases stand for {count:,} values; at most {MOST_VALUES:,} are read")
         value = yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"--set {option[:200]}: the value is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"--set {option[:200]}: the value is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--set {option[:200]}: the value is not valid YAML: {_one_line(error)}") from error
     # YAML 1.1 reads 1e-4 as text; people mean the number.
     if isinstance(value, str):
         try:

@@ -51,7 +51,7 @@ def snapshot_sensor(dataset: DatasetConfig, jobs: dict[str, Any]) -> dg.SensorDe
         from sft_pipeline.stages.raw_rows.locate import snapshots, source_digests
 
         try:
-            found = snapshots(dataset.sources)
+            found = snapshots(dataset.sources, context.log.warning)
         except InputError as error:
             context.update_cursor(context.cursor or NONE_YET)
             return dg.SkipReason(str(error))

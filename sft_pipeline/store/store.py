@@ -20,6 +20,7 @@ from sft_pipeline.project import sft_home
 from sft_pipeline.store import files
 from sft_pipeline.store.artifact import Artifact
 from sft_pipeline.store.manifest import MANIFEST_NAME, Manifest, data_version, list_files
+from sft_pipeline.store.partition_names import why_unusable
 
 
 class Store:
@@ -133,6 +134,8 @@ class Store:
     # -- refs ------------------------------------------------------------------------------------------------
 
     def _ref(self, asset: str, partition: str, run_id: str | None = None) -> Path:
+        if why := why_unusable(partition):  # Dagster takes any name that is typed into its UI
+            raise InputError(f"the partition {partition!r} {why}")
         base = self.refs / ".runs" / run_id if run_id else self.refs
         return base / asset / f"{partition}.json"
 

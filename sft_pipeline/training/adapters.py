@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sft_pipeline.bounded import matching
 from sft_pipeline.errors import InputError
 from sft_pipeline.training.config import ModelConfig
 
@@ -24,6 +25,10 @@ def add_adapter(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     settings = config.lora
     every = settings.target_modules == "all-linear"
+    if isinstance(settings.target_modules, str) and not every:
+        # PEFT matches the same names with `re`, which could not be stopped.
+        names = [name for name, _ in model.named_modules()]
+        matching("model.lora.target_modules", settings.target_modules, names, whole=True)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from sft_pipeline.bounded import compiled
 from sft_pipeline.config.base import Config
 
 
@@ -16,6 +17,13 @@ class LoraConfig(Config):
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_expression(cls, targets: str | list[str]) -> str | list[str]:
+        if isinstance(targets, str):
+            compiled(targets)
+        return targets
 
 
 class ModelConfig(Config):
@@ -39,6 +47,16 @@ class ModelConfig(Config):
         list[str], Field(description="full only: regular expressions of parameter names that are not trained")
     ] = []
     trust_remote_code: bool = False
+
+    @field_validator("freeze")
+    @classmethod
+    def _are_expressions(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                compiled(pattern)
+            except ValueError as error:
+                raise ValueError(f'"{pattern}" is {error}') from error
+        return patterns
 
 
 class EarlyStopping(Config):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_pipeline.bounded import matching
 from sft_pipeline.errors import InputError
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
@@ -121,8 +122,13 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _trainable(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> int:
     if model.parameterization == "full":
-        return sum(math.prod(s) for n, s in shapes.items() if not any(re.search(p, n) for p in model.freeze))
+        frozen = [matching("model.freeze", pattern, list(shapes)) for pattern in model.freeze]
+        return sum(math.prod(s) for n, s in shapes.items() if not any(n in names for names in frozen))
     targets = model.lora.target_modules
+    hits: set[str] = set()
+    if isinstance(targets, str) and targets != "all-linear":
+        modules = [name.removesuffix(".weight") for name in shapes]
+        hits = matching("model.lora.target_modules", targets, modules, whole=True)
     found = 0
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
@@ -131,7 +137,7 @@ def _trainable(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> int:
         if targets == "all-linear":
             hit = True
         elif isinstance(targets, str):
-            hit = re.fullmatch(targets, module) is not None
+            hit = module in hits
         else:
             hit = any(module == t or module.endswith("." + t) for t in targets)
         if hit:

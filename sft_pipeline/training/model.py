@@ -7,7 +7,6 @@ for is what runs: attention and precision are checked after loading, and reporte
 import importlib.util
 import json
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sft_pipeline.bounded import matching
 from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import ADAPTER_CONFIG
 from sft_pipeline.hub import clear_loading_errors
@@ -212,18 +212,16 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Stops training every parameter whose name one of the regular expressions finds.
 
     Raises:
-        InputError: A pattern matches nothing, or nothing is left to train.
+        InputError: A pattern matches nothing or does not finish, or nothing is left to train.
     """
     for pattern in patterns:
-        try:
-            matched = [(n, p) for n, p in model.named_parameters() if re.search(pattern, n)]
-        except re.error as error:
-            raise InputError(f'model.freeze "{pattern}": not a regular expression ({error})') from error
+        parameters = dict(model.named_parameters())
+        matched = matching("model.freeze", pattern, list(parameters))
         if not matched:
-            some = ", ".join(n for n, _ in list(model.named_parameters())[:5])
+            some = ", ".join(list(parameters)[:5])
             raise InputError(f'model.freeze "{pattern}" matches no parameter; names look like: {some}')
-        for _, parameter in matched:
-            parameter.requires_grad_(False)
+        for name in matched:
+            parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("model.freeze leaves nothing to train")
 

@@ -64,4 +64,4 @@ def test_a_reporter_that_is_not_installed_is_known_before_any_data_is_read(home:
     assert not (home / "objects").exists() or not list((home / "objects").iterdir())
     # Where nothing is trained nobody asks: such a recipe is shown, and its data is prepared, all the same.
     for stage in STAGES.values():
-        stage.config(find_branch("access_policy_lora", None, ["training.report_to=[wandb]"])[1])
+        stage.config(find_branch("access_policy_lora", None, ["training.report_to=[wandb]"], SILENT)[1])

@@ -153,7 +153,7 @@ def bomb(levels: int) -> str:
         (bomb(40), "its aliases stand for"),
         ("a: &a [*a]\n", "contains itself"),
         ("a: &a\n  b: *a\n", "contains itself"),
-        ("a: " + "[" * 5_000 + "]" * 5_000 + "\n", "not valid YAML"),
+        ("a: " + "[" * 5_000 + "]" * 5_000 + "\n", "nested too deeply"),
     ],
 )
 def test_a_yaml_bomb_is_one_message_in_bounded_time(tmp_path: Path, content: str, said: str) -> None:
@@ -162,9 +162,82 @@ def test_a_yaml_bomb_is_one_message_in_bounded_time(tmp_path: Path, content: str
     with pytest.raises(InputError, match=said):
         read_yaml(path)
     flow = content.removeprefix("a: ").strip()
-    if said == "not valid YAML":
+    if said == "nested too deeply":
         with pytest.raises(InputError, match=said):
             parse_set(f"training={flow}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: " + b"[" * 100_000, "nested too deeply"),
+        (b"a: " + b"{b: " * 100_000, "nested too deeply"),
+        (b"\n".join(b" " * n + b"a:" for n in range(1_200)), "nested too deeply"),
+        (b"a: [" + b"1, " * 33_000_000 + b"1]", "more than 1,000,000 bytes"),
+        (b"a: b\0c", "not valid YAML: unacceptable character"),
+        (b"\xff\xfe\xfa", "cannot read"),
+        (b"- a\n- b\n", "found a sequence"),
+        (b"hello", "found a scalar"),
+        (b"", "the file is empty"),
+        (b"a: " + b"9" * 5_000, "not valid YAML"),
+    ],
+    ids=range(10),
+)
+def test_a_file_that_is_no_configuration_is_one_message(folder: Path, content: bytes, said: str) -> None:
+    write(folder, "good")
+    for kind in ("recipes", "datasets"):
+        path = folder / kind / "bad.yaml"
+        path.write_bytes(content)
+        catalog = load_catalog()
+        assert said in catalog.problems[str(path)] and "\n" not in catalog.problems[str(path)]
+        assert len(catalog.problems[str(path)]) < 500
+        assert "good" in catalog.recipes
+
+
+def test_a_pipe_is_no_configuration(folder: Path) -> None:
+    os.mkfifo(folder / "recipes" / "pipe.yaml")
+    write(folder, "good")
+    catalog = load_catalog()
+    assert "not a file" in catalog.problems[str(folder / "recipes" / "pipe.yaml")]
+    assert "good" in catalog.recipes
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("evaluation: {graders: [{name: g, kind: regex, pattern: '('}]}\n", "grader g: not a regular"),
+        (
+            "evaluation: {graders: [{name: g, kind: json_schema, schema: {$ref: '#'}}]}\n",
+            "grader g: the schema refers to itself without end",
+        ),
+        (
+            "evaluation: {graders: [{name: g, kind: json_schema, schema: {$ref: 'https://e.com/s'}}]}\n",
+            "grader g: the schema refers to 'https://e.com/s'",
+        ),
+        (
+            "evaluation: {graders: [{name: g, kind: json_schema, schema: {format: hostname}}]}\n",
+            "grader g: the schema asks for the format 'hostname'",
+        ),
+        (
+            "evaluation: {graders: [{name: g, kind: json_schema, schema: /nowhere/s.json}]}\n",
+            "grader g: the schema file /nowhere/s.json cannot be read",
+        ),
+        ("model: {base: b, freeze: ['(']}\n", 'freeze: "(" is not a regular expression'),
+        ("model: {base: b, lora: {target_modules: '*'}}\n", "target_modules: not a regular expression"),
+        (f"training: {{epochs: {'x' * 100_000}}}\n", "training.epochs"),
+    ],
+)
+def test_patterns_and_schemas_are_checked_with_the_recipe(folder: Path, extra: str, words: str) -> None:
+    write(folder, "good")
+    bad = folder / "recipes" / "bad.yaml"
+    model = "" if extra.startswith("model") else "model: {base: b}\n"
+    bad.write_text(f"name: bad\ndataset: d\n{model}{extra}")
+    catalog = load_catalog()
+    assert words in catalog.problems[str(bad)] and catalog.problems[str(bad)].startswith(f"{bad}:")
+    assert len(catalog.problems[str(bad)]) < 1000
+    assert "good" in catalog.recipes
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        find_recipe(catalog, "bad")
 
 
 def test_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:

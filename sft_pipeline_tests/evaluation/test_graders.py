@@ -103,9 +103,8 @@ def test_a_bad_schema_file_is_named_with_its_grader(tmp_path, content, message):
 
 
 def test_a_reference_out_of_the_schema_is_an_error_and_no_download():
-    it = grader(kind="json_schema", schema={"$ref": "https://example.com/schema.json"})
     with pytest.raises(InputError, match=r"grader it.*example.com"):
-        score(it, "{}")
+        grader(kind="json_schema", schema={"$ref": "https://example.com/schema.json"})
 
 
 # -- json_fields

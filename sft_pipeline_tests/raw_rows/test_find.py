@@ -8,6 +8,7 @@ import fsspec
 import pytest
 from datasets import Dataset, DatasetDict
 
+from sft_pipeline import bounded
 from sft_pipeline.errors import InputError
 from sft_pipeline.stages.raw_rows.asset import STAGE
 from sft_pipeline.stages.raw_rows.config import RawSource
@@ -25,6 +26,30 @@ def find(path: Path | str) -> Found:
 
 def names(path: Path | str) -> list[str]:
     return [f.name for f in find(path).files]
+
+
+def test_a_glob_that_does_not_finish_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    put(tmp_path, "a" * 200 + ".jsonl", JSONL)
+    with pytest.raises(InputError, match=r"the pattern of a source's path .*did not finish"):
+        find(f"{tmp_path}/{'*a' * 20}*b.jsonl")
+
+
+def test_names_that_cannot_be_written_down_are_told(project: Path) -> None:
+    bad = ("z" * 250, os.fsdecode(b"\xff"), "a\nb", "\x1b[31mred", "a...b")
+    for name in ("2026-01", "[red]", "-x", "a b", "é", *bad):
+        put(project, f"s/{name}/rows.jsonl", JSONL)
+    config, told = dataset({"path": "s", "static": False}), []
+    assert snapshots(config.sources, told.append) == ["-x", "2026-01", "[red]", "a b", "é"]
+    assert len(told) == len(bad) and all(any(repr(name) in each for each in told) for name in bad)
+    for name in ("[red]", "-x"):
+        assert run(config, project / name, STAGE, name)["raw_rows"].artifact.manifest.accepted
+    for name in (*bad, "a/b", "..", "../s/2026-01"):
+        with pytest.raises(InputError, match=r"no snapshot .*: the name"):
+            run(config, project / "home", STAGE, name)
+    put(project, f"t/{os.fsdecode(bytes([0xFE]))}.jsonl", JSONL)
+    with pytest.raises(InputError, match=r"the name of the file '.*\\udcfe.jsonl' is not UTF-8"):
+        find("t")
 
 
 def test_a_folder_a_glob_and_a_url(tmp_path: Path) -> None:

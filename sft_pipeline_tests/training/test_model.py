@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sft_pipeline import bounded
 from sft_pipeline.errors import InputError
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 from sft_pipeline.training.memory import estimate, weight_shapes
@@ -74,7 +75,8 @@ def test_what_is_asked_for_is_what_runs(base):
         resolve_precision("fp16", CPU)
 
 
-def test_freezing_by_pattern_and_its_mistakes(base):
+def test_freezing_by_pattern_and_its_mistakes(base, monkeypatch):
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
     config = ModelConfig(base=str(base), parameterization="full", freeze=["embed_tokens", r"layers\.0\."])
     model, report = load_for_training(config, TrainingConfig())
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -83,10 +85,23 @@ def test_freezing_by_pattern_and_its_mistakes(base):
     for freeze, words in (
         (["nothing_like_it"], "matches no parameter"),
         (["("], "not a regular expression"),
+        ([r"^(\w+\.?)+$!"], r'model.freeze ".*" did not finish'),
         ([""], "leaves nothing to train"),
     ):
         with pytest.raises(InputError, match=words):
             load_for_training(config.model_copy(update={"freeze": freeze}), TrainingConfig())
+
+
+def test_target_modules_that_do_not_finish_are_named(base, monkeypatch):
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    for config in (
+        ModelConfig(base=str(base), lora={"target_modules": r"(\w+\.?)+!"}),
+        ModelConfig(base=str(base), parameterization="full", freeze=[r"^(\w+\.?)+$!"]),
+    ):
+        with pytest.raises(InputError, match=r'model\.(lora\.target_modules|freeze) ".*" did not finish'):
+            estimate(config, TrainingConfig(), tokens=64, gpu=False)
+        with pytest.raises(InputError, match=r'model\.(lora\.target_modules|freeze) ".*" did not finish'):
+            load_for_training(config, TrainingConfig())
 
 
 @pytest.mark.parametrize(

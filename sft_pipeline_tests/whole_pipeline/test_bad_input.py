@@ -42,6 +42,19 @@ def test_an_unknown_snapshot(branch: Callable[..., Path], tmp_path: Path) -> Non
     check_failure(*run(branch(), tmp_path, "--snapshot", "2027-01-01"), 2, "2027-01-01", SNAPSHOT)
 
 
+def test_names_of_snapshots_on_the_command_line(branch: Callable[..., Path], tmp_path: Path) -> None:
+    """What is no name is refused; a folder of a name that cannot be used is told, and the others work."""
+    folder = branch()
+    for name in ("[/red]", "2027\x1b[31m", "[bold]x"):
+        (folder / "rows" / name).mkdir(parents=True)
+    for name in ("a/b", "..", "", "\x1b[31mred", "[/red]", "z" * 300):
+        ran, home = run(folder, tmp_path, f"--snapshot={name}")
+        check_failure(ran, home, 2, "no snapshot")
+        assert "\x1b" not in ran.stderr and ran.stderr.count("sft:") == 1
+    ran, home = run(folder, tmp_path, "--snapshot", SNAPSHOT, until="raw_rows")
+    assert ran.code == 0 and "is left out" in ran.stderr and "\x1b" not in ran.stderr
+
+
 def test_an_empty_snapshot(branch: Callable[..., Path], tmp_path: Path) -> None:
     check_failure(*run(branch(b""), tmp_path), 2, "no rows", str(tmp_path / "rows"))
 

@@ -4,9 +4,11 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from sft_pipeline.bounded import compiled
 from sft_pipeline.config.base import Config
+from sft_pipeline.json_schemas import check_schema
 from sft_pipeline.training.config import ModelConfig
 
 SAMPLE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply", "expected", "finished")
@@ -107,6 +109,20 @@ class EvaluationConfig(Config):
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 32
     decoding: DecodingConfig = DecodingConfig()
+
+    @field_validator("graders")
+    @classmethod
+    def _usable(cls, graders: list[GraderConfig]) -> list[GraderConfig]:
+        """What a file has in it is checked where the recipe is loaded (`config/load.py`)."""
+        for grader in graders:
+            try:
+                if isinstance(grader, RegexGrader):
+                    compiled(grader.pattern)
+                elif isinstance(grader, JsonSchemaGrader) and not isinstance(grader.schema_, str):
+                    check_schema(grader.schema_)
+            except ValueError as error:
+                raise ValueError(f"grader {grader.name}: {error}") from error
+        return graders
 
     @model_validator(mode="after")
     def _names_known(self) -> "EvaluationConfig":

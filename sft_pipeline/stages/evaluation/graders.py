@@ -9,13 +9,14 @@ InputError naming the grader, and the row where there is one; it is never a sile
 import importlib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sft_pipeline.bounded import BoundedTask, OutOfBounds, compiled
 from sft_pipeline.errors import InputError
+from sft_pipeline.json_schemas import check_schema, read_schema
 from sft_pipeline.project import project_path, project_root
 from sft_pipeline.stages.evaluation.config import (
     ExactMatchGrader,
@@ -29,8 +30,7 @@ from sft_pipeline.stages.evaluation.config import (
 from sft_pipeline.stages.evaluation.numbers_in_text import first_number_after, last_number
 
 # The block that models write before an answer. One that is never closed is all thinking, and no answer.
-_THINKING = re.compile(r"\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
-_FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_THINKING, _ANSWER = "<think>", "</think>"
 
 Row = Mapping[str, Any]
 """What a Python grader is given of a row: row_id, group, prompt (text), completion (as expected)."""
@@ -58,11 +58,15 @@ class Grader:
         """The score of one reply.
 
         Raises:
-            InputError: A Python grader raised, or returned something that is not a finite number.
+            InputError: A Python grader raised, or returned something that is not a finite number; or a
+                pattern or a schema does not finish.
         """
-        if not self.thinking and not _THINKING.match(completion):
-            reply = _THINKING.sub("", reply, count=1)
-        return self.score(reply, completion, row) if reply.strip() else 0.0
+        if not self.thinking and not completion.lstrip().startswith(_THINKING):
+            reply = _without_thinking(reply)
+        try:
+            return self.score(reply, completion, row) if reply.strip() else 0.0
+        except OutOfBounds as error:
+            raise InputError(f"grader {self.name}, row {row.get('row_id')}: {error}") from error
 
 
 def make_graders(configs: Sequence[GraderConfig]) -> list[Grader]:
@@ -82,13 +86,18 @@ def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, s
 
     Raises:
         InputError: A grader can grade none of them, or asks for a field that none of them has: it does not
-            fit this dataset, and its scores would say nothing.
+            fit this dataset, and its scores would say nothing. Or a pattern does not finish.
     """
     counts = {}
     for grader in graders:
         usable, bad = [], []
         for row_id, completion in completions:
-            why = grader.expects(completion)
+            try:
+                why = grader.expects(completion)
+            except OutOfBounds as error:
+                raise InputError(
+                    f"grader {grader.name}, expected completion of row {row_id}: {error}"
+                ) from error
             if why is None:
                 usable.append(completion)
             else:
@@ -113,54 +122,31 @@ def check_expected(graders: Sequence[Grader], completions: Sequence[tuple[str, s
 
 
 def _json_schema(config: JsonSchemaGrader) -> Grader:
-    """JSON Schema, in the draft that the schema names (2020-12 by default); `format` is an annotation."""
-    import jsonschema
-    import referencing
-    import referencing.exceptions
-
-    schema = load_schema(config)
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    """JSON Schema, in the draft that the schema names (2020-12 by default); `format` is checked."""
     try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise InputError(
-            f"grader {config.name}: not a JSON Schema: {error.message} (at {error.json_path})"
-        ) from error
-    # An empty registry: a `$ref` to elsewhere is an error, never a download that the fingerprint does not
-    # cover.
-    validator = kind(schema, registry=referencing.Registry())
+        schema = config.schema_
+        if isinstance(schema, str):
+            schema = read_schema(project_path(schema))
+        check_schema(schema)
+    except ValueError as error:
+        raise InputError(f"grader {config.name}: {error}") from error
+    accepts = BoundedTask("valid_json", schema)
 
     def score(reply: str, _completion: str, _row: Row) -> float:
+        text = unfenced(reply) if config.fenced else reply
         try:
-            return float(validator.is_valid(parse_json(unfenced(reply) if config.fenced else reply)))
+            parse_json(text)
         except Unparsable:
             return 0.0
-        except referencing.exceptions.Unresolvable as error:
-            raise InputError(
-                f"grader {config.name}: the schema refers to {error.ref!r}, which is not inside it: "
-                "put it under $defs"
+        try:
+            return float(accepts([text])[0])
+        except OutOfBounds as error:
+            raise OutOfBounds(
+                f"checking the schema {error} on a reply of {len(text):,} characters: simplify its patterns, "
+                f"in which a repeated part is repeated again like (a+)+, and its anyOf and oneOf"
             ) from error
 
     return Grader(config.name, score)
-
-
-def load_schema(config: JsonSchemaGrader) -> Any:
-    """The schema of a grader: as written in the recipe, or read from the file it names.
-
-    Raises:
-        InputError: The file is missing or is not JSON.
-    """
-    if not isinstance(config.schema_, str):
-        return config.schema_
-    path = project_path(config.schema_)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"grader {config.name}: the schema file {path} cannot be read ({error.strerror})"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"grader {config.name}: the schema file {path} is not JSON: {error}") from error
 
 
 def _json_fields(config: JsonFieldsGrader) -> Grader:
@@ -197,18 +183,26 @@ def _exact_match(config: ExactMatchGrader) -> Grader:
 
 def _regex(config: RegexGrader) -> Grader:
     try:
-        pattern = re.compile(config.pattern)
-    except re.error as error:
-        raise InputError(f"grader {config.name}: not a regular expression: {error}") from error
+        groups = compiled(config.pattern).groups
+    except ValueError as error:
+        raise InputError(f"grader {config.name}: {error}") from error
     group = config.group
-    if group is None:
-        return Grader(config.name, lambda reply, _completion, _row: float(pattern.search(reply) is not None))
-    if not 0 <= group <= pattern.groups:
-        raise InputError(f"grader {config.name}: group {group} asked for, the pattern has {pattern.groups}")
+    if group is not None and not 0 <= group <= groups:
+        raise InputError(f"grader {config.name}: group {group} asked for, the pattern has {groups}")
+    search = BoundedTask("search", config.pattern, group or 0)
 
     def found(text: str) -> str | None:
-        match = pattern.search(text)
-        return match.group(group) if match else None
+        try:
+            match: str | None = search([text])[0]
+        except OutOfBounds as error:
+            raise OutOfBounds(
+                f"the pattern {config.pattern!r} {error} on a text of {len(text):,} characters: write it so "
+                "that no repeated part is repeated again, like a+ in (a+)+"
+            ) from error
+        return match
+
+    if group is None:
+        return Grader(config.name, lambda reply, _completion, _row: float(found(reply) is not None))
 
     def score(reply: str, completion: str, _row: Row) -> float:
         got = found(reply)
@@ -312,8 +306,15 @@ def _no_constant(name: str) -> Any:
 
 def unfenced(text: str) -> str:
     """What stands inside a Markdown code fence where the whole text is one; else the text."""
-    match = _FENCE.fullmatch(text)
-    return match.group(1) if match else text
+    head, newline, rest = text.strip().partition("\n")
+    if not newline or head.rstrip(" \t") not in ("```", "```json") or not rest.endswith("```"):
+        return text
+    return rest.removesuffix("```").rstrip(" \t").removesuffix("\n")
+
+
+def _without_thinking(reply: str) -> str:
+    before, found, rest = reply.partition(_THINKING)
+    return before.rstrip() + rest.partition(_ANSWER)[2].lstrip() if found else reply
 
 
 def parse_json(text: str) -> Any:

@@ -17,10 +17,12 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
+from sft_pipeline.bounded import matching
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.config import RawSource
 from sft_pipeline.stages.raw_rows.streams import FORMATS, SUPPORTED, SourceFile
+from sft_pipeline.store.partition_names import why_unwritable
 
 HIDDEN = "hidden: the name begins with a dot"
 STATE, INFO = "state.json", "dataset_info.json"
@@ -80,6 +82,8 @@ def find_files(source: RawSource, snapshot: str) -> Found:
     for each, problem in sorted(paths):
         name = each.removeprefix(root).lstrip("/")
         given_name = f"{given_root}/{name}" if given_root else name
+        if why := why_unwritable(given_name):
+            raise InputError(f"the name of the file {given_name!r} {why}: rename it")
         rule = problem if problem == HIDDEN else why_not_data(name)
         if rule:
             found.not_data[given_name] = rule
@@ -193,10 +197,13 @@ def _glob(fs: Any, root: str, pattern: str) -> Iterable[tuple[str, str]]:
         return [(path, "") for path in fs.glob(pattern) if fs.isfile(path)]
     from fsspec.utils import glob_translate
 
-    matches = re.compile(glob_translate(pattern)).match
     depth = None if "**" in pattern else pattern.removeprefix(root).strip("/").count("/") + 1
     around = frozenset({os.path.realpath(root)})
-    return [(path, problem) for path, problem in _walk_here(root, around, depth) if matches(path)]
+    found = list(_walk_here(root, around, depth))
+    matched = matching(
+        "the pattern of a source's path", glob_translate(pattern), [path for path, _ in found], whole=True
+    )
+    return [(path, problem) for path, problem in found if path in matched]
 
 
 def resolve(path: str) -> tuple[Any, str]:

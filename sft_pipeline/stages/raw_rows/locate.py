@@ -6,7 +6,7 @@ A branch or tag is resolved to its commit when the fingerprint is taken.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -18,14 +18,20 @@ from sft_pipeline.project import project_path
 from sft_pipeline.stages.raw_rows.config import RawSource
 from sft_pipeline.stages.raw_rows.find import find_files, subfolders
 from sft_pipeline.store.files import sha256_json
+from sft_pipeline.store.partition_names import why_unusable
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def snapshots(sources: Sequence[RawSource]) -> list[str]:
+def snapshots(
+    sources: Sequence[RawSource], refused: Callable[[str], None] = lambda message: None
+) -> list[str]:
     """The names of a dataset's snapshots, sorted: subfolders that every non-static source has.
 
     A dataset of static sources has the one snapshot `static-<digest12>`, named after its content.
+
+    Args:
+        refused: Told of each folder whose name no snapshot can have. It is left out, so that the others work.
 
     Raises:
         InputError: A source's folder does not exist.
@@ -33,7 +39,13 @@ def snapshots(sources: Sequence[RawSource]) -> list[str]:
     moving = [s for s in sources if not _is_static(s)]
     if not moving:
         return [f"static-{sha256_json(sorted(_digests(sources, '').values()))[:12]}"]
-    return sorted(set.intersection(*(subfolders(s.path) for s in moving)))
+    names = sorted(set.intersection(*(subfolders(s.path) for s in moving)))
+    problems = {name: why for name in names if (why := why_unusable(name))}
+    for name, why in problems.items():
+        refused(
+            f"{moving[0].path.rstrip('/')}: the folder {name!r} is left out, since its name {why}: rename it"
+        )
+    return [name for name in names if name not in problems]
 
 
 def source_digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
@@ -53,6 +65,8 @@ def check_snapshot(sources: Sequence[RawSource], snapshot: str) -> None:
     """Raises:
     InputError: There is no such snapshot; the message names the newest ones.
     """
+    if why := why_unusable(snapshot):
+        raise InputError(f"no snapshot {snapshot!r}: the name {why}")
     known = snapshots(sources)
     if snapshot in known:
         return
