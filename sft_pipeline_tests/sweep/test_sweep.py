@@ -1,5 +1,6 @@
 """A real sweep on a small dataset: interrupted, resumed, with a trial that diverges."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.launch.launcher import run_isolated
@@ -80,7 +82,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @contextmanager
 def plan(*options: str, updates: int | None = None, report: Reporter | None = None) -> Iterator[SweepPlan]:
     grid = parse_grid(options)
-    catalog, branch = find_branch("small_lora", None, grid.common)
+    catalog, branch = find_branch("small_lora", None, grid.common, Console(file=io.StringIO()))
     with planned(catalog, branch, "small_lora", grid, updates, Store(), report or Reporter()) as found:
         yield found
 
