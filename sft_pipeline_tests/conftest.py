@@ -19,6 +19,7 @@ from sft_pipeline_tests.command import OF_THE_CALLER, ROOT
 COSTLY_FIRST = (
     "whole_pipeline/test_branch.py",
     "trained_checkpoints/test_training.py",
+    "whole_pipeline/test_model_families.py",
     "whole_pipeline/test_gsm8k.py",
     "whole_pipeline/test_kills.py",
     "training/test_loss.py",
