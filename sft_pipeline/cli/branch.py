@@ -39,7 +39,7 @@ def find_branch(
             + "".join(f". {message}" for message in refused)
         )
     for message in refused:
-        console.print(message, style="yellow", markup=False)
+        console.print(message, style="yellow")
     if snapshot is not None and snapshot not in known:
         raise InputError(
             f"dataset {dataset.name} has no snapshot {snapshot!r}; it has {', '.join(known[-5:])}"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch, prepared
@@ -136,7 +135,7 @@ def show_check(result: dict[str, Any], console: Console) -> None:
     else:
         origin = ", as given by training.blocks_per_update"
     stops = f" of {budget['updates']:,} planned" if schedule["updates"] < budget["updates"] else ""
-    title = escape(f"{result['recipe']} on {result['dataset']} {result['snapshot']}")
+    title = f"{result['recipe']} on {result['dataset']} {result['snapshot']}"
     table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -165,7 +164,7 @@ def show_check(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(_per_update(budget))
     for problem in result["problems"]:
-        console.print(f"✘ {problem}", style="red", markup=False, soft_wrap=True)
+        console.print(f"✘ {problem}", style="red", soft_wrap=True)
     if result["valid"]:
         console.print("valid: everything fits", style="green")
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -15,10 +14,16 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from sft_pipeline.reporting import Reporter
 
-MARKS = {"built": "[green]✔[/]", "cached": "[cyan]=[/]", "not accepted": "[red]✘[/]", "failed": "[red]✘[/]"}
+MARKS = {
+    "built": ("✔", "green"),
+    "cached": ("=", "cyan"),
+    "not accepted": ("✘", "red"),
+    "failed": ("✘", "red"),
+}
 
 LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -26,6 +31,20 @@ LEVELS = "▁▂▃▄▅▆▇█"
 def printable(text: str) -> str:
     """A message without what a terminal would obey: names of files may hold control characters."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+class Terminal(Console):
+    """A console that prints texts as they are: no markup in them, and nothing that a terminal would obey.
+
+    What a name of a file, a snapshot or a message holds, such as "[/red]", can neither break a line nor forge
+    one. Styles are given as `style=` or as `Text`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -42,9 +61,9 @@ class ConsoleReporter(Reporter):
         self._every = every_seconds
         self._live = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[amount]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -71,12 +90,13 @@ class ConsoleReporter(Reporter):
             return
         seconds = time.monotonic() - self._started.get(asset, time.monotonic())
         self._clear()
-        self._console.print(f"{MARKS[state]} {escape(asset)} [dim]{state}, {seconds:.1f} s[/]")
+        took = (f"{state}, {seconds:.1f} s", "dim")
+        self._console.print(Text.assemble(MARKS[state], f" {printable(asset)} ", took))
 
     def log(self, message: str, level: str = "info") -> None:
         style = {"warning": "yellow", "error": "red", "debug": "dim"}.get(level, "")
         if level != "debug":
-            self._console.print(f"  {printable(message)}", style=style, markup=False)
+            self._console.print(f"  {message}", style=style)
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
         amount = f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"
@@ -87,16 +107,16 @@ class ConsoleReporter(Reporter):
             time.monotonic() - self._last.setdefault(name, time.monotonic()) > self._every
         ):
             self._last[name] = time.monotonic()
-            self._console.print(f"  {name}: {amount}", markup=False)
+            self._console.print(f"  {name}: {amount}")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self._latest.update(values)
         if "val_loss" in values:
-            self._console.print(f"  update {step}: validation loss {values['val_loss']:.4f}", markup=False)
+            self._console.print(f"  update {step}: validation loss {values['val_loss']:.4f}")
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         if rows:
-            self._console.print(f"  sample: {rows[0].get('reply', '')!s:.150}", style="dim", markup=False)
+            self._console.print(f"  sample: {rows[0].get('reply', '')!s:.150}", style="dim")
 
     def _task(self, name: str, total: float | None) -> TaskID:
         if name not in self._tasks:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sft_pipeline.cli.console import printable
+from sft_pipeline.cli.console import Terminal
 from sft_pipeline.errors import Interrupted, SftError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 INTERRUPTED_BY_KEYBOARD = 130  # what the command-line library makes of a KeyboardInterrupt
 PIPE_WIDTH = 200  # columns where nobody's terminal says how many there are
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Terminal(stderr=True, highlight=False, soft_wrap=True)
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of its file")]
 Snapshot = Annotated[str | None, typer.Option(help="snapshot of the dataset; the newest by default")]
@@ -47,7 +47,7 @@ def run(
     result = run_recipe(recipe, snapshot=snapshot, until=until, overrides=overrides or [], console=err)
     if as_json:
         if result.error:
-            err.print(f"sft: {printable(result.error)}", markup=False)
+            err.print(f"sft: {result.error}")
         print_json(result.to_json())
     else:
         result.show(_out())
@@ -94,7 +94,7 @@ def sweep(
     result = sweep_recipe(recipe, options=overrides or [], snapshot=snapshot, updates=updates, console=err)
     if as_json:
         if result.error:
-            err.print(f"sft: {printable(result.error)}", markup=False)
+            err.print(f"sft: {result.error}")
         print_json(result.to_json())
     else:
         show_sweep(result, _out())
@@ -190,7 +190,7 @@ def ui(
 
 
 def _out() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return Terminal(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def print_json(value: Any) -> None:
@@ -228,9 +228,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(message: str, code: int, wants_json: bool) -> None:
-    # With markup, what stands in brackets in a message would be read as a style.
-    err.print("[bold red]sft:[/]", end=" ")
-    err.print(printable(message), markup=False)
+    err.print("sft:", style="bold red", end=" ")
+    err.print(message)
     if wants_json:
         status = {3: "blocked", 4: "interrupted"}.get(code, "failed")
         print_json({"status": status, "error": message, "valid": False})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
-from sft_pipeline.cli.console import ConsoleReporter, printable
+from sft_pipeline.cli.console import ConsoleReporter
 from sft_pipeline.config.load import Catalog
 from sft_pipeline.errors import BlockedError, InputError, Interrupted
 from sft_pipeline.stages.graph import STAGES
@@ -74,14 +74,14 @@ class RunResult:
             console.print(table)
         console.print(f"status: {self.status}")
         if self.error:
-            console.print(printable(self.error), style="red", markup=False, soft_wrap=True)
+            console.print(self.error, style="red", soft_wrap=True)
         if export := self.exported_model:
             for line in (
                 f"exported model: {export}",
                 f"  its card:     {export / 'README.md'}",
                 f"  its lineage:  sft lineage {export} --verify",
             ):
-                console.print(line, soft_wrap=True, markup=False)
+                console.print(line, soft_wrap=True)
         console.print("look at it: sft ui (Dagster and MLflow)")
 
 

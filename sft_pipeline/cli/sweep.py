@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
@@ -51,7 +50,7 @@ def show_plan(plan: SweepPlan, console: Console) -> None:
     recipe, budget = plan.branch.require_recipe(), plan.budget
     names = short_names(list(plan.trials[0].values))
     title = f"sweep {plan.name} on {plan.branch.dataset.name} {plan.branch.snapshot}"
-    table = Table(title=escape(title))
+    table = Table(title=title)
     for column in ("trial", *names.values(), "updates", "supervised tokens"):
         table.add_column(column, justify="right")
     for trial in plan.trials:
@@ -64,7 +63,7 @@ def show_plan(plan: SweepPlan, console: Console) -> None:
     console.print(table)
     for trial in plan.trials:
         if trial.blocked:
-            console.print(f"trial {trial.number} is blocked: {trial.blocked}", markup=False, soft_wrap=True)
+            console.print(f"trial {trial.number} is blocked: {trial.blocked}", soft_wrap=True)
     seconds = plan.seconds()
     time = (
         "the time is measured as it goes"
@@ -81,7 +80,7 @@ def show_plan(plan: SweepPlan, console: Console) -> None:
         f"judged on the validation split: the loss of all rows, replies to {rows} of them at most; "
         "the test split is not read",
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def show_sweep(sweep: Sweep, console: Console) -> None:
@@ -120,8 +119,8 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
     _show_best(sweep, console)
     console.print(f"status: {sweep.status}")
     if sweep.error:
-        console.print(sweep.error, style="red", markup=False, soft_wrap=True)
-    console.print(f"plots and table: {sweep.folder}", markup=False, soft_wrap=True)
+        console.print(sweep.error, style="red", soft_wrap=True)
+    console.print(f"plots and table: {sweep.folder}", soft_wrap=True)
     console.print("curves side by side: sft ui (MLflow, the sweep's run and those nested below it)")
 
 
@@ -136,7 +135,7 @@ def _show_best(sweep: Sweep, console: Console) -> None:
         else "no trial passes the gates within this budget; the best of them:"
     )
     for line in recipe_lines(best.trial.values):
-        console.print(f"  {line}", markup=False, style="green", soft_wrap=True)
+        console.print(f"  {line}", style="green", soft_wrap=True)
 
 
 def _spent(result: TrialResult, plan: SweepPlan) -> tuple[str, str, str]:

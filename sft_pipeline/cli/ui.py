@@ -33,7 +33,7 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
     )
     with dg.DagsterInstance.get() as instance:
         for message in reap_dead_runs(instance):
-            console.print(message, markup=False)
+            console.print(message)
     workspace = str(project_root() / "workspace.yaml")
     guarded = [sys.executable, "-m", "sft_pipeline.orchestration.webserver"]
     servers = {

@@ -37,7 +37,12 @@ def print_chain(chain: Chain, console: Console) -> None:
         else "source files: not recorded in a manifest that could be found"
     )
     for name, digest in sources.items():
-        console.print(f"  {digest[:64]}  {name}", highlight=False, soft_wrap=True)
+        console.print(f"  {digest[:64]}  {_one_line(name)}", highlight=False, soft_wrap=True)
+
+
+def _one_line(text: object) -> str:
+    """A name of a file may hold line breaks, and would be read as a line of its own."""
+    return str(text).replace("\n", "\\n")
 
 
 def _rows(counts: dict[str, int]) -> str:
@@ -47,12 +52,12 @@ def _rows(counts: dict[str, int]) -> str:
 def print_verification(found: Verification, console: Console) -> None:
     """Verified or not, every finding, and what could not be reached."""
     for finding in found.findings:
-        console.print(f"[red]wrong[/red]  {finding}", highlight=False, soft_wrap=True)
+        console.print(f"wrong        {_one_line(finding)}", style="red", highlight=False, soft_wrap=True)
     for line in found.unreachable:
-        console.print(f"[yellow]unreachable[/yellow]  {line}", highlight=False, soft_wrap=True)
-    result = "[green]verified[/green]" if found.verified else "[red]not verified[/red]"
+        console.print(f"unreachable  {_one_line(line)}", style="yellow", highlight=False, soft_wrap=True)
+    result, style = ("verified", "green") if found.verified else ("not verified", "red")
     rest = f"; {len(found.unreachable)} recorded things could not be reached" if found.unreachable else ""
-    console.print(f"{result}: {found.files} files, {found.bytes / 1e6:.1f} MB hashed{rest}")
+    console.print(f"{result}: {found.files} files, {found.bytes / 1e6:.1f} MB hashed{rest}", style=style)
 
 
 def print_trace(found: Trace, console: Console) -> None:
@@ -80,7 +85,8 @@ def print_trace(found: Trace, console: Console) -> None:
         )
     for m in found.models:
         console.print(
-            f"[bold]{m['asset']}[/bold] {m['partition']} was trained on it: {m['path']}",
+            f"{m['asset']} {m['partition']} was trained on it: {m['path']}",
+            style="bold",
             highlight=False,
             soft_wrap=True,
         )
