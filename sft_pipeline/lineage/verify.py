@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.lineage.walk import Chain, Node, artifact_root, copied_manifests, walk
+from sft_pipeline.lineage.consistency import all_parts, count_problems, entry_problems, manifest_problems
+from sft_pipeline.lineage.copies import copy_problems
+from sft_pipeline.lineage.walk import Chain, Node, artifact_root, walk
 from sft_pipeline.project import project_path
 from sft_pipeline.reporting import Reporter
-from sft_pipeline.store import Manifest, Store
+from sft_pipeline.store import Store
 from sft_pipeline.store.files import sha256_file, sha256_json
-from sft_pipeline.store.manifest import MANIFEST_NAME, data_version
-
-# What the copy of a manifest in an export must have in common with the one in the store.
-COPIED = ("asset", "partition", "data_version", "code_version", "created_at", "accepted", "files", "inputs")
+from sft_pipeline.store.manifest import MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,11 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
     by_fingerprint = {n.fingerprint: n for n in chain.nodes}
     for node in chain.nodes:
         _verify_node(node, work)
-        _verify_inputs(node, by_fingerprint, work)
-    _verify_copies(chain, work)
+        _verify_inputs(node, by_fingerprint, store, work)
+    damaged = {finding.file for finding in work.findings}
+    for path, problem in copy_problems(chain):
+        if str(path) not in damaged:
+            work.wrong(path, problem)
     _verify_outside(chain, work)
     findings = tuple(dict.fromkeys(work.findings))
     return Verification(
@@ -119,10 +121,7 @@ def _verify_node(node: Node, work: _Work) -> None:
         work.wrong(node.problem.split(": ", 1)[0], "the manifest cannot be read")
     if node.manifest is None or node.manifest_path is None:
         if not node.problem:
-            work.unreachable.append(
-                f"{node.asset} {node.partition} ({node.fingerprint[:12]}): "
-                "neither in the store nor in the export's lineage"
-            )
+            work.unreachable.append(f"{_name(node)}: neither in the store nor in the export's lineage")
         return
     if node.manifest.fingerprint != node.fingerprint or node.manifest.asset != node.asset:
         work.wrong(
@@ -130,12 +129,22 @@ def _verify_node(node: Node, work: _Work) -> None:
             f"it is the manifest of {node.manifest.asset} ({node.manifest.fingerprint[:12]}), "
             f"not of {node.asset} ({node.fingerprint[:12]})",
         )
-    if data_version(node.manifest.files) != node.manifest.data_version:
-        work.wrong(node.manifest_path, "its data version is not that of the files it lists")
+    written = json.loads(node.manifest_path.read_bytes())
+    for problem in manifest_problems(node.manifest, written):
+        work.wrong(node.manifest_path, problem)
+    if not all_parts(node.manifest, written) and node.path is None:
+        work.unreachable.append(
+            f"{_name(node)}: the copy of its manifest leaves out folders of the machine it was made on; its "
+            "fingerprint was not computed again"
+        )
+    elif "identity" not in node.manifest.model_fields_set:
+        work.unreachable.append(
+            f"{_name(node)}: made by an earlier version, which did not record all parts of the fingerprint; "
+            "it was not computed again"
+        )
     if node.path is None:
         work.unreachable.append(
-            f"{node.asset} {node.partition} ({node.fingerprint[:12]}): "
-            "its files are not in the store; only its manifest was checked"
+            f"{_name(node)}: its files are not in the store; only its manifest was checked"
         )
         return
     _verify_seal(node.manifest_path, work)
@@ -147,9 +156,20 @@ def _verify_node(node: Node, work: _Work) -> None:
             work.wrong(path, "missing")
         elif work.sha256(path) != entry.sha256:
             work.wrong(path, f"its SHA-256 differs from the one in the manifest of {node.asset}")
+        elif path.stat().st_size != entry.bytes:
+            size = path.stat().st_size
+            work.wrong(
+                node.manifest_path, f"it gives {entry.path} {entry.bytes:,} bytes, the file has {size:,}"
+            )
+    for problem in count_problems(node.manifest, node.path):
+        work.wrong(node.manifest_path, problem)
     for path in sorted(node.path.rglob("*")):
         if path.is_file() and path.relative_to(node.path).as_posix() not in known:
             work.wrong(path, f"not a file of {node.asset}: the manifest does not list it")
+
+
+def _name(node: Node) -> str:
+    return f"{node.asset} {node.partition} ({node.fingerprint[:12]})"
 
 
 def _verify_seal(path: Path, work: _Work) -> None:
@@ -165,40 +185,25 @@ def _verify_seal(path: Path, work: _Work) -> None:
         work.wrong(path, "the manifest was changed: it is not laid out as it was written")
 
 
-def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], work: _Work) -> None:
+def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], store: Store, work: _Work) -> None:
     """What a consumer recorded of its inputs is what the inputs say of themselves."""
     if node.manifest is None:
         return
     for name, entry in node.manifest.inputs.items():
         upstream = by_fingerprint.get(entry.fingerprint)
-        if upstream is None or upstream.manifest is None:
-            continue
-        if upstream.manifest.data_version != entry.data_version:
-            work.wrong(
-                upstream.manifest_path or upstream.asset,
-                f"{node.asset} was made from {name} with the data version {entry.data_version[:12]}, "
-                f"this one has {upstream.manifest.data_version[:12]}",
-            )
-        if not upstream.manifest.accepted:
-            work.wrong(
-                upstream.manifest_path or upstream.asset,
-                f"{upstream.asset} is not accepted, but {node.asset} was made from it",
-            )
-
-
-def _verify_copies(chain: Chain, work: _Work) -> None:
-    """The manifests that an export carries are those of the store."""
-    copies = copied_manifests(chain.root)
-    for node in chain.nodes:
-        copy = copies.get(node.fingerprint)
-        if copy is None or node.manifest is None or node.path is None or node.path == chain.root:
-            continue
-        carried = Manifest.read(copy)
-        differing = [n for n in COPIED if getattr(carried, n) != getattr(node.manifest, n)]
-        if differing:
-            work.wrong(
-                node.manifest_path or copy, f"differs from the copy in {copy} in {', '.join(differing)}"
-            )
+        if upstream is not None and upstream.manifest is not None:
+            for problem in entry_problems(node.manifest, name, entry, upstream.manifest):
+                work.wrong(upstream.manifest_path or upstream.asset, problem)
+    for entry in node.manifest.reused_from:
+        earlier = store.get(entry.fingerprint)
+        if earlier is None:
+            continue  # rows that were taken over are in the artifact itself
+        try:
+            problems = list(entry_problems(node.manifest, "rows of an earlier one", entry, earlier.manifest))
+        except InputError:
+            problems = ["the manifest cannot be read"]
+        for problem in problems:
+            work.wrong(earlier.path / MANIFEST_NAME, problem)
 
 
 # -- what lies outside the store -------------------------------------------------------------------
@@ -206,10 +211,17 @@ def _verify_copies(chain: Chain, work: _Work) -> None:
 
 def _verify_outside(chain: Chain, work: _Work) -> None:
     """Sources, base model, tokenizer, schemas and graders, where they are still at their recorded places."""
+    recorded: dict[str, tuple[str, str]] = {}
     for node in chain.nodes:
         if node.manifest is None:
             continue
         for name, digest in node.manifest.outside.items():
+            by, first = recorded.setdefault(name, (node.asset, digest))
+            if first != digest:
+                work.wrong(
+                    node.manifest_path or name,
+                    f"{node.asset} recorded the SHA-256 {digest[:12]} of {name}, {by} recorded {first[:12]}",
+                )
             if digest.startswith("hub:"):
                 work.unreachable.append(f"{name} (read by {node.asset}): on the hub at a pinned revision")
                 continue

@@ -12,7 +12,8 @@ from sft_pipeline.stages.environment import environment, package_version
 from sft_pipeline.stages.report import REPORT, failed_blocking, write_report
 from sft_pipeline.stages.stage import Branch, Build, Built, Evidence, Stage
 from sft_pipeline.store import Artifact, InputEntry, Store
-from sft_pipeline.store.files import clear_disk_errors, sha256_json
+from sft_pipeline.store.files import clear_disk_errors
+from sft_pipeline.store.manifest import fingerprint_of_parts
 
 MOST_EARLIER = 3  # artifacts that a stage may take rows over from
 
@@ -216,20 +217,24 @@ def resolve_inputs(stage: Stage, stages: Mapping[str, Stage], branch: Branch, ru
 def fingerprint_of(
     stage: Stage, branch: Branch, inputs: Mapping[str, Artifact]
 ) -> tuple[str, dict[str, Any]]:
-    """The fingerprint of what the stage would build, and the parts it is made of, with the whole config."""
+    """The fingerprint of what the stage would build, and the fields of the manifest that it follows from."""
     config = stage.config(branch)
     parts: dict[str, Any] = {
         "asset": stage.asset(branch),
         "partition": branch.snapshot,
         "code_version": code_version(stage.code_package),
-        "config": config.model_dump(mode="json", by_alias=True),
-        "inputs": {name: artifact.manifest.data_version for name, artifact in inputs.items()},
         "outside": stage.outside(branch),
         "packages": {name: package_version(name) for name in stage.packages},
-        # Which checks block decides what is accepted. The module that declares them is in no code version.
-        "blocking": sorted(c.name for c in stage.checks if c.blocking),
     }
-    return sha256_json(parts | {"config": config.identity()}), parts
+    whole, identity = config.model_dump(mode="json", by_alias=True), config.identity()
+    fingerprint = fingerprint_of_parts(
+        **parts,
+        identity=identity,
+        inputs={name: artifact.manifest.data_version for name, artifact in inputs.items()},
+        # Which checks block decides what is accepted. The module that declares them is in no code version.
+        blocking=[c.name for c in stage.checks if c.blocking],
+    )
+    return fingerprint, {**parts, "config": whole, "identity": identity if identity != whole else None}
 
 
 def _reusable(stage: Stage, store: Store, fingerprint: str) -> Artifact | None:
@@ -290,7 +295,7 @@ def _commit(
         build.out,
         volatile=(*built.volatile, REPORT),
         fields={
-            **{k: parts[k] for k in ("asset", "partition", "code_version", "config", "outside", "packages")},
+            **parts,
             "inputs": inputs.entries(),
             "reused_from": [artifact.as_input("rows") for artifact in built.reused_from],
             "accepted": all(c["passed"] for c in checks if c["blocking"]),

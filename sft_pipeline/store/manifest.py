@@ -1,9 +1,11 @@
 """manifest.json: what an artifact is, what it was made from, and the hash of every file in it."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.store.files import sha256_file, sha256_json
@@ -37,6 +39,17 @@ class InputEntry(_Entry):
     role: str = "data"
 
 
+class CheckRecord(TypedDict):
+    """The outcome of one check."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    name: str
+    blocking: bool
+    passed: bool
+    description: str
+
+
 class Manifest(_Entry):
     """The manifest of one artifact.
 
@@ -60,6 +73,7 @@ class Manifest(_Entry):
         outside: {what: SHA-256} of files read from outside the store.
         checks: name, blocking, passed and description of each.
         packages: The versions that are part of the fingerprint.
+        identity: What of the configuration is part of the fingerprint, where that is not all of it.
     """
 
     format: int = FORMAT
@@ -79,8 +93,9 @@ class Manifest(_Entry):
     created_at: str
     reused_from: list[InputEntry] = Field(default_factory=list)
     outside: dict[str, str] = Field(default_factory=dict)
-    checks: list[dict[str, Any]] = Field(default_factory=list)
+    checks: list[CheckRecord] = Field(default_factory=list)
     packages: dict[str, str | None] = Field(default_factory=dict)
+    identity: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -102,11 +117,61 @@ class Manifest(_Entry):
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written, with `manifest_sha256` over the rest, so that a change is found."""
-        data = self.model_dump(mode="json", exclude={"manifest_sha256"})
+        # A manifest of an earlier version lacks the identity, and is written again as it was.
+        absent = {"identity"} - self.model_fields_set
+        data = self.model_dump(mode="json", exclude={"manifest_sha256"} | absent)
         for entry in data["files"]:
             if not entry["volatile"]:
                 del entry["volatile"]
         return {**data, "manifest_sha256": sha256_json(data)}
+
+
+def fingerprint_of_parts(
+    *,
+    asset: str,
+    partition: str,
+    code_version: str,
+    identity: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    outside: Mapping[str, str],
+    packages: Mapping[str, str | None],
+    blocking: Iterable[str],
+) -> str:
+    """SHA-256 over everything that decides what an artifact holds.
+
+    Args:
+        identity: What of the stage's configuration decides the result.
+        inputs: {stage name: data version} of the artifacts that are read.
+        outside: {what: SHA-256} of the files read from outside the store.
+        packages: {distribution: version} of those that shape the output.
+        blocking: The names of the checks that decide whether the artifact is accepted.
+    """
+    return sha256_json(
+        {
+            "asset": asset,
+            "partition": partition,
+            "code_version": code_version,
+            "config": dict(identity),
+            "inputs": dict(inputs),
+            "outside": dict(outside),
+            "packages": dict(packages),
+            "blocking": sorted(blocking),
+        }
+    )
+
+
+def recorded_fingerprint(manifest: Manifest) -> str:
+    """The fingerprint that follows from the parts that a manifest records."""
+    return fingerprint_of_parts(
+        asset=manifest.asset,
+        partition=manifest.partition,
+        code_version=manifest.code_version,
+        identity=manifest.config if manifest.identity is None else manifest.identity,
+        inputs={n: entry.data_version for n, entry in manifest.inputs.items() if entry.role == "data"},
+        outside=manifest.outside,
+        packages=manifest.packages,
+        blocking=[check["name"] for check in manifest.checks if check["blocking"]],
+    )
 
 
 def list_files(folder: Path, volatile: tuple[str, ...] = ()) -> list[FileEntry]:

@@ -14,6 +14,7 @@ from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline.stages.tokenized_rows.config import TokenizedRowsConfig
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import sha256_file, sha256_json
+from sft_pipeline.store.manifest import fingerprint_of_parts
 from sft_pipeline.tables.parquet import FileWriter, PartWriter
 from sft_pipeline.tables.schemas import REJECTS, ROWS, content_key
 from sft_pipeline.training.config import ModelConfig
@@ -147,8 +148,18 @@ class World:
         """Commits a folder as an artifact, as the engine does."""
         inputs = inputs or {}
         built = built or Built(counts={})
-        fingerprint = sha256_json(
-            [name, owner, config, {k: v.manifest.data_version for k, v in inputs.items()}, outside]
+        parts: dict[str, Any] = {
+            "asset": f"{owner}/{name}",
+            "partition": SNAPSHOT,
+            "code_version": "c0de",
+            "outside": outside or {},
+            "packages": {},
+        }
+        fingerprint = fingerprint_of_parts(
+            **parts,
+            identity=config or {},
+            inputs={k: v.manifest.data_version for k, v in inputs.items()},
+            blocking=["blocks"],
         )
         with self.store.building(fingerprint) as staging:
             for path in sorted(out.iterdir()):
@@ -157,15 +168,15 @@ class World:
                 staging,
                 volatile=built.volatile,
                 fields={
-                    "asset": f"{owner}/{name}",
-                    "partition": SNAPSHOT,
-                    "code_version": "c0de",
+                    **parts,
                     "config": config or {},
-                    "outside": outside or {},
+                    "identity": None,
                     "inputs": {k: InputEntry(**v.as_input().model_dump()) for k, v in inputs.items()},
                     "accepted": accepted,
                     "counts": dict(built.counts),
-                    "checks": [],
+                    "checks": [
+                        {"name": "blocks", "blocking": True, "passed": accepted, "description": "it holds"}
+                    ],
                     "environment": {"python": "3"},
                     "dagster_run_id": "run1",
                     "mlflow_run_id": None,

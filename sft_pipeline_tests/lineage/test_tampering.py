@@ -1,0 +1,199 @@
+"""Manifests that somebody changed, and hashed again so that every hash fits: what the parts still show."""
+
+import json
+import shutil
+
+import pytest
+
+from sft_pipeline.lineage import verify, walk
+from sft_pipeline.lineage.copies import differences, may_be_copy
+from sft_pipeline.store import Store
+from sft_pipeline.store.files import sha256_file, sha256_json
+from sft_pipeline.store.manifest import FileEntry, data_version
+from sft_pipeline_tests.lineage.test_lineage import branch, project  # noqa: F401 - fixtures
+
+
+def write(path, data):
+    """Writes a manifest as the store does, with a data version and a seal that fit."""
+    data["data_version"] = data_version([FileEntry.model_validate(entry) for entry in data["files"]])
+    data.pop("manifest_sha256", None)
+    data["manifest_sha256"] = sha256_json(data)
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+@pytest.fixture
+def tampered(project, branch):  # noqa: F811
+    """Changes manifests, hashes them again, and puts them back after the test."""
+    before = {}
+    paths = {n.stage: n.manifest_path for n in walk(branch["exported_model"].path, project.store).nodes}
+
+    def tamper(stage, change):
+        path = paths[stage]
+        before.setdefault(path, path.read_bytes())
+        data = json.loads(path.read_bytes())
+        change(data)
+        write(path, data)
+        return path
+
+    yield tamper
+    for path, data in before.items():
+        path.write_bytes(data)
+
+
+def set_to(value, *keys):
+    def change(data):
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+CHANGES = {
+    "another code": ("tokenized_rows", set_to("0000", "code_version"), "does not follow from the parts"),
+    "another configuration": ("raw_rows", set_to({"x": 1}, "config"), "does not follow from the parts"),
+    "another package": ("evaluation", set_to({"torch": "1.0"}, "packages"), "does not follow from the parts"),
+    "a source forgotten": ("raw_rows", set_to({}, "outside"), "does not follow from the parts"),
+    "another snapshot": ("raw_rows", set_to("v0", "partition"), "with the partition"),
+    "another asset": ("validated_rows", set_to("other/validated_rows", "asset"), "not of dataset/validated"),
+    "a check that no longer blocks": (
+        "evaluation",
+        set_to(False, "checks", 0, "blocking"),
+        "does not follow from the parts",
+    ),
+    "accepted though a check failed": (
+        "evaluation",
+        set_to(False, "checks", 0, "passed"),
+        "although the blocking check blocks failed",
+    ),
+    "not accepted though no check failed": (
+        "grouped_split",
+        set_to(False, "accepted"),
+        "although no blocking check failed",
+    ),
+    "another count": ("raw_rows", set_to(23, "counts", "rows"), "rows = 23, rows holds 22 rows"),
+    "another size": ("raw_rows", set_to(1, "files", 0, "bytes"), "1 bytes, the file has"),
+    "a file listed twice": ("raw_rows", lambda d: d["files"].append(d["files"][0]), "twice"),
+    "a file not listed": ("validated_rows", lambda d: d["files"].pop(), "the manifest does not list it"),
+    "another data version of an input": (
+        "packed_shards",
+        set_to("0" * 64, "inputs", "tokenized_rows", "data_version"),
+        "with the data version 000000000000",
+    ),
+    "an input of another snapshot": (
+        "grouped_split",
+        set_to("v0", "inputs", "validated_rows", "partition"),
+        "is of the snapshot v0",
+    ),
+    "an input of another asset": (
+        "grouped_split",
+        set_to("dataset/raw_rows", "inputs", "validated_rows", "asset"),
+        "is recorded as the asset dataset/raw_rows",
+    ),
+    "an identity beside the configuration": (
+        "trained_checkpoints",
+        set_to({"lr": 1}, "identity"),
+        "does not follow from the parts",
+    ),
+    "another moment": ("raw_rows", set_to("2020-01-01T00:00:00.000+00:00", "created_at"), "in created_at"),
+    "another run": ("evaluation", set_to("run2", "dagster_run_id"), "in dagster_run_id"),
+    "another machine": ("tokenized_rows", set_to({"python": "2"}, "environment"), "in environment.python"),
+    "other words of a check": (
+        "validated_rows",
+        set_to("all is well", "checks", 0, "description"),
+        "in checks.0.description",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_manifest_whose_hashes_fit_is_named(project, branch, tampered, name):  # noqa: F811
+    stage, change, words = CHANGES[name]
+    tampered(stage, change)
+    found = verify(branch["exported_model"].path, project.store)
+    assert not found.verified
+    assert any(words in str(finding) for finding in found.findings), [str(f) for f in found.findings]
+
+
+def test_an_input_and_its_consumers_record_changed_together(project, branch, tampered):  # noqa: F811
+    """The consumer's record can be made to fit its input; its fingerprint then no longer follows."""
+    path = tampered("raw_rows", lambda data: data["files"].pop(0))
+    version = json.loads(path.read_bytes())["data_version"]
+    consumer = tampered("validated_rows", set_to(version, "inputs", "raw_rows", "data_version"))
+    found = verify(branch["exported_model"].path, project.store)
+    assert [f.problem[:15] for f in found.findings if f.file == str(consumer)] == ["its fingerprint"]
+
+
+def test_digests_of_one_file_that_two_artifacts_record_differently(project, branch, tampered):  # noqa: F811
+    name = "base/model.safetensors"
+    tampered("tokenized_rows", set_to("0" * 64, "outside", name))
+    found = verify(branch["exported_model"].path, project.store)
+    assert any(name in f.problem and "000000000000" in f.problem for f in found.findings)
+
+
+@pytest.mark.parametrize("key", ["asset", "data_version", "inputs", "manifest"])
+def test_a_changed_index_of_the_copies(project, branch, tampered, tmp_path, key):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(branch["exported_model"].path, export)
+    index = export / "lineage" / "chain.json"
+    data = json.loads(index.read_bytes())
+    data["chain"][0][key] = "other"
+    index.write_text(json.dumps(data))
+    hash_again(export, "lineage/chain.json")
+    found = verify(export, project.store)
+    assert [f.file for f in found.findings] == [str(index)] and key in found.findings[0].problem
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_changed_copy_whose_hashes_fit(project, branch, tmp_path, kept):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(branch["exported_model"].path, export)
+    copy = next((export / "lineage").glob("tokenized_rows-*.json"))
+    data = json.loads(copy.read_bytes())
+    data["packages"] = {"tokenizers": "0.1"}
+    write(copy, data)
+    hash_again(export, f"lineage/{copy.name}")
+    found = verify(export, project.store if kept else Store(tmp_path / "empty"))
+    words = "in packages" if kept else "does not follow from the parts"
+    assert any(f.file == str(copy) and words in f.problem for f in found.findings)
+
+
+def hash_again(export, name):
+    manifest = export / "manifest.json"
+    data = json.loads(manifest.read_bytes())
+    entry = next(e for e in data["files"] if e["path"] == name)
+    entry |= {"sha256": sha256_file(export / name), "bytes": (export / name).stat().st_size}
+    write(manifest, data)
+
+
+def test_a_manifest_of_an_earlier_version_is_not_called_wrong(project, branch, tampered):  # noqa: F811
+    tampered("evaluation", lambda data: data.pop("identity"))
+    found = verify(branch["exported_model"].path, project.store)
+    assert any("made by an earlier version" in line for line in found.unreachable)
+    assert not any("fingerprint" in f.problem for f in found.findings)
+
+
+@pytest.mark.parametrize(
+    ("stored", "carried", "same"),
+    [
+        ("/home/ann/project/data/rows.jsonl", "data/rows.jsonl", True),
+        ("/home/ann/project/data/rows.jsonl", "…/rows.jsonl", True),
+        ("/home/ann/project/data/rows.jsonl", "/home/ann/project/data/rows.jsonl", True),
+        ("see /home/ann/project/a.md and /home/ann/b.md", "see a.md and b.md", True),
+        ("file:/srv/models/base", "…/base", True),
+        ("data/rows.jsonl", "rows.jsonl", False),
+        ("/home/ann/project/data/rows.jsonl", "data/rows2.jsonl", False),
+        ("/home/ann/project/data/rows.jsonl", "ann/data/rows.jsonl", False),
+        ("5/6 rows", "56 rows", False),
+        ("1.0", "1", False),
+    ],
+)
+def test_what_a_copy_may_leave_out(stored, carried, same):
+    assert may_be_copy(stored, carried) is same
+
+
+def test_differences_are_named_by_their_keys():
+    stored = {"a": {"b": [1, "/x/y/z"]}, "c": None, "d": 1}
+    assert list(differences(stored, {"a": {"b": [1, "…/z"]}, "c": None, "d": 1})) == []
+    changed = {"a": {"b": [True, "…/q"]}, "c": 0, "e": 1}
+    assert list(differences(stored, changed)) == ["a.b.0", "a.b.1", "c", "d", "e"]
