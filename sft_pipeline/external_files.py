@@ -41,21 +41,15 @@ def digest_file(path: Path) -> str:
     """
     try:
         status = path.stat()
-        key = (str(path), *file_state(status))
-        with contextlib.closing(_open_cache()) as cache:
-            row = cache.execute(
-                "SELECT sha256 FROM file_digests WHERE path=? AND size=? AND mtime=? AND ctime=? AND inode=?",
-                key,
-            ).fetchone()
-            if row:
-                return row[0]
-            digest = sha256_file(path)
-            if time.time() - max(status.st_mtime, status.st_ctime) > YOUNG_SECONDS:
-                with cache:
-                    cache.execute("INSERT OR REPLACE INTO file_digests VALUES (?,?,?,?,?,?)", (*key, digest))
+        key = (os.fsencode(path), *file_state(status))
+        if digest := _cached(key):
             return digest
+        digest = sha256_file(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if time.time() - max(status.st_mtime, status.st_ctime) > YOUNG_SECONDS:
+        _keep(key, digest)
+    return digest
 
 
 def file_state(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -63,13 +57,39 @@ def file_state(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
+_Key = tuple[bytes, int, int, int, int]
+"""path, size, times of modification and change, inode"""
+
+
+def _cached(key: _Key) -> str | None:
+    """A digest from the cache. One that cannot be read costs time, and stops nothing."""
+    with contextlib.suppress(sqlite3.Error, OSError), contextlib.closing(_open_cache()) as cache:
+        query = "SELECT sha256 FROM digests WHERE path=? AND size=? AND mtime=? AND ctime=? AND inode=?"
+        if row := cache.execute(query, key).fetchone():
+            return str(row[0])
+    return None
+
+
+def _keep(key: _Key, digest: str) -> None:
+    path = sft_home() / "digests.db"
+    try:
+        with contextlib.closing(_open_cache()) as cache, cache:
+            cache.execute("INSERT OR REPLACE INTO digests VALUES (?,?,?,?,?,?)", (*key, digest))
+    except sqlite3.DatabaseError as error:
+        if not isinstance(error, sqlite3.OperationalError):  # it is no database: a fresh one is begun
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    except OSError:
+        pass  # it is only a cache
+
+
 def _open_cache() -> sqlite3.Connection:
     home = sft_home()
     home.mkdir(parents=True, exist_ok=True)
-    cache = sqlite3.connect(home / "digests.db", timeout=60)
+    cache = sqlite3.connect(home / "digests.db", timeout=2)  # shorter than hashing a model again
     cache.execute(
-        "CREATE TABLE IF NOT EXISTS file_digests "
-        "(path TEXT PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, sha256 TEXT)"
+        "CREATE TABLE IF NOT EXISTS digests "
+        "(path BLOB PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, sha256 TEXT)"
     )
     return cache
 

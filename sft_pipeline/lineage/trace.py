@@ -1,6 +1,7 @@
 """Where a group or row is: source lines, splits, blocks and updates, and the models trained on it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from sft_pipeline.errors import InputError
 from sft_pipeline.lineage.walk import walk
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.store import Artifact, Store
@@ -65,23 +67,29 @@ def trace(key: str, store: Store | None = None, report: Reporter | None = None) 
     """
     store, report = store or Store(), report or Reporter()
     by_stage: dict[str, list[Artifact]] = {}
-    for artifact in store.all():
+
+    def unreadable(error: Exception) -> None:
+        report.log(f"not looked into: {error}", "warning")
+
+    for artifact in store.all(unreadable):
         by_stage.setdefault(artifact.manifest.asset.rpartition("/")[2], []).append(artifact)
     found = Trace(key)
-    ids = _row_ids(key, by_stage)
+    ids = _row_ids(key, by_stage, unreadable)
     todo = sum(len(a) for a in by_stage.values())
     done = 0
     for stage, folders in ROW_STAGES.items():
         for artifact in by_stage.get(stage, []):
-            for folder in folders:
-                _trace_rows(artifact, stage, folder, ids, found)
-            _trace_rejects(artifact, ids, found)
+            with _told_of_damage(artifact, unreadable):
+                for folder in folders:
+                    _trace_rows(artifact, stage, folder, ids, found)
+                _trace_rejects(artifact, ids, found)
             report.progress("tracing", done := done + 1, todo, "artifacts")
     found.row_ids = (
         sorted(ids & {s["row_id"] for s in found.sources}) or sorted(ids) if found.artifacts else []
     )
     for artifact in by_stage.get("packed_shards", []):
-        _trace_blocks(artifact, ids, found)
+        with _told_of_damage(artifact, unreadable):
+            _trace_blocks(artifact, ids, found)
         report.progress("tracing", done := done + 1, todo, "artifacts")
     for artifact in by_stage.get("exported_model", []):
         _trace_model(artifact, store, found)
@@ -100,12 +108,24 @@ def _about(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _row_ids(key: str, by_stage: dict[str, list[Artifact]]) -> set[str]:
+@contextmanager
+def _told_of_damage(artifact: Artifact, unreadable: Callable[[Exception], None]) -> Iterator[None]:
+    """A damaged file hides what one artifact holds, not what the others do."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        unreadable(InputError(f"{artifact.path} ({artifact.manifest.asset}): {error}"))
+
+
+def _row_ids(
+    key: str, by_stage: dict[str, list[Artifact]], unreadable: Callable[[Exception], None]
+) -> set[str]:
     """The key itself, and the rows of the group of that name."""
     ids = {key}
     for artifact in by_stage.get("validated_rows", []):
-        for batch in _scan(artifact.parts("rows"), ["row_id"], ds.field("group") == key):
-            ids.update(batch.column(0).to_pylist())
+        with _told_of_damage(artifact, unreadable):
+            for batch in _scan(artifact.parts("rows"), ["row_id"], ds.field("group") == key):
+                ids.update(batch.column(0).to_pylist())
     return ids
 
 

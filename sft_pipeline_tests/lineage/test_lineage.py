@@ -11,6 +11,7 @@ from rich.console import Console
 from sft_pipeline.errors import InputError
 from sft_pipeline.lineage import trace, verify, walk
 from sft_pipeline.lineage.show import print_chain, print_trace, print_verification
+from sft_pipeline.reporting import Reporter
 from sft_pipeline.store import Store
 from sft_pipeline_tests.evaluation import world as w
 from sft_pipeline_tests.exported_model.branch import LORA, export, inputs_for
@@ -282,3 +283,33 @@ def test_parts_of_a_split_row_are_found_by_the_rows_own_id(project, branch, tmp_
     pq.write_table(table.set_column(0, "row_id", [ids]), part)
     found = trace(ids[0], store)
     assert next(a["rows"] for a in found.artifacts if a["asset"] == "recipe/tokenized_rows") == 2
+
+
+def test_a_damaged_artifact_hides_only_what_it_holds(project, branch, tmp_path):
+    store = Store(tmp_path / "home")
+    shutil.copytree(project.store.objects, store.objects)
+    part = store.objects / branch["tokenized_rows"].path.name / "train" / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:40])
+    (store.objects / branch["grouped_split"].path.name / "manifest.json").write_text("{]")
+    lines = []
+    report = Reporter()
+    report.log = lambda message, level="info": lines.append(message)
+    found = trace("T1", store, report)
+    assert {"dataset/raw_rows", "recipe/packed_shards"} <= {a["asset"] for a in found.artifacts}
+    assert len(lines) == 2 and all(
+        word in line for word, line in zip(("manifest.json", str(part.parent.parent)), lines)
+    )
+
+
+def test_names_of_files_cannot_forge_what_is_printed(project, branch):
+    from sft_pipeline.cli.console import Terminal
+    from sft_pipeline.lineage.verify import Finding, Verification
+
+    name = "x[/red][bold]\x1b[2Jverified\n verified: 9 files\udce9"
+    found = Verification(False, (Finding(name, "missing"),), (name,), 1, 1)
+    stream = io.StringIO()
+    print_verification(found, Terminal(file=stream, width=40, force_terminal=False))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3 and lines[-1].startswith("not verified")
+    assert r"x[/red][bold]\x1b[2Jverified\n verified: 9 files\udce9: missing" in lines[0]
+    assert "\x1b" not in stream.getvalue() and stream.getvalue().encode()
