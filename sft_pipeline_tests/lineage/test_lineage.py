@@ -308,7 +308,7 @@ def test_names_of_files_cannot_forge_what_is_printed(project, branch):
     name = "x[/red][bold]\x1b[2Jverified\n verified: 9 files\udce9"
     found = Verification(False, (Finding(name, "missing"),), (name,), 1, 1)
     stream = io.StringIO()
-    print_verification(found, Terminal(file=stream, width=40, force_terminal=False))
+    print_verification(found, Terminal(file=stream, width=100, force_terminal=False))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3 and lines[-1].startswith("not verified")
     assert r"x[/red][bold]\x1b[2Jverified\n verified: 9 files\udce9: missing" in lines[0]
