@@ -12,8 +12,10 @@ from sft_pipeline.cli.branch import find_branch, prepared
 from sft_pipeline.cli.console import sparkline
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
+from sft_pipeline.graders.trial import try_graders
 from sft_pipeline.stages.environment import accelerator, output_of
 from sft_pipeline.stages.stage import Branch
+from sft_pipeline.store import Artifact
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.base_weights import check_base
 from sft_pipeline.training.flops import training_seconds
@@ -45,7 +47,7 @@ def check_recipe(
     supervised = int(tokens * budget["supervised_tokens"] / max(budget["tokens"], 1))
     memory = estimate(config.model, config.training, tokens=tokens, supervised=supervised, gpu=gpu)
     updates = min(budget["updates"], config.training.max_steps or budget["updates"])
-    problems = _misfits(branch, formatting)
+    problems = _misfits(branch, formatting) + _ungradable(config, artifacts["tokenized_rows"])
     return {
         "valid": not problems,
         "problems": problems,
@@ -94,6 +96,15 @@ def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
             f"lower it to {positions} at most"
         )
     return found
+
+
+def _ungradable(config: RecipeConfig, tokenized: Artifact) -> list[str]:
+    """Why a grader could not be used, where one could not."""
+    try:
+        try_graders(config.evaluation.graders, tokenized, config.evaluation.max_rows)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _device_bytes(gpu: bool) -> int:

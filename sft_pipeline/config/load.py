@@ -15,9 +15,9 @@ from sft_pipeline.config.dataset import DatasetConfig
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.config.yaml_lines import Document, Loc, Origin, overlay, parse_set, read_yaml
 from sft_pipeline.errors import InputError
+from sft_pipeline.graders.config import JsonSchemaGrader
 from sft_pipeline.json_schemas import check_schema, read_schema
 from sft_pipeline.project import PACKAGE_DIR, project_path
-from sft_pipeline.stages.evaluation.config import JsonSchemaGrader
 
 M = TypeVar("M", bound=BaseModel)
 PRESETS = PACKAGE_DIR / "config" / "presets"

@@ -37,7 +37,10 @@ def plot_comparison(path: Path, comparisons: Sequence[PairedComparison]) -> None
             axis.set_title("nats per token, lower is better", fontsize=8)
         else:
             axis.set_title("higher is better", fontsize=8)
-            axis.set_ylim(0, max(1.05, *(1.1 * c.tuned.high for c in panel)))
+            # A Python grader may give any number: a rating from 1 to 5, a penalty below 0.
+            intervals = [i for c in panel for i in (c.base, c.tuned)]
+            lowest, highest = min(i.low for i in intervals), max(i.high for i in intervals)
+            axis.set_ylim(min(0.0, 1.1 * lowest), max(1.05, 1.1 * highest))
     axes[0].legend(fontsize=8)
     save(figure, path)
 

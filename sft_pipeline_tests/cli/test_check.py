@@ -65,3 +65,15 @@ def test_a_reporter_that_is_not_installed_is_known_before_any_data_is_read(home:
     # Where nothing is trained nobody asks: such a recipe is shown, and its data is prepared, all the same.
     for stage in STAGES.values():
         stage.config(find_branch("access_policy_lora", None, ["training.report_to=[wandb]"], SILENT)[1])
+
+
+def test_a_grader_that_fits_no_completion_is_a_problem(home: Path) -> None:
+    def problems(field: str) -> list[str]:
+        grader = f"evaluation.graders=[{{name: f, kind: json_fields, fields: [{field}]}}]"
+        overrides = [grader, "evaluation.gates=[]", "evaluation.rank_by=[-val_loss]"]
+        found = check_recipe("access_policy_lora", snapshot=None, overrides=overrides, console=SILENT)
+        return found["problems"]
+
+    assert problems("decision") == []
+    [problem] = problems("decison")
+    assert "grader f" in problem and "'decison'" in problem and "misspelt" in problem

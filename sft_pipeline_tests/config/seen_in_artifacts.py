@@ -186,7 +186,7 @@ def score(grader: str, reply: str, completion: str = "") -> Observation:
     """What one of the recipe's graders gives for a reply."""
 
     def seen(_: Workshop, side: Side) -> float:
-        from sft_pipeline.stages.evaluation.graders import make_graders
+        from sft_pipeline.graders.graders import make_graders
 
         [found] = [g for g in make_graders(side.config("evaluation").evaluation.graders) if g.name == grader]
         return found(reply, completion, {})

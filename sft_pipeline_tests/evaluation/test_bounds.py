@@ -9,9 +9,9 @@ from pydantic import TypeAdapter
 
 from sft_pipeline import bounded
 from sft_pipeline.errors import InputError
+from sft_pipeline.graders.config import GraderConfig
+from sft_pipeline.graders.graders import Grader, check_expected, make_graders
 from sft_pipeline.json_schemas import MOST_BYTES, MOST_LEVELS
-from sft_pipeline.stages.evaluation.config import GraderConfig
-from sft_pipeline.stages.evaluation.graders import Grader, check_expected, make_graders
 
 ENDLESS = "(a+)+$"
 HOSTILE = "a" * 60 + "!"

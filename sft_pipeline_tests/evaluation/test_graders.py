@@ -4,10 +4,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.stages.evaluation import graders as g
-from sft_pipeline.stages.evaluation.config import GraderConfig
-from sft_pipeline.stages.evaluation.graders import Unparsable, json_equal, parse_json
-from sft_pipeline.stages.evaluation.numbers_in_text import first_number_after, last_number, numbers
+from sft_pipeline.graders import graders as g
+from sft_pipeline.graders.config import GraderConfig
+from sft_pipeline.graders.graders import Unparsable, json_equal, parse_json
+from sft_pipeline.graders.numbers_in_text import first_number_after, last_number, numbers
 
 ROW = {"row_id": "r1", "group": "g", "prompt": "p", "completion": "c"}
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_imported_names_the_grader(project, target, message):
 
 
 def test_a_python_graders_sources_are_found_with_what_they_import(project):
-    from sft_pipeline.stages.evaluation.asset import grader_sources
+    from sft_pipeline.graders.sources import grader_sources
 
     config = TypeAdapter(GraderConfig).validate_python(
         {"name": "it", "kind": "python", "callable": "my_graders_mod:good"}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_pipeline.stages.evaluation.numbers_in_text import last_number, numbers
+from sft_pipeline.graders.numbers_in_text import last_number, numbers
 
 CASES = {
     r"\frac{5}{2}": [2.5],

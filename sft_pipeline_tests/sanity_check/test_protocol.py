@@ -40,7 +40,18 @@ def _formatting_is_current(request, monkeypatch):
         monkeypatch.setattr(build_module, "changed_formatting", lambda *_: [])
 
 
-def check(root, out, *, model=FULL, sanity=None, training=None, packed=None, tokenized=None, template=None):
+def check(
+    root,
+    out,
+    *,
+    model=FULL,
+    sanity=None,
+    training=None,
+    packed=None,
+    tokenized=None,
+    template=None,
+    graders=(),
+):
     config = SanityCheckConfig(
         sanity=SanityConfig(**{"overfit_rows": 8, "short_run_steps": 8, **(sanity or {})}),
         model=ModelConfig(base=str(root / "base"), **model),

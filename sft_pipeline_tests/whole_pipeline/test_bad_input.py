@@ -127,3 +127,16 @@ def test_a_full_disk(branch: Callable[..., Path], tiny_disk: Path, tmp_path: Pat
 def test_an_unknown_asset_and_a_wrong_option(branch: Callable[..., Path], tmp_path: Path) -> None:
     check_failure(*run(branch(), tmp_path, until="packed_shard"), 2, "packed_shards")
     check_failure(sft("run", "small_lora", "--jsn", home=tmp_path / "home"), tmp_path / "home", 2, "--jsn")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_grader_that_fits_no_row_blocks_before_training(
+    branch: Callable[..., Path], tmp_path: Path, skip: bool
+) -> None:
+    grader = {"name": "fields", "kind": "json_fields", "fields": ["answer"]}
+    recipe = {"evaluation": {"graders": [grader]}, "sanity": {"skip": skip}}
+    ran, home = run(branch(recipe=recipe), tmp_path, until="sanity_check")
+    if skip:
+        assert ran.code == 0
+    else:
+        check_failure(ran, home, 3, "graders_run", "grader fields: no expected completion can be graded")

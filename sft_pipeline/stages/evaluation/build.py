@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from sft_pipeline.graders.graders import Grader, check_expected, make_graders
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation import report
 from sft_pipeline.stages.evaluation.compare import PairedComparison, compare
 from sft_pipeline.stages.evaluation.config import EvaluationConfig, EvaluationStageConfig
-from sft_pipeline.stages.evaluation.graders import Grader, check_expected, make_graders
 from sft_pipeline.stages.evaluation.judge import (
     CheckpointModels,
     HeldOutSplit,

@@ -2,12 +2,13 @@
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from sft_pipeline.bounded import compiled
 from sft_pipeline.config.base import Config
+from sft_pipeline.graders.config import GraderConfig, JsonSchemaGrader, RegexGrader
 from sft_pipeline.json_schemas import check_schema
 from sft_pipeline.training.config import ModelConfig
 
@@ -16,74 +17,6 @@ SAMPLE_COLUMNS = ("side", "model", "step", "row_id", "group", "prompt", "reply",
 CHECKPOINT_KEYS = ("val_loss", "gates", "rank", "chosen", "unfinished", "supervised_tokens")
 """Of a checkpoint in evaluation.json, beside its step and each grader's mean."""
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
-
-
-class JsonSchemaGrader(Config):
-    """1 where the reply is JSON that the schema accepts."""
-
-    name: str
-    kind: Literal["json_schema"]
-    schema_: Annotated[
-        dict[str, Any] | str,
-        Field(alias="schema", description="a JSON Schema, or the path of a file with one"),
-    ]
-    fenced: Annotated[
-        bool, Field(description="also read a reply that is one Markdown code fence: ```json ... ```")
-    ] = False
-
-
-class JsonFieldsGrader(Config):
-    """1 where the named fields equal those of the expected completion, both parsed as JSON."""
-
-    name: str
-    kind: Literal["json_fields"]
-    fields: Annotated[list[str], Field(min_length=1)]
-    fenced: Annotated[
-        bool, Field(description="also read a reply that is one Markdown code fence: ```json ... ```")
-    ] = False
-
-
-class ExactMatchGrader(Config):
-    """1 where reply and completion are equal once stripped."""
-
-    name: str
-    kind: Literal["exact_match"]
-    ignore_case: bool = False
-
-
-class RegexGrader(Config):
-    """1 where the pattern is found in the reply; with `group`, where that group equals the completion's."""
-
-    name: str
-    kind: Literal["regex"]
-    pattern: str
-    group: int | None = None
-
-
-class NumericAnswerGrader(Config):
-    """1 where the number after `after` (the last number where null) equals the completion's.
-
-    Numbers are read as people write them: 1,234.5, 1 234, 3/4, 2½, \\frac{5}{2}, 10^6, 1 million.
-    """
-
-    name: str
-    kind: Literal["numeric_answer"]
-    after: str | None = None
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
-
-
-class PythonGrader(Config):
-    """The score of a Python callable `score(reply: str, completion: str, row: dict) -> float | bool`."""
-
-    name: str
-    kind: Literal["python"]
-    callable: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", description="module:function")]
-
-
-GraderConfig = Annotated[
-    JsonSchemaGrader | JsonFieldsGrader | ExactMatchGrader | RegexGrader | NumericAnswerGrader | PythonGrader,
-    Field(discriminator="kind"),
-]
 
 
 class DecodingConfig(Config):

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.external_files import ADAPTER_CONFIG
+from sft_pipeline.graders.graders import Grader
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.evaluation.config import SAMPLE_COLUMNS, EvaluationConfig
-from sft_pipeline.stages.evaluation.graders import Grader
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables.held_out import HeldOutRow, chosen_positions, held_out_rows
 from sft_pipeline.tables.parquet import FileWriter, count_rows, read_batches
@@ -206,7 +206,7 @@ class Judge:
             name: Of the progress, for example "evaluating step 200".
 
         Raises:
-            InputError: A Python grader raised, or returned something that is not a finite number.
+            InputError: A Python grader raised, or returned something that is no score.
         """
         progress = _JoinedProgress(self.report, name, split.rows + len(split.positions))
         scores: dict[str, list[float]] = {g.name: [] for g in self.graders}

@@ -1,6 +1,7 @@
 """The asset `sanity_check`: what must hold before training begins."""
 
 from sft_pipeline.external_files import digest_files, digest_model
+from sft_pipeline.graders.sources import digest_graders
 from sft_pipeline.stages.sanity_check.checks import CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
 from sft_pipeline.stages.stage import Branch, BuildFunction, Stage
@@ -14,6 +15,7 @@ def _config(branch: Branch) -> SanityCheckConfig:
         model=recipe.model,
         training=recipe.training,
         export=recipe.export,
+        evaluation=recipe.evaluation,
         tokenizer=recipe.tokenizer,
         tokenizer_revision=recipe.model.revision,
         template=recipe.template.model_dump(mode="json"),
@@ -23,7 +25,7 @@ def _config(branch: Branch) -> SanityCheckConfig:
 
 def _outside(branch: Branch) -> dict[str, str]:
     recipe = branch.require_recipe()
-    found = digest_model(recipe.model.base, recipe.tokenizer)
+    found = digest_model(recipe.model.base, recipe.tokenizer) | digest_graders(recipe.evaluation.graders)
     template = recipe.template.chat_template
     return found if template == "tokenizer" or template in NAMED_TEMPLATES else found | digest_files(template)
 
@@ -38,7 +40,8 @@ STAGE = Stage(
     name="sanity_check",
     description=(
         "Before training: boundary probe on the real model, overfitting a few rows, a short run with "
-        "evaluations, sample generations, labels and vocabulary, and an export of the short run's model."
+        "evaluations, sample generations, labels and vocabulary, graders on a few rows, and an export of the "
+        "short run's model."
     ),
     kinds=frozenset({"pytorch"}),
     inputs=("tokenized_rows", "packed_shards"),
@@ -46,7 +49,7 @@ STAGE = Stage(
     load_build=_load_build,
     checks=CHECKS,
     outside=_outside,
-    packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy"),
+    packages=("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "numpy", "jsonschema"),
     isolated=True,
     reuse_unaccepted=False,
 )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sft_pipeline.errors import InputError
 from sft_pipeline.stages.sanity_check import report
 from sft_pipeline.stages.sanity_check.checks import CHECKS, PROBE_CHECKS
 from sft_pipeline.stages.sanity_check.config import SanityCheckConfig
@@ -186,8 +187,27 @@ def _check_data(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> 
     good, description, different = compare_exported_tokenizer(config, b.inputs["tokenized_rows"])
     rows = {"different": table(different[:10])} if different else {}
     verdict.add("exported_tokenizer", good, description, **rows)
+    _check_graders(b, config, verdict)
     verdict.record["data"] = {k: v for k, v in asdict(found).items() if k != "offenders"}
     return found
+
+
+def _check_graders(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) -> None:
+    """Runs the graders on expected completions, and on replies that fit nothing."""
+    from sft_pipeline.graders.trial import try_graders
+
+    evaluation = config.evaluation
+    try:
+        scores = try_graders(evaluation.graders, b.inputs["tokenized_rows"], evaluation.max_rows)
+    except InputError as error:
+        verdict.add("graders_run", False, str(error))
+        return
+    verdict.record["graders"] = scores
+    description = f"{len(scores)} graders ran." if scores else "The recipe has no graders."
+    if never := [row["grader"] for row in scores if row["expected_completions"] == 0]:
+        description += f" 0 for every expected completion that was tried: {', '.join(never)}"
+        b.report.log(description, "warning")
+    verdict.add("graders_run", True, description, **({"scores": table(scores)} if scores else {}))
 
 
 def _probed_copy(

@@ -17,6 +17,9 @@ CHECKS = (
         "AutoTokenizer gives training's ids, as a server loads the tokenizer beside the base's config.json.",
     ),
     CheckSpec(
+        "graders_run", True, "Every grader fits the expected completions, and gives a score for any reply."
+    ),
+    CheckSpec(
         "boundaries",
         True,
         "No example of a block sees another: changing one moves no other's predictions, "
@@ -37,6 +40,6 @@ CHECKS = (
     ),
 )
 
-# Those that depend on data and model alone, and on nothing of how the model is trained.
-_BEFORE_TRIALS = ("ids_in_vocabulary", "labels_match", "exported_tokenizer", "boundaries", "causal")
-PROBE_CHECKS = tuple(c for c in CHECKS if c.name in _BEFORE_TRIALS)
+# Without what depends on how the model is trained.
+_TRIALS = ("overfits", "short_run_stable", "samples", "exportable")
+PROBE_CHECKS = tuple(c for c in CHECKS if c.name not in _TRIALS)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sft_pipeline.config.base import Config
+from sft_pipeline.stages.evaluation.config import EvaluationConfig
 from sft_pipeline.stages.exported_model.config import ExportConfig
 from sft_pipeline.training.config import ModelConfig, TrainingConfig
 
@@ -29,14 +30,19 @@ class SanityCheckConfig(Config):
     model: ModelConfig
     training: TrainingConfig
     export: ExportConfig = ExportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     tokenizer: str
     tokenizer_revision: str | None
     template: dict
     tokens: dict
 
     def identity(self) -> dict[str, Any]:
-        """With the micro-batch, whose memory is tried out; without the processes: the check has one."""
-        return super().identity() | {
+        """Of training with the micro-batch, whose memory is tried out, without the processes: the check has
+        one. Of evaluation and export what is tried here.
+        """
+        whole = super().identity()
+        return whole | {
+            "evaluation": {name: whole["evaluation"][name] for name in ("graders", "max_rows")},
             "export": {"merge": self.export.merge, "dtype": self.export.dtype},
             "training": self.training.identity() | {"per_device_batch": self.training.per_device_batch},
         }

@@ -16,9 +16,7 @@ from typing import Any
 
 from sft_pipeline.bounded import BoundedTask, OutOfBounds, compiled
 from sft_pipeline.errors import InputError
-from sft_pipeline.json_schemas import check_schema, read_schema
-from sft_pipeline.project import project_path, project_root
-from sft_pipeline.stages.evaluation.config import (
+from sft_pipeline.graders.config import (
     ExactMatchGrader,
     GraderConfig,
     JsonFieldsGrader,
@@ -27,7 +25,9 @@ from sft_pipeline.stages.evaluation.config import (
     PythonGrader,
     RegexGrader,
 )
-from sft_pipeline.stages.evaluation.numbers_in_text import first_number_after, last_number
+from sft_pipeline.graders.numbers_in_text import first_number_after, last_number
+from sft_pipeline.json_schemas import check_schema, read_schema
+from sft_pipeline.project import project_path, project_root
 
 # The block that models write before an answer. One that is never closed is all thinking, and no answer.
 _THINKING, _ANSWER = "<think>", "</think>"
