@@ -1,4 +1,4 @@
-"""The process that does what may never end: a user's regular expressions and JSON Schemas, on any text.
+"""The process that does what may never end: regular expressions, JSON Schemas and templates of a user.
 
 It reads one line of JSON that says what to do, then one line with a list of texts at a time, and answers each
 with a line of results, or with a text that says what went wrong. It sets itself a limit of processor time for
@@ -45,8 +45,28 @@ def valid_json(schema: Any) -> Callable[[str], bool]:
     return accepts
 
 
+def rendered_length(text: str, tool_text: str, special: Any) -> Callable[[str], int]:
+    """The length of what a chat template makes of a conversation (JSON); 0 where it refuses it."""
+    from sft_pipeline.text.template import ChatTemplate
+
+    template = ChatTemplate("", text, tool_text, special)
+
+    def length(conversation: str) -> int:
+        given = json.loads(conversation)
+        try:
+            return len(template.render(given["messages"], given["tools"]))
+        except MemoryError:
+            raise
+        except Exception as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise error.__cause__ from None
+            return 0  # what it refuses it says where it is used
+
+    return length
+
+
 TASKS: dict[str, Callable[..., Callable[[str], Any]]] = {
-    function.__name__: function for function in (search, full_match, valid_json)
+    function.__name__: function for function in (search, full_match, valid_json, rendered_length)
 }
 
 

@@ -48,7 +48,7 @@ NOT_COUNTED = (
 # digests of outside files, package versions, blocking checks) is in the fingerprint itself.
 NOT_COUNTED_NAMES = ("report", "diagnosis", "asset")
 
-TEMPLATES = {"text.template": "text/templates/"}  # module -> the folder of templates that it reads
+TEMPLATES = {"text.find_template": "text/templates/"}  # module -> the folder of templates that it reads
 
 
 @dataclass(frozen=True)

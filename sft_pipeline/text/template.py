@@ -1,15 +1,13 @@
-"""Chat templates: the tokenizer's own, a named one, or a Jinja file; rendered as transformers renders them.
+"""Chat templates, rendered as transformers renders them; where they come from: `find_template.py`.
 
 https://huggingface.co/docs/transformers/chat_templating (apply_chat_template)
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,17 +16,22 @@ from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft_pipeline.errors import InputError
-from sft_pipeline.project import project_path
 from sft_pipeline.store.files import sha256_json
 from sft_pipeline.tables import literal_json
-from sft_pipeline.text.config import NAMED_TEMPLATES
-from sft_pipeline.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError)
+_ERRORS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 FROZEN_CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 """The time that `strftime_now` gives: a row must not depend on the day it was rendered."""
@@ -148,9 +151,8 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool
     ) -> str:
-        template = _compiled(self.tool_text if tools else self.text)
         try:
-            return template.render(
+            return _compiled(self.tool_text if tools else self.text).render(
                 messages=self.as_read(messages),
                 tools=list(tools) if tools else None,  # as a server passes it
                 documents=None,
@@ -185,134 +187,6 @@ def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(arguments, str):
         return call
     return {**call, "function": {**function, "arguments": literal_json.loads(arguments)}}
-
-
-def load_template(
-    name: str, tokenizer: Tokenizer, variables: Mapping[str, bool | int | float | str] | None = None
-) -> ChatTemplate:
-    """Finds a template.
-
-    Args:
-        name: "tokenizer", one of `NAMED_TEMPLATES`, or the path of a Jinja file.
-        variables: Values for variables of the template. They are written into its source as defaults, and not
-            passed beside it, so that the template that is exported renders the same.
-
-    Raises:
-        InputError: There is no such template, or its Jinja is wrong; the message says where.
-    """
-    if name == "tokenizer":
-        text, tool_text = _own(tokenizer)
-        where = f"{tokenizer.folder}: chat_template"
-    elif name in NAMED_TEMPLATES:
-        text = tool_text = _named(name, tokenizer)
-        where = f"named template {name}"
-    else:
-        path = project_path(name)
-        try:
-            text = tool_text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            names = ", ".join(NAMED_TEMPLATES)
-            raise InputError(
-                f"template.chat_template {name}: neither `tokenizer`, a named template ({names}), nor a "
-                f"readable Jinja file: {error}"
-            ) from None
-        where = str(path)
-    text, tool_text = (_with_defaults(variables or {}, source) for source in (text, tool_text))
-    try:
-        template = ChatTemplate(name, text, tool_text, dict(tokenizer.special))
-        return ChatTemplate(name, text, tool_text, dict(tokenizer.special), _find_stop(template, tokenizer))
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"{where}, line {error.lineno}: {error.message}") from None
-
-
-def _own(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The tokenizer's own (default template, template for rows with tools)."""
-    found = tokenizer.templates
-    if not found:
-        raise InputError(
-            f"tokenizer {tokenizer.source} has no chat template: set template.chat_template to one of "
-            f"{', '.join(NAMED_TEMPLATES)}, or to a Jinja file"
-        )
-    if "default" not in found:
-        raise InputError(
-            f"tokenizer {tokenizer.source} has the chat templates {', '.join(found)} and no default: copy "
-            "the one you mean to a Jinja file"
-        )
-    return found["default"], found.get("tool_use", found["default"])
-
-
-def _named(name: str, tokenizer: Tokenizer) -> str:
-    """A named template's source with the tokenizer's own eos (and bos, where it adds one) written into it.
-
-    Written in, and not passed as variables, so that the text exported beside a model renders alike
-    everywhere.
-    """
-    eos = tokenizer.special.get("eos_token")
-    if eos is None or tokenizer.backend.token_to_id(eos) is None:
-        raise InputError(
-            f"tokenizer {tokenizer.source} names no eos_token, which the named template {name} needs to end "
-            "turns"
-        )
-    bos = tokenizer.special["bos_token"] if tokenizer.adds_bos else ""
-    body = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    values = {"bos": bos, "eos": eos}
-    head = [f"{{%- set {k} = {json.dumps(v, ensure_ascii=False)} -%}}\n" for k, v in values.items()]
-    return "".join([*head, body])
-
-
-def end_ids(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
-    """The ids at which a reply ends, ascending."""
-    stop = tokenizer.ids(template.stop) if template.stop else []
-    ends = {*(stop if len(stop) == 1 else ()), tokenizer.id_of("eos_token"), *tokenizer.generation_eos}
-    return sorted(i for i in ends if i is not None)
-
-
-def _with_defaults(variables: Mapping[str, bool | int | float | str], source: str) -> str:
-    """The source, with values for variables that nobody passes.
-
-    They stand on lines of their own, of which nothing is left in the text (trim_blocks), and the source still
-    begins a line (lstrip_blocks).
-    """
-    lines = [
-        f"{{%- if {name} is not defined %}}{{% set {name} = {_jinja_literal(value)} %}}{{% endif %}}\n"
-        for name, value in sorted(variables.items())
-    ]
-    return "".join([*lines, source])
-
-
-def _jinja_literal(value: bool | int | float | str) -> str:
-    return json.dumps(value, ensure_ascii=False)  # true, 1.5 and "text" are the same in Jinja
-
-
-def _find_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
-    """What ends an assistant's turn when it is generated; None where nothing does.
-
-    Of the control tokens behind the answer, those that stand there also when another message follows: what
-    some templates put behind the whole conversation ends no turn. Of these the first that ends generation, or
-    else the last: Command A closes the reply, and then the turn.
-    """
-    answer = "What is answered"
-    turns = [{"role": "user", "content": "What is asked"}, {"role": "assistant", "content": answer}]
-    more = {"role": "user", "content": "What else"}
-    for messages in (turns, [{"role": "system", "content": "Rules"}, *turns]):  # some templates need a system
-        try:
-            rest = template.render(messages).rpartition(answer)[2]
-        except jinja2.TemplateSyntaxError:
-            raise
-        except jinja2.TemplateError:
-            continue
-        found = list(tokenizer.control_pattern.finditer(rest))
-        if not found:
-            return rest.strip() or None
-        try:
-            followed = template.render([*messages, more]).rpartition(answer)[2]
-        except jinja2.TemplateError:
-            followed = rest
-        also = tokenizer.control_pattern.findall(followed)
-        ends = [m for m, other in zip(found, also, strict=False) if m.group() == other] or found[:1]
-        ids = {tokenizer.id_of("eos_token"), *tokenizer.generation_eos}
-        return next((m for m in ends if tokenizer.control[m.group()] in ids), ends[-1]).group()
-    return None
 
 
 class _Generation(Extension):

@@ -14,7 +14,7 @@ from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, Example,
 from sft_pipeline.stages.validated_rows.config import ContractConfig, SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.validate import RowValidator
 from sft_pipeline.text.auto_tokenizer import frozen_clock
-from sft_pipeline.text.template import load_template
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer, make_tokenizer
 from sft_pipeline_tests.differential.space import Pairing, backend_for, templates
 

@@ -274,7 +274,7 @@ def test_a_machine_path_and_a_pickle_are_found(tmp_path):
 @pytest.mark.parametrize("name", ["smollm2", "phi-3-mini", "qwen3", "minimind-6400", "gpt2"])
 def test_real_tokenizers_are_served_as_trained(shared_data, tmp_path, name):
     """AutoTokenizer drops SmolLM2's digit splitting and rebuilds Phi-3's from its class; exports must not."""
-    from sft_pipeline.text.template import load_template
+    from sft_pipeline.text.find_template import load_template
     from sft_pipeline.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))

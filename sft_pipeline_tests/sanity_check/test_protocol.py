@@ -146,7 +146,7 @@ def test_ids_outside_the_vocabulary_and_too_long_examples_are_stopped(root, tmp_
 
 def test_a_template_changed_after_tokenization_is_stopped(root, tmp_path):
     from sft_pipeline.store.files import sha256_json
-    from sft_pipeline.text.template import load_template
+    from sft_pipeline.text.find_template import load_template
     from sft_pipeline.text.tokenizer import load_tokenizer
 
     now = load_tokenizer(str(root / "base"), None)

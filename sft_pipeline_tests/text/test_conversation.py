@@ -3,8 +3,8 @@
 import pytest
 
 from sft_pipeline.text.conversation import ForgeryGuard, conversation
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.reasons import Reason, Rejected
-from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.text.tiny import CHATML, tiny_tokenizer
 
 

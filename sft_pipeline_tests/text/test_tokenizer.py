@@ -6,7 +6,8 @@ import jinja2
 import pytest
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.text.template import ChatTemplate, load_template
+from sft_pipeline.text.find_template import load_template
+from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests.text.tiny import CHATML, MARKED, save_tokenizer, tiny_tokenizer
 

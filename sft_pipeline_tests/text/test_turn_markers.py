@@ -4,8 +4,8 @@ import pytest
 
 from sft_pipeline.text.config import NAMED_TEMPLATES
 from sft_pipeline.text.conversation import ForgeryGuard, conversation, turn_markers, unknown_tokens
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.reasons import Rejected
-from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.text.tiny import CHATML, tiny_tokenizer
 from sft_pipeline_tests.tokenized_rows.rows import row
 

@@ -15,7 +15,7 @@ from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of
 from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RowEncoder, to_batch
 from sft_pipeline.stages.tokenized_rows.row_layout import find_layout
 from sft_pipeline.tables.schemas import ROWS
-from sft_pipeline.text.template import load_template
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests.text.tiny import CHATML, MARKED, tiny_tokenizer
 from sft_pipeline_tests.tokenized_rows.rows import row

@@ -9,7 +9,7 @@ from sft_pipeline.stages.tokenized_rows import rendering
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RowEncoder
 from sft_pipeline.tables.schemas import IGNORE_LABEL
-from sft_pipeline.text.template import load_template
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.tokenizer import make_tokenizer
 from sft_pipeline_tests.differential.space import backend_for, templates
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sft_pipeline.stages.tokenized_rows.config import TokensConfig
 from sft_pipeline.stages.tokenized_rows.row_encoder import Example, RejectedRow, RowEncoder
 from sft_pipeline.tables.schemas import IGNORE_LABEL
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.reasons import Reason
-from sft_pipeline.text.template import load_template
 from sft_pipeline_tests.text.tiny import CHATML, MARKED, SHORT, tiny_tokenizer
 from sft_pipeline_tests.tokenized_rows.rows import row
 

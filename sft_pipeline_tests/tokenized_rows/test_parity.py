@@ -12,8 +12,8 @@ from sft_pipeline.stages.tokenized_rows.tokenizer_skew import find_skew
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.config import NAMED_TEMPLATES
 from sft_pipeline.text.conversation import conversation
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.reasons import Reason
-from sft_pipeline.text.template import load_template
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from sft_pipeline_tests.tokenized_rows.rows import row
 

@@ -15,7 +15,7 @@ from sft_pipeline.stages.validated_rows.config import ContractConfig, SourceShap
 from sft_pipeline.stages.validated_rows.validate import RowValidator
 from sft_pipeline.tables.schemas import IGNORE_LABEL
 from sft_pipeline.text.config import NAMED_TEMPLATES
-from sft_pipeline.text.template import load_template
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline_tests.differential.compare import Comparison
 from sft_pipeline_tests.differential.space import Pairing

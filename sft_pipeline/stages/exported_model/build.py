@@ -26,8 +26,8 @@ from sft_pipeline.stages.exported_model.verify import (
 from sft_pipeline.stages.stage import Build, Built, markdown, number, table
 from sft_pipeline.tables.held_out import probe_rows
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.reply import ReplyDecoder, formatting_of, tokenizer_of
-from sft_pipeline.text.template import load_template
 from sft_pipeline.training.export import ExportSettings, write_adapter, write_and_compare
 
 STEPS = 6

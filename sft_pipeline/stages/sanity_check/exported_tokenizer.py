@@ -17,7 +17,7 @@ from sft_pipeline.tables.parquet import read_batches
 from sft_pipeline.tables.schemas import SPLITS
 from sft_pipeline.text.auto_tokenizer import AutoTokenizerRequest, ask_auto_tokenizer
 from sft_pipeline.text.exported_tokenizer import remedy, write_tokenizer
-from sft_pipeline.text.template import end_ids, load_template
+from sft_pipeline.text.find_template import end_ids, load_template
 from sft_pipeline.text.tokenizer import load_tokenizer
 from sft_pipeline.training.base import base_folder
 

@@ -133,7 +133,7 @@ def changed_formatting(
     with formatting.json.
     """
     from sft_pipeline.store.files import sha256_json
-    from sft_pipeline.text.template import load_template
+    from sft_pipeline.text.find_template import load_template
     from sft_pipeline.text.tokenizer import load_tokenizer
 
     now = load_tokenizer(tokenizer, revision)

@@ -20,8 +20,9 @@ from sft_pipeline.stages.tokenized_rows.outcomes import outcome_of, to_outcomes
 from sft_pipeline.stages.tokenized_rows.row_encoder import AcceptedRow, RejectedRow, RowEncoder, to_batch
 from sft_pipeline.stages.tokenized_rows.word_cache import NoFastPath
 from sft_pipeline.tables.schemas import REJECTS, TOKENIZED
+from sft_pipeline.text.find_template import load_template
 from sft_pipeline.text.reasons import Reason
-from sft_pipeline.text.template import ChatTemplate, load_template
+from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
 
 

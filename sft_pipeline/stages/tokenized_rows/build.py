@@ -37,7 +37,8 @@ from sft_pipeline.tables.parquet import (
 )
 from sft_pipeline.tables.schemas import REJECTS, SPLITS, TOKENIZED
 from sft_pipeline.text.conversation import unknown_tokens
-from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate, end_ids
+from sft_pipeline.text.find_template import end_ids
+from sft_pipeline.text.template import FROZEN_CLOCK, ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 4_096

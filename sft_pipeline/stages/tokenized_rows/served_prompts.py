@@ -40,7 +40,8 @@ from sft_pipeline.tables import literal_json
 from sft_pipeline.text.auto_tokenizer import AutoTokenizerReply, AutoTokenizerRequest, ask_auto_tokenizer
 from sft_pipeline.text.conversation import Conversation, conversation
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
-from sft_pipeline.text.template import ChatTemplate, end_ids
+from sft_pipeline.text.find_template import end_ids
+from sft_pipeline.text.template import ChatTemplate
 from sft_pipeline.text.tokenizer import Tokenizer
 
 SAMPLE = 300
