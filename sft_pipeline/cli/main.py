@@ -202,6 +202,7 @@ def print_json(value: Any) -> None:
 def main() -> None:
     """Runs the command; expected errors become one message and their exit code."""
     from sft_pipeline.project import set_environment
+    from sft_pipeline.store.files import as_disk_error
 
     signal.signal(signal.SIGTERM, _interrupt)
     wants_json = "--json" in sys.argv[1:]
@@ -220,6 +221,8 @@ def main() -> None:
             _fail(error.format_message() or "name a command; see the list above", 2, wants_json)
         if os.environ.get("SFT_DEBUG"):
             raise
+        if clear := as_disk_error(error, "running"):
+            _fail(str(clear), clear.exit_code, wants_json)
         _fail(f"unexpected {type(error).__name__}: {error} (SFT_DEBUG=1 shows the traceback)", 1, wants_json)
 
 

@@ -17,6 +17,7 @@ from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.report import checks_of, failed_blocking
 from sft_pipeline.stages.run import needed_for
 from sft_pipeline.store import Artifact, Store
+from sft_pipeline.store.files import as_disk_error
 
 STATUS_OF_EXIT = {BlockedError.exit_code: "blocked", Interrupted.exit_code: "interrupted"}
 
@@ -170,5 +171,7 @@ def _explain(failures: list[Any]) -> tuple[int, str]:
         cause = error.cause or error
         if "DagsterExecutionInterruptedError" in (error.cls_name, cause.cls_name):
             return Interrupted.exit_code, "interrupted; run the same command again to go on"
+        if clear := as_disk_error(Exception(cause.message), "running"):
+            return clear.exit_code, str(clear)
         return 1, f"unexpected {cause.cls_name}: {cause.message.strip()}"
     return 1, "the run failed; see `sft ui`"

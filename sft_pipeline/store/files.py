@@ -15,7 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_pipeline.errors import InputError
+from sft_pipeline.errors import InputError, SftError
+
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# The system's words, SQLite's, and those of torch's writer.
+_FULL = (
+    os.strerror(errno.ENOSPC),
+    os.strerror(errno.EDQUOT),
+    "database or disk is full",
+    "file write failed",
+)
 
 
 def sha256_file(path: Path) -> str:
@@ -105,14 +114,33 @@ def clear_disk_errors(action: str) -> Iterator[None]:
     """Turns a full disk, a quota or a read-only folder into one clear message."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
+    except SftError:
+        raise
+    except Exception as error:
+        clear = as_disk_error(error, action)
+        if clear is None:
+            raise
+        raise clear from error
+
+
+def as_disk_error(error: BaseException, action: str) -> InputError | None:
+    """The message for a disk that is full or cannot be written to; None for any other error.
+
+    Libraries hide the system's error in their own: SQLite, safetensors and torch keep its text alone.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(w in text for w in _FULL):
+            return InputError(
                 f"no space left on the disk while {action}: free some space and run again; "
                 "nothing half-written was kept"
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise InputError(
-                f"cannot write while {action}: {error}. Check the permissions, or point SFT_HOME elsewhere"
-            ) from error
-        raise
+            )
+        if "disk I/O error" in text:  # SQLite's, which does not say more
+            return InputError(f"the disk is full, or it fails, while {action}: free some space and run again")
+        if cause is error and isinstance(cause, OSError) and cause.errno in _REFUSED:
+            return InputError(
+                f"cannot write while {action}: {text}. Check the permissions, or point SFT_HOME elsewhere"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
