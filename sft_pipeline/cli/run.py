@@ -107,11 +107,12 @@ def run_recipe(
     from sft_pipeline.definitions import build_definitions
     from sft_pipeline.launch.reaper import reap_dead_runs
     from sft_pipeline.orchestration.assets import RECIPE_TAG, SET_TAG, partitions_of
+    from sft_pipeline.orchestration.instance import open_instance
 
     config = branch.require_recipe()
     catalog = Catalog(datasets={branch.dataset.name: branch.dataset}, recipes={config.name: config})
     tags = {RECIPE_TAG: recipe} | ({SET_TAG: json.dumps(list(overrides))} if overrides else {})
-    with ConsoleReporter(console) as reporter, dg.DagsterInstance.get() as instance:
+    with ConsoleReporter(console) as reporter, open_instance() as instance:
         for message in reap_dead_runs(instance):
             reporter.log(message, "warning")
         instance.add_dynamic_partitions(partitions_of(branch.dataset).name or "", [branch.snapshot])

@@ -21,9 +21,8 @@ READY_SECONDS = 120
 
 def serve(port: int, mlflow_port: int, console: Console) -> None:
     """Starts both servers, says when they answer, and takes both down on the way out."""
-    import dagster as dg
-
     from sft_pipeline.launch.reaper import reap_dead_runs
+    from sft_pipeline.orchestration.instance import open_instance
 
     os.environ["SFT_DAGSTER_URL"] = f"http://{HOST}:{port}"
     tracking = os.environ["MLFLOW_TRACKING_URI"]
@@ -31,7 +30,7 @@ def serve(port: int, mlflow_port: int, console: Console) -> None:
     os.environ["SFT_MLFLOW_URL"] = (
         f"http://{HOST}:{mlflow_port}" if mlflow_is_ours else public_address(tracking)
     )
-    with dg.DagsterInstance.get() as instance:
+    with open_instance() as instance:
         for message in reap_dead_runs(instance):
             console.print(message)
     workspace = str(project_root() / "workspace.yaml")
