@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.secret_text import redacted
 
 MARKS = {"built": "[green]✔[/]", "cached": "[cyan]=[/]", "not accepted": "[red]✘[/]", "failed": "[red]✘[/]"}
 
@@ -76,7 +77,7 @@ class ConsoleReporter(Reporter):
     def log(self, message: str, level: str = "info") -> None:
         style = {"warning": "yellow", "error": "red", "debug": "dim"}.get(level, "")
         if level != "debug":
-            self._console.print(f"  {printable(message)}", style=style, markup=False)
+            self._console.print(f"  {printable(redacted(message))}", style=style, markup=False)
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
         amount = f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"
