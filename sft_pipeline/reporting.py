@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sft_pipeline.secret_text import redacted
+
 T = TypeVar("T")
 
 
@@ -75,7 +77,7 @@ class FileReporter(Reporter):
         )
 
     def log(self, message: str, level: str = "info") -> None:
-        self._write("log", message=message, level=level)
+        self._write("log", message=redacted(message), level=level)
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
         now = time.monotonic()

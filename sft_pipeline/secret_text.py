@@ -2,14 +2,20 @@
 
 import os
 import re
-from urllib.parse import parse_qsl, unquote, urlsplit
+import traceback
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 SHORTEST = 4  # characters; taking a shorter one out of a text would spoil it
-_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 HIDDEN = "***"
 TOKEN = 12  # characters; a user's name without a password is a token from this length on
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_SECRET_VARIABLE = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|API_?KEY|ACCESS_KEY)$", re.IGNORECASE
+)
+OTHERS_SHORTEST = 8  # characters of a secret in a variable that this package does not know
 _SECRET_KEY = re.compile("pass|pwd|token|key|secret|sig|auth|cred", re.IGNORECASE)  # of a query
+_USER_INFO = re.compile(r"(?<=://)[^\s/?#@'\"]+(?=@)")  # of any address in a text
 
 
 def public_address(address: str) -> str:
@@ -22,16 +28,47 @@ def public_address(address: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text in which no secret of the environment can be read."""
+    """A text in which no secret of the environment can be read, and no address's user and password."""
     found = sorted(_secrets(), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, found)), HIDDEN, text) if found else text
+    hidden = re.sub("|".join(map(re.escape, found)), HIDDEN, text) if found else text
+    return _USER_INFO.sub(_hidden_user, hidden)
+
+
+def holds_secret(error: BaseException) -> bool:
+    """Whether a secret can be read in an exception, its causes or its traceback."""
+    said = "".join(traceback.format_exception(error))
+    return redacted(said) != said
+
+
+def _hidden_user(found: re.Match[str]) -> str:
+    user = found[0]
+    return HIDDEN if ":" in user or len(user) >= TOKEN else user
 
 
 def _secrets() -> set[str]:
     found = {os.environ.get(name, "") for name in _VARIABLES}
-    for name in _ADDRESSES:
-        parts = urlsplit(os.environ.get(name, ""))
-        user, colon, password = parts.netloc.rpartition("@")[0].partition(":")
-        found |= {f"{user}:{password}", password} if colon else {user} if len(user) >= TOKEN else set()
-        found |= {value for key, value in parse_qsl(parts.query) if _SECRET_KEY.search(key)}
-    return {spelled for secret in found for spelled in (secret, unquote(secret)) if len(spelled) >= SHORTEST}
+    for name, value in os.environ.items():
+        inside = _secrets_of(value) if "://" in value else set()
+        if _SECRET_VARIABLE.search(name):
+            inside.add(value)
+        found |= {s for s in inside if name in _ADDRESSES or len(s) >= OTHERS_SHORTEST}
+    spellings = {s for secret in found for plain in (secret, unquote(secret)) for s in _spellings(plain)}
+    return {spelled for spelled in spellings if len(spelled) >= SHORTEST}
+
+
+def _secrets_of(address: str) -> set[str]:
+    """The password, or the token in the place of a user, and the secrets of the query."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # several addresses, say, or text that only looks like one
+        return set()
+    user, colon, password = parts.netloc.rpartition("@")[0].partition(":")
+    found = {f"{user}:{password}", password} if colon else {user} if len(user) >= TOKEN else set()
+    raw = (item.partition("=") for item in parts.query.split("&"))
+    pairs = [*parse_qsl(parts.query), *((key, value) for key, _, value in raw)]
+    return found | {value for key, value in pairs if _SECRET_KEY.search(key)}
+
+
+def _spellings(secret: str) -> set[str]:
+    """As it is, as in an address, and as text in JSON and in Python's own notation."""
+    return {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), ascii(secret)[1:-1]}

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.text import Text
 
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.secret_text import redacted
 
 MARKS = {
     "built": ("✔", "green"),
@@ -96,7 +97,7 @@ class ConsoleReporter(Reporter):
     def log(self, message: str, level: str = "info") -> None:
         style = {"warning": "yellow", "error": "red", "debug": "dim"}.get(level, "")
         if level != "debug":
-            self._console.print(f"  {message}", style=style)
+            self._console.print(f"  {redacted(message)}", style=style)
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
         amount = f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from sft_pipeline.cli.console import Terminal
 from sft_pipeline.errors import Interrupted, SftError
+from sft_pipeline.secret_text import redacted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -220,7 +222,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             _fail(error.format_message() or "name a command; see the list above", 2, wants_json)
         if os.environ.get("SFT_DEBUG"):
-            raise
+            err.print(redacted(traceback.format_exc()))
         if clear := as_disk_error(error, "running"):
             _fail(str(clear), clear.exit_code, wants_json)
         _fail(f"unexpected {type(error).__name__}: {error} (SFT_DEBUG=1 shows the traceback)", 1, wants_json)
@@ -231,6 +233,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def _fail(message: str, code: int, wants_json: bool) -> None:
+    message = redacted(message)
     err.print("sft:", style="bold red", end=" ")
     err.print(message)
     if wants_json:

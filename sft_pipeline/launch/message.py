@@ -11,6 +11,7 @@ from typing import Any
 
 from sft_pipeline.errors import BlockedError, InputError, Interrupted, SftError
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.secret_text import redacted
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, Stage
 from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
@@ -108,10 +109,10 @@ class Failed:
     def of(cls, error: BaseException, at: float) -> "Failed":
         """A failure from the exception that was raised; for a lack of memory, with the remedy."""
         if isinstance(error, SftError):
-            return cls(error.exit_code, str(error), True, at)
-        trace = "".join(traceback.format_exception(error))
+            return cls(error.exit_code, redacted(str(error)), True, at)
+        trace = redacted("".join(traceback.format_exception(error)))
         if _is_lack_of_memory(error):
-            first = (str(error).splitlines() or [""])[0][:300]
+            first = (redacted(str(error)).splitlines() or [""])[0][:300]
             message = (
                 f"out of memory{f' ({first})' if first else ''}: set a smaller training.per_device_batch "
                 "(with a larger training.gradient_accumulation for the same update), a smaller "
@@ -119,7 +120,7 @@ class Failed:
                 "Running again resumes from the last whole checkpoint"
             )
             return cls(1, message, True, at, trace)
-        return cls(1, f"{type(error).__name__}: {error}", False, at, trace)
+        return cls(1, redacted(f"{type(error).__name__}: {error}"), False, at, trace)
 
     def error(self, prefix: str = "") -> SftError:
         """The exception to raise in the parent: of the class that the exit code names."""

@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -17,7 +18,7 @@ from sft_pipeline.launch.reaper import WORKER_TAG, process_identity
 from sft_pipeline.orchestration.metadata import DagsterReporter, to_metadata
 from sft_pipeline.orchestration.tags import is_outside, refuse_code
 from sft_pipeline.reporting import Reporter, Tee
-from sft_pipeline.secret_text import redacted
+from sft_pipeline.secret_text import holds_secret, redacted
 from sft_pipeline.stages.code_version import code_version
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.report import read_report
@@ -29,6 +30,7 @@ from sft_pipeline.store.files import sha256_json
 GPU_POOL = "gpu"
 SET_TAG = "sft/set"  # JSON list of "a.b=value": the overrides of this run
 RECIPE_TAG = "sft/recipe_source"  # the recipe's name or file, as given to `sft run`
+LOST_TAG = "sft/mlflow_lost"
 CRASH_RETRIES = 1
 DEFAULT_OWNER = "team:sft"
 
@@ -76,18 +78,18 @@ def stage_asset(
             # A crash of the child is tried again, which resumes; what would fail again in the same way is
             # not. A retry policy would also retry a step that somebody interrupted.
             crashed = stage.isolated and not isinstance(error, (InputError, BlockedError, Interrupted))
+            cause = None if holds_secret(error) else error
             if crashed and context.retry_number < CRASH_RETRIES:
-                context.log.warning(str(error))
-                raise dg.RetryRequested(max_retries=CRASH_RETRIES) from error
+                context.log.warning(redacted(str(error)))
+                raise dg.RetryRequested(max_retries=CRASH_RETRIES) from cause
             metadata = {"exit_code": error.exit_code}
-            raise dg.Failure(redacted(str(error)), metadata=metadata, allow_retries=False) from error
+            raise dg.Failure(redacted(str(error)), metadata=metadata, allow_retries=False) from cause
         except Exception as error:
             # Libraries put addresses with passwords into their errors, and Dagster keeps those with their
-            # causes.
-            said = f"{type(error).__name__}: {error}"
-            if redacted(said) == said:
+            # causes and tracebacks.
+            if not holds_secret(error):
                 raise
-            raise dg.Failure(redacted(said)) from None
+            raise dg.Failure(redacted(f"{type(error).__name__}: {error}")) from None
         yield from _results(stage, outcome)
 
     return materialize
@@ -105,7 +107,8 @@ def _run_of(
     context: dg.AssetExecutionContext, recipe: RecipeConfig | None, listener: Reporter
 ) -> tuple[RecipeConfig | None, Run]:
     """The recipe with this Dagster run's overrides, and how the stage runs in it."""
-    from sft_pipeline.tracking.mlflow import MlflowTracker, publish
+    from sft_pipeline.tracking.mlflow import AFTER, MlflowTracker, publish
+    from sft_pipeline.tracking.server import Server
 
     overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
     if recipe is not None and overrides:
@@ -116,17 +119,34 @@ def _run_of(
                 raise InputError(f"the tag {RECIPE_TAG} names a file outside the project ({name})")
             refuse_code(find_recipe(catalog, name), tagged)
         recipe = tagged
+    report = Tee(DagsterReporter(context), listener)
+    server = Server(report, AFTER, *_mlflow_lost(context))
     run = Run(
         store=Store(),
-        report=Tee(DagsterReporter(context), listener),
+        report=report,
         run_id=context.run.run_id,
         earlier_run_ids=tuple(r for r in (context.run.parent_run_id, context.run.root_run_id) if r),
         current=not overrides,
-        tracker=MlflowTracker(context.run.run_id),
-        publish=publish,
+        tracker=MlflowTracker(context.run.run_id, server),
+        publish=partial(publish, server=server),
         isolate=lambda stage, build: _isolate(context, stage, build, recipe),
     )
     return recipe, run
+
+
+def _mlflow_lost(context: dg.AssetExecutionContext) -> tuple[str | None, Callable[[str], None]]:
+    """What an earlier step of this run noted of an MLflow server that failed, and how this step notes it.
+
+    In a tag of the run, since steps may be processes of their own. A run that is executed again has the tags
+    of the first, hence the run's id in it.
+    """
+    instance, run_id = context.instance, context.run.run_id
+    found = instance.get_run_by_id(run_id)
+    noted_by, _, lost = (found.tags if found else {}).get(LOST_TAG, "").partition(" ")
+    return (
+        lost if noted_by == run_id else None,
+        lambda text: instance.add_run_tags(run_id, {LOST_TAG: f"{run_id} {text}"}),
+    )
 
 
 def _isolate(

@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.secret_text import redacted
 from sft_pipeline.stages.stage import Evidence
 from sft_pipeline.store import Artifact
 
@@ -87,7 +88,7 @@ class DagsterReporter(Reporter):
         return True
 
     def log(self, message: str, level: str = "info") -> None:
-        getattr(self._log, level)(message)
+        getattr(self._log, level)(redacted(message))
 
     def progress(self, name: str, done: float, total: float | None, unit: str) -> None:
         if self._due(f"progress {name}") or done == total:

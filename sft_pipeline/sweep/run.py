@@ -105,12 +105,9 @@ def run_sweep(plan: SweepPlan, report: Reporter, isolate: Callable[[Trial], Isol
 
     Args:
         isolate: For a trial, what runs a stage in a child process; None runs it here.
-
-    Raises:
-        InputError: MLflow does not answer.
     """
     sweep = Sweep(plan, {p.number: TrialResult(p) for p in plan.trials})
-    with SweepTracker(plan.name, plan.branch) as tracker:
+    with SweepTracker(plan.name, plan.branch, report) as tracker:
         sweep.mlflow_run_id = tracker.run_id
         tracker.describe(sweep.to_json())
         write_json(sweep.folder / "sweep.json", sweep.to_json())

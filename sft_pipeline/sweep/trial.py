@@ -107,8 +107,7 @@ def _trial(
         raise BlockedError(_failed_check(probe.artifact))
     trained = run_stage(TRIAL_STAGES["trial_training"], TRIAL_STAGES, trial.branch, run)
     _read_training(result, trained.artifact)
-    result.mlflow_run_id = tracker.child(trial.label, trial.branch, trained.artifact.manifest.fingerprint)
-    tracker.copy_curves(result.mlflow_run_id, trained.artifact)
+    result.mlflow_run_id = tracker.child_of(trial.label, trial.branch, trained.artifact)
     if not trained.artifact.manifest.accepted:
         finite = next(c for c in trained.artifact.manifest.checks if c["name"] == "finite_loss")
         if finite["passed"]:

@@ -1,8 +1,8 @@
 """One MLflow run per training, found again by its fingerprint: a retry or a resume goes on in the same run.
 
 The orchestrator owns the run; the training child only writes events, which arrive here through a
-Reporter. MLflow is an index. The manifests hold the truth, so a lost metric point is a warning and not a
-failed training.
+Reporter. MLflow is an index. The manifests hold the truth, so what cannot be recorded (`tracking/server.py`)
+fails nothing; it is noted in `untracked/`, and made up for when the artifact is next built or reused.
 """
 
 import contextlib
@@ -10,18 +10,21 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import sft_home
 from sft_pipeline.reporting import Reporter, Tee
-from sft_pipeline.secret_text import public_address, redacted
+from sft_pipeline.secret_text import public_address
 from sft_pipeline.stages.run import Run, Tracked
 from sft_pipeline.stages.stage import Branch, Evidence, Stage
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tracking.names import accepted_name, flatten
 from sft_pipeline.tracking.registry import register
+from sft_pipeline.tracking.server import Server, TrackedRun
 
 FINGERPRINT_TAG = "sft.training_fingerprint"
 FLUSH_SECONDS = 2.0
@@ -31,7 +34,11 @@ DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")  #
 # What MLflow keeps beside manifest and plots: the whole evaluation, and what a registered version points at.
 EVALUATION_FILES = ("evaluation.json", "samples.parquet")
 EXPORT_FILES = ("README.md", "manifest.json")
-MOST_METRICS, LONGEST_PARAM = 1000, 6000  # what MLflow accepts in one request, and characters of a value
+# What MLflow accepts in one request, and characters of a value.
+MOST_METRICS, MOST_PARAMS, LONGEST_PARAM = 1000, 100, 6000
+AFTER = "The artifacts are built all the same; `sft run` adds to MLflow later what it lacks now"
+
+Point = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 
 
 class MlflowTracker:
@@ -39,10 +46,12 @@ class MlflowTracker:
 
     Args:
         dagster_run_id: Linked from the MLflow run.
+        server: None for one of each stage's own.
     """
 
-    def __init__(self, dagster_run_id: str | None) -> None:
+    def __init__(self, dagster_run_id: str | None, server: Server | None = None) -> None:
         self._dagster_run_id = dagster_run_id
+        self._server = server
 
     @contextlib.contextmanager
     def __call__(
@@ -51,97 +60,136 @@ class MlflowTracker:
         if stage.name not in TRACKED:
             yield Tracked(None, report)
             return
-        client = connect()
         trains = stage.name == "trained_checkpoints"
         training = fingerprint if trains else inputs["trained_checkpoints"].manifest.fingerprint
-        recipe = branch.require_recipe()
-        experiment_id, run_id = open_training_run(client, branch, training)
-        for name, artifact in inputs.items():
-            client.set_tag(run_id, f"sft.input.{name}", artifact.manifest.data_version)
-        if self._dagster_run_id:
-            client.set_tag(run_id, "sft.dagster_run_id", self._dagster_run_id)
-            client.set_tag(run_id, "sft.dagster_run", dagster_run_url(self._dagster_run_id))
-        log_params(client, run_id, flatten(recipe.model_dump(mode="json", include=set(DESCRIBED))))
-        listener = MlflowReporter(client, run_id, report, resumes=trains)
-        url = mlflow_run_url(experiment_id, run_id)
+        run = training_run(self._server or Server(report, AFTER), branch, training)
+        versions = {name: artifact.manifest.data_version for name, artifact in inputs.items()}
+        describe(run, branch, versions, self._dagster_run_id)
+        listener = MlflowReporter(run, resumes=trains)
+        evidence = {"mlflow_run": Evidence("url", mlflow_run_url(*run.ids))} if run.ids else {}
+        finished: list[Artifact] = []
 
         def committed(artifact: Artifact) -> None:
+            finished.append(artifact)
             listener.flush()
-            if stage.name != "exported_model":  # what `publish` logs, also when an earlier run could not
-                log_artifact(client, run_id, artifact)
-            if trains:
-                fill_curves(client, run_id, artifact)
-                log_lineage(client, run_id, artifact)
-            if stage.name == "evaluation":
-                for name in EVALUATION_FILES:
-                    client.log_artifact(run_id, str(artifact.file(name)), stage.name)
+            record(run, artifact)
 
         status = "KILLED"
         try:
-            yield Tracked(run_id, Tee(report, listener), {"mlflow_run": Evidence("url", url)}, committed)
+            yield Tracked(run.run_id, Tee(report, listener), evidence, committed)
             status = "FINISHED"
         except Exception:
             status = "FAILED"
             raise
         finally:
             listener.flush()
-            client.set_terminated(run_id, status)
+            run.tell(lambda client, run_id: client.set_terminated(run_id, status))
+            if run.incomplete or listener.waiting:
+                for artifact in finished:
+                    note_untracked(artifact, listener.waiting)
 
 
-def publish(artifact: Artifact, branch: Branch, run: Run) -> None:
-    """Registers an accepted export, built or reused, and lets it compete for the champion alias.
+def publish(artifact: Artifact, branch: Branch, run: Run, server: Server | None = None) -> None:
+    """Makes up for what MLflow lacks of an artifact, built or reused; registers it if it is an export.
 
-    What was done, and with which server, is recorded in `registered/`. A reused export goes through here
-    again when its registration failed, when the server is another or its database is gone, or when it was
-    built with overrides and is now what the recipe says. Otherwise MLflow, which takes seconds to import, is
-    not asked.
+    An accepted export competes for the champion alias. What was done, and with which server, is recorded in
+    `registered/`. A reused export goes through here again when its registration failed, when the server is
+    another or its database is gone, or when it was built with overrides and is now what the recipe says.
+    Otherwise MLflow, which takes seconds to import, is not asked.
     """
     manifest = artifact.manifest
+    server = server or Server(run.report, AFTER)
+    make_up_for(artifact, branch, server)
     if not manifest.asset.endswith("/exported_model") or not manifest.accepted:
         return
-    record = run.store.home / "registered" / f"{manifest.fingerprint}.json"
+    noted = run.store.home / "registered" / f"{manifest.fingerprint}.json"
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     database = Path(uri.removeprefix("sqlite:///"))
     there = database.is_file() if uri.startswith("sqlite:///") else True
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    known = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     if there and known.get("tracking_uri") == public_address(uri) and (known["current"] or not run.current):
         return
-    client = connect()
-    _, run_id = open_training_run(client, branch, manifest.inputs["trained_checkpoints"].fingerprint)
-    try:
+    tracked = training_run(server, branch, manifest.inputs["trained_checkpoints"].fingerprint)
+
+    def registering(client: Any, run_id: str) -> None:
         log_artifact(client, run_id, artifact)
         for name in EXPORT_FILES:
             client.log_artifact(run_id, str(artifact.file(name)), "exported_model")
         outcome = register(client, run_id, artifact, branch, run.store, move=run.current)
-    finally:
-        client.set_terminated(run_id)
-    run.report.log(outcome)
-    write_json(record, {"tracking_uri": public_address(uri), "current": run.current, "outcome": outcome})
+        run.report.log(outcome)
+        write_json(noted, {"tracking_uri": public_address(uri), "current": run.current, "outcome": outcome})
+
+    tracked.tell(registering)
+    if tracked.ids:
+        tracked.tell(lambda client, run_id: client.set_terminated(run_id))
 
 
-def connect() -> Any:
-    """A client of `MLFLOW_TRACKING_URI`.
+# -- what MLflow is told of an artifact --------------------------------------------------------------
 
-    Raises:
-        InputError: The server or database does not answer.
-    """
-    import logging
 
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    from mlflow.tracking import MlflowClient
+def describe(
+    run: TrackedRun, branch: Branch, versions: Mapping[str, str], dagster_run_id: str | None
+) -> None:
+    """What the run read, which Dagster run it belongs to, and the recipe."""
+    tags = {f"sft.input.{name}": version for name, version in versions.items()}
+    if dagster_run_id:
+        tags["sft.dagster_run_id"] = dagster_run_id
+        tags["sft.dagster_run"] = dagster_run_url(dagster_run_id)
+    params = flatten(branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED)))
 
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{sft_home() / 'mlflow.db'}"
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-        return client
-    except Exception as error:
-        raise InputError(
-            f"MLflow does not answer at {public_address(uri)}: {redacted(str(error))}. "
-            "Check MLFLOW_TRACKING_URI"
-        ) from error
+    def telling(client: Any, run_id: str) -> None:
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+        log_params(client, run_id, params)
+
+    run.tell(telling)
+
+
+def record(run: TrackedRun, artifact: Artifact) -> None:
+    """The files of a finished artifact, each kind by itself: what fails takes no other along."""
+    stage = artifact.manifest.asset.split("/")[-1]
+    if stage != "exported_model":  # what `publish` logs
+        run.tell(lambda client, run_id: log_artifact(client, run_id, artifact))
+    if stage == "trained_checkpoints":
+        run.tell(lambda client, run_id: fill_curves(client, run_id, artifact))
+        run.tell(lambda client, run_id: log_lineage(client, run_id, artifact))
+    for name in EVALUATION_FILES if stage == "evaluation" else ():
+        run.tell(partial(log_file, path=artifact.file(name), folder=stage))
+
+
+def log_file(client: Any, run_id: str, path: Path, folder: str) -> None:
+    client.log_artifact(run_id, str(path), folder)
+
+
+def note_untracked(artifact: Artifact, points: Sequence[Point]) -> None:
+    """Notes that MLflow lacks something of an artifact, and the points of its curves that it lacks."""
+    with contextlib.suppress(OSError):  # a full disk, say, which ends the run soon enough
+        write_json(_untracked(artifact), {"points": points})
+
+
+def make_up_for(artifact: Artifact, branch: Branch, server: Server) -> None:
+    """Records what could not be recorded when the artifact was built."""
+    note, manifest = _untracked(artifact), artifact.manifest
+    if not note.is_file():
+        return
+    points: list[Point] = [tuple(p) for p in json.loads(note.read_text(encoding="utf-8"))["points"]]
+    trains = manifest.asset.endswith("/trained_checkpoints")
+    training = manifest.fingerprint if trains else manifest.inputs["trained_checkpoints"].fingerprint
+    run = training_run(server, branch, training)
+    versions = {n: e.data_version for n, e in manifest.inputs.items() if e.role == "data"}
+    describe(run, branch, versions, manifest.dagster_run_id)
+    run.tell(lambda client, run_id: log_points(client, run_id, points))
+    record(run, artifact)
+    run.tell(lambda client, run_id: client.set_terminated(run_id))
+    if not run.incomplete:
+        note.unlink()
+
+
+def _untracked(artifact: Artifact) -> Path:
+    return artifact.path.parent.parent / "untracked" / f"{artifact.manifest.fingerprint}.json"
+
+
+# -- runs --------------------------------------------------------------------------------------------
 
 
 def open_run(client: Any, branch: Branch, title: str, identity: Mapping[str, str]) -> tuple[str, str]:
@@ -153,6 +201,8 @@ def open_run(client: Any, branch: Branch, title: str, identity: Mapping[str, str
         local = getattr(client, "tracking_uri", "sqlite:").startswith("sqlite:")
         location = (sft_home() / "mlflow_artifacts" / recipe).as_uri() if local else None
         experiment_id = client.create_experiment(recipe, artifact_location=location)
+    elif experiment.lifecycle_stage == "deleted":
+        raise InputError(f"the experiment {recipe} ({experiment.experiment_id}) is deleted")
     else:
         experiment_id = experiment.experiment_id
     wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
@@ -171,75 +221,75 @@ def open_training_run(client: Any, branch: Branch, training: str) -> tuple[str, 
     return open_run(client, branch, title, {FINGERPRINT_TAG: training})
 
 
+def training_run(server: Server, branch: Branch, training: str) -> TrackedRun:
+    return TrackedRun(server, lambda client: open_training_run(client, branch, training))
+
+
 def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
     """Logs the parameters that a run does not have yet: MLflow refuses to change one."""
     from mlflow.entities import Param
 
     known = client.get_run(run_id).data.params
-    new = [Param(key, value[:LONGEST_PARAM]) for key, value in params.items() if key not in known]
-    if new:
-        client.log_batch(run_id, params=new)
+    accepted = {accepted_name(name): value for name, value in params.items()}
+    new = [Param(name, value[:LONGEST_PARAM]) for name, value in accepted.items() if name not in known]
+    for start in range(0, len(new), MOST_PARAMS):
+        client.log_batch(run_id, params=new[start : start + MOST_PARAMS])
 
 
 class MlflowReporter(Reporter):
     """Logs metrics in batches.
 
     Args:
-        trouble: Gets one warning if MLflow does not accept what it is sent.
         resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it
             had logged is not logged twice. Otherwise a later point replaces an earlier one.
+
+    Attributes:
+        waiting: Points that are not sent yet.
     """
 
-    def __init__(self, client: Any, run_id: str, trouble: Reporter, *, resumes: bool) -> None:
-        self._client = client
-        self._trouble = trouble
-        self._warned = False
-        self._run_id = run_id
+    def __init__(self, run: TrackedRun, *, resumes: bool) -> None:
+        self._run = run
         self._resumes = resumes
-        self._waiting: list[Any] = []
+        self.waiting: list[Point] = []
         self._logged_to: dict[str, int] = {}
         self._last_flush = time.monotonic()
 
-    def _is_new(self, key: str, step: int) -> bool:
-        if not self._resumes:
-            return True
-        if key not in self._logged_to:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._logged_to[key] = max((m.step for m in history), default=-1)
-        if step <= self._logged_to[key]:
-            return False
-        self._logged_to[key] = step
-        return True
-
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        self._waiting += [Metric(k, float(v), now, step) for k, v in values.items() if self._is_new(k, step)]
+        self.waiting += [(accepted_name(name), float(value), now, step) for name, value in values.items()]
         if time.monotonic() - self._last_flush > FLUSH_SECONDS:
             self.flush()
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         text = json.dumps(list(rows), indent=2, ensure_ascii=False)
-        with self._warn_once():
-            self._client.log_text(self._run_id, text, f"samples/update-{step:06d}.json")
-
-    @contextlib.contextmanager
-    def _warn_once(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a lost point of a curve must not end a training
-            if not self._warned:
-                self._warned = True
-                why = redacted(str(error))
-                self._trouble.log(f"MLflow does not accept metrics, curves may have gaps: {why}", "warning")
+        self._run.tell(
+            lambda client, run_id: client.log_text(run_id, text, f"samples/update-{step:06d}.json")
+        )
 
     def flush(self) -> None:
-        """Sends what is waiting; keeps it for the next time where MLflow does not answer."""
+        """Sends what is waiting; keeps it for the next time where MLflow does not take it."""
+        if self.waiting and self._run.tell(self._send, kept=True):
+            self.waiting = []
         self._last_flush = time.monotonic()
-        with self._warn_once():
-            log_metrics(self._client, self._run_id, self._waiting)
-            self._waiting = []
+
+    def _send(self, client: Any, run_id: str) -> None:
+        logged_to, new = dict(self._logged_to), []
+        for point in self.waiting:
+            name, _, _, step = point
+            if self._resumes and name not in logged_to:
+                history = client.get_metric_history(run_id, name)
+                logged_to[name] = max((m.step for m in history), default=-1)
+            if not self._resumes or step > logged_to[name]:
+                new.append(point)
+                logged_to[name] = step
+        log_points(client, run_id, new)
+        self._logged_to = logged_to
+
+
+def log_points(client: Any, run_id: str, points: Sequence[Point]) -> None:
+    from mlflow.entities import Metric
+
+    log_metrics(client, run_id, [Metric(*point) for point in points])
 
 
 def log_metrics(client: Any, run_id: str, metrics: Sequence[Any]) -> None:
@@ -261,21 +311,15 @@ def fill_curves(client: Any, run_id: str, artifact: Artifact) -> None:
     missing = []
     for path in (artifact.path / "history.parquet", artifact.path / "throughput.parquet"):
         rows = pq.read_table(path).to_pylist() if path.is_file() else []
-        for key in sorted({row["name"] for row in rows} & set(known)):
+        for name in sorted(name for name in {row["name"] for row in rows} if accepted_name(name) in known):
+            key = accepted_name(name)
             logged = {m.step: m.timestamp for m in client.get_metric_history(run_id, key)}
             now = min(logged.values())
-            for row in sorted((r for r in rows if r["name"] == key), key=lambda r: r["step"]):
+            for row in sorted((r for r in rows if r["name"] == name), key=lambda r: r["step"]):
                 now = logged.get(row["step"], now)
                 if row["step"] not in logged:
                     missing.append(Metric(key, row["value"], now, row["step"]))
     log_metrics(client, run_id, missing)
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as {"a.b": "text"}."""
-    if isinstance(value, dict) and value:
-        return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): "null" if value is None else str(value)}
 
 
 def log_artifact(client: Any, run_id: str, artifact: Artifact) -> None:

@@ -19,13 +19,13 @@ from sft_pipeline.store import Artifact
 from sft_pipeline.tracking.mlflow import (
     DESCRIBED,
     MlflowReporter,
-    connect,
-    flatten,
     log_artifact,
-    log_metrics,
     log_params,
+    log_points,
     open_run,
 )
+from sft_pipeline.tracking.names import accepted_name, flatten
+from sft_pipeline.tracking.server import Server, TrackedRun
 
 SWEEP_TAG = "sft.sweep"
 TRIAL_TAG = "sft.trial_fingerprint"
@@ -35,18 +35,26 @@ TRIAL_STATUS = {"judged": "FINISHED"}
 
 
 class SweepTracker:
-    """The parent run of a sweep, open while in its context.
+    """The parent run of a sweep, open while in its context. Without MLflow a sweep runs all the same.
 
-    Raises:
-        InputError: MLflow does not answer.
+    Args:
+        report: Told once where MLflow does not record something.
     """
 
-    def __init__(self, name: str, branch: Branch) -> None:
-        self._client = connect()
+    def __init__(self, name: str, branch: Branch, report: Reporter) -> None:
+        self._server = Server(report, "The sweep goes on; its table is in its own folder too")
         self._name = name
         self._ended = False
         identity = {SWEEP_TAG: name, "sft.sweep_role": "parent"}
-        _, self.run_id = open_run(self._client, branch, f"sweep {name}", identity)
+        self._parent = TrackedRun(
+            self._server, lambda client: open_run(client, branch, f"sweep {name}", identity)
+        )
+        self._parent.tell(lambda client, run_id: None)
+
+    @property
+    def run_id(self) -> str | None:
+        """The parent run's; None where MLflow has not made it."""
+        return self._parent.run_id
 
     def __enter__(self) -> "SweepTracker":
         return self
@@ -55,9 +63,8 @@ class SweepTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._ended:
-            self._client.set_terminated(
-                self.run_id, "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
-            )
+            status = "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
+            self._parent.tell(lambda client, run_id: client.set_terminated(run_id, status))
 
     def describe(self, sweep: Mapping[str, Any]) -> None:
         """What varies, the budget and the rule, as parameters."""
@@ -66,17 +73,13 @@ class SweepTracker:
             for key, value in trial["values"].items():
                 if str(value) not in varied.setdefault(key, []):
                     varied[key].append(str(value))
-        log_params(
-            self._client,
-            self.run_id,
-            {f"varied.{key}": ", ".join(values) for key, values in varied.items()}
-            | {
-                "points": str(len(sweep["points"])),
-                "budget.supervised_tokens": str(sweep["budget"]["supervised_tokens"]),
-                "gates": ", ".join(sweep["gates"]),
-                "rank_by": ", ".join(sweep["rank_by"]),
-            },
-        )
+        params = {f"varied.{key}": ", ".join(values) for key, values in varied.items()} | {
+            "points": str(len(sweep["points"])),
+            "budget.supervised_tokens": str(sweep["budget"]["supervised_tokens"]),
+            "gates": ", ".join(sweep["gates"]),
+            "rank_by": ", ".join(sweep["rank_by"]),
+        }
+        self._parent.tell(lambda client, run_id: log_params(client, run_id, params))
 
     # -- one trial ---------------------------------------------------------------------------------
 
@@ -91,44 +94,41 @@ class SweepTracker:
                 yield Tracked(None, report)
                 return
             trains = stage.name == "trial_training"
-            run_id = self.child(
-                label, branch, fingerprint if trains else inputs["trial_training"].manifest.fingerprint
-            )
-            listener = MlflowReporter(self._client, run_id, report, resumes=trains)
+            training = fingerprint if trains else inputs["trial_training"].manifest.fingerprint
+            child = self._child(label, branch, training)
+            listener = MlflowReporter(child, resumes=trains)
+
+            def committed(artifact: Artifact) -> None:
+                child.tell(lambda client, run_id: log_artifact(client, run_id, artifact))
+
             try:
-                yield Tracked(
-                    run_id,
-                    Tee(report, listener),
-                    committed=lambda artifact: log_artifact(self._client, run_id, artifact),
-                )
+                yield Tracked(child.run_id, Tee(report, listener), committed=committed)
             except BaseException as error:
-                self._client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+                status = "FAILED" if isinstance(error, Exception) else "KILLED"
+                child.tell(lambda client, run_id: client.set_terminated(run_id, status))
                 raise
             finally:
                 listener.flush()
 
         return track
 
-    def child(self, label: str, branch: Branch, training: str) -> str:
+    def _child(self, label: str, branch: Branch, training: str) -> TrackedRun:
         """The run of the trial whose training has this fingerprint."""
-        identity = {SWEEP_TAG: self._name, TRIAL_TAG: training, PARENT_TAG: self.run_id}
-        _, run_id = open_run(self._client, branch, label, identity)
-        recipe = branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED))
-        log_params(self._client, run_id, flatten(recipe))
-        return run_id
 
-    def copy_curves(self, run_id: str, trained: Artifact) -> None:
-        """The curves of a training that another sweep had made, so that every trial's run has its own."""
-        from mlflow.entities import Metric
+        def opening(client: Any) -> tuple[str, str]:
+            identity = {SWEEP_TAG: self._name, TRIAL_TAG: training, PARENT_TAG: self._parent.opened(client)}
+            return open_run(client, branch, label, identity)
 
-        if self._client.get_metric_history(run_id, "loss"):
-            return
-        rows = pq.read_table(trained.file("history.parquet")).to_pylist()
-        now = int(time.time() * 1000)
-        points = [Metric(r["name"], r["value"], now, r["step"]) for r in rows]
-        log_metrics(self._client, run_id, points)
-        if trained.manifest.mlflow_run_id not in (None, run_id):
-            self._client.set_tag(run_id, "sft.trained_in", trained.manifest.mlflow_run_id)
+        recipe = flatten(branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED)))
+        child = TrackedRun(self._server, opening)
+        child.tell(lambda client, run_id: log_params(client, run_id, recipe))
+        return child
+
+    def child_of(self, label: str, branch: Branch, trained: Artifact) -> str | None:
+        """The id of a trial's run, which also gets the curves of a training that another sweep had made."""
+        child = self._child(label, branch, trained.manifest.fingerprint)
+        child.tell(lambda client, run_id: copy_curves(client, run_id, trained))
+        return child.run_id
 
     def ended(
         self, run_id: str | None, status: str, scores: Mapping[str, float | None], supervised: int
@@ -136,12 +136,16 @@ class SweepTracker:
         """A trial's result. None where it never came to a run of its own."""
         if run_id is None:
             return
-        for name, value in scores.items():
-            if value is not None:
-                self._client.log_metric(run_id, f"validation/{name}", value)
-        self._client.log_metric(run_id, "supervised_tokens_trained", supervised)
-        self._client.set_tag(run_id, "sft.point", status)
-        self._client.set_terminated(run_id, TRIAL_STATUS.get(status, "FAILED"))
+
+        def telling(client: Any) -> None:
+            for name, value in scores.items():
+                if value is not None:
+                    client.log_metric(run_id, accepted_name(f"validation/{name}"), value)
+            client.log_metric(run_id, "supervised_tokens_trained", supervised)
+            client.set_tag(run_id, "sft.point", status)
+            client.set_terminated(run_id, TRIAL_STATUS.get(status, "FAILED"))
+
+        self._server.tell(telling)
 
     # -- the whole ---------------------------------------------------------------------------------
 
@@ -149,13 +153,28 @@ class SweepTracker:
         self, status: str, folder: Path, ranks: Mapping[str, int], best: Mapping[str, float | None]
     ) -> None:
         """The ranks, the best trial's scores, and the sweep's files."""
-        for run_id, rank in ranks.items():
-            self._client.log_metric(run_id, "rank", rank)
-        for name, value in best.items():
-            if value is not None:
-                self._client.log_metric(self.run_id, f"best/{name}", value)
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".png") and not path.name.startswith("."):
-                self._client.log_artifact(self.run_id, str(path))
-        self._client.set_terminated(self.run_id, STATUS.get(status, "FAILED"))
+
+        def telling(client: Any, parent: str) -> None:
+            for run_id, rank in ranks.items():
+                client.log_metric(run_id, "rank", rank)
+            for name, value in best.items():
+                if value is not None:
+                    client.log_metric(parent, accepted_name(f"best/{name}"), value)
+            for path in sorted(folder.iterdir()):
+                if path.suffix in (".json", ".png") and not path.name.startswith("."):
+                    client.log_artifact(parent, str(path))
+
+        self._parent.tell(telling)
+        self._parent.tell(lambda client, run_id: client.set_terminated(run_id, STATUS.get(status, "FAILED")))
         self._ended = True
+
+
+def copy_curves(client: Any, run_id: str, trained: Artifact) -> None:
+    """The curves of a training, into a run that has none of it."""
+    if client.get_metric_history(run_id, "loss"):
+        return
+    rows = pq.read_table(trained.file("history.parquet")).to_pylist()
+    now = int(time.time() * 1000)
+    log_points(client, run_id, [(accepted_name(r["name"]), r["value"], now, r["step"]) for r in rows])
+    if trained.manifest.mlflow_run_id not in (None, run_id):
+        client.set_tag(run_id, "sft.trained_in", trained.manifest.mlflow_run_id)

@@ -173,7 +173,7 @@ def test_the_ranking_follows_the_rule(swept: Swept) -> None:
 
 
 def test_runs_are_nested_in_mlflow_with_their_curves(swept: Swept) -> None:
-    from sft_pipeline.tracking.mlflow import connect
+    from sft_pipeline.tracking.server import connect
 
     client, parent = connect(), swept.sweep.mlflow_run_id
     experiment = client.get_run(parent).info.experiment_id

@@ -1,162 +1,15 @@
 """MLflow on sqlite: one run per training fingerprint, one curve across a retry, and the champion alias."""
 
-import json
-import os
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_pipeline.config.dataset import DatasetConfig
-from sft_pipeline.config.recipe import RecipeConfig
-from sft_pipeline.errors import InputError
-from sft_pipeline.reporting import Reporter
-from sft_pipeline.stages.graph import STAGES
-from sft_pipeline.stages.run import Run
-from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact, Store
-
-RANK = {"graders": [{"name": "right", "kind": "exact_match"}], "rank_by": ["right"]}
-BRANCH = Branch(
-    DatasetConfig(name="d", sources=[{"path": "rows"}]),
-    "s1",
-    RecipeConfig(name="r", dataset="d", model={"base": "m"}, evaluation=RANK),
-)
-
-
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; making one takes seconds, copying it does not."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def client(home: Path, migrated_database: Path):
-    from sft_pipeline.tracking.mlflow import connect
-
-    shutil.copy(migrated_database, home / "mlflow.db")
-    return connect()
-
-
-def put(
-    store: Store,
-    asset: str,
-    fingerprint: str,
-    inputs: dict[str, Artifact],
-    write=lambda folder: None,
-    snapshot: str = "s1",
-) -> Artifact:
-    with store.building(fingerprint) as folder:
-        write(folder)
-        return store.commit(
-            folder,
-            volatile=(),
-            fields={
-                "asset": asset,
-                "partition": snapshot,
-                "code_version": "c",
-                "config": {},
-                "accepted": True,
-                "counts": {},
-                "environment": {},
-                "inputs": {n: a.as_input() for n, a in inputs.items()},
-            },
-        )
-
-
-def track(stage: str, fingerprint: str, inputs: dict[str, Artifact]):
-    from sft_pipeline.tracking.mlflow import MlflowTracker
-
-    return MlflowTracker("dagster-run")(STAGES[stage], BRANCH, fingerprint, inputs, Reporter())
-
-
-def evaluation(
-    store: Store,
-    name: str,
-    training: Artifact,
-    scores: dict[str, float],
-    losses: dict[str, float] | None = None,
-    template: str = "chatml",
-) -> Artifact:
-    """An evaluation: the scores by test group, the loss by test row, and the template of the rows."""
-
-    def write(folder: Path) -> None:
-        mean = sum(scores.values()) / len(scores)
-        (folder / "evaluation.json").write_text(
-            json.dumps(
-                {
-                    "chosen_step": 10,
-                    "base": {"right": 0.0, "test_loss": 3.0},
-                    "tuned": {"right": mean, "test_loss": 1.0},
-                    "checkpoints": [{"step": 10, "right": mean, "val_loss": 1.0}],
-                }
-            )
-        )
-        rows = [
-            {"side": "test", "step": step, "group": g, "right": v if step == "10" else 0.0}
-            for g, v in scores.items()
-            for step in ("base", "10")
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
-        judged = [{"row_id": row, "tuned": 4 * loss, "weight": 4.0} for row, loss in (losses or {}).items()]
-        columns = pa.schema([("row_id", pa.string()), ("tuned", pa.float64()), ("weight", pa.float64())])
-        pq.write_table(pa.Table.from_pylist(judged, columns), folder / "test_losses.parquet")
-
-    def write_formatting(folder: Path) -> None:
-        made_with = {"template_sha256": template, "tokenizer_sha256": "k", "mask_sha256": "m"}
-        (folder / "formatting.json").write_text(json.dumps(made_with | {"name": name}))
-
-    tokenized = put(store, "r/tokenized_rows", name[:-1] + "f", {}, write_formatting)
-    return put(
-        store, "r/evaluation", name, {"trained_checkpoints": training, "tokenized_rows": tokenized}, write
-    )
-
-
-def export(store: Store, name: str, *scores: Any, **more: Any) -> Artifact:
-    """An export of a training that was judged so, as `evaluation` takes it."""
-    training = put(store, "r/trained_checkpoints", name * 63 + "a", {})
-    judged = evaluation(store, name * 63 + "b", training, *scores, **more)
-    return put(
-        store,
-        "r/exported_model",
-        name * 63 + "c",
-        {"trained_checkpoints": training, "evaluation": judged},
-        lambda f: (f / "README.md").write_text("card"),
-    )
-
-
-def ranked_by(term: str) -> Branch:
-    recipe = BRANCH.require_recipe()
-    return replace(
-        BRANCH,
-        recipe=recipe.model_copy(
-            update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": [term]})}
-        ),
-    )
-
-
-def register(artifact: Artifact, *, branch: Branch = BRANCH, current: bool = True) -> None:
-    from sft_pipeline.tracking.mlflow import publish
-
-    publish(artifact, branch, Run(Store(), Reporter(), current=current))
-
-
-def champion(client) -> str:
-    return str(client.get_model_version_by_alias("r", "champion").version)
-
-
-def decision(client, version: str) -> str:
-    return client.get_model_version("r", version).tags["sft.champion_decision"]
+from sft_pipeline_tests.tracking.artifacts import champion, decision, export, put, ranked_by, register, track
 
 
 def test_a_retry_goes_on_in_the_same_run_with_one_curve(client, home: Path) -> None:
@@ -286,46 +139,6 @@ def test_what_cannot_be_compared_keeps_the_champion_and_says_why(client) -> None
     assert champion(client) == "1"
 
 
-def test_a_registration_that_failed_is_made_up_for_when_the_export_is_reused(
-    client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow.tracking import MlflowClient
-
-    def away(*_: Any, **__: Any) -> None:
-        raise ConnectionError("away")
-
-    made = export(Store(), "1", {"A": 1.0})
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        patch.setattr(MlflowClient, "set_registered_model_alias", away)
-        register(made)
-    register(made)
-    assert champion(client) == "1" and len(client.search_model_versions("name='r'")) == 1
-    with monkeypatch.context() as patch:  # once it is done, MLflow is not asked again
-        patch.setattr("sft_pipeline.tracking.mlflow.connect", away)
-        register(made)
-        register(made, current=False)
-
-
-def test_another_server_or_a_lost_database_has_the_export_registered_again(
-    client, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, asked = export(Store(), "1", {"A": 1.0}), []
-    register(made)
-
-    def asking(*_: Any) -> None:
-        asked.append(os.environ["MLFLOW_TRACKING_URI"])
-        raise ConnectionError("asked")
-
-    monkeypatch.setattr("sft_pipeline.tracking.mlflow.connect", asking)
-    register(made)
-    assert not asked
-    for uri in (f"sqlite:///{home}/lost.db", "http://127.0.0.1:9"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(ConnectionError, match="asked"):
-            register(made)
-    assert len(asked) == 2
-
-
 def test_an_export_built_with_overrides_competes_once_the_recipe_says_the_same(client) -> None:
     store = Store()
     register(export(store, "1", {"A": 0.0}))
@@ -348,65 +161,6 @@ def test_a_registered_export_is_reused_without_importing_mlflow(client, home: Pa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("method", ["get_model_version_by_alias", "create_registered_model"])
-def test_a_locked_database_does_not_make_a_worse_model_the_champion(
-    client, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    def locked(*_: Any, **__: Any) -> None:
-        raise MlflowException("database is locked")
-
-    register(export(Store(), "1", {"A": 1.0}))
-    worse = export(Store(), "2", {"A": 0.0})
-    with monkeypatch.context() as patch, pytest.raises(MlflowException, match="locked"):
-        patch.setattr(MlflowClient, method, locked)
-        register(worse)
-    assert champion(client) == "1"
-    register(worse)
-    assert champion(client) == "1" and "0.0000 against 1.0000" in decision(client, "2")
-
-
-def test_a_server_that_does_not_answer_is_one_message(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft_pipeline.tracking.mlflow import connect
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:s3cret-word@127.0.0.1:9/?key=qu3ry-secret")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(InputError, match=r"MLflow does not answer at http://127\.0\.0\.1:9") as caught:
-        connect()
-    assert "s3cret-word" not in str(caught.value) and "qu3ry-secret" not in str(caught.value)
-
-
-def test_a_metric_that_cannot_be_sent_is_a_warning_and_is_sent_later() -> None:
-    from sft_pipeline.tracking.mlflow import MlflowReporter
-
-    class Away:
-        sent: list = []
-        up = False
-
-        def log_batch(self, run_id: str, metrics: list) -> None:
-            if not self.up:
-                raise ConnectionError("refused")
-            self.sent += metrics
-
-    class Heard(Reporter):
-        lines: list[tuple[str, str]] = []
-
-        def log(self, message: str, level: str = "info") -> None:
-            self.lines.append((level, message))
-
-    client, heard = Away(), Heard()
-    reporter = MlflowReporter(client, "run", heard, resumes=False)
-    reporter.metrics({"loss": 1.0}, 1)
-    reporter.flush()
-    reporter.flush()
-    assert [(level, "refused" in text) for level, text in heard.lines] == [("warning", True)]
-    client.up = True
-    reporter.flush()
-    assert [(m.key, m.step) for m in client.sent] == [("loss", 1)]
 
 
 def test_links_and_records_hold_no_password(monkeypatch: pytest.MonkeyPatch) -> None:

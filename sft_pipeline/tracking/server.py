@@ -1,0 +1,169 @@
+"""The MLflow server: how it is reached, and what happens where it cannot be.
+
+MLflow is an index of what the manifests hold. Whatever fails in it costs its entry, never an artifact: it is
+said once in a run, and a server that makes the run wait is left alone for a while.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sft_pipeline.errors import InputError
+from sft_pipeline.project import sft_home
+from sft_pipeline.reporting import Reporter
+from sft_pipeline.secret_text import public_address, redacted
+
+# MLflow's own patience is 7 retries of 2 minutes each, and longer where a server asks for it. Its links to a
+# run, printed on stdout, hold the user and password of the server's address.
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# What these say would be a second warning, some of it with the server's address and all that is in it.
+QUIET = {"alembic": "WARNING", "mlflow": "CRITICAL", "urllib3.connectionpool": "ERROR"}
+SLOW_SECONDS = 1.0  # a call that fails after more is not repeated at once
+PAUSES = 30  # times the seconds that it took
+LONGEST_REASON = 300  # characters
+
+START = "Start the server, or correct MLFLOW_TRACKING_URI"
+# (what an error says, the problem, the remedy); the first that fits
+PROBLEMS = (
+    ("locked", "has a locked database", "End the process that holds it"),
+    ("no space|disk is full|disk full|quota", "has no room left", "Make room on its disk"),
+    (
+        "deleted",
+        "has had something deleted",
+        "Restore it (mlflow experiments restore, mlflow runs restore), or delete it for good (mlflow gc)",
+    ),
+    ("timed out|timeout", "does not answer", START),
+    ("refused|resol|unreachable|no route|name or service|reset|aborted", "does not answer", START),
+    (
+        r"\b401\b|\b403\b|unauth|permission_denied|forbidden",
+        "refuses the credentials",
+        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    ),
+    ("", "fails", "Look into its log, and check MLFLOW_TRACKING_URI"),
+)
+
+
+def address() -> str:
+    """The server or database of this process, with all secrets in it."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{sft_home() / 'mlflow.db'}"
+
+
+def connect() -> Any:
+    """A client of the server.
+
+    Raises:
+        InputError: The server or database does not answer.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        client = MlflowClient(tracking_uri=address())
+        client.search_experiments(max_results=1)
+        return client
+    except Exception as error:
+        raise InputError(described(error)) from None  # Dagster would keep the cause, with the address
+
+
+def described(error: Exception) -> str:
+    """The problem, the server, what it said and the remedy, without a secret."""
+    said = str(error).strip() or type(error).__name__
+    problem, remedy = next((p, r) for pattern, p, r in PROBLEMS if re.search(pattern, said, re.IGNORECASE))
+    reason = redacted(said.splitlines()[0].rpartition("Caused by ")[2])[:LONGEST_REASON].rstrip(".")
+    return f"MLflow {problem} at {public_address(address())}: {reason}. {remedy}"
+
+
+class Server:
+    """Asks the server what it is told to ask, and bears with whatever goes wrong.
+
+    Args:
+        report: Gets one warning, of the first thing that goes wrong.
+        after: What the warning says of what becomes of the rest.
+        lost: What an earlier step of the same run has passed to `keep`.
+        keep: Remembers a text for later steps of the run: that the warning was given, and until when the
+            server is left alone.
+    """
+
+    def __init__(
+        self,
+        report: Reporter,
+        after: str = "The artifacts are built all the same",
+        lost: str | None = None,
+        keep: Callable[[str], None] = lambda lost: None,
+    ) -> None:
+        self._report, self._after, self._keep = report, after, keep
+        self._client: Any = None
+        noted: list[Any] = json.loads(lost) if lost else [False, 0.0]
+        self._told: bool = noted[0]
+        self._silent_until: float = noted[1]
+
+    def tell(self, call: Callable[[Any], Any]) -> bool:
+        """Calls with a client. False where the server is left alone or something went wrong."""
+        if time.time() < self._silent_until:
+            return False
+        began = time.monotonic()
+        try:
+            if self._client is None:
+                self._client = connect()
+            call(self._client)
+            return True
+        except Exception as error:
+            seconds = time.monotonic() - began
+            if seconds > SLOW_SECONDS:
+                self._silent_until = time.time() + PAUSES * seconds
+            if not self._told:
+                message = str(error) if self._client is None else described(error)
+                self._report.log(f"{message}. {self._after}", "warning")
+            if not self._told or seconds > SLOW_SECONDS:
+                self._told = True
+                self._keep(json.dumps([self._told, self._silent_until]))
+            return False
+
+
+class TrackedRun:
+    """A run of the server's, opened by the first call that reaches it.
+
+    Args:
+        opening: Finds or makes the run: (experiment id, run id).
+
+    Attributes:
+        ids: Once it is open.
+        incomplete: Something could not be recorded.
+    """
+
+    def __init__(self, server: Server, opening: Callable[[Any], tuple[str, str]]) -> None:
+        self._server, self._opening = server, opening
+        self.ids: tuple[str, str] | None = None
+        self.incomplete = False
+
+    @property
+    def run_id(self) -> str | None:
+        return self.ids[1] if self.ids else None
+
+    def opened(self, client: Any) -> str:
+        """The run's id; opens it."""
+        if self.ids is None:
+            self.ids = self._opening(client)
+        return self.ids[1]
+
+    def tell(self, call: Callable[[Any, str], Any], *, kept: bool = False) -> bool:
+        """Calls with a client and the run's id, as `Server.tell`.
+
+        Args:
+            kept: The caller keeps what fails, and tells it again.
+        """
+        done = self._server.tell(lambda client: call(client, self.opened(client)))
+        self.incomplete |= not (done or kept)
+        return done
