@@ -4,6 +4,7 @@ MLflow is an index of what the manifests hold. Whatever fails in it costs its en
 said once in a run, and a server that makes the run wait is left alone for a while.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.project import sft_home
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.secret_text import public_address, redacted
+from sft_pipeline.store.files import locked
 
 # MLflow's own patience is 7 retries of 2 minutes each, and longer where a server asks for it. Its links to a
 # run, printed on stdout, hold the user and password of the server's address.
@@ -69,9 +71,13 @@ def connect() -> Any:
 
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
+    # Two processes that make the tables of one SQLite database at once trip over each other.
+    makes_tables = address().startswith("sqlite:")
+    alone = locked(sft_home() / ".mlflow.lock") if makes_tables else contextlib.nullcontext()
     try:
-        client = MlflowClient(tracking_uri=address())
-        client.search_experiments(max_results=1)
+        with alone:
+            client = MlflowClient(tracking_uri=address())
+            client.search_experiments(max_results=1)
         return client
     except Exception as error:
         raise InputError(described(error)) from None  # Dagster would keep the cause, with the address
