@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from sft_pipeline_tests.command import ROOT, Ran, sft_process
+from sft_pipeline_tests.network import watched_by
 
 GOOD_ROWS = [
     {
@@ -90,6 +91,11 @@ class Finished:
     ran: Ran
 
     @property
+    def network(self) -> Path:
+        """What its processes asked of other machines (`network.entries`)."""
+        return self.home.parent / "network.jsonl"
+
+    @property
     def json(self) -> dict[str, Any]:
         assert self.ran.json is not None
         return self.ran.json
@@ -114,6 +120,7 @@ def finish_demo(folder: Path) -> Finished:
 def _finish(
     dataset: str, recipe: str, snapshot: str, home: Path, config: Path | None, source: Path
 ) -> Finished:
-    ran = sft_process("run", recipe, "--json", home=home, config=config)
+    watched = watched_by(home.parent / "network.jsonl")
+    ran = sft_process("run", recipe, "--json", home=home, config=config, **watched)
     assert ran.code == 0, ran.stderr[-4000:]
     return Finished(dataset, recipe, snapshot, home, config, source, ran)

@@ -19,6 +19,7 @@ import pytest
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline_tests.branches import Finished
 from sft_pipeline_tests.command import environment_of, sft_command
+from sft_pipeline_tests.network import entries, watched_by
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -39,9 +40,10 @@ class Ui:
         self.branch = branch
         port, mlflow_port = free_port(), free_port()
         self._log = (branch.home / "ui.log").open("w")
+        self.network = branch.home / "ui_network.jsonl"
         self._process = subprocess.Popen(
             sft_command("ui", "--port", str(port), "--mlflow-port", str(mlflow_port)),
-            env=environment_of(branch.home, branch.config),
+            env=environment_of(branch.home, branch.config, **watched_by(self.network)),
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
@@ -168,7 +170,11 @@ def page(ui: Ui) -> Iterator[Any]:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         )
-        yield browser.new_page(viewport={"width": 1600, "height": 1000})
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("websocket", lambda socket: page.asked.append(socket.url))
+        yield page
         browser.close()
 
 
@@ -307,3 +313,25 @@ def test_both_uis_answer_under_their_own_names_only(ui: Ui, server: str) -> None
         connection = http.client.HTTPConnection(address, timeout=30)
         connection.request("GET", "/", headers={"Host": host})
         assert connection.getresponse().status == expected, host
+
+
+def test_neither_the_uis_nor_their_pages_ask_another_machine(ui: Ui, page: Any) -> None:
+    """After all of the above, and after the pages that a visitor meets first."""
+    for address in (
+        f"{ui.dagster}/overview",
+        f"{ui.dagster}/deployment/daemons",
+        f"{ui.dagster}/assets",
+        f"{ui.dagster}/runs",
+        f"{ui.mlflow}/#/",
+        f"{ui.mlflow}/#/experiments",
+        f"{ui.mlflow}/#/models",
+    ):
+        page.goto(address)
+        page.wait_for_timeout(2500)  # a page that polls is never idle
+    assert len(page.asked) > 50
+    asked = [url for url in page.asked if not url.startswith(("data:", "blob:"))]
+    hosts = {urllib.parse.urlsplit(url).hostname for url in asked}
+    assert hosts <= {"127.0.0.1", "localhost"}, hosts
+    assert any("dagster-daemon" in " ".join(command) for command in entries(ui.network, "watched"))
+    assert any("mlflow" in " ".join(command) for command in entries(ui.network, "watched"))
+    assert entries(ui.network, "found") == []
