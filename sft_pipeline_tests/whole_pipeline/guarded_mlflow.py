@@ -33,7 +33,7 @@ class GuardedMlflow:
 
 @contextlib.contextmanager
 def guarded_mlflow(folder: Path, credentials: set[str]) -> Iterator[GuardedMlflow]:
-    """Serves MLflow from a database in `folder` to those who know one of the `credentials`, "user:password"."""
+    """Serves MLflow from a database in `folder` to those with one of the `credentials` ("user:password")."""
     with _mlflow_server(folder) as inner, _door(inner, credentials) as door:
         yield door
 

@@ -15,8 +15,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from sft_pipeline.errors import InputError
+from sft_pipeline.stages.stage import Build, Built
 from sft_pipeline_tests.branches import SHORT, write_branch
-from sft_pipeline_tests.command import ROOT, environment_of, sft_command
+from sft_pipeline_tests.command import ROOT, environment_of, sft, sft_command
 from sft_pipeline_tests.tracking.stand_ins import stand_in
 from sft_pipeline_tests.whole_pipeline.guarded_mlflow import GuardedMlflow, guarded_mlflow
 
@@ -99,11 +101,15 @@ def leaks(*texts: str) -> list[str]:
     return [spelling for spelling in SPELLINGS for text in texts if spelling in text]
 
 
-def leaking_files(*folders: Path) -> dict[str, list[str]]:
-    """The files in which a secret can be read, also in the pages of Parquet files; .env is to hold them."""
+def leaking_files(*folders: Path, at_least: int = 100) -> dict[str, list[str]]:
+    """The files in which a secret can be read, also in the pages of Parquet files; .env is to hold them.
+
+    Args:
+        at_least: So many files must be there, or the search has looked in the wrong place.
+    """
     found = {}
     paths = [p for folder in folders for p in folder.rglob("*") if p.is_file() and p.name != ".env"]
-    assert len(paths) > 100
+    assert len(paths) > at_least
     for path in paths:
         text = path.read_bytes().decode("latin-1")
         if path.suffix == ".parquet":
@@ -163,3 +169,32 @@ def test_a_failure_of_the_server_prints_and_writes_no_secret(
     assert f"http://127.0.0.1:{port}" in warning
     assert leaks(done.stdout, done.stderr, *project.command_lines) == []
     assert leaking_files(project.folder, project.home) == {}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["a library's error", "the cause of one of ours"])
+def test_an_error_with_an_address_in_it_is_kept_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    """Dagster keeps errors with their causes and the lines of their tracebacks."""
+    address = f"https://robot:{quote(USER_INFO, safe='')}@127.0.0.1/rows?token={quote_plus(QUERY)}"
+
+    def fails(_: Build) -> Built:
+        try:
+            raise ConnectionError(f"no answer from {address}, nor with {VARIABLES['HF_TOKEN']}")
+        except ConnectionError as error:
+            if wrapped:
+                raise InputError("the source does not answer") from error
+            raise
+
+    monkeypatch.setattr("sft_pipeline.stages.raw_rows.build.build", fails)
+    config, home = write_branch(tmp_path / "config"), tmp_path / "home"
+    ran = sft(
+        *("run", "small_lora", "--json", "--until", "raw_rows"),
+        home=home,
+        config=config,
+        MLFLOW_TRACKING_URI=address,
+        **VARIABLES,
+    )
+    assert ran.code == (2 if wrapped else 1) and "answer" in ran.stderr
+    assert leaks(ran.stderr, str(ran.json)) == []
+    assert leaking_files(tmp_path, at_least=5) == {}
