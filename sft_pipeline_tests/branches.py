@@ -20,7 +20,7 @@ GOOD_ROWS = [
 ]
 BAD_ROW = {"thread_id": "B1", "prompt": "Say nothing", "completion": ""}
 SNAPSHOT = "2026-01-01"
-LEARNS = {
+LEARNS: dict[str, Any] = {
     "model": {"base": "data/base_model", "lora": {"dropout": 0}},
     "tokens": {"max_length": 96},
     "training": {
@@ -39,6 +39,10 @@ LEARNS = {
         "require_improvement": True,
     },
     "export": {"license": "apache-2.0"},
+}
+SHORT = LEARNS | {  # for tests of what happens around a branch, whatever comes of it
+    "training": LEARNS["training"] | {"max_steps": 4, "epochs": 1, "eval_steps": 2},
+    "evaluation": LEARNS["evaluation"] | {"gates": [], "require_improvement": False, "max_new_tokens": 4},
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sft_pipeline.secret_text import HIDDEN, public_address, redacted
+from sft_pipeline.secret_text import HIDDEN, holds_secret, public_address, redacted
 
 SECRETS = ("p@ss-word", "t0ken-in-query", "hf_abcdefgh", "tracking-secret")
 ADDRESS = "https://mara:p%40ss-word@mlflow.example:8443/base?key=t0ken-in-query#part"
@@ -66,6 +66,33 @@ def test_words_that_are_no_secrets_stay_readable(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     text = "mlflow requires ssl: true is not require, tickets of sft"
     assert redacted(text) == text
+
+
+@pytest.mark.parametrize(
+    "name", ["WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "SOME_DB_PASSWORD"]
+)
+def test_a_variable_that_is_named_like_a_secret_is_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "ab/cd+0123")
+    for spelled in ("ab/cd+0123", "ab%2Fcd%2B0123", "ab/cd%2B0123"):
+        assert redacted(f"given {spelled}.") == f"given {HIDDEN}."
+    monkeypatch.setenv(name, "true")  # a word that messages may need
+    assert redacted("it is true") == "it is true"
+
+
+def test_an_address_in_a_text_loses_its_user_and_password_wherever_it_is_from() -> None:
+    assert redacted("at https://x:yz@host/a, not https://host/a@b") == (
+        f"at https://{HIDDEN}@host/a, not https://host/a@b"
+    )
+    assert redacted("ssh://git@host/x") == "ssh://git@host/x"
+
+
+def test_a_secret_in_a_cause_is_a_secret_of_the_error() -> None:
+    def error(said: str) -> Exception:
+        found = ValueError("clean")
+        found.__cause__ = ConnectionError(said)
+        return found
+
+    assert holds_secret(error(f"no answer from {ADDRESS}")) and not holds_secret(error("no answer"))
 
 
 def test_a_token_in_the_place_of_a_user_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

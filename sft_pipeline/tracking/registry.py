@@ -7,6 +7,7 @@ from sft_pipeline.stages.stage import Branch
 from sft_pipeline.store import Artifact, Store
 
 CHAMPION = "champion"
+READY_SECONDS = 10  # some servers make a version ready a little later; MLflow would wait for 5 minutes
 # The error codes of an alias that is not set and of a model that does not exist.
 NO_ALIAS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -53,6 +54,7 @@ def register(
                 "sft.evaluation": evaluation,
                 "sft.snapshot": manifest.partition,
             },
+            await_creation_for=READY_SECONDS,
         )
     )
     moved, why = (

@@ -87,7 +87,10 @@ def described(error: Exception) -> str:
     """The problem, the server, what it said and the remedy, without a secret."""
     said = str(error).strip() or type(error).__name__
     problem, remedy = next((p, r) for pattern, p, r in PROBLEMS if re.search(pattern, said, re.IGNORECASE))
-    reason = redacted(said.splitlines()[0].rpartition("Caused by ")[2])[:LONGEST_REASON].rstrip(".")
+    innermost = re.sub(
+        r"^\w+\([\"']?(.*?)[\"']?\)+$", r"\1", said.splitlines()[0].rpartition("Caused by ")[2]
+    )
+    reason = redacted(innermost)[:LONGEST_REASON].rstrip(".")
     return f"MLflow {problem} at {public_address(address())}: {reason}. {remedy}"
 
 

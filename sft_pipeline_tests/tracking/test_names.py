@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_pipeline.reporting import Reporter
@@ -30,6 +30,7 @@ def refused_by_mlflow(name: str) -> bool:
     return len(name) > MAX_ENTITY_KEY_LENGTH
 
 
+@settings(deadline=None)
 @given(NAMES)
 def test_mlflow_takes_every_name_and_one_that_it_takes_stays(name: str) -> None:
     assert not refused_by_mlflow(accepted_name(name))
@@ -37,6 +38,7 @@ def test_mlflow_takes_every_name_and_one_that_it_takes_stays(name: str) -> None:
         assert accepted_name(name) == name
 
 
+@settings(deadline=None)
 @given(st.lists(NAMES, unique=True, max_size=40))
 def test_no_two_names_become_one(names: list[str]) -> None:
     assert len({accepted_name(name) for name in names}) == len(names)
@@ -51,6 +53,7 @@ def leaves(tree: object) -> int:
     return sum(map(leaves, tree.values())) if isinstance(tree, dict) else 1
 
 
+@settings(deadline=None)
 @given(st.dictionaries(KEYS, TREES, min_size=1, max_size=3))
 def test_no_two_keys_of_a_nested_mapping_become_one(tree: dict) -> None:
     assert len(flatten(tree)) == leaves(tree)

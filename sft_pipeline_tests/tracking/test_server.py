@@ -6,6 +6,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,21 @@ import pytest
 
 from sft_pipeline.errors import InputError
 from sft_pipeline.reporting import Reporter
+from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import Run
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.tracking.mlflow import AFTER, publish
 from sft_pipeline.tracking.server import Server, connect
-from sft_pipeline_tests.tracking.artifacts import BRANCH, Heard, champion, decision, export, register, track
+from sft_pipeline_tests.tracking.artifacts import (
+    BRANCH,
+    Heard,
+    champion,
+    decision,
+    export,
+    put,
+    register,
+    track,
+)
 from sft_pipeline_tests.tracking.stand_ins import KINDS, stand_in
 
 SECRETS = ("s3cret-word", "qu3ry-secret")
@@ -224,6 +235,27 @@ def test_an_unreachable_server_prints_no_secret(home: Path, monkeypatch: pytest.
         connect()
     said = "".join(traceback.format_exception(caught.value))
     assert not any(secret in said for secret in SECRETS)
+
+
+def test_a_sweep_goes_on_without_mlflow(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft_pipeline.tracking.sweep import SweepTracker
+
+    heard = Heard()
+    trained = put(Store(), "r/trial_training", "3" * 64, {})
+    with stand_in("500") as bad:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{bad.port}")
+        with SweepTracker("sweep-1", BRANCH, heard) as tracker:
+            tracker.describe({"points": [], "budget": {"supervised_tokens": 1}, "gates": [], "rank_by": []})
+            stage = replace(STAGES["trained_checkpoints"], name="trial_training")
+            with tracker.of("lr 1")(stage, BRANCH, "3" * 64, {}, heard) as tracked:
+                tracked.report.metrics({"loss": 1.0}, 1)
+                tracked.committed(trained)
+            child = tracker.child_of("lr 1", BRANCH, trained)
+            tracker.ended(child, "judged", {"right": 1.0}, 10)
+            tracker.finish("done", tmp_path, {}, {"right": 1.0})
+    assert (tracker.run_id, child) == (None, None)
+    [warning] = heard.warnings
+    assert f"http://127.0.0.1:{bad.port}" in warning and "The sweep goes on" in warning
 
 
 # -- the registry ------------------------------------------------------------------------------------
