@@ -203,7 +203,9 @@ def _check_graders(b: Build, config: SanityCheckConfig, verdict: SanityVerdict) 
         verdict.add("graders_run", False, str(error))
         return
     verdict.record["graders"] = scores
-    description = f"{len(scores)} graders ran." if scores else "The recipe has no graders."
+    description = (
+        f"They ran: {', '.join(s['grader'] for s in scores)}." if scores else "The recipe has no graders."
+    )
     if never := [row["grader"] for row in scores if row["expected_completions"] == 0]:
         description += f" 0 for every expected completion that was tried: {', '.join(never)}"
         b.report.log(description, "warning")
