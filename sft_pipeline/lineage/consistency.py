@@ -83,13 +83,13 @@ def differing(
 ) -> Iterator[tuple[str, object, object]]:
     """Values that two nested mappings give differently: (dotted key, in `whole`, in `part`).
 
-    What only one of them has is passed over.
+    What only one of them has, or `whole` leaves to be derived (null), is passed over.
     """
     for key in sorted(whole.keys() & part.keys()):
         a, b = whole[key], part[key]
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from differing(a, b, f"{place}{key}.")
-        elif a != b:
+        elif a != b and a is not None:
             yield f"{place}{key}", a, b
 
 

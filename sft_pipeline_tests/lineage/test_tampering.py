@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from sft_pipeline.lineage import verify, walk
+from sft_pipeline.lineage.consistency import differing
 from sft_pipeline.lineage.copies import differences, may_be_copy
 from sft_pipeline.store import Store
 from sft_pipeline.store.files import sha256_file, sha256_json
@@ -164,6 +165,14 @@ def hash_again(export, name):
     entry = next(e for e in data["files"] if e["path"] == name)
     entry |= {"sha256": sha256_file(export / name), "bytes": (export / name).stat().st_size}
     write(manifest, data)
+
+
+def test_a_configuration_and_what_of_it_is_in_the_fingerprint():
+    """What the recipe leaves null may be derived; what it says must agree."""
+    derived = {"training": {"lr": 1.0, "blocks_per_update": 4}}
+    assert not list(differing({"training": {"lr": 1.0, "blocks_per_update": None, "processes": 2}}, derived))
+    changed = {"training": {"lr": 2.0, "blocks_per_update": 8}}
+    assert [d[0] for d in differing(changed, derived)] == ["training.blocks_per_update", "training.lr"]
 
 
 def test_a_manifest_of_an_earlier_version_is_not_called_wrong(project, branch, tampered):  # noqa: F811

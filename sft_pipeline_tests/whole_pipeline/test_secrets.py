@@ -120,15 +120,21 @@ def leaking_files(*folders: Path, at_least: int = 100) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedMlflow]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the MLflow server."""
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def door(server: Path) -> Iterator[GuardedMlflow]:
     known = {f"robot:{USER_INFO}", f"robot:{VARIABLES['MLFLOW_TRACKING_PASSWORD']}"}
-    with guarded_mlflow(tmp_path_factory.mktemp("server") / "mlflow", known) as found:
+    with guarded_mlflow(server / "mlflow", known) as found:
         yield found
 
 
 @pytest.mark.slow
 def test_no_secret_is_written_printed_or_on_a_command_line(
-    project: Project, door: GuardedMlflow, tmp_path_factory: pytest.TempPathFactory
+    project: Project, door: GuardedMlflow, server: Path
 ) -> None:
     address = f"http://robot:{quote(USER_INFO, safe='')}@127.0.0.1:{door.port}"
     began = time.time()
@@ -137,12 +143,11 @@ def test_no_secret_is_written_printed_or_on_a_command_line(
     assert len(done.stdout.splitlines()) == 1 and '"status": "exported"' in done.stdout
     assert "MLflow" not in done.stderr and "registered small_lora version 1" in done.stderr
     assert door.let_in and door.tokens, "the secrets were needed, and used"
-    server = tmp_path_factory.getbasetemp()
-    assert list(server.rglob("events.out.tfevents*")), "what TensorBoard keeps is searched too"
+    assert list(project.home.rglob("events.out.tfevents*")), "what TensorBoard keeps is searched too"
     assert (project.home / "dagster").is_dir() and list(server.rglob("mlflow.db"))
     assert leaks(done.stdout, done.stderr, *project.command_lines) == []
     assert any("sft_pipeline.launch.child" in line for line in project.command_lines)
-    assert leaking_files(server) == {}
+    assert leaking_files(project.folder, project.home, server) == {}
     in_work = [p for p in Path("/tmp").glob("*") if p.is_file() and _is_new(p, began)]
     assert not [p for p in in_work if leaks(p.read_bytes().decode("latin-1"))]
 
