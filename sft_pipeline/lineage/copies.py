@@ -32,14 +32,7 @@ def copy_problems(chain: Chain) -> Iterator[tuple[Path, str]]:
 def differences(stored: Any, carried: Any, place: str = "") -> Iterator[str]:
     """The dotted keys under which a copy differs from what it was made of, folders of a machine apart."""
     if isinstance(stored, dict) and isinstance(carried, dict):
-        left = dict(carried)
-        for key, value in stored.items():
-            found = next((k for k in left if may_be_copy(key, k)), None)
-            if found is None:
-                yield f"{place}{key}"
-            else:
-                yield from differences(value, left.pop(found), f"{place}{key}.")
-        yield from (f"{place}{key}" for key in left)
+        yield from _differences_of_mappings(stored, carried, place)
     elif isinstance(stored, list) and isinstance(carried, list) and len(stored) == len(carried):
         for number, (a, b) in enumerate(zip(stored, carried)):
             yield from differences(a, b, f"{place}{number}.")
@@ -48,6 +41,24 @@ def differences(stored: Any, carried: Any, place: str = "") -> Iterator[str]:
             yield place[:-1]
     elif type(stored) is not type(carried) or stored != carried:
         yield place[:-1]
+
+
+def _differences_of_mappings(stored: dict[str, Any], carried: dict[str, Any], place: str) -> Iterator[str]:
+    """As `differences`. Two files of one name in different folders may have become one key of the copy."""
+    by_name: dict[str, list[str]] = {}
+    for key in stored:
+        by_name.setdefault(key.rpartition("/")[2], []).append(key)
+    copied: set[str] = set()
+    for key, value in carried.items():
+        same_name = by_name.get(key.rpartition("/")[2], [])
+        originals = [key] if key in stored else [name for name in same_name if may_be_copy(name, key)]
+        copied.update(originals)
+        found = [list(differences(stored[name], value, f"{place}{key}.")) for name in originals]
+        if not found:
+            yield f"{place}{key}"
+        elif all(found):
+            yield from found[0]
+    yield from (f"{place}{key}" for key in stored if key not in copied)
 
 
 def may_be_copy(stored: str, carried: str) -> bool:

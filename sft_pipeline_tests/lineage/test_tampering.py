@@ -167,6 +167,21 @@ def hash_again(export, name):
     write(manifest, data)
 
 
+def test_a_grader_that_was_changed_after_the_sanity_check(project, branch, tampered, tmp_path):  # noqa: F811
+    """Judged again with it, on the same training: the old check is not what judged the model."""
+    (project.root / "grader.py").write_text("new")
+    out = tmp_path / "sanity"
+    out.mkdir()
+    (out / "sanity.json").write_text("{}")
+    checked = project.artifact("sanity_check", "recipe", out, outside={"grader.py": "0" * 64})
+    entry = checked.as_input("acceptance").model_dump()
+    tampered("trained_checkpoints", lambda data: data["inputs"].update(sanity_check=entry))
+    found = verify(branch["exported_model"].path, project.store)
+    assert "sanity_check" in {node.stage for node in found.chain.nodes}
+    assert not [f for f in found.findings if "grader.py" in str(f)]
+    assert any("grader.py" in line and "changed since it accepted" in line for line in found.unreachable)
+
+
 def test_a_configuration_and_what_of_it_is_in_the_fingerprint():
     """What the recipe leaves null may be derived; what it says must agree."""
     derived = {"training": {"lr": 1.0, "blocks_per_update": 4}}
@@ -205,4 +220,12 @@ def test_differences_are_named_by_their_keys():
     stored = {"a": {"b": [1, "/x/y/z"]}, "c": None, "d": 1}
     assert list(differences(stored, {"a": {"b": [1, "…/z"]}, "c": None, "d": 1})) == []
     changed = {"a": {"b": [True, "…/q"]}, "c": 0, "e": 1}
-    assert list(differences(stored, changed)) == ["a.b.0", "a.b.1", "c", "d", "e"]
+    assert list(differences(stored, changed)) == ["a.b.0", "a.b.1", "c", "e", "d"]
+
+
+def test_files_of_one_name_in_two_folders_become_one_key_of_a_copy():
+    stored = {"outside": {"/a/base/config.json": "1", "/b/tokenizer/config.json": "2", "data/x": "3"}}
+    assert not list(differences(stored, {"outside": {"…/config.json": "2", "data/x": "3"}}))
+    assert not list(differences(stored, {"outside": {"…/config.json": "1", "data/x": "3"}}))
+    assert list(differences(stored, {"outside": {"…/config.json": "9", "data/x": "3"}}))
+    assert list(differences(stored, {"outside": {"…/config.json": "1"}})) == ["outside.data/x"]
