@@ -1,7 +1,9 @@
 """`sft check`: does everything fit together, and what will a training cost."""
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +103,8 @@ def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
 def _ungradable(config: RecipeConfig, tokenized: Artifact) -> list[str]:
     """Why a grader could not be used, where one could not."""
     try:
-        try_graders(config.evaluation.graders, tokenized, config.evaluation.max_rows)
+        with contextlib.redirect_stdout(sys.stderr):  # what a grader prints is not the command's JSON
+            try_graders(config.evaluation.graders, tokenized, config.evaluation.max_rows)
     except InputError as error:
         return [str(error)]
     return []

@@ -239,7 +239,7 @@ def _python(config: PythonGrader) -> Grader:
         sys.path.insert(0, root)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"grader {config.name}: {config.callable} cannot be imported ({type(error).__name__}: {error}); "
             f"modules are looked for in the project root {root} and among the installed packages"
@@ -251,7 +251,7 @@ def _python(config: PythonGrader) -> Grader:
         where = f"grader {config.name}, row {row.get('row_id')}"
         try:
             value = function(reply, completion, dict(row))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"{where}: {config.callable} raised {type(error).__name__}: {error}. "
                 "A reply it cannot read should score 0"

@@ -21,6 +21,10 @@ def strict(reply, completion, row):
     return json.loads(reply) == completion
 
 
+def leaving(reply, completion, row):
+    raise SystemExit(0)
+
+
 def in_words(reply, completion, row):
     return "high"
 
@@ -59,6 +63,7 @@ def tried(tokenized, *graders, max_rows=None):
     ("grader", "words"),
     [
         (python(strict), "grader mine, row .* raised JSONDecodeError"),
+        (python(leaving), "grader mine, row .* raised SystemExit"),
         (python(in_words), "returned 'high', not a finite number"),
         ({"name": "mine", "kind": "python", "callable": "no_such_module:f"}, "grader mine: no_such_module"),
         ({"name": "id", "kind": "json_fields", "fields": ["id"]}, "grader id: no expected completion has"),
@@ -78,6 +83,15 @@ def test_expected_completions_and_odd_replies_are_scored(tokenized):
     assert found["mine"]["expected_completions"] == 1 and found["mine"]["odd_replies"] > 1
     assert found["never"] == {"expected_completions": 0, "odd_replies": 0}
     assert tried(tokenized) == {}
+
+
+def test_splits_without_rows_are_no_problem(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_PROJECT_ROOT", str(tmp_path))
+    w.write_base(tmp_path / "base")
+    world = w.World(tmp_path, Store(tmp_path / "home"))
+    split = w.dataset(world, {"train": w.rows_of(0, 4), "validation": [], "test": []})["grouped_split"]
+    found = tried(w.tokenized(world, split), {"name": "same", "kind": "exact_match"})
+    assert found == {"same": {"expected_completions": None, "odd_replies": None}}
 
 
 def test_what_the_sanity_check_is_made_for(tmp_path):
