@@ -25,6 +25,7 @@ OF_THE_CALLER = (
     "SFT_DAGSTER_DIR",
     "DAGSTER_HOME",
     "MLFLOW_TRACKING_URI",
+    "TENSORBOARD_LOGGING_DIR",  # which a training in the process of the tests has set for itself
 )
 
 
