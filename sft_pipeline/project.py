@@ -33,7 +33,8 @@ def sft_home() -> Path:
 
 def project_path(path: str | os.PathLike[str]) -> Path:
     """A path of the configuration as an absolute one: relative paths start at the project root."""
-    return (project_root() / Path(path).expanduser()).resolve()
+    # Unlike the methods of Path, these let a loop of links and an unknown ~user pass, to be met when opened.
+    return Path(os.path.realpath(project_root() / os.path.expanduser(path)))
 
 
 def switch_telemetry_off() -> None:

@@ -44,7 +44,7 @@ def manifest_problems(manifest: Manifest, written: Mapping[str, Any]) -> Iterato
     """
     if data_version(manifest.files) != manifest.data_version:
         yield "its data version is not that of the files it lists"
-    if all_parts(manifest, written) and recorded_fingerprint(manifest) != manifest.fingerprint:
+    if has_all_parts(manifest, written) and recorded_fingerprint(manifest) != manifest.fingerprint:
         yield (
             "its fingerprint does not follow from the parts it records (asset, snapshot, code, "
             "configuration, inputs, outside files, packages, blocking checks)"
@@ -64,11 +64,11 @@ def manifest_problems(manifest: Manifest, written: Mapping[str, Any]) -> Iterato
         if entry.partition != manifest.partition:
             yield f"its input {name} is of the snapshot {entry.partition}, itself of {manifest.partition}"
     for entry in manifest.reused_from:
-        if entry.asset != manifest.asset:
-            yield f"it took rows over from {entry.asset}, which is another asset"
+        if entry.asset.rpartition("/")[2] != manifest.asset.rpartition("/")[2]:
+            yield f"it took rows over from {entry.asset}, which is another stage"
 
 
-def all_parts(manifest: Manifest, written: Mapping[str, Any]) -> bool:
+def has_all_parts(manifest: Manifest, written: Mapping[str, Any]) -> bool:
     """Whether all parts of the fingerprint are recorded as they were.
 
     Earlier versions left some out, and the copy in an export leaves out folders of the machine, after which

@@ -1,19 +1,16 @@
 """The manifests that an export carries in `lineage/`, compared with those in the store, field by field.
 
-A copy names no folder of the machine it was made on: of an absolute path it keeps what follows the project's
-folder, or only the name behind "…/". Nothing else may differ.
+A copy names no folder of the machine it was made on (`portable_paths.py`). Nothing else may differ.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sft_pipeline.lineage.walk import LINEAGE_FOLDER, Chain, copied_manifests
-
-# The folders of an absolute path, up to its last "/".
-_FOLDERS = re.compile(r"(?<![\w.…/~])(?:file:)?[/~](?:[^\s/\"']+/)*")
+from sft_pipeline.portable_paths import may_be_portable, portable
+from sft_pipeline.store.files import canonical_json
 
 
 def copy_problems(chain: Chain) -> Iterator[tuple[Path, str]]:
@@ -24,55 +21,37 @@ def copy_problems(chain: Chain) -> Iterator[tuple[Path, str]]:
         if copy is None or node.manifest_path is None or node.path is None or node.path == chain.root:
             continue
         stored, carried = (json.loads(path.read_bytes()) for path in (node.manifest_path, copy))
-        if places := list(differences(stored, carried)):
-            yield copy, f"differs from {node.manifest_path} in {', '.join(places[:5])}"
+        if canonical_json(carried) == canonical_json(portable(stored)):
+            continue
+        if places := list(differences(stored, carried)):  # it may be of another machine
+            yield (
+                copy,
+                f"differs from {node.manifest_path} in {', '.join(places[:5])}: one of them was changed, or "
+                "that artifact was deleted and built again after the export",
+            )
     yield from _index_problems(chain, copies)
 
 
 def differences(stored: Any, carried: Any, place: str = "") -> Iterator[str]:
     """The dotted keys under which a copy differs from what it was made of, folders of a machine apart."""
     if isinstance(stored, dict) and isinstance(carried, dict):
-        yield from _differences_of_mappings(stored, carried, place)
+        copied: set[str] = set()
+        for key, value in carried.items():
+            # Two files of one name in different folders have become one key of the copy.
+            originals = [key] if key in stored else [name for name in stored if may_be_portable(name, key)]
+            copied.update(originals)
+            found = [list(differences(stored[name], value, f"{place}{key}.")) for name in originals]
+            if all(found):
+                yield from found[0] if found else (f"{place}{key}",)
+        yield from (f"{place}{key}" for key in stored if key not in copied)
     elif isinstance(stored, list) and isinstance(carried, list) and len(stored) == len(carried):
         for number, (a, b) in enumerate(zip(stored, carried)):
             yield from differences(a, b, f"{place}{number}.")
     elif isinstance(stored, str) and isinstance(carried, str):
-        if not may_be_copy(stored, carried):
+        if not may_be_portable(stored, carried):
             yield place[:-1]
     elif type(stored) is not type(carried) or stored != carried:
         yield place[:-1]
-
-
-def _differences_of_mappings(stored: dict[str, Any], carried: dict[str, Any], place: str) -> Iterator[str]:
-    """As `differences`. Two files of one name in different folders may have become one key of the copy."""
-    by_name: dict[str, list[str]] = {}
-    for key in stored:
-        by_name.setdefault(key.rpartition("/")[2], []).append(key)
-    copied: set[str] = set()
-    for key, value in carried.items():
-        same_name = by_name.get(key.rpartition("/")[2], [])
-        originals = [key] if key in stored else [name for name in same_name if may_be_copy(name, key)]
-        copied.update(originals)
-        found = [list(differences(stored[name], value, f"{place}{key}.")) for name in originals]
-        if not found:
-            yield f"{place}{key}"
-        elif all(found):
-            yield from found[0]
-    yield from (f"{place}{key}" for key in stored if key not in copied)
-
-
-def may_be_copy(stored: str, carried: str) -> bool:
-    """Whether two texts are equal but for leading folders of absolute paths that the second leaves out."""
-    if stored == carried:
-        return True
-    pattern, end = "", 0
-    for match in _FOLDERS.finditer(stored):
-        folders = match.group().split("/")[1:]
-        kept = ["/".join(folders[n:]) for n in range(len(folders))]  # each beginning left out; "" at the end
-        choices = "|".join(re.escape(k) for k in (match.group(), *kept, "…/"))
-        pattern += re.escape(stored[end : match.start()]) + f"(?:{choices})"
-        end = match.end()
-    return re.fullmatch(pattern + re.escape(stored[end:]), carried) is not None
 
 
 def _index_problems(chain: Chain, copies: dict[str, Path]) -> Iterator[tuple[Path, str]]:

@@ -1,12 +1,13 @@
 """Hashes all that can be reached of a model's chain again, and checks that the manifests fit each other."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft_pipeline.errors import InputError
-from sft_pipeline.lineage.consistency import all_parts, count_problems, entry_problems, manifest_problems
+from sft_pipeline.lineage.consistency import count_problems, entry_problems, has_all_parts, manifest_problems
 from sft_pipeline.lineage.copies import copy_problems
 from sft_pipeline.lineage.walk import Chain, Node, artifact_root, walk
 from sft_pipeline.project import project_path
@@ -69,6 +70,9 @@ class _Work:
         self.findings.append(Finding(str(file), problem))
 
     def sha256(self, path: Path) -> str:
+        """Raises:
+        OSError: The file is not there or cannot be read.
+        """
         if path not in self.hashed:
             self.hashed[path] = sha256_file(path)
             self.bytes += path.stat().st_size
@@ -106,7 +110,7 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
     for path, problem in copy_problems(chain):
         if str(path) not in damaged:
             work.wrong(path, problem)
-    _verify_outside(chain, work)
+    _verify_outside(chain, store, work)
     findings = tuple(dict.fromkeys(work.findings))
     return Verification(
         not findings, findings, tuple(dict.fromkeys(work.unreachable)), len(work.hashed), work.bytes, chain
@@ -132,15 +136,15 @@ def _verify_node(node: Node, work: _Work) -> None:
     written = json.loads(node.manifest_path.read_bytes())
     for problem in manifest_problems(node.manifest, written):
         work.wrong(node.manifest_path, problem)
-    if not all_parts(node.manifest, written) and node.path is None:
-        work.unreachable.append(
-            f"{_name(node)}: the copy of its manifest leaves out folders of the machine it was made on; its "
-            "fingerprint was not computed again"
-        )
-    elif "identity" not in node.manifest.model_fields_set:
+    if "identity" not in node.manifest.model_fields_set:
         work.unreachable.append(
             f"{_name(node)}: made by an earlier version, which did not record all parts of the fingerprint; "
             "it was not computed again"
+        )
+    elif not has_all_parts(node.manifest, written) and node.path is None:
+        work.unreachable.append(
+            f"{_name(node)}: the copy of its manifest leaves out folders of the machine it was made on; its "
+            "fingerprint was not computed again"
         )
     if node.path is None:
         work.unreachable.append(
@@ -152,19 +156,24 @@ def _verify_node(node: Node, work: _Work) -> None:
     for entry in node.manifest.files:
         path = node.path / entry.path
         known.add(entry.path)
-        if not path.is_file():
+        try:
+            digest, size = work.sha256(path), path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
             work.wrong(path, "missing")
-        elif work.sha256(path) != entry.sha256:
+            continue
+        except OSError as error:
+            work.wrong(path, f"it cannot be read ({error.strerror})")
+            continue
+        if digest != entry.sha256:
             work.wrong(path, f"its SHA-256 differs from the one in the manifest of {node.asset}")
-        elif path.stat().st_size != entry.bytes:
-            size = path.stat().st_size
+        elif size != entry.bytes:
             work.wrong(
                 node.manifest_path, f"it gives {entry.path} {entry.bytes:,} bytes, the file has {size:,}"
             )
     for problem in count_problems(node.manifest, node.path):
         work.wrong(node.manifest_path, problem)
     for path in sorted(node.path.rglob("*")):
-        if path.is_file() and path.relative_to(node.path).as_posix() not in known:
+        if os.path.isfile(path) and path.relative_to(node.path).as_posix() not in known:
             work.wrong(path, f"not a file of {node.asset}: the manifest does not list it")
 
 
@@ -195,13 +204,14 @@ def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], store: Store, wo
             for problem in entry_problems(node.manifest, name, entry, upstream.manifest):
                 work.wrong(upstream.manifest_path or upstream.asset, problem)
     for entry in node.manifest.reused_from:
-        earlier = store.get(entry.fingerprint)
-        if earlier is None:
-            continue  # rows that were taken over are in the artifact itself
+        # Rows that were taken over are in the artifact itself: the earlier one may be gone.
+        if (earlier := store.get(entry.fingerprint)) is None:
+            continue
         try:
             problems = list(entry_problems(node.manifest, "rows of an earlier one", entry, earlier.manifest))
-        except InputError:
-            problems = ["the manifest cannot be read"]
+        except InputError as error:
+            work.unreachable.append(f"{node.asset} took rows over from one that cannot be read: {error}")
+            continue
         for problem in problems:
             work.wrong(earlier.path / MANIFEST_NAME, problem)
 
@@ -209,12 +219,15 @@ def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], store: Store, wo
 # -- what lies outside the store -------------------------------------------------------------------
 
 
-def _verify_outside(chain: Chain, work: _Work) -> None:
+def _verify_outside(chain: Chain, store: Store, work: _Work) -> None:
     """Sources, base model, tokenizer, schemas and graders, where they are still at their recorded places.
 
+    Relative names start at the project that made the model. Where nothing of it lies in the store, this may
+    be another project, with files of the same names.
     What only had to accept, such as a sanity check, may have read a grader that was changed afterwards: the
     evaluation records the one that judged the model.
     """
+    of_this_project = any(node.path and node.path.parent == store.objects for node in chain.nodes)
     recorded: dict[str, tuple[str, str]] = {}
     for node in chain.nodes:
         if node.manifest is None:
@@ -232,11 +245,20 @@ def _verify_outside(chain: Chain, work: _Work) -> None:
             if digest.startswith("hub:"):
                 work.unreachable.append(f"{name} (read by {node.asset}): on the hub at a pinned revision")
                 continue
-            path = project_path(name)
-            if not path.is_file():
-                work.unreachable.append(f"{name} (read by {node.asset}): not at its recorded place {path}")
-            elif work.sha256(path) != digest:
-                if accepts:
-                    work.unreachable.append(f"{name} (read by {node.asset}): changed since it accepted")
-                else:
-                    work.wrong(path, f"its SHA-256 differs from the one that {node.asset} recorded")
+            path, what = project_path(name), f"{name} (read by {node.asset})"
+            try:
+                same = work.sha256(path) == digest
+            except (FileNotFoundError, NotADirectoryError):
+                work.unreachable.append(f"{what}: not at its recorded place {path}")
+                continue
+            except OSError as error:
+                work.unreachable.append(f"{what}: {path} cannot be read ({error.strerror})")
+                continue
+            if same:
+                continue
+            if accepts:
+                work.unreachable.append(f"{what}: changed since it accepted")
+            elif of_this_project or Path(name).is_absolute():
+                work.wrong(path, f"its SHA-256 differs from the one that {node.asset} recorded")
+            else:
+                work.unreachable.append(f"{what}: another file is at this place, {path}")

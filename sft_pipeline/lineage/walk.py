@@ -5,6 +5,7 @@ files
                   └── lineage/ ─▶ copies of the same manifests, for a model that left its store
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def _found(entry: InputEntry, objects: list[Path], copies: Mapping[str, Path]) -
     for folder in objects:
         path = folder / entry.fingerprint
         manifest_path = path / MANIFEST_NAME
-        if manifest_path.is_file():
+        if os.path.lexists(manifest_path):
             try:
                 return Node(
                     **_recorded(entry),

@@ -124,7 +124,7 @@ def clear_disk_errors(action: str) -> Iterator[None]:
 
 
 def as_disk_error(error: BaseException, action: str) -> InputError | None:
-    """The message for a disk that is full or cannot be written to; None for any other error.
+    """The message for a disk that is full, or refuses access; None for any other error.
 
     Libraries hide the system's error in their own: SQLite, safetensors and torch keep its text alone.
     """
@@ -140,7 +140,8 @@ def as_disk_error(error: BaseException, action: str) -> InputError | None:
             return InputError(f"the disk is full, or it fails, while {action}: free some space and run again")
         if cause is error and isinstance(cause, OSError) and cause.errno in _REFUSED:
             return InputError(
-                f"cannot write while {action}: {text}. Check the permissions, or point SFT_HOME elsewhere"
+                f"access refused while {action}: {text}. Check the permissions; what lies below SFT_HOME can "
+                "be put elsewhere by setting it"
             )
         cause = cause.__cause__ or cause.__context__
     return None

@@ -1,5 +1,6 @@
 """manifest.json: what an artifact is, what it was made from, and the hash of every file in it."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class CheckRecord(TypedDict):
     description: str
 
 
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON, and cannot be hashed")
+
+
 class Manifest(_Entry):
     """The manifest of one artifact.
 
@@ -62,7 +67,7 @@ class Manifest(_Entry):
         code_version: Of the stage's modules.
         config: What the stage read of the recipe or dataset file.
         inputs: By stage name, the artifacts that were read.
-        reused_from: Earlier artifacts of the same asset from which rows were taken over.
+        reused_from: Earlier artifacts of the same stage, of any recipe, from which rows were taken over.
         accepted: Whether every blocking check passed. What is not accepted is no input.
         counts: Whole numbers about the rows and blocks.
         files: Every file but this one.
@@ -105,8 +110,10 @@ class Manifest(_Entry):
             InputError: The file is not a manifest of this format; the message names it.
         """
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
-        except (ValidationError, ValueError) as error:
+            manifest = cls.model_validate(json.loads(path.read_bytes(), parse_constant=_no_constant))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        except (ValidationError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}: not a readable manifest ({error.__class__.__name__}); "
                 "delete the folder to have it rebuilt"

@@ -193,6 +193,32 @@ def test_a_moved_copy_is_verified_by_its_own_lineage(project, branch, tmp_path, 
     assert [f.file for f in verify(copy, Store(tmp_path / "empty")).findings] == [str(path)]
 
 
+def test_a_moved_copy_in_another_project_with_files_of_the_same_names(project, branch, tmp_path, monkeypatch):
+    copy, other = tmp_path / "elsewhere", tmp_path / "other project"
+    shutil.copytree(branch["exported_model"].path, copy)
+    (other / "base").mkdir(parents=True)
+    (other / "base" / "model.safetensors").write_text("another base")
+    monkeypatch.setenv("SFT_PROJECT_ROOT", str(other))
+    found = verify(copy, Store(tmp_path / "empty"))
+    assert found.verified, found.findings
+    assert any("another file is at this place" in line for line in found.unreachable)
+
+
+def test_what_cannot_be_read_does_not_end_the_verification(project, branch):
+    """A link to itself, which nobody can read, whatever they may."""
+    outside, own = project.root / "base" / "model.safetensors", branch["evaluation"].file("samples.parquet")
+    for path in (outside, own):
+        path.rename(path.with_name("aside"))
+        path.symlink_to(path)
+    try:
+        found = verify(branch["exported_model"].path, project.store)
+    finally:
+        for path in (outside, own):
+            path.with_name("aside").replace(path)
+    assert any(str(outside) in line and "cannot be read" in line for line in found.unreachable)
+    assert (str(own), "it cannot be read") in {(f.file, f.problem.partition(" (")[0]) for f in found.findings}
+
+
 def test_another_artifact_under_the_recorded_fingerprint_is_found(project, branch):
     """An upstream artifact rebuilt with other content, consistent in itself: the consumer's record shows."""
     path = branch["validated_rows"].path / "manifest.json"

@@ -1,13 +1,11 @@
 """`lineage/`: the manifests behind an export, without machine paths; no exported file may hold one."""
 
-import os
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from sft_pipeline.project import project_root, sft_home
+from sft_pipeline.portable_paths import machine_folders, portable
 from sft_pipeline.stages.stage import Check, table
 from sft_pipeline.store import Artifact, Manifest
 from sft_pipeline.store.files import write_json
@@ -74,36 +72,6 @@ def write_lineage(manifests: dict[str, Manifest], folder: Path) -> None:
         if stage == "raw_rows":
             sources |= manifest.outside
     write_json(folder / "chain.json", {"chain": chain, "source_files": portable(sources)})
-
-
-def portable(value: Any) -> Any:
-    """A JSON value with paths relative to the project root; of paths elsewhere only the name stays."""
-    if isinstance(value, dict):
-        return {portable(k): portable(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [portable(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    if re.fullmatch(r"(?:file:)?[/~][^\s]*", value) and len(value) > 1:
-        path = PurePosixPath("/" + value.removeprefix("file:").lstrip("/~"))
-        root = PurePosixPath(project_root().as_posix())
-        inside = path.is_relative_to(root) and path != root
-        return path.relative_to(root).as_posix() if inside else f"…/{path.name}"
-    for folder in machine_folders():
-        value = value.replace(folder + "/", "")
-    return value
-
-
-def machine_folders() -> list[str]:
-    """This machine's own folders: the project, SFT_HOME, the home folder, the interpreter's environment."""
-    found = {
-        project_root().as_posix(),
-        sft_home().as_posix(),
-        os.path.expanduser("~"),
-        Path(sys.prefix).as_posix(),
-        Path.cwd().as_posix(),
-    }
-    return sorted((f.rstrip("/") for f in found if len(f) > 1), key=len, reverse=True)
 
 
 def machine_paths(folder: Path) -> Iterator[dict[str, Any]]:
