@@ -3,7 +3,7 @@
 import os
 import re
 import traceback
-from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote
 
 SHORTEST = 4  # characters; taking a shorter one out of a text would spoil it
 HIDDEN = "***"
@@ -23,8 +23,8 @@ def public_address(address: str) -> str:
     if "://" not in address:
         return address
     scheme, _, rest = address.partition("://")
-    host, slash, path = re.split("[?#]", rest)[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    # A password may hold "/", "?", "#" and "@" that nobody escaped: all before the last "@" is left out.
+    return f"{scheme}://{re.split('[?#]', rest.rpartition('@')[2])[0]}"
 
 
 def redacted(text: str) -> str:
@@ -58,14 +58,16 @@ def _secrets() -> set[str]:
 
 def _secrets_of(address: str) -> set[str]:
     """The password, or the token in the place of a user, and the secrets of the query."""
-    try:
-        parts = urlsplit(address)
-    except ValueError:  # several addresses, say, or text that only looks like one
-        return set()
-    user, colon, password = parts.netloc.rpartition("@")[0].partition(":")
-    found = {f"{user}:{password}", password} if colon else {user} if len(user) >= TOKEN else set()
-    raw = (item.partition("=") for item in parts.query.split("&"))
-    pairs = [*parse_qsl(parts.query), *((key, value) for key, _, value in raw)]
+    rest = address.partition("://")[2]
+    found: set[str] = set()
+    # An "@" may stand unescaped in the password, or in the query.
+    for user_info in {rest.partition("@")[0], rest.rpartition("@")[0]} if "@" in rest else ():
+        user, colon, password = user_info.partition(":")
+        found |= {user_info, password} if colon else {user} if len(user) >= TOKEN else set()
+        found.add(re.split("[/?#]", password)[0])  # which libraries take for a port, and name as a wrong one
+    query = rest.partition("?")[2].partition("#")[0]
+    raw = (item.partition("=") for item in query.split("&"))
+    pairs = [*parse_qsl(query), *((key, value) for key, _, value in raw)]
     return found | {value for key, value in pairs if _SECRET_KEY.search(key)}
 
 

@@ -22,6 +22,8 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         ("postgresql://u:p@db:5432/mlflow", "postgresql://db:5432/mlflow"),
         ("http://user@127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("http://a:b@c@host/x", "http://host/x"),
+        ("http://user:p/ss@host/x", "http://host/x"),
+        ("http://user:p#s?s@host:1/x?y=z", "http://host:1/x"),
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
         ("file:///tmp/mlruns", "file:///tmp/mlruns"),
@@ -47,6 +49,22 @@ def test_no_secret_can_be_read_in_a_message(text: str) -> None:
     found = redacted(text)
     assert HIDDEN in found
     assert not any(secret in found for secret in (*SECRETS, "p%40ss-word"))
+
+
+@pytest.mark.parametrize(
+    "password", ["hunter2/xyz", "hunter2#xyz", "hunter2?xyz", "hunter2@xyz", "hunter2:xyz"]
+)
+@pytest.mark.parametrize("query", ["", "?options=a@b"])
+def test_an_unescaped_password(monkeypatch: pytest.MonkeyPatch, password: str, query: str) -> None:
+    address = f"http://mara:{password}@host/base{query}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    for text in (
+        address,
+        f"wrong: {password}",
+        f"no port: {password.split(password[7])[0]!r}, repr {address!r}",
+    ):
+        assert "hunter2" not in redacted(text)
+    assert "hunter2" not in public_address(address) and "xyz" not in public_address(address)
 
 
 def test_a_message_without_secrets_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`sft lineage`: the chain from an exported model back to its source files. `sft trace`: where a row went."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def show_lineage(model_dir: str, *, verify: bool, console: Console, out: Console
     from sft_pipeline.lineage.verify import verify as verify_chain
     from sft_pipeline.lineage.walk import walk
 
-    path = Path(model_dir).expanduser().resolve()
+    path = Path(os.path.realpath(os.path.expanduser(model_dir)))
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the folder of an exported model")
     if not verify:

@@ -1,5 +1,6 @@
 """`sft replay`: one update of a training again, row by row."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def find_training(training: str, store: Store) -> Artifact:
     Raises:
         InputError: None, or more than one.
     """
-    path = Path(training).expanduser()
+    path = Path(os.path.expanduser(training))
     folders = [path, path.parent] if path.is_dir() else []
     found = [Artifact(f) for f in folders if (f / "manifest.json").is_file()]
     if not found:

@@ -75,7 +75,7 @@ def find_recipe(
     """
     looks_like_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path
     if looks_like_path:
-        path = Path(name_or_path).expanduser()
+        path = Path(os.path.expanduser(name_or_path))
         path = path if path.is_file() else project_path(name_or_path)
         if not path.is_file():
             raise InputError(f"no recipe file at {path}")

@@ -106,7 +106,7 @@ def artifact_root(folder: Path) -> Path:
     Raises:
         InputError: No manifest.json there.
     """
-    folder = folder.expanduser().resolve()
+    folder = Path(os.path.realpath(os.path.expanduser(folder)))
     for candidate in (folder, *list(folder.parents)[:2]):
         if (candidate / MANIFEST_NAME).is_file():
             return candidate

@@ -8,6 +8,7 @@ adapter puts it on the base (Dettmers et al. 2023 train through the quantized we
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def target_dtype(name: str, config: ModelConfig) -> torch.dtype:
 
 def public_name(base: str) -> str:
     """The base's name outside this machine: a hub id or a relative path stays, else the folder's name."""
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))
     return path.name if path.is_absolute() or ".." in path.parts else base
 
 
