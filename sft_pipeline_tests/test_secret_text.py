@@ -51,9 +51,7 @@ def test_no_secret_can_be_read_in_a_message(text: str) -> None:
     assert not any(secret in found for secret in (*SECRETS, "p%40ss-word"))
 
 
-@pytest.mark.parametrize(
-    "password", ["hunter2/xyz", "hunter2#xyz", "hunter2?xyz", "hunter2@xyz", "hunter2:xyz"]
-)
+@pytest.mark.parametrize("password", ["hunter2/xyz", "hunter2#xyz", "hunter2?xyz", "hunter2@xyz"])
 @pytest.mark.parametrize("query", ["", "?options=a@b"])
 def test_an_unescaped_password(monkeypatch: pytest.MonkeyPatch, password: str, query: str) -> None:
     address = f"http://mara:{password}@host/base{query}"

@@ -30,7 +30,7 @@ from sft_pipeline.store.files import sha256_json
 GPU_POOL = "gpu"
 SET_TAG = "sft/set"  # JSON list of "a.b=value": the overrides of this run
 RECIPE_TAG = "sft/recipe_source"  # the recipe's name or file, as given to `sft run`
-LOST_TAG = "sft/mlflow_lost"
+OUTAGE_TAG = "sft/mlflow_outage"
 CRASH_RETRIES = 1
 DEFAULT_OWNER = "team:sft"
 
@@ -108,7 +108,7 @@ def _run_of(
 ) -> tuple[RecipeConfig | None, Run]:
     """The recipe with this Dagster run's overrides, and how the stage runs in it."""
     from sft_pipeline.tracking.mlflow import AFTER, MlflowTracker, publish
-    from sft_pipeline.tracking.server import Server
+    from sft_pipeline.tracking.server import GuardedClient
 
     overrides = json.loads(context.run.tags.get(SET_TAG, "[]"))
     if recipe is not None and overrides:
@@ -120,7 +120,7 @@ def _run_of(
             refuse_code(find_recipe(catalog, name), tagged)
         recipe = tagged
     report = Tee(DagsterReporter(context), listener)
-    server = Server(report, AFTER, *_mlflow_lost(context))
+    server = GuardedClient(report, AFTER, *_mlflow_outage(context))
     run = Run(
         store=Store(),
         report=report,
@@ -134,7 +134,7 @@ def _run_of(
     return recipe, run
 
 
-def _mlflow_lost(context: dg.AssetExecutionContext) -> tuple[str | None, Callable[[str], None]]:
+def _mlflow_outage(context: dg.AssetExecutionContext) -> tuple[str | None, Callable[[str], None]]:
     """What an earlier step of this run noted of an MLflow server that failed, and how this step notes it.
 
     In a tag of the run, since steps may be processes of their own. A run that is executed again has the tags
@@ -142,10 +142,10 @@ def _mlflow_lost(context: dg.AssetExecutionContext) -> tuple[str | None, Callabl
     """
     instance, run_id = context.instance, context.run.run_id
     found = instance.get_run_by_id(run_id)
-    noted_by, _, lost = (found.tags if found else {}).get(LOST_TAG, "").partition(" ")
+    noted_by, _, outage = (found.tags if found else {}).get(OUTAGE_TAG, "").partition(" ")
     return (
-        lost if noted_by == run_id else None,
-        lambda text: instance.add_run_tags(run_id, {LOST_TAG: f"{run_id} {text}"}),
+        outage if noted_by == run_id else None,
+        lambda text: instance.add_run_tags(run_id, {OUTAGE_TAG: f"{run_id} {text}"}),
     )
 
 

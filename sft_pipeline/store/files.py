@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from sft_pipeline.errors import InputError, SftError
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # The system's words, SQLite's, and those of torch's writer.
 _FULL = (
@@ -107,6 +109,22 @@ def locked(path: Path, *, wait_seconds: float | None = None) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked_if_possible(path: Path, *, wait_seconds: float = 30.0) -> Iterator[None]:
+    """As `locked`, for what usually also works without: a warning where the lock cannot be had in time.
+
+    Some network file systems have no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, wait_seconds=wait_seconds))
+        except OSError as error:
+            if not isinstance(error, TimeoutError) and error.errno not in _NO_LOCKS:
+                raise
+            logging.getLogger(__name__).warning("going on without a lock: %s", error)
+        yield
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ fails nothing; it is noted in `untracked/`, and made up for when the artifact is
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,19 @@ from sft_pipeline.stages.run import Run, Tracked
 from sft_pipeline.stages.stage import Branch, Evidence, Stage
 from sft_pipeline.store import Artifact, Store
 from sft_pipeline.store.files import write_json
+from sft_pipeline.tracking.curves import (
+    CurvePoint,
+    MlflowReporter,
+    fill_curves,
+    log_points,
+    log_samples,
+    read_curves,
+)
 from sft_pipeline.tracking.names import accepted_name, flatten
 from sft_pipeline.tracking.registry import register
-from sft_pipeline.tracking.server import Server, TrackedRun
+from sft_pipeline.tracking.server import GuardedClient, TrackedRun
 
 FINGERPRINT_TAG = "sft.training_fingerprint"
-FLUSH_SECONDS = 2.0
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000  # of `sft ui`
 TRACKED = ("trained_checkpoints", "evaluation", "exported_model")
 DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")  # parameters of a run
@@ -35,10 +41,8 @@ DESCRIBED = ("model", "template", "tokens", "packing", "training", "dataset")  #
 EVALUATION_FILES = ("evaluation.json", "samples.parquet")
 EXPORT_FILES = ("README.md", "manifest.json")
 # What MLflow accepts in one request, and characters of a value.
-MOST_METRICS, MOST_PARAMS, LONGEST_PARAM = 1000, 100, 6000
-AFTER = "The artifacts are built all the same; `sft run` adds to MLflow later what it lacks now"
-
-Point = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
+MOST_PARAMS, LONGEST_PARAM = 100, 6000
+AFTER = "The artifacts are built all the same; the next `sft run` sends to MLflow what it lacks now"
 
 
 class MlflowTracker:
@@ -49,7 +53,7 @@ class MlflowTracker:
         server: None for one of each stage's own.
     """
 
-    def __init__(self, dagster_run_id: str | None, server: Server | None = None) -> None:
+    def __init__(self, dagster_run_id: str | None, server: GuardedClient | None = None) -> None:
         self._dagster_run_id = dagster_run_id
         self._server = server
 
@@ -62,7 +66,7 @@ class MlflowTracker:
             return
         trains = stage.name == "trained_checkpoints"
         training = fingerprint if trains else inputs["trained_checkpoints"].manifest.fingerprint
-        run = training_run(self._server or Server(report, AFTER), branch, training)
+        run = training_run(self._server or GuardedClient(report, AFTER), branch, training)
         versions = {name: artifact.manifest.data_version for name, artifact in inputs.items()}
         describe(run, branch, versions, self._dagster_run_id)
         listener = MlflowReporter(run, resumes=trains)
@@ -83,13 +87,13 @@ class MlflowTracker:
             raise
         finally:
             listener.flush()
-            run.tell(lambda client, run_id: client.set_terminated(run_id, status))
-            if run.incomplete or listener.waiting:
+            run.attempt(lambda client, run_id: client.set_terminated(run_id, status))
+            if run.incomplete or listener.waiting or listener.waiting_samples:
                 for artifact in finished:
-                    note_untracked(artifact, listener.waiting)
+                    note_untracked(artifact, listener.waiting, listener.waiting_samples)
 
 
-def publish(artifact: Artifact, branch: Branch, run: Run, server: Server | None = None) -> None:
+def publish(artifact: Artifact, branch: Branch, run: Run, server: GuardedClient | None = None) -> None:
     """Makes up for what MLflow lacks of an artifact, built or reused; registers it if it is an export.
 
     An accepted export competes for the champion alias. What was done, and with which server, is recorded in
@@ -98,7 +102,7 @@ def publish(artifact: Artifact, branch: Branch, run: Run, server: Server | None 
     Otherwise MLflow, which takes seconds to import, is not asked.
     """
     manifest = artifact.manifest
-    server = server or Server(run.report, AFTER)
+    server = server or GuardedClient(run.report, AFTER)
     make_up_for(artifact, branch, server)
     if not manifest.asset.endswith("/exported_model") or not manifest.accepted:
         return
@@ -110,18 +114,20 @@ def publish(artifact: Artifact, branch: Branch, run: Run, server: Server | None 
     if there and known.get("tracking_uri") == public_address(uri) and (known["current"] or not run.current):
         return
     tracked = training_run(server, branch, manifest.inputs["trained_checkpoints"].fingerprint)
+    outcomes: list[str] = []
 
     def registering(client: Any, run_id: str) -> None:
         log_artifact(client, run_id, artifact)
         for name in EXPORT_FILES:
             client.log_artifact(run_id, str(artifact.file(name)), "exported_model")
-        outcome = register(client, run_id, artifact, branch, run.store, move=run.current)
+        outcomes.append(register(client, run_id, artifact, branch, run.store, move=run.current))
+
+    tracked.attempt(registering)
+    for outcome in outcomes:
         run.report.log(outcome)
         write_json(noted, {"tracking_uri": public_address(uri), "current": run.current, "outcome": outcome})
-
-    tracked.tell(registering)
     if tracked.ids:
-        tracked.tell(lambda client, run_id: client.set_terminated(run_id))
+        tracked.attempt(lambda client, run_id: client.set_terminated(run_id))
 
 
 # -- what MLflow is told of an artifact --------------------------------------------------------------
@@ -142,47 +148,54 @@ def describe(
             client.set_tag(run_id, name, value)
         log_params(client, run_id, params)
 
-    run.tell(telling)
+    run.attempt(telling)
 
 
 def record(run: TrackedRun, artifact: Artifact) -> None:
     """The files of a finished artifact, each kind by itself: what fails takes no other along."""
     stage = artifact.manifest.asset.split("/")[-1]
     if stage != "exported_model":  # what `publish` logs
-        run.tell(lambda client, run_id: log_artifact(client, run_id, artifact))
+        run.attempt(lambda client, run_id: log_artifact(client, run_id, artifact))
     if stage == "trained_checkpoints":
-        run.tell(lambda client, run_id: fill_curves(client, run_id, artifact))
-        run.tell(lambda client, run_id: log_lineage(client, run_id, artifact))
+        curves = read_curves(artifact)
+        run.attempt(lambda client, run_id: fill_curves(client, run_id, curves))
+        run.attempt(lambda client, run_id: log_lineage(client, run_id, artifact))
     for name in EVALUATION_FILES if stage == "evaluation" else ():
-        run.tell(partial(log_file, path=artifact.file(name), folder=stage))
+        run.attempt(partial(log_file, path=artifact.file(name), folder=stage))
 
 
 def log_file(client: Any, run_id: str, path: Path, folder: str) -> None:
     client.log_artifact(run_id, str(path), folder)
 
 
-def note_untracked(artifact: Artifact, points: Sequence[Point]) -> None:
-    """Notes that MLflow lacks something of an artifact, and the points of its curves that it lacks."""
+def note_untracked(artifact: Artifact, points: Sequence[CurvePoint], samples: Mapping[str, str]) -> None:
+    """Notes that MLflow lacks something of an artifact, and what of it is in no file of the artifact."""
     with contextlib.suppress(OSError):  # a full disk, say, which ends the run soon enough
-        write_json(_untracked(artifact), {"points": points})
+        write_json(_untracked(artifact), {"points": points, "samples": samples})
 
 
-def make_up_for(artifact: Artifact, branch: Branch, server: Server) -> None:
+def make_up_for(artifact: Artifact, branch: Branch, server: GuardedClient) -> None:
     """Records what could not be recorded when the artifact was built."""
     note, manifest = _untracked(artifact), artifact.manifest
     if not note.is_file():
         return
-    points: list[Point] = [tuple(p) for p in json.loads(note.read_text(encoding="utf-8"))["points"]]
+    try:
+        noted = json.loads(note.read_bytes())
+        points: list[CurvePoint] = [(str(n), float(v), int(ms), int(s)) for n, v, ms, s in noted["points"]]
+        samples = {str(name): str(text) for name, text in noted["samples"].items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # the artifact has the rest
+        points, samples = [], {}
     trains = manifest.asset.endswith("/trained_checkpoints")
     training = manifest.fingerprint if trains else manifest.inputs["trained_checkpoints"].fingerprint
     run = training_run(server, branch, training)
     versions = {n: e.data_version for n, e in manifest.inputs.items() if e.role == "data"}
     describe(run, branch, versions, manifest.dagster_run_id)
-    run.tell(lambda client, run_id: log_points(client, run_id, points))
+    run.attempt(lambda client, run_id: log_points(client, run_id, points))
+    run.attempt(lambda client, run_id: log_samples(client, run_id, samples))
     record(run, artifact)
-    run.tell(lambda client, run_id: client.set_terminated(run_id))
+    run.attempt(lambda client, run_id: client.set_terminated(run_id))
     if not run.incomplete:
-        note.unlink()
+        note.unlink(missing_ok=True)  # another run may have done the same
 
 
 def _untracked(artifact: Artifact) -> Path:
@@ -221,7 +234,7 @@ def open_training_run(client: Any, branch: Branch, training: str) -> tuple[str, 
     return open_run(client, branch, title, {FINGERPRINT_TAG: training})
 
 
-def training_run(server: Server, branch: Branch, training: str) -> TrackedRun:
+def training_run(server: GuardedClient, branch: Branch, training: str) -> TrackedRun:
     return TrackedRun(server, lambda client: open_training_run(client, branch, training))
 
 
@@ -234,92 +247,6 @@ def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
     new = [Param(name, value[:LONGEST_PARAM]) for name, value in accepted.items() if name not in known]
     for start in range(0, len(new), MOST_PARAMS):
         client.log_batch(run_id, params=new[start : start + MOST_PARAMS])
-
-
-class MlflowReporter(Reporter):
-    """Logs metrics in batches.
-
-    Args:
-        resumes: The steps go on where an earlier build of the same fingerprint was killed: a point that it
-            had logged is not logged twice. Otherwise a later point replaces an earlier one.
-
-    Attributes:
-        waiting: Points that are not sent yet.
-    """
-
-    def __init__(self, run: TrackedRun, *, resumes: bool) -> None:
-        self._run = run
-        self._resumes = resumes
-        self.waiting: list[Point] = []
-        self._logged_to: dict[str, int] = {}
-        self._last_flush = time.monotonic()
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        self.waiting += [(accepted_name(name), float(value), now, step) for name, value in values.items()]
-        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
-            self.flush()
-
-    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        text = json.dumps(list(rows), indent=2, ensure_ascii=False)
-        self._run.tell(
-            lambda client, run_id: client.log_text(run_id, text, f"samples/update-{step:06d}.json")
-        )
-
-    def flush(self) -> None:
-        """Sends what is waiting; keeps it for the next time where MLflow does not take it."""
-        if self.waiting and self._run.tell(self._send, kept=True):
-            self.waiting = []
-        self._last_flush = time.monotonic()
-
-    def _send(self, client: Any, run_id: str) -> None:
-        logged_to, new = dict(self._logged_to), []
-        for point in self.waiting:
-            name, _, _, step = point
-            if self._resumes and name not in logged_to:
-                history = client.get_metric_history(run_id, name)
-                logged_to[name] = max((m.step for m in history), default=-1)
-            if not self._resumes or step > logged_to[name]:
-                new.append(point)
-                logged_to[name] = step
-        log_points(client, run_id, new)
-        self._logged_to = logged_to
-
-
-def log_points(client: Any, run_id: str, points: Sequence[Point]) -> None:
-    from mlflow.entities import Metric
-
-    log_metrics(client, run_id, [Metric(*point) for point in points])
-
-
-def log_metrics(client: Any, run_id: str, metrics: Sequence[Any]) -> None:
-    """Sends metrics in requests of the size that MLflow accepts."""
-    for start in range(0, len(metrics), MOST_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + MOST_METRICS])
-
-
-def fill_curves(client: Any, run_id: str, artifact: Artifact) -> None:
-    """Logs the points of the artifact's curves that MLflow lacks.
-
-    A killed orchestrator takes with it what it had not sent yet, while the checkpoint after those updates may
-    be whole, so that they are never made again. Such points get the time of the one before them.
-    """
-    import pyarrow.parquet as pq
-    from mlflow.entities import Metric
-
-    known = client.get_run(run_id).data.metrics
-    missing = []
-    for path in (artifact.path / "history.parquet", artifact.path / "throughput.parquet"):
-        rows = pq.read_table(path).to_pylist() if path.is_file() else []
-        for name in sorted(name for name in {row["name"] for row in rows} if accepted_name(name) in known):
-            key = accepted_name(name)
-            logged = {m.step: m.timestamp for m in client.get_metric_history(run_id, key)}
-            now = min(logged.values())
-            for row in sorted((r for r in rows if r["name"] == name), key=lambda r: r["step"]):
-                now = logged.get(row["step"], now)
-                if row["step"] not in logged:
-                    missing.append(Metric(key, row["value"], now, row["step"]))
-    log_metrics(client, run_id, missing)
 
 
 def log_artifact(client: Any, run_id: str, artifact: Artifact) -> None:

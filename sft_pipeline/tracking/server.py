@@ -17,7 +17,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.project import sft_home
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.secret_text import public_address, redacted
-from sft_pipeline.store.files import locked
+from sft_pipeline.store.files import locked_if_possible
 
 # MLflow's own patience is 7 retries of 2 minutes each, and longer where a server asks for it. Its links to a
 # run, printed on stdout, hold the user and password of the server's address.
@@ -33,18 +33,21 @@ SLOW_SECONDS = 1.0  # a call that fails after more is not repeated at once
 PAUSES = 30  # times the seconds that it took
 LONGEST_REASON = 300  # characters
 
-START = "Start the server, or correct MLFLOW_TRACKING_URI"
 # (what an error says, the problem, the remedy); the first that fits
 PROBLEMS = (
-    ("locked", "has a locked database", "End the process that holds it"),
+    (r"\blocked\b", "has a locked database", "End the process that holds it"),
+    (r"\b429\b|too many requests", "asks to be called less often", "Run the same command again later"),
     ("no space|disk is full|disk full|quota", "has no room left", "Make room on its disk"),
     (
         "deleted",
         "has had something deleted",
         "Restore it (mlflow experiments restore, mlflow runs restore), or delete it for good (mlflow gc)",
     ),
-    ("timed out|timeout", "does not answer", START),
-    ("refused|resol|unreachable|no route|name or service|reset|aborted", "does not answer", START),
+    (
+        r"timed out|timeout|refused|resol|unreachable|no route|name or service|\breset\b|aborted",
+        "does not answer",
+        "Start the server, or correct MLFLOW_TRACKING_URI",
+    ),
     (
         r"\b401\b|\b403\b|unauth|permission_denied|forbidden",
         "refuses the credentials",
@@ -65,15 +68,10 @@ def connect() -> Any:
     Raises:
         InputError: The server or database does not answer.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
-
-    for name, level in QUIET.items():
-        logging.getLogger(name).setLevel(level)
+    MlflowClient = _import_client()
     # Two processes that make the tables of one SQLite database at once trip over each other.
     makes_tables = address().startswith("sqlite:")
-    alone = locked(sft_home() / ".mlflow.lock") if makes_tables else contextlib.nullcontext()
+    alone = locked_if_possible(sft_home() / ".mlflow.lock") if makes_tables else contextlib.nullcontext()
     try:
         with alone:
             client = MlflowClient(tracking_uri=address())
@@ -81,6 +79,17 @@ def connect() -> Any:
         return client
     except Exception as error:
         raise InputError(described(error)) from None  # Dagster would keep the cause, with the address
+
+
+def _import_client() -> Any:
+    """The class of clients, with this package's patience and without its library's own warnings."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    return MlflowClient
 
 
 def described(error: Exception) -> str:
@@ -94,14 +103,14 @@ def described(error: Exception) -> str:
     return f"MLflow {problem} at {public_address(address())}: {reason}. {remedy}"
 
 
-class Server:
-    """Asks the server what it is told to ask, and bears with whatever goes wrong.
+class GuardedClient:
+    """A client of the server, none of whose failures reaches the caller.
 
     Args:
         report: Gets one warning, of the first thing that goes wrong.
         after: What the warning says of what becomes of the rest.
-        lost: What an earlier step of the same run has passed to `keep`.
-        keep: Remembers a text for later steps of the run: that the warning was given, and until when the
+        outage: What an earlier step of the same run has given to `remember`.
+        remember: Keeps a text for later steps of the run: that the warning was given, and until when the
             server is left alone.
     """
 
@@ -109,36 +118,44 @@ class Server:
         self,
         report: Reporter,
         after: str = "The artifacts are built all the same",
-        lost: str | None = None,
-        keep: Callable[[str], None] = lambda lost: None,
+        outage: str | None = None,
+        remember: Callable[[str], None] = lambda outage: None,
     ) -> None:
-        self._report, self._after, self._keep = report, after, keep
+        self._report, self._after, self._remember = report, after, remember
         self._client: Any = None
-        noted: list[Any] = json.loads(lost) if lost else [False, 0.0]
-        self._told: bool = noted[0]
+        noted: list[Any] = json.loads(outage) if outage else [False, 0.0]
+        self._warned: bool = noted[0]
         self._silent_until: float = noted[1]
 
-    def tell(self, call: Callable[[Any], Any]) -> bool:
+    def attempt(self, call: Callable[[Any], Any]) -> bool:
         """Calls with a client. False where the server is left alone or something went wrong."""
         if time.time() < self._silent_until:
             return False
         began = time.monotonic()
         try:
             if self._client is None:
+                _import_client()  # which takes seconds that are not the server's
+                began = time.monotonic()
                 self._client = connect()
             call(self._client)
             return True
         except Exception as error:
-            seconds = time.monotonic() - began
-            if seconds > SLOW_SECONDS:
-                self._silent_until = time.time() + PAUSES * seconds
-            if not self._told:
-                message = str(error) if self._client is None else described(error)
-                self._report.log(f"{message}. {self._after}", "warning")
-            if not self._told or seconds > SLOW_SECONDS:
-                self._told = True
-                self._keep(json.dumps([self._told, self._silent_until]))
+            self._failed(error, time.monotonic() - began)
             return False
+
+    def _failed(self, error: Exception, seconds: float) -> None:
+        slow, first = seconds > SLOW_SECONDS, not self._warned
+        if slow:
+            self._silent_until = time.time() + PAUSES * seconds
+        if first:
+            self._warned = True
+            message = str(error) if self._client is None else described(error)
+            self._report.log(f"{message}. {self._after}", "warning")
+        if slow or first:
+            try:
+                self._remember(json.dumps([self._warned, self._silent_until]))
+            except Exception:  # a later step warns again, then
+                logging.getLogger(__name__).debug("the outage is not noted", exc_info=True)
 
 
 class TrackedRun:
@@ -152,8 +169,8 @@ class TrackedRun:
         incomplete: Something could not be recorded.
     """
 
-    def __init__(self, server: Server, opening: Callable[[Any], tuple[str, str]]) -> None:
-        self._server, self._opening = server, opening
+    def __init__(self, client: GuardedClient, opening: Callable[[Any], tuple[str, str]]) -> None:
+        self._client, self._opening = client, opening
         self.ids: tuple[str, str] | None = None
         self.incomplete = False
 
@@ -167,12 +184,12 @@ class TrackedRun:
             self.ids = self._opening(client)
         return self.ids[1]
 
-    def tell(self, call: Callable[[Any, str], Any], *, kept: bool = False) -> bool:
-        """Calls with a client and the run's id, as `Server.tell`.
+    def attempt(self, call: Callable[[Any, str], Any], *, retried_later: bool = False) -> bool:
+        """Calls with a client and the run's id, as `GuardedClient.attempt`.
 
         Args:
-            kept: The caller keeps what fails, and tells it again.
+            retried_later: The caller keeps what fails, and attempts it again: the run is not incomplete yet.
         """
-        done = self._server.tell(lambda client: call(client, self.opened(client)))
-        self.incomplete |= not (done or kept)
+        done = self._client.attempt(lambda client: call(client, self.opened(client)))
+        self.incomplete |= not (done or retried_later)
         return done

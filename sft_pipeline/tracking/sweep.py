@@ -4,28 +4,19 @@ Runs are found again by what they are, so that a sweep that was stopped goes on 
 """
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from sft_pipeline.reporting import Reporter, Tee
 from sft_pipeline.stages.run import Tracked, Tracker
 from sft_pipeline.stages.stage import Branch, Stage
 from sft_pipeline.store import Artifact
-from sft_pipeline.tracking.mlflow import (
-    DESCRIBED,
-    MlflowReporter,
-    log_artifact,
-    log_params,
-    log_points,
-    open_run,
-)
+from sft_pipeline.tracking.curves import MlflowReporter, copy_curves, read_curves
+from sft_pipeline.tracking.mlflow import DESCRIBED, log_artifact, log_params, open_run
 from sft_pipeline.tracking.names import accepted_name, flatten
-from sft_pipeline.tracking.server import Server, TrackedRun
+from sft_pipeline.tracking.server import GuardedClient, TrackedRun
 
 SWEEP_TAG = "sft.sweep"
 TRIAL_TAG = "sft.trial_fingerprint"
@@ -42,14 +33,14 @@ class SweepTracker:
     """
 
     def __init__(self, name: str, branch: Branch, report: Reporter) -> None:
-        self._server = Server(report, "The sweep goes on; its table is in its own folder too")
+        self._client = GuardedClient(report, "The sweep goes on; its table is in its own folder too")
         self._name = name
         self._ended = False
         identity = {SWEEP_TAG: name, "sft.sweep_role": "parent"}
         self._parent = TrackedRun(
-            self._server, lambda client: open_run(client, branch, f"sweep {name}", identity)
+            self._client, lambda client: open_run(client, branch, f"sweep {name}", identity)
         )
-        self._parent.tell(lambda client, run_id: None)
+        self._parent.attempt(lambda client, run_id: None)
 
     @property
     def run_id(self) -> str | None:
@@ -64,7 +55,7 @@ class SweepTracker:
     ) -> None:
         if not self._ended:
             status = "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
-            self._parent.tell(lambda client, run_id: client.set_terminated(run_id, status))
+            self._parent.attempt(lambda client, run_id: client.set_terminated(run_id, status))
 
     def describe(self, sweep: Mapping[str, Any]) -> None:
         """What varies, the budget and the rule, as parameters."""
@@ -79,7 +70,7 @@ class SweepTracker:
             "gates": ", ".join(sweep["gates"]),
             "rank_by": ", ".join(sweep["rank_by"]),
         }
-        self._parent.tell(lambda client, run_id: log_params(client, run_id, params))
+        self._parent.attempt(lambda client, run_id: log_params(client, run_id, params))
 
     # -- one trial ---------------------------------------------------------------------------------
 
@@ -99,13 +90,13 @@ class SweepTracker:
             listener = MlflowReporter(child, resumes=trains)
 
             def committed(artifact: Artifact) -> None:
-                child.tell(lambda client, run_id: log_artifact(client, run_id, artifact))
+                child.attempt(lambda client, run_id: log_artifact(client, run_id, artifact))
 
             try:
                 yield Tracked(child.run_id, Tee(report, listener), committed=committed)
             except BaseException as error:
                 status = "FAILED" if isinstance(error, Exception) else "KILLED"
-                child.tell(lambda client, run_id: client.set_terminated(run_id, status))
+                child.attempt(lambda client, run_id: client.set_terminated(run_id, status))
                 raise
             finally:
                 listener.flush()
@@ -120,14 +111,21 @@ class SweepTracker:
             return open_run(client, branch, label, identity)
 
         recipe = flatten(branch.require_recipe().model_dump(mode="json", include=set(DESCRIBED)))
-        child = TrackedRun(self._server, opening)
-        child.tell(lambda client, run_id: log_params(client, run_id, recipe))
+        child = TrackedRun(self._client, opening)
+        child.attempt(lambda client, run_id: log_params(client, run_id, recipe))
         return child
 
     def child_of(self, label: str, branch: Branch, trained: Artifact) -> str | None:
         """The id of a trial's run, which also gets the curves of a training that another sweep had made."""
         child = self._child(label, branch, trained.manifest.fingerprint)
-        child.tell(lambda client, run_id: copy_curves(client, run_id, trained))
+        curves, trained_in = read_curves(trained), trained.manifest.mlflow_run_id
+
+        def copying(client: Any, run_id: str) -> None:
+            copy_curves(client, run_id, curves)
+            if trained_in not in (None, run_id):
+                client.set_tag(run_id, "sft.trained_in", trained_in)
+
+        child.attempt(copying)
         return child.run_id
 
     def ended(
@@ -142,10 +140,10 @@ class SweepTracker:
                 if value is not None:
                     client.log_metric(run_id, accepted_name(f"validation/{name}"), value)
             client.log_metric(run_id, "supervised_tokens_trained", supervised)
-            client.set_tag(run_id, "sft.point", status)
+            client.set_tag(run_id, "sft.trial_status", status)
             client.set_terminated(run_id, TRIAL_STATUS.get(status, "FAILED"))
 
-        self._server.tell(telling)
+        self._client.attempt(telling)
 
     # -- the whole ---------------------------------------------------------------------------------
 
@@ -164,17 +162,8 @@ class SweepTracker:
                 if path.suffix in (".json", ".png") and not path.name.startswith("."):
                     client.log_artifact(parent, str(path))
 
-        self._parent.tell(telling)
-        self._parent.tell(lambda client, run_id: client.set_terminated(run_id, STATUS.get(status, "FAILED")))
+        self._parent.attempt(telling)
+        self._parent.attempt(
+            lambda client, run_id: client.set_terminated(run_id, STATUS.get(status, "FAILED"))
+        )
         self._ended = True
-
-
-def copy_curves(client: Any, run_id: str, trained: Artifact) -> None:
-    """The curves of a training, into a run that has none of it."""
-    if client.get_metric_history(run_id, "loss"):
-        return
-    rows = pq.read_table(trained.file("history.parquet")).to_pylist()
-    now = int(time.time() * 1000)
-    log_points(client, run_id, [(accepted_name(r["name"]), r["value"], now, r["step"]) for r in rows])
-    if trained.manifest.mlflow_run_id not in (None, run_id):
-        client.set_tag(run_id, "sft.trained_in", trained.manifest.mlflow_run_id)

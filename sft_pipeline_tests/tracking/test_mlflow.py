@@ -48,7 +48,7 @@ def test_points_that_a_killed_orchestrator_took_along_are_filled_in_from_the_art
 ) -> None:
     from mlflow.entities import Metric
 
-    from sft_pipeline.tracking.mlflow import fill_curves
+    from sft_pipeline.tracking.curves import fill_curves, read_curves
 
     experiment = client.create_experiment("gaps", artifact_location=str(tmp_path / "files"))
     run_id = client.create_run(experiment).info.run_id
@@ -59,7 +59,7 @@ def test_points_that_a_killed_orchestrator_took_along_are_filled_in_from_the_art
     (tmp_path / "trained").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "trained" / "history.parquet")
     for _ in range(2):  # a second time adds nothing
-        fill_curves(client, run_id, Artifact(tmp_path / "trained"))
+        fill_curves(client, run_id, read_curves(Artifact(tmp_path / "trained")))
         curve = client.get_metric_history(run_id, "loss")
         assert [(m.step, m.value) for m in sorted(curve, key=lambda m: m.step)] == [
             (s, 4.0 - s) for s in (1, 2, 3, 4)

@@ -17,8 +17,9 @@ from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.stages.run import Run
 from sft_pipeline.store import Artifact, Store
+from sft_pipeline.store.files import locked
 from sft_pipeline.tracking.mlflow import AFTER, publish
-from sft_pipeline.tracking.server import Server, connect
+from sft_pipeline.tracking.server import GuardedClient, connect, described
 from sft_pipeline_tests.tracking.artifacts import (
     BRANCH,
     Heard,
@@ -42,7 +43,7 @@ WORDS = {
 SECONDS = 60  # far below MLflow's own minutes
 
 
-def build_branch(server: Server, during: Callable[[str], Any] = lambda run_id: None) -> list[Artifact]:
+def build_branch(server: GuardedClient, during: Callable[[str], Any] = lambda run_id: None) -> list[Artifact]:
     """What a run tells MLflow: a training and an evaluation are tracked, an export is registered."""
     store, run = Store(), Run(Store(), Reporter())
     with track("trained_checkpoints", "1" * 63 + "a", {}, server) as tracked:
@@ -88,7 +89,7 @@ def test_a_server_that_is_no_good_is_one_warning_and_costs_seconds(
         uri = f"http://user:{SECRETS[0]}@127.0.0.1:{bad.port}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         heard, began = Heard(), time.monotonic()
-        built = build_branch(Server(heard, AFTER))
+        built = build_branch(GuardedClient(heard, AFTER))
         assert time.monotonic() - began < SECONDS
         assert kind != "hangs" or len(bad.asked) == 2, "one call and its retry; then it is left alone"
     assert all(artifact.manifest.accepted for artifact in built)
@@ -106,9 +107,9 @@ def test_a_later_step_of_the_run_neither_waits_nor_warns_again(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     with stand_in("hangs") as bad:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{bad.port}")
-        assert not Server(Heard(), keep=kept.append).tell(lambda client: None)
+        assert not GuardedClient(Heard(), remember=kept.append).attempt(lambda client: None)
         asked, later = len(bad.asked), Heard()
-        build_branch(Server(later, lost=kept[-1]))
+        build_branch(GuardedClient(later, outage=kept[-1]))
         assert len(bad.asked) == asked and not later.warnings
 
 
@@ -116,7 +117,7 @@ def test_a_later_step_of_the_run_neither_waits_nor_warns_again(
 def test_what_could_not_be_recorded_is_made_up_for(client, home: Path, kind: str) -> None:
     with stand_in(kind) as bad, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{bad.port}")
-        built = build_branch(Server(Heard()))
+        built = build_branch(GuardedClient(Heard()))
     heard = Heard()
     for artifact in built:
         register(artifact, report=heard)
@@ -128,7 +129,51 @@ def test_what_could_not_be_recorded_is_made_up_for(client, home: Path, kind: str
     names = {a.path for a in client.list_artifacts(run.info.run_id, "manifests")}
     assert names >= {"manifests/trained_checkpoints", "manifests/evaluation", "manifests/exported_model"}
     assert champion(client) == "1" and not heard.warnings
+    assert client.list_artifacts(run.info.run_id, "samples")[0].path == "samples/update-000002.json"
     assert not list((home / "untracked").iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"points": 1}', '{"points": [["a"]], "samples": {}}'])
+def test_a_damaged_note_costs_what_only_it_held(client, home: Path, text: str) -> None:
+    with stand_in("refuses") as bad, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{bad.port}")
+        built = build_branch(GuardedClient(Heard()))
+    for note in (home / "untracked").iterdir():
+        note.write_text(text)
+    heard = Heard()
+    for artifact in built:
+        register(artifact, report=heard)
+    assert not heard.warnings and not list((home / "untracked").iterdir())
+    assert run_of(client).info.status == "FINISHED"
+
+
+def test_a_setup_lock_that_another_process_keeps_costs_seconds(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sft_pipeline.store.files.locked_if_possible.__kwdefaults__", {"wait_seconds": 0.2})
+    with locked(home / ".mlflow.lock"):
+        assert connect().search_experiments()
+    assert "going on without a lock" in caplog.text
+
+
+def test_an_outage_that_cannot_be_noted_ends_nothing() -> None:
+    client = GuardedClient(Heard(), remember=raising(OSError("the database is locked")))
+    assert not client.attempt(raising(ConnectionError("connection refused")))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("database is locked", "locked database"),
+        ("the request was blocked by a filter", "fails"),
+        ("preset not found", "fails"),
+        ("Connection reset by peer", "does not answer"),
+        ("429 quota of requests exceeded", "asks to be called less often"),
+        ("quota exceeded", "has no room left"),
+    ],
+)
+def test_what_an_error_says_names_the_problem(said: str, words: str) -> None:
+    assert words in described(RuntimeError(said))
 
 
 def test_points_of_a_server_that_comes_back_during_the_training_are_not_lost(
@@ -137,8 +182,8 @@ def test_points_of_a_server_that_comes_back_during_the_training_are_not_lost(
     from mlflow.tracking import MlflowClient
 
     heard = Heard()
-    monkeypatch.setattr("sft_pipeline.tracking.mlflow.FLUSH_SECONDS", -1)  # every point is sent at once
-    with track("trained_checkpoints", "2" * 64, {}, Server(heard)) as tracked:
+    monkeypatch.setattr("sft_pipeline.tracking.curves.FLUSH_SECONDS", -1)  # every point is sent at once
+    with track("trained_checkpoints", "2" * 64, {}, GuardedClient(heard)) as tracked:
         tracked.report.metrics({"loss": 3.0}, 1)
         with pytest.MonkeyPatch.context() as away:
             away.setattr(MlflowClient, "log_batch", raising(ConnectionError("connection refused")))
@@ -154,7 +199,7 @@ def test_a_deleted_experiment_is_named_with_the_remedy_and_made_up_for_when_it_i
     experiment = client.create_experiment("r")
     client.delete_experiment(experiment)
     heard = Heard()
-    built = build_branch(Server(heard, AFTER))
+    built = build_branch(GuardedClient(heard, AFTER))
     [warning] = heard.warnings
     assert (
         f"the experiment r ({experiment}) is deleted" in warning and "mlflow experiments restore" in warning
@@ -174,7 +219,7 @@ def test_a_run_that_is_deleted_during_the_training_is_followed_by_another(client
         deleted.append(run_id)
         client.delete_run(run_id)
 
-    build_branch(Server(heard, AFTER), during=delete)
+    build_branch(GuardedClient(heard, AFTER), during=delete)
     [warning] = heard.warnings
     assert "deleted" in warning and "mlflow runs restore" in warning
     run = run_of(client)
@@ -209,7 +254,7 @@ def test_a_full_disk_of_mlflow_is_one_warning_and_curves_are_still_kept(
     client, home: Path, tiny_artifact_disk: Path
 ) -> None:
     heard = Heard()
-    assert len(build_branch(Server(heard, AFTER))) == 3
+    assert len(build_branch(GuardedClient(heard, AFTER))) == 3
     [warning] = heard.warnings
     assert "has no room left" in warning and "Make room" in warning
     assert run_of(client).data.metrics["loss"] == 2.0
@@ -219,7 +264,7 @@ def test_a_full_disk_of_mlflow_is_one_warning_and_curves_are_still_kept(
 def test_a_locked_database_is_one_warning_and_costs_seconds(client, home: Path) -> None:
     holder = sqlite3.connect(home / "mlflow.db", isolation_level=None)
     heard, began = Heard(), time.monotonic()
-    built = build_branch(Server(heard, AFTER), during=lambda _: holder.execute("BEGIN EXCLUSIVE"))
+    built = build_branch(GuardedClient(heard, AFTER), during=lambda _: holder.execute("BEGIN EXCLUSIVE"))
     assert time.monotonic() - began < SECONDS
     [warning] = heard.warnings
     assert "locked" in warning and str(home / "mlflow.db") in warning and "End the process" in warning
