@@ -1,4 +1,4 @@
-"""What a user wrote and what may never end: it is done within bounds, or an error says which were passed.
+"""What a user wrote and what might never end: it is done within bounds, or an error says which were passed.
 
 Regular expressions stay those of `re`, done in a process of their own. The package `regex`, whose matches can
 be timed out, reads some of them in another way: `\\w`, `\\s`, `{e}`, `[[:alpha:]]`.
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sft_pipeline import bounded_child
@@ -20,26 +20,32 @@ SECONDS = 5.0  # of processor time, for one text; an ordinary pattern takes a mi
 
 
 class OutOfBounds(Exception):
-    """Something did not end within its bounds; the message says what was passed."""
+    """Something did not end within its bounds, or failed; the message says how."""
 
 
 class BoundedTask:
-    """A function of `bounded_child`, called with texts in a process of its own. The first call starts it.
+    """A function, called with texts in a process of its own. The first call starts it.
 
     Args:
-        name: Of the function in `bounded_child.TASKS`.
+        make: Makes the function of the arguments, there. It stands at the top of a module of this package.
         arguments: JSON values.
     """
 
-    def __init__(self, name: str, *arguments: Any) -> None:
-        self._task = {"name": name, "arguments": arguments, "seconds": SECONDS}
+    def __init__(self, make: Callable[..., Callable[[str], Any]], *arguments: Any) -> None:
+        self._task = {
+            "module": make.__module__,
+            "function": make.__name__,
+            "arguments": arguments,
+            "seconds": SECONDS,
+        }
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[Any]:
         """One result for each text.
 
         Raises:
-            OutOfBounds: A text took too much time or memory.
+            OutOfBounds: A text took too much time or memory, or the function failed on it.
+            InputError: The process itself failed, not what it was given.
         """
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
@@ -49,10 +55,13 @@ class BoundedTask:
             answer = process.stdout.readline()
         except BrokenPipeError:
             answer = b""
+        failed = f"the process for {self._task['function']} failed before it did anything"
         if answer:
             found = json.loads(answer)
             if isinstance(found, str):
                 raise OutOfBounds(f"failed with {found}")
+            if isinstance(found, dict):
+                raise InputError(f"{failed}: {found['error']}")
             return list(found)
         self._process = None  # the next call starts another
         code = process.wait()
@@ -60,7 +69,9 @@ class BoundedTask:
             raise OutOfBounds(f"did not finish within {SECONDS:g} s")
         if code == bounded_child.OUT_OF_MEMORY:
             raise OutOfBounds(f"did not finish within {bounded_child.MOST_BYTES / 2**30:g} GiB of memory")
-        raise OutOfBounds(f"ended its process with the code {code}")
+        if code < 0:  # by the kernel, where the machine's memory is full or the stack is too deep
+            raise OutOfBounds(f"ended its process with the signal {-code}")
+        raise InputError(f"{failed} (exit code {code})")
 
     def _start(self) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
@@ -103,7 +114,8 @@ def matching(setting: str, pattern: str, names: Sequence[str], *, whole: bool = 
     """
     try:
         compiled(pattern)
-        task = BoundedTask("full_match", pattern) if whole else BoundedTask("search", pattern, 0)
+        search, full_match = bounded_child.search, bounded_child.full_match
+        task = BoundedTask(full_match, pattern) if whole else BoundedTask(search, pattern, 0)
         results = task(names)
     except ValueError as error:
         raise InputError(f'{setting} "{pattern}": {error}') from error

@@ -79,6 +79,7 @@ def _keep(key: _Key, digest: str) -> None:
         if not isinstance(error, sqlite3.OperationalError):  # it is no database: a fresh one is begun
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     except OSError:
         pass  # it is only a cache
 

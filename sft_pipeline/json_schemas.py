@@ -1,7 +1,7 @@
 """JSON Schemas that a recipe gives: read, checked, and made into validators that download nothing."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ def validator(schema: Any) -> Any:
     formats.checkers = _formats(kind)
     # An empty registry: a `$ref` to elsewhere is never a download.
     return kind(schema, registry=referencing.Registry(), format_checker=formats)
+
+
+def valid_json(schema: Any) -> Callable[[str], bool]:
+    """Whether a schema that `check_schema` lets pass accepts a JSON text; a task of `bounded_child`."""
+    is_valid = validator(schema).is_valid
+
+    def accepts(text: str) -> bool:
+        try:
+            return bool(is_valid(json.loads(text)))
+        except (RecursionError, ArithmeticError):  # a value nested too deeply to be checked, or 1e999
+            return False
+
+    return accepts
 
 
 def _kind(schema: Any) -> Any:

@@ -37,8 +37,8 @@ def printable(text: str) -> str:
 class Terminal(Console):
     """A console that prints texts as they are: no markup in them, and nothing that a terminal would obey.
 
-    What a name of a file, a snapshot or a message holds, such as "[/red]", can neither break a line nor forge
-    one. Styles are given as `style=` or as `Text`.
+    A name of a file or a snapshot that holds "[/red]" or a control sequence neither raises nor gives orders.
+    Line breaks stay, since messages have them. Styles are given as `style=` or as `Text`.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_pipeline.bounded import BoundedTask, OutOfBounds, compiled
+from sft_pipeline.bounded_child import search as search_pattern
 from sft_pipeline.errors import InputError
 from sft_pipeline.graders.config import (
     ExactMatchGrader,
@@ -26,7 +27,7 @@ from sft_pipeline.graders.config import (
     RegexGrader,
 )
 from sft_pipeline.graders.numbers_in_text import first_number_after, last_number
-from sft_pipeline.json_schemas import check_schema, read_schema
+from sft_pipeline.json_schemas import check_schema, read_schema, valid_json
 from sft_pipeline.project import project_path, project_root
 
 # The block that models write before an answer. One that is never closed is all thinking, and no answer.
@@ -130,7 +131,7 @@ def _json_schema(config: JsonSchemaGrader) -> Grader:
         check_schema(schema)
     except ValueError as error:
         raise InputError(f"grader {config.name}: {error}") from error
-    accepts = BoundedTask("valid_json", schema)
+    accepts = BoundedTask(valid_json, schema)
 
     def score(reply: str, _completion: str, _row: Row) -> float:
         text = unfenced(reply) if config.fenced else reply
@@ -189,7 +190,7 @@ def _regex(config: RegexGrader) -> Grader:
     group = config.group
     if group is not None and not 0 <= group <= groups:
         raise InputError(f"grader {config.name}: group {group} asked for, the pattern has {groups}")
-    search = BoundedTask("search", config.pattern, group or 0)
+    search = BoundedTask(search_pattern, config.pattern, group or 0)
 
     def found(text: str) -> str | None:
         try:
@@ -258,7 +259,7 @@ def _python(config: PythonGrader) -> Grader:
             ) from error
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except Exception:  # also of its own __float__, or 10 ** 400
             number = math.nan
         if not math.isfinite(number):
             raise InputError(f"{where}: {config.callable} returned {value!r}, not a finite number or a bool")

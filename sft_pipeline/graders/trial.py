@@ -38,11 +38,14 @@ def try_graders(
     tried: list[tuple[HeldOutRow, str]] = []
     for split in ("validation", "test"):
         parts = tokenized.parts(split)
-        rows = list(held_out_rows(parts, chosen_positions(parts, max_rows)))
-        expected = [decoder.expected(row.target, row.completion) for row in rows]
-        if rows:
-            check_expected(graders, [(row.row_id, text) for row, text in zip(rows, expected)])
-        tried += list(zip(rows, expected))[:ROWS]
+        expected: list[tuple[str, str]] = []
+        for row in held_out_rows(parts, chosen_positions(parts, max_rows)):
+            text = decoder.expected(row.target, row.completion)
+            if len(expected) < ROWS:
+                tried.append((row, text))
+            expected.append((row.row_id, text))
+        if expected:
+            check_expected(graders, expected)
     return [_try(grader, tried, decoder) for grader in graders]
 
 

@@ -11,7 +11,7 @@ from sft_pipeline.bounded import BoundedTask, OutOfBounds
 from sft_pipeline.errors import InputError
 from sft_pipeline.project import project_path
 from sft_pipeline.text.config import NAMED_TEMPLATES
-from sft_pipeline.text.template import ChatTemplate
+from sft_pipeline.text.template import ChatTemplate, rendered_length
 from sft_pipeline.text.tokenizer import Tokenizer
 
 MOST_CHARACTERS = (
@@ -106,7 +106,7 @@ def _check_bounds(where: str, text: str, tool_text: str, special: tuple[tuple[st
     system, user = {"role": "system", "content": "Rules"}, {"role": "user", "content": "What is asked"}
     answer = {"role": "assistant", "content": "What is answered"}
     function = {"name": "probe", "description": "It probes.", "parameters": {"type": "object"}}
-    render = BoundedTask("rendered_length", text, tool_text, dict(special))
+    render = BoundedTask(rendered_length, text, tool_text, dict(special))
     try:
         for messages in ([user, answer], [system, user, answer]):
             for tools in (None, [{"type": "function", "function": function}]):

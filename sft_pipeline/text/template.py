@@ -3,8 +3,9 @@
 https://huggingface.co/docs/transformers/chat_templating (apply_chat_template)
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -178,6 +179,27 @@ class ChatTemplate:
         if given_text and not self.takes_text_arguments:
             return {**message, "tool_calls": list(map(_with_object, calls))}
         return message
+
+
+def rendered_length(text: str, tool_text: str, special: Any) -> Callable[[str], int]:
+    """The length of what a chat template makes of a conversation (JSON); 0 where it refuses it.
+
+    A task of `bounded_child`.
+    """
+    template = ChatTemplate("", text, tool_text, special)
+
+    def length(conversation: str) -> int:
+        given = json.loads(conversation)
+        try:
+            return len(template.render(given["messages"], given["tools"]))
+        except MemoryError:
+            raise
+        except Exception as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise error.__cause__ from None
+            return 0  # what it refuses it says where it is used
+
+    return length
 
 
 def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
