@@ -79,7 +79,7 @@ def trace(key: str, store: Store | None = None, report: Reporter | None = None) 
     done = 0
     for stage, folders in ROW_STAGES.items():
         for artifact in by_stage.get(stage, []):
-            with _told_of_damage(artifact, unreadable):
+            with _skipping_damaged(artifact, unreadable):
                 for folder in folders:
                     _trace_rows(artifact, stage, folder, ids, found)
                 _trace_rejects(artifact, ids, found)
@@ -88,7 +88,7 @@ def trace(key: str, store: Store | None = None, report: Reporter | None = None) 
         sorted(ids & {s["row_id"] for s in found.sources}) or sorted(ids) if found.artifacts else []
     )
     for artifact in by_stage.get("packed_shards", []):
-        with _told_of_damage(artifact, unreadable):
+        with _skipping_damaged(artifact, unreadable):
             _trace_blocks(artifact, ids, found)
         report.progress("tracing", done := done + 1, todo, "artifacts")
     for artifact in by_stage.get("exported_model", []):
@@ -109,7 +109,7 @@ def _about(artifact: Artifact) -> dict[str, Any]:
 
 
 @contextmanager
-def _told_of_damage(artifact: Artifact, unreadable: Callable[[Exception], None]) -> Iterator[None]:
+def _skipping_damaged(artifact: Artifact, unreadable: Callable[[Exception], None]) -> Iterator[None]:
     """A damaged file hides what one artifact holds, not what the others do."""
     try:
         yield
@@ -123,7 +123,7 @@ def _row_ids(
     """The key itself, and the rows of the group of that name."""
     ids = {key}
     for artifact in by_stage.get("validated_rows", []):
-        with _told_of_damage(artifact, unreadable):
+        with _skipping_damaged(artifact, unreadable):
             for batch in _scan(artifact.parts("rows"), ["row_id"], ds.field("group") == key):
                 ids.update(batch.column(0).to_pylist())
     return ids
