@@ -8,17 +8,23 @@ from pydantic import Field, model_validator
 from sft_pipeline.config.base import Config
 from sft_pipeline.stages.grouped_split.config import SplitConfig
 from sft_pipeline.stages.raw_rows.config import RawSource
-from sft_pipeline.stages.validated_rows.config import FIELDS, ContractConfig, Format
+from sft_pipeline.stages.validated_rows.config import FIELDS, ContractConfig, Format, Reshaping
 
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", description="letters, digits and underscores")
 ]
 
 
-class SourceConfig(RawSource):
+class SourceConfig(RawSource, Reshaping):
     """One source of rows."""
 
-    format: Annotated[Format, Field(description="shape of the rows")] = "prompt_completion"
+    format: Annotated[
+        Format,
+        Field(
+            description="shape of the rows; auto: the one that the first rows have; turns: one turn per row, "
+            "or one dialogue per file"
+        ),
+    ] = "prompt_completion"
     columns: Annotated[
         dict[str, str],
         Field(

@@ -6,10 +6,8 @@ a failing import, an exception inside a Python grader, expected completions that
 InputError naming the grader, and the row where there is one; it is never a silent 0.
 """
 
-import importlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +26,8 @@ from sft_pipeline.graders.config import (
 )
 from sft_pipeline.graders.numbers_in_text import first_number_after, last_number
 from sft_pipeline.json_schemas import check_schema, read_schema, valid_json
-from sft_pipeline.project import project_path, project_root
+from sft_pipeline.project import project_path
+from sft_pipeline.user_code import import_function
 
 # The block that models write before an answer. One that is never closed is all thinking, and no answer.
 _THINKING, _ANSWER = "<think>", "</think>"
@@ -233,20 +232,7 @@ def _numeric_answer(config: NumericAnswerGrader) -> Grader:
 
 
 def _python(config: PythonGrader) -> Grader:
-    module_name, _, function_name = config.callable.partition(":")
-    root = str(project_root())
-    # Process-wide, and on purpose: the grader's own imports of project modules must be found too.
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"grader {config.name}: {config.callable} cannot be imported ({type(error).__name__}: {error}); "
-            f"modules are looked for in the project root {root} and among the installed packages"
-        ) from error
-    if not callable(function):
-        raise InputError(f"grader {config.name}: {config.callable} is not callable")
+    function = import_function(f"grader {config.name}", config.callable)
 
     def score(reply: str, completion: str, row: Row) -> float:
         where = f"grader {config.name}, row {row.get('row_id')}"

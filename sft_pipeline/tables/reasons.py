@@ -39,6 +39,14 @@ class RejectReason(StrEnum):
         "a value of a type that JSON cannot hold, for example an interval of months",
     )
 
+    # validated_rows: what the dataset file does to rows before they are read.
+    NOT_SELECTED = (
+        "not_selected",
+        "`where` does not hold for the row, or `transform` leaves it out; it does not count as rejected",
+    )
+    NOT_RESHAPED = "not_reshaped", "`where` or `transform` failed on the row"
+    NOT_JOINED = "not_joined", "the file that is joined has no row, or several, of this key"
+
     # validated_rows: the shape of the row.
     MISSING_FIELD = (
         "missing_field",

@@ -73,9 +73,14 @@ REJECTS = pa.schema(
         ("line", pa.int64()),
         ("reasons", pa.list_(pa.string())),
         ("raw", pa.string()),
+        ("details", pa.list_(pa.string())),
     ]
 )
-"""rejects.parquet and quarantine.parquet of every stage: the row's origin, all reasons, the raw row."""
+"""rejects.parquet and quarantine.parquet of every stage: the row's origin, all reasons, the raw row; for each
+reason what of the row it is about (a field, a token, a partner), "" or null where there is nothing to say."""
+
+SHAPES_FILE = "shapes.json"
+"""Beside validated rows: how the rows of each source read, with the format that `auto` stood for."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -88,6 +93,11 @@ def content_key(messages: Sequence[Mapping[str, Any]], tools: str | None) -> byt
 def digest(data: bytes) -> bytes:
     """128 bits that stand for the data."""
     return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
+
+
+def derived_row_id(row_id: str, number: int, count: int) -> str:
+    """The id of one of several rows that were made of a row; of a single one, the row's own."""
+    return row_id if count == 1 else digest(f"{row_id}/{number}".encode()).hex()
 
 
 def time_of(value: Any) -> str | None:

@@ -252,12 +252,15 @@ def test_what_cannot_be_imported_names_the_grader(project, target, message):
 
 
 def test_a_python_graders_sources_are_found_with_what_they_import(project):
-    from sft_pipeline.graders.sources import grader_sources
+    from sft_pipeline.user_code import function_sources
 
     config = TypeAdapter(GraderConfig).validate_python(
         {"name": "it", "kind": "python", "callable": "my_graders_mod:good"}
     )
-    assert sorted(grader_sources(config)) == ["my_graders_mod.py", "my_helper_mod.py"]
+    assert sorted(function_sources("grader mine", config.callable)) == [
+        "my_graders_mod.py",
+        "my_helper_mod.py",
+    ]
 
 
 # -- what stands around an answer

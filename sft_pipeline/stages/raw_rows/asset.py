@@ -1,6 +1,6 @@
 """raw_rows as an asset."""
 
-from sft_pipeline.stages.raw_rows.config import RawRowsConfig, RawSource
+from sft_pipeline.stages.raw_rows.config import RawRowsConfig, RawSource, ReadSource
 from sft_pipeline.stages.raw_rows.locate import source_digests
 from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 
@@ -8,7 +8,10 @@ from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 def _config(branch: Branch) -> RawRowsConfig:
     return RawRowsConfig(
         sources=[
-            RawSource(path=s.path, limit=s.limit, weight=s.weight, static=s.static)
+            ReadSource(
+                **{name: getattr(s, name) for name in RawSource.model_fields},
+                row_fields=sorted({column.partition(".")[0] for column in s.columns.values()}),
+            )
             for s in branch.dataset.sources
         ]
     )

@@ -35,6 +35,7 @@ from sft_pipeline.stages.raw_rows.locate import (
     source_digests,
 )
 from sft_pipeline.stages.raw_rows.readers import read_file
+from sft_pipeline.stages.raw_rows.streams import SourceFile
 from sft_pipeline.stages.raw_rows.table_files import BINARY_VALUES, read_hub
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 from sft_pipeline.tables import parquet
@@ -75,16 +76,20 @@ def build(b: Build) -> Built:
         b.report.log(f"{len(not_data)} files are not data: {', '.join(list(not_data)[:5])}")
     reading = _Reading(config, found, recorded, b.report)
     ranks: list[np.ndarray] = []
+    joined = 0
     with parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         if not sampled:
             with parquet.PartWriter(b.out / "rows", ROWS) as rows:
                 for i in range(len(sources)):
-                    ranks.append(_read_source(i, reading, rows, rejects, ranked=False))
+                    ranks.append(_write_rows(i, reading.source(i), rows, rejects))
         else:
             # Which rows are taken is known when all have been read, so they wait on the disk until then.
             for i in range(len(sources)):
                 with parquet.PartWriter(spool / str(i), ROWS) as rows:
-                    ranks.append(_read_source(i, reading, rows, rejects, ranked=True))
+                    ranks.append(_write_rows(i, reading.source(i), rows, rejects, ranked=True))
+        for i in (i for i, source in enumerate(sources) if source.join):
+            with parquet.PartWriter(b.out / "joined" / str(i), ROWS) as rows:
+                joined += len(_write_rows(i, reading.joined(i), rows, rejects))
     read = [len(r) for r in ranks]
     kept = read
     if sampled:
@@ -107,7 +112,7 @@ def build(b: Build) -> Built:
             "remove the snapshot's folder"
         )
     counts = {
-        "read": sum(read) + bad,
+        "read": sum(read) + joined + bad,
         "rows": sum(kept),
         "rejects": bad,
         "sampled_out": sum(read) - sum(kept),
@@ -116,6 +121,8 @@ def build(b: Build) -> Built:
         "not_data": len(not_data),
         BINARY_VALUES: reading.counts[BINARY_VALUES],
     }
+    if any(s.join for s in sources):
+        counts["joined_rows"] = joined
     evidence = _evidence(config, counts, read, kept)
     if not_data:
         evidence["files_not_data"] = table([{"file": name, "why": why} for name, why in not_data.items()])
@@ -127,7 +134,7 @@ def _check_recorded(config: RawRowsConfig, found: list[Found], recorded: Mapping
     InputError: A file came, went, or gave another order to the files, since the digests were recorded.
     """
     of_hub = {name for s in config.sources if is_hub(s.path) for name in hub_names(s.path)}
-    here = {f.given for each in found for f in (*each.files, *each.order)}
+    here = {f.given for each in found for f in (*each.files, *each.joined, *each.order)}
     if moved := sorted(here ^ (recorded.keys() - of_hub)):
         raise InputError(
             f"{moved[0]} came or went while its snapshot was read: run again when it is complete"
@@ -149,8 +156,11 @@ class _Reading:
         self, config: RawRowsConfig, found: list[Found], recorded: Mapping[str, str], report: Reporter
     ) -> None:
         self._sources, self._recorded, self._report = config.sources, recorded, report
-        self._files = [[replace(f, sha256=recorded[f.given]) for f in each.files] for each in found]
-        self.total = sum(f.bytes for files in self._files for f in files)
+        self._files, self._joined = (
+            [[replace(f, sha256=recorded[f.given]) for f in files] for files in those]
+            for those in ([each.files for each in found], [each.joined for each in found])
+        )
+        self.total = sum(f.bytes for files in (*self._files, *self._joined) for f in files)
         self.counts: Counter[str] = Counter()
         self._done = self._reported = self._rows = 0
 
@@ -162,8 +172,17 @@ class _Reading:
                 self._report.progress("read", self._rows, None, "rows")
                 yield path, one
             check_hub_unchanged(path, self._recorded)
-        for file in self._files[number]:
-            for one in read_file(file, self._advance, self.counts):
+        yield from self._read(self._files[number], self._sources[number].row_fields)
+
+    def joined(self, number: int) -> Iterator[tuple[str, Rows | Reject]]:
+        """(file, rows or reject) of what is joined to one source."""
+        yield from self._read(self._joined[number], ())
+
+    def _read(
+        self, files: Sequence[SourceFile], row_fields: Sequence[str]
+    ) -> Iterator[tuple[str, Rows | Reject]]:
+        for file in files:
+            for one in read_file(file, self._advance, self.counts, row_fields):
                 yield file.name, one
 
     def _advance(self, count: int) -> None:
@@ -173,15 +192,20 @@ class _Reading:
             self._report.progress("read", min(self._done, self.total), self.total, "bytes")
 
 
-def _read_source(
-    source: int, reading: _Reading, rows: parquet.PartWriter, rejects: parquet.FileWriter, *, ranked: bool
+def _write_rows(
+    source: int,
+    found: Iterator[tuple[str, Rows | Reject]],
+    rows: parquet.PartWriter,
+    rejects: parquet.FileWriter,
+    *,
+    ranked: bool = False,
 ) -> np.ndarray:
-    """Writes one source's rows and rejects. Returns a rank per row (zeros unless `ranked`)."""
+    """Writes rows and rejects of one source. Returns a rank per row (zeros unless `ranked`)."""
     ranks = array("Q")
     batch = _RowBatch(source)
     rejected: list[dict[str, Any]] = []
     characters = 0
-    for name, one in reading.source(source):
+    for name, one in found:
         if isinstance(one, Rows):
             batch.add(name, one)
             ranks.extend(map(rank, one.row_ids) if ranked else repeat(0, len(one.row_ids)))

@@ -43,11 +43,13 @@ class Found:
 
     Attributes:
         files: Those that hold rows, in the order in which they are read.
+        joined: Those whose rows are joined to them.
         order: The state.json files that this order follows.
         not_data: {name of another file, or of a hidden folder: the rule by which it is not read}.
     """
 
     files: list[SourceFile] = field(default_factory=list)
+    joined: list[SourceFile] = field(default_factory=list)
     order: list[SourceFile] = field(default_factory=list)
     not_data: dict[str, str] = field(default_factory=dict)
 
@@ -59,6 +61,35 @@ def find_files(source: RawSource, snapshot: str) -> Found:
         InputError: The path does not exist, holds no file of a known format, or holds a file that is neither
             readable nor known not to be data.
     """
+    found, join = _find_all(source, snapshot), source.join
+    if source.files or (join and join.files):
+        _choose_named(found, source)
+    if join and join.path:
+        found.joined = _find_all(RawSource(path=join.path, static=True), "").files
+    return found
+
+
+def _choose_named(found: Found, source: RawSource) -> None:
+    """Leaves the files that `files` names, and puts those of the join apart.
+
+    Raises:
+        InputError: There is none.
+    """
+    theirs = source.join.files if source.join else None
+    found.joined = [f for f in found.files if theirs and fnmatch(f.name, theirs)]
+    named = source.files or "*"
+    chosen = [f for f in found.files if f not in found.joined and fnmatch(f.name, named)]
+    others = [f for f in found.files if f not in found.joined and f not in chosen]
+    found.not_data |= {f.given: "not named by `files`" for f in others}
+    for setting, pattern, files in (("files", named, chosen), ("join.files", theirs, found.joined)):
+        if pattern and not files:
+            names = ", ".join(f.name for f in found.files[:5])
+            raise InputError(f"{source.path}: {setting} {pattern!r} names none of the files there ({names})")
+    found.files = chosen
+
+
+def _find_all(source: RawSource, snapshot: str) -> Found:
+    """As `find_files`, whatever the files are named."""
     given = source.path if source.static else f"{source.path.rstrip('/')}/{snapshot}"
     fs, path = resolve(given)
     if fs.isfile(path):

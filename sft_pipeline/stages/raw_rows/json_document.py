@@ -8,7 +8,7 @@ file.
 
 import codecs
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Container, Generator, Iterator
 from itertools import islice
 from typing import Any
 
@@ -51,8 +51,13 @@ def _is_object(line: bytes) -> bool:
         return invalid.reason is not RejectReason.INVALID_JSON
 
 
-def read_document(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
+def read_document(
+    file: SourceFile, advance: Advance, row_fields: Container[str] = ()
+) -> Iterator[Row | Reject]:
     """The rows of one JSON document.
+
+    Args:
+        row_fields: Names of lists of objects that are fields of one row.
 
     Raises:
         InputError: The document is cut off or holds no rows in a known place; names file and line.
@@ -66,12 +71,12 @@ def read_document(file: SourceFile, advance: Advance) -> Iterator[Row | Reject]:
             return
         if start != "{":
             raise text.error("is neither a JSON array nor an object" if start else "is empty")
-        found = yield from _array_in_object(text)
+        found = yield from _array_in_object(text, row_fields)
     if not found:
         yield from _whole(file)
 
 
-def _array_in_object(text: "_JsonWindow") -> Generator[Row | Reject, None, bool]:
+def _array_in_object(text: "_JsonWindow", row_fields: Container[str]) -> Generator[Row | Reject, None, bool]:
     """Yields the rows of the one array of objects in an object; returns whether there was one."""
     text.take("{")
     found = False
@@ -81,7 +86,7 @@ def _array_in_object(text: "_JsonWindow") -> Generator[Row | Reject, None, bool]
         kind = text.array_of() if text.peek() == "[" else "values"
         if kind != "values" and found:
             raise text.error(f"holds a second list of objects, {name!r}: put the rows into one list")
-        if kind == "messages" or (kind == "rows" and name in _TOOLS):
+        if kind == "messages" or (kind == "rows" and (name in _TOOLS or name in row_fields)):
             return False
         if kind == "rows":
             found = True

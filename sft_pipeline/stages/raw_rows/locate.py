@@ -93,7 +93,7 @@ def _digests(sources: Sequence[RawSource], snapshot: str) -> dict[str, str]:
             digests |= hub_digests(source.path)
             continue
         found = find_files(source, snapshot)
-        digests |= {file.given: file.digest() for file in (*found.files, *found.order)}
+        digests |= {f.given: f.digest() for f in (*found.files, *found.joined, *found.order)}
     return digests
 
 

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import orjson
 
@@ -22,13 +22,17 @@ from sft_pipeline.tables.reasons import MAX_LINE, RejectReason
 
 
 def read_file(
-    file: SourceFile, advance: Advance = lambda _: None, counts: Counter[str] | None = None
+    file: SourceFile,
+    advance: Advance = lambda _: None,
+    counts: Counter[str] | None = None,
+    row_fields: Container[str] = (),
 ) -> Iterator[Rows | Reject]:
     """The rows and rejects of one file, in its order.
 
     Args:
         advance: Called with the number of bytes read of the file as it is stored (compressed or not).
         counts: What was written otherwise than it stands in the file is counted here.
+        row_fields: Names of lists of objects that make a .json document one row.
 
     Raises:
         InputError: The file cannot be read as a whole: truncated, corrupt, not what its name says, or changed
@@ -47,7 +51,7 @@ def read_file(
     if name.endswith(".tsv"):
         return gather(_read_csv(file, advance, "\t"))
     if name.endswith(".json") and not looks_like_lines(file):
-        return gather(read_document(file, advance))
+        return gather(read_document(file, advance, row_fields))
     return _read_json_lines(file, advance)
 
 

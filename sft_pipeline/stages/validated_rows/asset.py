@@ -2,14 +2,26 @@
 
 from sft_pipeline.stages.stage import Branch, BuildFunction, CheckSpec, Stage
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
+from sft_pipeline.user_code import digest_function
 
 
 def _config(branch: Branch) -> ValidatedRowsConfig:
     dataset = branch.dataset
-    shapes = [SourceShape(format=s.format, columns=s.columns, unused=s.unused) for s in dataset.sources]
+    shapes = [
+        SourceShape(**{name: getattr(source, name) for name in SourceShape.model_fields})
+        for source in dataset.sources
+    ]
     return ValidatedRowsConfig(
         contract=dataset.contract, shapes=shapes, time_column=dataset.split.time_column
     )
+
+
+def _outside(branch: Branch) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for number, source in enumerate(branch.dataset.sources):
+        if source.transform:
+            found |= digest_function(f"sources[{number}].transform", source.transform)
+    return found
 
 
 def _load_build() -> BuildFunction:
@@ -35,6 +47,7 @@ STAGE = Stage(
         CheckSpec("counts_add_up", blocking=True, description="accepted + quarantined = read"),
         CheckSpec("has_rows", blocking=True, description="At least one row was accepted"),
     ),
+    outside=_outside,
     packages=("orjson", "pyarrow"),
     of_dataset=True,
 )

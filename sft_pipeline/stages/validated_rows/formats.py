@@ -39,6 +39,8 @@ WEIGHT_KEYS = ("weight", "loss_weight", "loss", "train")
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.001, 1_000.0  # of a message; 0 masks it
 
 
+LONGEST_ROLE = 60  # characters shown
+
 _MORE = frozenset({"tools", "functions", *REASONING})
 
 
@@ -47,12 +49,15 @@ class MappedFields:
 
     Attributes:
         has_more: Whether there may be tools or reasoning beside the messages; most rows have neither.
+        roles: The source's own role names.
     """
 
-    __slots__ = ("_columns", "_row", "has_more")
+    __slots__ = ("_columns", "_row", "has_more", "roles")
 
-    def __init__(self, row: dict[str, Any], columns: Mapping[str, str]) -> None:
-        self._row, self._columns = row, columns
+    def __init__(
+        self, row: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, str] | None = None
+    ) -> None:
+        self._row, self._columns, self.roles = row, columns, roles or {}
         self.has_more = bool(columns) or not _MORE.isdisjoint(row)
 
     def get(self, name: str) -> Any:
@@ -90,10 +95,12 @@ def look_up(row: dict[str, Any], column: str) -> Any:
     return value
 
 
-def normalize(format_: str, row: dict[str, Any], columns: Mapping[str, str]) -> NormalizedRow:
+def normalize(
+    format_: str, row: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, str] | None = None
+) -> NormalizedRow:
     """The conversation in a raw row of the given format."""
     normalized = NormalizedRow()
-    fields = MappedFields(row, columns)
+    fields = MappedFields(row, columns, roles)
     FORMATS[format_](fields, normalized)
     if fields.has_more:
         normalized.tools = tools_of(fields.get("tools"), fields.get("functions"), normalized)
@@ -117,9 +124,8 @@ def _sharegpt(fields: MappedFields, to: NormalizedRow) -> None:
 def _turns_of(fields: MappedFields, to: NormalizedRow, name: str) -> None:
     turns = fields.get(name)
     if not isinstance(turns, list):
-        to.reject(
-            RejectReason.MISSING_FIELD if turns is MISSING or turns is None else RejectReason.WRONG_TYPE
-        )
+        absent = turns is MISSING or turns is None
+        to.reject(RejectReason.MISSING_FIELD if absent else RejectReason.WRONG_TYPE, detail=name)
         return
     _turns(fields, to, turns)
     _put_system_first(fields, to, "system")
@@ -127,11 +133,12 @@ def _turns_of(fields: MappedFields, to: NormalizedRow, name: str) -> None:
 
 def _prompt_completion(fields: MappedFields, to: NormalizedRow) -> None:
     """prompt and completion, each text or a list of messages; `system` beside them is put first."""
-    for value, role in ((fields.get("prompt"), "user"), (fields.get("completion"), "assistant")):
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = fields.get(name)
         if isinstance(value, list):
             _turns(fields, to, value)
         else:
-            to.add(role, _text(value, to))
+            to.add(role, _text(value, to, name))
     _reason_about_reply(fields, to)
     _put_system_first(fields, to, "system")
 
@@ -142,28 +149,28 @@ def _instruction(fields: MappedFields, to: NormalizedRow) -> None:
     history = fields.get("history")
     if history is not MISSING and history is not None:
         if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
-            to.reject(RejectReason.WRONG_TYPE)
+            to.reject(RejectReason.WRONG_TYPE, detail="history")
         else:
             for prompt, reply in history:
-                to.add("user", _text(prompt, to))
-                to.add("assistant", _text(reply, to))
+                to.add("user", _text(prompt, to, "history"))
+                to.add("assistant", _text(reply, to, "history"))
     _ask(fields, to, "input")
-    to.add("assistant", _text(fields.get("output"), to))
+    to.add("assistant", _text(fields.get("output"), to, "output"))
     _reason_about_reply(fields, to)
 
 
 def _dolly(fields: MappedFields, to: NormalizedRow) -> None:
     """instruction, optional context below it, response."""
     _ask(fields, to, "context")
-    to.add("assistant", _text(fields.get("response"), to))
+    to.add("assistant", _text(fields.get("response"), to, "response"))
     _reason_about_reply(fields, to)
 
 
 def _question_response(fields: MappedFields, to: NormalizedRow) -> None:
     """OpenOrca: optional system_prompt, question, response."""
     _put_system_first(fields, to, "system_prompt")
-    to.add("user", _text(fields.get("question"), to))
-    to.add("assistant", _text(fields.get("response"), to))
+    to.add("user", _text(fields.get("question"), to, "question"))
+    to.add("assistant", _text(fields.get("response"), to, "response"))
     _reason_about_reply(fields, to)
 
 
@@ -180,28 +187,35 @@ FORMATS: dict[str, Callable[[MappedFields, NormalizedRow], None]] = {
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _text(value: Any, to: NormalizedRow) -> str | None:
-    """Required text. Null is the empty text, which the contract rejects."""
+def _text(value: Any, to: NormalizedRow, name: str) -> str | None:
+    """Required text. Null is the empty text, which the contract rejects. `name`: of the field."""
     if isinstance(value, str):
         return value
     if value is None:
         return ""
-    to.reject(RejectReason.MISSING_FIELD if value is MISSING else RejectReason.WRONG_TYPE)
+    to.reject(RejectReason.MISSING_FIELD if value is MISSING else RejectReason.WRONG_TYPE, detail=name)
     return None
 
 
-def _optional(value: Any, to: NormalizedRow) -> str:
-    return "" if value is MISSING else _text(value, to) or ""
+def _kind(value: Any) -> str:
+    return {dict: "object", list: "list", str: "text", bool: "boolean"}.get(
+        type(value), "null" if value is None else "number"
+    )
 
 
-def _optional_field(value: Any, to: NormalizedRow) -> str | None:
+def _optional(value: Any, to: NormalizedRow, name: str) -> str:
+    return "" if value is MISSING else _text(value, to, name) or ""
+
+
+def _optional_field(value: Any, to: NormalizedRow, name: str) -> str | None:
     """Text that a message need not have: None where it is absent or empty."""
-    return _optional(value, to) or None
+    return _optional(value, to, name) or None
 
 
 def _ask(fields: MappedFields, to: NormalizedRow, name: str) -> None:
     """The user's message: the instruction and, below it, what it is about, where neither is blank."""
-    instruction, about = _text(fields.get("instruction"), to), _optional(fields.get(name), to)
+    instruction = _text(fields.get("instruction"), to, "instruction")
+    about = _optional(fields.get(name), to, name)
     if instruction is None or not about.strip():
         to.add("user", instruction)
     elif not instruction.strip():
@@ -219,13 +233,13 @@ def _reason_about_reply(fields: MappedFields, to: NormalizedRow) -> None:
             if not to.messages or to.messages[-1]["reasoning_content"] is not None:
                 to.reject(RejectReason.UNUSED_FIELD, name)
             else:
-                to.messages[-1]["reasoning_content"] = _optional_field(value, to)
+                to.messages[-1]["reasoning_content"] = _optional_field(value, to, name)
 
 
 def _put_system_first(fields: MappedFields, to: NormalizedRow, name: str) -> None:
     """The system message that stands beside the turns, unless one stands among them that is not blank."""
     value = fields.get(name)
-    if value is MISSING or not (system := _optional(value, to)).strip():
+    if value is MISSING or not (system := _optional(value, to, name)).strip():
         return
     among = [m for m in to.messages if m["role"] == "system" and (m["content"] or "").strip()]
     if not among:
@@ -238,14 +252,21 @@ def _put_system_first(fields: MappedFields, to: NormalizedRow, name: str) -> Non
 def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
     for turn in turns:
         if not isinstance(turn, dict):
-            to.reject(RejectReason.WRONG_TYPE)
+            to.reject(RejectReason.WRONG_TYPE, detail=f"a turn is {_kind(turn)}")
             to.add("", None)
             continue
         said = fields.inner(turn, "role", "from")
-        said = said.lower() if isinstance(said, str) else said
-        role = ROLES.get(said) if isinstance(said, str) else None
+        role = None
+        if isinstance(said, str):
+            role = fields.roles.get(said)
+            said = said.lower()
+            role = role or ROLES.get(said)
         if role is None:
-            to.reject(RejectReason.MISSING_FIELD if said is MISSING else RejectReason.ILLEGAL_ROLE)
+            absent = said is MISSING
+            to.reject(
+                RejectReason.MISSING_FIELD if absent else RejectReason.ILLEGAL_ROLE,
+                detail="role" if absent else repr(said)[:LONGEST_ROLE],
+            )
         value = _only(fields, to, turn, "content", "value")
         if isinstance(value, str) and len(turn) == 2 and said not in CALL_ROLES:  # most turns have no more
             to.add(role or "", value)
@@ -257,7 +278,7 @@ def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
                 calls += given if isinstance(given, list) else [given]
         if role == "assistant" and said in CALL_ROLES:
             calls, content = [*calls, content], ""
-        if given := _optional_field(_only(fields, to, turn, *REASONING), to):
+        if given := _optional_field(_only(fields, to, turn, *REASONING), to, "reasoning_content"):
             reasoning = given if reasoning is None else f"{reasoning}\n{given}"
         if content is None and (calls or (reasoning and value in (MISSING, None))):
             content = ""
@@ -267,8 +288,8 @@ def _turns(fields: MappedFields, to: NormalizedRow, turns: list[Any]) -> None:
             content if tool_calls or not calls else None,
             reasoning_content=reasoning,
             tool_calls=tool_calls,
-            name=_optional_field(turn.get("name", MISSING), to),
-            tool_call_id=_optional_field(turn.get("tool_call_id", MISSING), to),
+            name=_optional_field(turn.get("name", MISSING), to, "name"),
+            tool_call_id=_optional_field(turn.get("tool_call_id", MISSING), to, "tool_call_id"),
             weight=_weight(turn, to),
         )
 
@@ -296,7 +317,7 @@ class _Parts:
         self.calls: list[Any] = []
         self.reasoning: str | None = None
         if not isinstance(value, list):
-            self.text = _text(None if value is MISSING else value, to)
+            self.text = _text(None if value is MISSING else value, to, "content")
             return
         texts, thoughts = [], []
         for part in value:
@@ -310,7 +331,7 @@ class _Parts:
             elif kind in (None, "text") and isinstance(inner, str):
                 texts.append(inner)
             else:
-                to.reject(RejectReason.UNSUPPORTED_CONTENT)
+                to.reject(RejectReason.UNSUPPORTED_CONTENT, detail=str(kind or _kind(inner)))
                 self.text, self.calls = None, []
                 return
         self.text = "".join(texts)
@@ -326,7 +347,7 @@ def _weight(turn: dict[str, Any], to: NormalizedRow) -> float | None:
             if not isinstance(value, int | float) or (
                 value != 0 and not SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT
             ):
-                to.reject(RejectReason.WRONG_TYPE)
+                to.reject(RejectReason.WRONG_TYPE, detail=key)
                 continue
             found.add(float(value))
             if len(found) > 1:  # two keys that say different things

@@ -16,18 +16,25 @@ Message = dict[str, Any]
 class NormalizedRow:
     """A row's messages, tools and reasons. A message whose content is None has a reason already."""
 
-    __slots__ = ("messages", "reasons", "tools")
+    __slots__ = ("details", "messages", "reasons", "tools")
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.tools: str | None = None
         self.reasons: list[str] = []
+        self.details: list[str] = []
 
-    def reject(self, reason: RejectReason, field: str | None = None) -> None:
-        """Adds a reason; the name of a field goes with it where there is one."""
+    def reject(self, reason: RejectReason, field: str | None = None, detail: str = "") -> None:
+        """Adds a reason.
+
+        Args:
+            field: A name that makes it a reason of its own, counted apart.
+            detail: What of the row it is about.
+        """
         text = f"{reason}: {field}" if field else str(reason)
         if text not in self.reasons:
             self.reasons.append(text)
+            self.details.append(detail)
 
     def add(self, role: str, content: str | None, **others: Any) -> None:
         """Adds a message. Args: others: Of the fields of `MESSAGE`."""

@@ -1,6 +1,7 @@
 """What people look at in validated_rows: quarantine.md, tables and plots."""
 
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,43 @@ import numpy as np
 
 from sft_pipeline.plots.data import plot_histogram
 from sft_pipeline.stages.stage import Evidence, markdown, number, plot, table
+from sft_pipeline.stages.validated_rows.config import SourceShape
 from sft_pipeline.stages.validated_rows.statistics import RowStatistics
 from sft_pipeline.tables import parquet
 from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline.tables.schemas import ROWS
 
 EXAMPLES = 3
+MOST_DETAILS = 1_000
 
 
 def reason_table(path: Path) -> list[dict[str, str | int]]:
-    """Rows per reason, most frequent first, with explanations. A row with two reasons counts twice."""
+    """Rows per reason, most frequent first, with explanations. A row with two reasons counts twice.
+
+    `most_often`: what of the rows it is about, the most frequent first.
+    """
     meaning = {str(reason): reason.explanation for reason in RejectReason}
+    details = count_details(path)
     return [
-        {"reason": name, "rows": count, "meaning": meaning[name.partition(":")[0]]}
+        {
+            "reason": name,
+            "rows": count,
+            "most_often": ", ".join(text for text, _ in details[name].most_common(3)),
+            "meaning": meaning[name.partition(":")[0]],
+        }
         for name, count in parquet.count_reasons([path]).items()
     ]
+
+
+def count_details(path: Path) -> dict[str, Counter[str]]:
+    """{reason: rows by what of them it is about}. At most MOST_DETAILS different ones are counted of each."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for batch in parquet.read_batches([path], ["reasons", "details"]):
+        for reasons, details in zip(*(column.to_pylist() for column in batch.columns)):
+            for reason, detail in zip(reasons, details or ()):
+                if detail and (detail in found[reason] or len(found[reason]) < MOST_DETAILS):
+                    found[reason][detail] += 1
+    return found
 
 
 def write_report(path: Path, quarantine: Path, read: int, warnings: dict[str, int]) -> None:
@@ -67,11 +90,14 @@ def _code(raw: str, limit: int = 240) -> str:
     return f"{fence} {text} {fence}{more}" if "`" in text else f"{fence}{text}{fence}{more}"
 
 
-def evidence(out: Path, counts: Mapping[str, int], statistics: RowStatistics) -> dict[str, Evidence]:
+def evidence(
+    out: Path, counts: Mapping[str, int], statistics: RowStatistics, shapes: Sequence[SourceShape]
+) -> dict[str, Evidence]:
     """Numbers, tables and plots; the plot is written under out/plots/.
 
     Args:
         out: The artifact, with quarantine.parquet and quarantine.md.
+        shapes: Of the sources, with the formats that were found.
     """
     characters = {"prompt": statistics.prompt_characters, "completion": statistics.completion_characters}
     plot_histogram(out / "plots" / "characters.png", characters, title="Characters per row", x="characters")
@@ -93,6 +119,8 @@ def evidence(out: Path, counts: Mapping[str, int], statistics: RowStatistics) ->
         "reasons": table(list(reason_table(out / "quarantine.parquet"))),
         "warnings": table([{"warning": w, "rows": n} for w, n in _most_frequent(statistics.warnings)]),
         "unused_fields": table([{"field": f, "rows": n} for f, n in _most_frequent(statistics.unused)]),
+        "formats": table([{"source": i, "format": s.format} for i, s in enumerate(shapes)]),
+        "turns_arranged": table([{"by": k, "turns": n} for k, n in _most_frequent(statistics.arranged)]),
         "roles": table([{"role": r, "messages": n} for r, n in _most_frequent(statistics.roles)]),
         "turns": table([{"replies per row": t, "rows": n} for t, n in sorted(statistics.turns.items())[:20]]),
         "lengths": table(lengths),

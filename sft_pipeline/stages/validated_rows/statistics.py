@@ -46,6 +46,9 @@ class RowStatistics:
         self.warned = 0
         self.warnings: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()  # rows by the key that nothing reads
+        self.arranged: Counter[str] = (
+            Counter()
+        )  # turns by the key of the contract that merged or left them out
         self.roles: Counter[str] = Counter()
         self.turns: Counter[int] = Counter()
         self._groups = DigestSet()

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 from sft_pipeline.stages.validated_rows.config import ContractConfig, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.formats import look_up, normalize
 from sft_pipeline.stages.validated_rows.normalized_row import MISSING, Message, NormalizedRow
+from sft_pipeline.stages.validated_rows.reshape import CannotReshape, Reshaper, columns_in
+from sft_pipeline.stages.validated_rows.turns import arrange
 from sft_pipeline.stages.validated_rows.unknown_fields import UnknownFields
 from sft_pipeline.tables import literal_json
 from sft_pipeline.tables.reasons import RejectReason
@@ -58,22 +60,32 @@ class ValidatedBatch(NamedTuple):
     """What came of a batch of raw rows. Positions are those of the rows in the batch.
 
     Attributes:
-        kept: Positions (int32) of the rows that keep the contract.
+        kept: Positions (int32) of the rows that keep the contract; one may be there several times.
+        ids: Row ids of what they are made into.
         rows: What they are made into; columns of `VALIDATED`.
         keys: 128-bit digests (`KEY`), equal for exact duplicates.
         groups: 128-bit digests (`KEY`) of the groups.
         rejected: Positions (int32) of the other rows.
+        rejected_ids: Their row ids.
         reasons: Why, for each of them.
+        details: What of the row each reason is about.
         unused: Rows (or messages) by the key that nothing reads.
+        arranged: Turns by what `contract` had done with them.
+        added: Rows that `transform` made beyond one of each.
     """
 
     kept: np.ndarray
+    ids: list[str]
     rows: pa.RecordBatch
     keys: np.ndarray
     groups: np.ndarray
     rejected: np.ndarray
+    rejected_ids: list[str]
     reasons: list[list[str]]
+    details: list[list[str]]
     unused: Counter[str]
+    arranged: Counter[str]
+    added: int
 
 
 class RowValidator:
@@ -90,45 +102,49 @@ class RowValidator:
         self._has_tools = re.compile(f'"(?:{names})"'.encode())
         time = [config.time_column] if config.time_column else []
         self._unknown = [
-            UnknownFields(shape.format, shape.columns, [*time, *([group] if group else [])], shape.unused)
+            UnknownFields(
+                shape.format,
+                shape.columns,
+                [*time, *([group] if group else []), *columns_in(shape.text)],
+                shape.unused,
+            )
             for shape, group in zip(config.shapes, group_columns, strict=True)
         ]
+        self._reshapers = [Reshaper(shape, f"sources[{i}]") for i, shape in enumerate(config.shapes)]
+        self._arranged: Counter[str] = Counter()
 
     def __call__(self, batch: pa.RecordBatch) -> ValidatedBatch:
         """Validates a batch with the columns of raw_rows' rows/."""
-        kept: list[int] = []
-        rejected: list[int] = []
-        reasons: list[list[str]] = []
-        groups: list[str] = []
-        times: list[str | None] = []
-        found: list[NormalizedRow] = []
-        contents: list[bytes] = []
-        keys: list[bytes] = []
-        group_keys: list[bytes] = []
-        ids, sources = batch.column("row_id").to_pylist(), batch.column("source").to_pylist()
+        kept, ids, found = _Kept(), batch.column("row_id").to_pylist(), _Rejected()
+        sources, added = batch.column("source").to_pylist(), 0
         for i, row in enumerate(self._read(batch.column("content").cast(pa.binary()).to_pylist())):
-            normalized, group, time = self._validate(sources[i], row)
-            if normalized.reasons:
-                rejected.append(i)
-                reasons.append(normalized.reasons)
-                continue
-            kept.append(i)
-            found.append(normalized)
-            contents.append(key := content_key(normalized.messages, normalized.tools))
-            key = _spelling_aside(normalized) or key
-            groups.append(group or ids[i])
-            # A row that is its own group is compared by its content alone, and its id is a digest already.
-            keys.append(digest(key + group.encode()) if group else key)
-            group_keys.append(digest(group.encode()) if group else bytes.fromhex(ids[i]))
-            times.append(time)
+            reshaper = self._reshapers[sources[i]]
+            rows = [(ids[i], row)]
+            if reshaper.is_needed:
+                try:
+                    rows = list(reshaper(ids[i], row))
+                except CannotReshape as error:
+                    found.add(i, ids[i], [str(error.reason)], [error.detail])
+                    continue
+                added += len(rows) - 1
+            for row_id, each in rows:
+                normalized, group, time = self._validate(sources[i], each)
+                if normalized.reasons:
+                    found.add(i, row_id, normalized.reasons, normalized.details)
+                else:
+                    kept.add(i, row_id, normalized, group, time)
         return ValidatedBatch(
-            np.array(kept, np.int32),
-            _to_batch(groups, found, times, contents),
-            np.array(keys, KEY),
-            np.array(group_keys, KEY),
-            np.array(rejected, np.int32),
-            reasons,
-            self._take_unused(),
+            np.array(kept.positions, np.int32),
+            kept.ids,
+            _to_batch(kept.groups, kept.rows, kept.times, kept.contents),
+            np.array(kept.keys, KEY),
+            np.array(kept.group_keys, KEY),
+            np.array(found.positions, np.int32),
+            found.ids,
+            found.reasons,
+            found.details,
+            *self._take_counts(),
+            added,
         )
 
     def _read(self, contents: list[bytes]) -> list[dict[str, Any]]:
@@ -139,33 +155,80 @@ class RowValidator:
                 rows[i] = literal_json.loads(content.decode())
         return rows
 
-    def _take_unused(self) -> Counter[str]:
+    def _take_counts(self) -> tuple[Counter[str], Counter[str]]:
+        """(unused, arranged) since the last time."""
         total: Counter[str] = Counter()
         for unknown in self._unknown:
             total += unknown.counts
             unknown.counts.clear()
-        return total
+        arranged, self._arranged = self._arranged, Counter()
+        return total, arranged
 
     def _validate(self, source: int, row: dict[str, Any]) -> tuple[NormalizedRow, str, str | None]:
         """The normalized row, its group ("" where it is its own) and its time."""
         contract, shape = self._config.contract, self._config.shapes[source]
-        normalized = normalize(shape.format, row, shape.columns)
+        normalized = normalize(shape.format, row, shape.columns, shape.roles)
+        if contract.arranges_turns:
+            normalized.messages, left = arrange(normalized.messages, contract)
+            self._arranged += left
         check_contract(normalized, contract)
         for name in self._unknown[source].find(row):
             normalized.reject(RejectReason.UNUSED_FIELD, name)
         column = self._group_columns[source]
         group = group_of(look_up(row, column)) if column else None
         if isinstance(group, RejectReason):
-            normalized.reject(group)
+            normalized.reject(group, detail=str(column))
             group = None
         if not group and (contract.require_group or (contract.require_group is None and column is not None)):
-            normalized.reject(RejectReason.MISSING_GROUP)
+            normalized.reject(RejectReason.MISSING_GROUP, detail=column or "")
         time = None
         if self._config.time_column:
             time = time_of(look_up(row, self._config.time_column))
             if time is None:
-                normalized.reject(RejectReason.INVALID_TIME)
+                normalized.reject(RejectReason.INVALID_TIME, detail=self._config.time_column)
         return normalized, group or "", time
+
+
+class _Kept:
+    """Rows that keep the contract, as columns."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.ids: list[str] = []
+        self.groups: list[str] = []
+        self.times: list[str | None] = []
+        self.rows: list[NormalizedRow] = []
+        self.contents: list[bytes] = []
+        self.keys: list[bytes] = []
+        self.group_keys: list[bytes] = []
+
+    def add(self, position: int, row_id: str, row: NormalizedRow, group: str, time: str | None) -> None:
+        self.positions.append(position)
+        self.ids.append(row_id)
+        self.rows.append(row)
+        self.contents.append(key := content_key(row.messages, row.tools))
+        key = _spelling_aside(row) or key
+        self.groups.append(group or row_id)
+        # A row that is its own group is compared by its content alone, and its id is a digest already.
+        self.keys.append(digest(key + group.encode()) if group else key)
+        self.group_keys.append(digest(group.encode()) if group else bytes.fromhex(row_id))
+        self.times.append(time)
+
+
+class _Rejected:
+    """The other rows, as columns."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.ids: list[str] = []
+        self.reasons: list[list[str]] = []
+        self.details: list[list[str]] = []
+
+    def add(self, position: int, row_id: str, reasons: list[str], details: list[str]) -> None:
+        self.positions.append(position)
+        self.ids.append(row_id)
+        self.reasons.append(reasons)
+        self.details.append(details)
 
 
 def _spelling_aside(row: NormalizedRow) -> bytes | None:
@@ -215,9 +278,10 @@ def check_contract(row: NormalizedRow, contract: ContractConfig) -> None:
     if not messages and row.reasons:
         return
     if not _alternates(messages):
-        row.reject(RejectReason.ROLES_DO_NOT_ALTERNATE)
+        row.reject(RejectReason.ROLES_DO_NOT_ALTERNATE, detail=_role_order(messages))
     if not messages or messages[-1]["role"] not in ("assistant", ""):
-        row.reject(RejectReason.NO_FINAL_COMPLETION)
+        last = messages[-1]["role"] if messages else ""
+        row.reject(RejectReason.NO_FINAL_COMPLETION, detail=f"ends with {last}" if last else "no messages")
         _check_prompt(row, messages, contract)
     else:
         _check_prompt(row, messages[:-1], contract)
@@ -239,6 +303,18 @@ def _alternates(messages: list[Message]) -> bool:
     return follows
 
 
+def _role_order(messages: list[Message]) -> str:
+    """The first roles, up to the one that may not follow."""
+    before, called, found = None, None, []
+    for message in messages:
+        role = message["role"]
+        found.append(role)
+        if role not in _FOLLOWS[before] and not (before == "assistant" and called and role == "tool"):
+            break
+        before, called = role, message["tool_calls"]
+    return f"{'… ' if len(found) > 4 else ''}{', '.join(found[-4:])}"
+
+
 def _check_prompt(row: NormalizedRow, messages: list[Message], contract: ContractConfig) -> None:
     length = 0
     any_text = any_empty = False
@@ -258,9 +334,9 @@ def _check_prompt(row: NormalizedRow, messages: list[Message], contract: Contrac
     elif any_empty:
         row.reject(RejectReason.EMPTY_MESSAGE)
     elif length < contract.min_prompt_chars:
-        row.reject(RejectReason.PROMPT_TOO_SHORT)
+        row.reject(RejectReason.PROMPT_TOO_SHORT, detail=f"{length:,} characters")
     if length > contract.max_prompt_chars:
-        row.reject(RejectReason.PROMPT_TOO_LONG)
+        row.reject(RejectReason.PROMPT_TOO_LONG, detail=f"{length:,} characters")
 
 
 def _check_completion(row: NormalizedRow, message: Message, contract: ContractConfig) -> None:
@@ -271,9 +347,9 @@ def _check_completion(row: NormalizedRow, message: Message, contract: ContractCo
     if not content.strip() and not calls and not (reasoning or "").strip():
         row.reject(RejectReason.EMPTY_COMPLETION)
     elif length < contract.min_completion_chars:
-        row.reject(RejectReason.COMPLETION_TOO_SHORT)
+        row.reject(RejectReason.COMPLETION_TOO_SHORT, detail=f"{length:,} characters")
     if length > contract.max_completion_chars:
-        row.reject(RejectReason.COMPLETION_TOO_LONG)
+        row.reject(RejectReason.COMPLETION_TOO_LONG, detail=f"{length:,} characters")
 
 
 def may_warn(texts: pa.StringArray) -> np.ndarray:
