@@ -37,6 +37,7 @@ from sft_pipeline.stages.tokenized_rows.tokenizer_skew import (
 )
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables import literal_json
+from sft_pipeline.tables.schemas import SHAPES_FILE as ROW_SHAPES
 from sft_pipeline.text.auto_tokenizer import AutoTokenizerReply, AutoTokenizerRequest, ask_auto_tokenizer
 from sft_pipeline.text.conversation import Conversation, conversation
 from sft_pipeline.text.exported_tokenizer import write_tokenizer
@@ -180,11 +181,11 @@ class _Answers:
     """What source and server say of some sampled rows.
 
     Attributes:
-        sources: By place, (messages, tools) of the source row; None where the store has it no more.
+        sources: By row id, (messages, tools) of the source row; None where the store has it no more.
         served: What the exported tokenizer gives for the prompts of `served_rows`.
     """
 
-    sources: dict[Place, tuple[list[dict[str, Any]], list[Any] | None]] | None
+    sources: dict[str, tuple[list[dict[str, Any]], list[Any] | None]] | None
     served_rows: list[tuple[Place, str]]
     served: AutoTokenizerReply | None
     skew: TokenizerSkew | None
@@ -205,7 +206,7 @@ def _ask_source_and_server(
             write_exported(tokenizer, template, Path(folder))
             prompts = []
             for r in new:
-                messages, tools = (sources or {}).get(r.place, (r.given.messages, r.given.tools))
+                messages, tools = (sources or {}).get(r.row_id, (r.given.messages, r.given.tools))
                 prompts.append(prompt_request(template, template.as_read(messages[:-1]), tools))
             requests.append(AutoTokenizerRequest(folder, prompts=prompts))
         replies = ask_auto_tokenizer(requests) if requests else []
@@ -227,27 +228,28 @@ def write_exported(tokenizer: Tokenizer, template: ChatTemplate, folder: Path) -
 
 def _sources(
     encoder: BatchEncoder, split: Artifact, rows: Sequence[SampledRow]
-) -> dict[Place, tuple[list[dict[str, Any]], list[Any] | None]] | None:
+) -> dict[str, tuple[list[dict[str, Any]], list[Any] | None]] | None:
     try:
         validated = ancestor(split, "validated_rows")
-        shapes = validated.manifest.config["shapes"]
-        read = read_sources(ancestor(validated, "raw_rows"), {r.place: r.row_id for r in rows})
+        shapes = json.loads(validated.file(ROW_SHAPES).read_bytes())
+        contract = validated.manifest.config["contract"]
+        wanted = {r.row_id: r.place for r in rows}
+        read = read_sources(ancestor(validated, "raw_rows"), shapes, wanted)
     except (KeyError, OSError):
         return None
     system = encoder.config.template.system
     found = {}
     for r in rows:
-        if r.place not in read:
+        if r.row_id not in read:
             continue
-        shape = shapes[r.place[0]]
         roles = [m["role"] for m in r.given.messages]
         added = system is not None and r.given.messages[0] == {"role": "system", "content": system}
         messages, tools = source_conversation(
-            read[r.place], shape["format"], shape["columns"], roles[1:] if added else roles, encoder.template
+            read[r.row_id], shapes[r.place[0]], contract, roles[1:] if added else roles, encoder.template
         )
         if added and messages[:1] != r.given.messages[:1]:
             messages = [r.given.messages[0], *messages]
-        found[r.place] = (messages, tools)
+        found[r.row_id] = (messages, tools)
     return found
 
 
@@ -280,7 +282,7 @@ def _compare(
         where = f"{r.place[1]}:{r.place[2]}"
         messages, tools = r.given.messages, r.given.tools
         if answers.sources is not None:
-            messages, tools = answers.sources.get(r.place, ([], None))
+            messages, tools = answers.sources.get(r.row_id, ([], None))
             found.compared += 1
             if len(messages) != len(r.given.messages):
                 found.wrong.append({"row": where, "why": f"the source row has {len(messages)} messages"})
