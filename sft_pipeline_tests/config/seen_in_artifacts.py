@@ -57,6 +57,12 @@ def rejections(shop: Workshop, side: Side) -> list[str]:
     return sorted({reason for row in found for reason in row["reasons"]})
 
 
+def conversations(shop: Workshop, side: Side) -> list[list[str]]:
+    """The contents of the turns of each accepted row."""
+    rows = rows_of(shop, side, "validated_rows", "rows")
+    return [[message["content"] for message in row["messages"]] for row in rows]
+
+
 def times(shop: Workshop, side: Side) -> set[str | None]:
     return {row["time"] for row in rows_of(shop, side, "validated_rows", "rows")}
 

@@ -66,6 +66,10 @@ ROWS += [
 ]
 
 
+TALK = ["user", "assistant"]
+ODD_TALK = ["assistant", "user", "user", "assistant", "user"]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -78,6 +82,20 @@ def workshop(root: Path) -> Iterator[Workshop]:
     write_rows(root / "few.jsonl", ROWS[:6])
     write_rows(root / "few_more.jsonl", ROWS[6:12])
     write_rows(root / "pictures.jsonl", [row | {"image": "door.png"} for row in ROWS[:3]])
+    pairs = root / "pairs"
+    write_rows(pairs / "prompts.jsonl", [{"id": i, "prompt": f"Door {i}?"} for i in range(6)])
+    write_rows(pairs / "replies.jsonl", [{"ref": i, "id": 5 - i, "completion": f"no {i}"} for i in range(5)])
+    write_rows(pairs / "more_replies.jsonl", [{"id": 5, "completion": "no 0"}])
+    write_rows(
+        root / "talk.jsonl",
+        [
+            {"messages": [{"role": role, "content": f"{role} {i} {n}"} for n, role in enumerate(roles)]}
+            for i, roles in enumerate((ODD_TALK, TALK, [r.replace("user", "guest") for r in TALK]))
+        ],
+    )
+    (root / "changes_of_this_test.py").write_text(
+        "def twice(row): return [row, row | {'prompt': 'Again?'}]\n"
+    )
     for snapshot in ("2026-01", "2026-02"):
         write_rows(root / "moving" / snapshot / "rows.jsonl", ROWS[:6])
     write_base(root / "base")

@@ -1,5 +1,7 @@
 """No key that does nothing: each key of a dataset file, as in `test_every_key.py`."""
 
+from typing import Any
+
 import pytest
 
 from sft_pipeline.config.dataset import DatasetConfig
@@ -24,6 +26,25 @@ REPORTED = {"split.near_duplicates": {"threshold": 0.3, "action": "report"}}
 
 BAD = ["empty_completion", "missing_group"]
 
+PAIRS = {"path": "pairs", "static": True, "files": "prompts*"}
+JOINED: dict[str, list[dict[str, Any]]] = {"sources": [{**PAIRS, "join": {"files": "replies*", "on": "id"}}]}
+JOINED_BY_PATH = {"sources": [{**PAIRS, "join": {"path": "pairs/replies.jsonl", "on": "id"}}]}
+TALKS = {"sources": [{"path": "talk.jsonl", "static": True, "format": "messages"}]}
+ARRANGED = {"contract.drop_leading_assistant": True, "contract.trim_trailing_user": True}
+ARRANGED |= {"contract.merge_consecutive": True, "contract.max_reject_rate": 1.0}
+TALK = ["user 1 0", "assistant 1 1"]
+ODD_TALK = ["user 0 1\nuser 0 2", "assistant 0 3"]
+ACCEPTED = made.count("validated_rows", "accepted")
+
+
+def arranged_without(key: str) -> dict[str, object]:
+    return TALKS | {name: value for name, value in ARRANGED.items() if name != key}
+
+
+def pairs(*numbers: int) -> list[list[str]]:
+    return [[f"Door {i}?", f"no {5 - i}"] for i in numbers]
+
+
 DATASET = [
     Key("name", "other", made.asset_name, "small/raw_rows", "other/raw_rows"),
     Key("description", "Doors.", arrives.of_dagster(arrives.sensor_description), "", "Doors."),
@@ -35,6 +56,53 @@ DATASET = [
         ["team:doors"],
     ),
     Key("sources[].path", "few.jsonl", made.rows_by_source, [62], [6]),
+    Key(
+        "sources[].files",
+        "prompts*",
+        made.rows_by_source,
+        [12],
+        [6],
+        {"sources": [{"path": "pairs", "static": True}]},
+    ),
+    Key(
+        "sources[].join",
+        JOINED["sources"][0]["join"],
+        made.rejections,
+        ["missing_field"],
+        ["not_joined"],
+        {"sources": [PAIRS]},
+    ),
+    Key("sources[].join.files", "more*", made.conversations, pairs(1, 2, 3, 4, 5), pairs(5), JOINED),
+    Key("sources[].join.path", "few.jsonl", made.conversations, pairs(1, 2, 3, 4, 5), [], JOINED_BY_PATH),
+    Key("sources[].join.on", "prompt", ACCEPTED, 5, 0, JOINED),
+    Key(
+        "sources[].join.key",
+        "ref",
+        made.conversations,
+        pairs(1, 2, 3, 4, 5),
+        [[f"Door {i}?", f"no {i}"] for i in range(5)],
+        JOINED,
+    ),
+    Key(
+        "sources[].join.fields",
+        {"completion": "ref"},
+        made.rejections,
+        ["not_joined"],
+        ["not_joined", "wrong_type"],
+        JOINED,
+    ),
+    Key("sources[].join.required", False, made.rejections, ["not_joined"], ["missing_field"], JOINED),
+    Key("sources[].where", 'shelf == "S1"', ACCEPTED, 60, 30),
+    Key("sources[].transform", "changes_of_this_test:twice", ACCEPTED, 60, 120),
+    Key("sources[].text", {"completion": "Door {day}"}, made.rejections, BAD, ["missing_group"]),
+    Key(
+        "sources[].roles",
+        {"guest": "user"},
+        made.rejections,
+        ["illegal_role", "no_final_completion", "roles_do_not_alternate"],
+        ["no_final_completion", "roles_do_not_alternate"],
+        TALKS | {"contract.max_reject_rate": 1.0},
+    ),
     Key("sources[].limit", 10, made.rows_by_source, [62], [10]),
     Key(
         "sources[].weight",
@@ -66,6 +134,17 @@ DATASET = [
             ("min_completion_chars", 1000, "completion_too_short"),
             ("max_completion_chars", 5, "completion_too_long"),
         )
+    ),
+    *(
+        Key(
+            f"contract.{name}",
+            True,
+            made.conversations,
+            [TALK],
+            [ODD_TALK, TALK],
+            arranged_without(f"contract.{name}"),
+        )
+        for name in ("merge_consecutive", "drop_leading_assistant", "trim_trailing_user")
     ),
     # split
     Key("split.validation", 0, made.number_of_groups_in("validation"), DIFFERENT, 0),
