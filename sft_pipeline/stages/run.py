@@ -159,6 +159,11 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     except BaseException:
         run.report.stage(asset, "failed")
         raise
+    if not cached:
+        from sft_pipeline.stages.summary import summarize
+
+        for text, level in summarize(artifact):
+            run.report.log(text, level)
     accepted = artifact.manifest.accepted
     run.report.stage(asset, ("cached" if cached else "built") if accepted else "not accepted")
     return StageOutcome(artifact, cached)

@@ -62,8 +62,6 @@ def build(b: Build) -> Built:
         stats.why_not_fast = why
     served, skew = sample.compare(encoder)
     write_json(b.out / SHAPES_FILE, [f"{shape:016x}" for shape in sorted(served.shapes)])
-    for reason, count in stats.reasons.most_common():
-        b.report.log(f"tokenized_rows: {count} rows rejected: {reason}", "warning")
     n = stats.numbers
     on_disk = {split: count_rows(sorted((b.out / split).glob("*.parquet"))) for split in SPLITS}
     rejected_on_disk = count_rows([b.out / "rejects.parquet"])
