@@ -37,7 +37,7 @@ def test_rows_that_were_not_selected_are_no_rejects(project: Path) -> None:
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_near_duplicates_that_were_dropped_are_told(project: Path, alike: bool) -> None:
-    words = "one two three four five six seven eight nine ten eleven twelve"
+    words = " ".join(f"word{i}" for i in range(40))
     rows = [
         {"prompt": f"{words} {i}" if alike else " ".join(f"{w}{i}" for w in words.split()), "completion": "x"}
         for i in range(80)
