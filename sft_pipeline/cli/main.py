@@ -104,6 +104,23 @@ def sweep(
 
 
 @app.command()
+def preview(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="name of a dataset, or path of its file")],
+    number: Annotated[int, typer.Option("-n", min=0, help="how many rows are shown")] = 3,
+    snapshot: Snapshot = None,
+    as_json: Json = False,
+) -> None:
+    """Show the first rows as messages, and those that would be rejected, without building anything."""
+    from sft_pipeline.cli.preview import preview_dataset, show_preview
+
+    result = preview_dataset(dataset, snapshot=snapshot, number=number)
+    if as_json:
+        print_json(result)
+    else:
+        show_preview(result, _out())
+
+
+@app.command()
 def inspect(
     recipe: Recipe,
     row: Annotated[str | None, typer.Option(metavar="ID", help="one row, by row id")] = None,

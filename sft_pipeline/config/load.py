@@ -95,6 +95,30 @@ def find_recipe(
     return recipe
 
 
+def find_dataset(catalog: Catalog, name_or_path: str) -> DatasetConfig:
+    """The dataset of this name or in this file.
+
+    Raises:
+        InputError: There is none, or it does not validate.
+    """
+    if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
+        path = Path(os.path.expanduser(name_or_path))
+        path = path if path.is_file() else project_path(name_or_path)
+        if not path.is_file():
+            raise InputError(f"no dataset file at {path}")
+        return validate(DatasetConfig, read_yaml(path))
+    if name_or_path in catalog.datasets:
+        return catalog.datasets[name_or_path]
+    for broken, problem in catalog.problems.items():
+        if Path(broken).stem == name_or_path:
+            raise InputError(problem)
+    known = list(catalog.datasets)
+    raise InputError(
+        f"no dataset is named {name_or_path!r}{_nearest(name_or_path, known)}; "
+        f"known: {', '.join(known) or 'none'}"
+    )
+
+
 def load_recipe(
     path: Path,
     overrides: tuple[str, ...] = (),
