@@ -104,6 +104,30 @@ def sweep(
 
 
 @app.command()
+def init(
+    data: Annotated[str, typer.Argument(metavar="FILE_OR_FOLDER", help="the data, also hf://dataset@COMMIT")],
+    name: Annotated[str | None, typer.Option(help="of the dataset; by default that of the file")] = None,
+    base: Annotated[str, typer.Option(help="folder or hub id of the model to train")] = "data/base_model",
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="with datasets/ and recipes/; the last one that is searched by default"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at data, guess how it reads, and write its dataset and recipe files."""
+    from sft_pipeline.cli.init import init as init_files
+    from sft_pipeline.cli.init import show_init
+
+    result = init_files(data, name=name, base=base, into=into)
+    if as_json:
+        print_json(result)
+    else:
+        show_init(result, _out())
+
+
+@app.command()
 def preview(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="name of a dataset, or path of its file")],
     number: Annotated[int, typer.Option("-n", min=0, help="how many rows are shown")] = 3,
