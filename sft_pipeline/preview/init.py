@@ -187,7 +187,7 @@ def _recipe(name: str, base: str, sample: Sample) -> tuple[dict[str, Any], str, 
         recipe["tokens"]["supervise"] = "assistant"
         comments["supervise"] = f"rows have {turns:.1f} replies each; completion trains on the last one only"
     if wanted > max_length:
-        recipe["tokens"]["overflow"] = "truncate"
+        recipe["tokens"]["overflow"] = "split" if turns > 1.05 else "truncate_answer"
         comments["overflow"] = f"the model has {positions:,} positions"
     recipe["evaluation"] = {"max_new_tokens": int(min(max_length, np.quantile(reply_lengths, 0.99) + 8))}
     if graders:

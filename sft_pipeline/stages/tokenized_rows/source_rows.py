@@ -241,7 +241,7 @@ def _message(turn: Mapping[str, Any], columns: Mapping[str, str], template: Chat
     content = next((turn[n] for n in (names[1], names[3]) if turn.get(n) not in (None, "")), "")
     calls = turn.get("tool_calls") or turn.get("function_call") or []
     if isinstance(content, list):
-        texts = [p if isinstance(p, str) else p.get("text", "") for p in content]
+        texts = [p if isinstance(p, str) else p.get("text", p.get("value", "")) for p in content]
         thoughts = [p.get("thinking", "") for p in content if isinstance(p, Mapping)]
         content = "".join(texts)
         if "".join(thoughts):
