@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from sft_pipeline.store import Artifact
-from sft_pipeline.tables.parquet import count_reasons
+from sft_pipeline.tables.parquet import count_details, count_reasons
 from sft_pipeline.tables.reasons import RejectReason
 
 MOST_REASONS = 4
 FEW_UPDATES = 50
+LONGEST_DETAIL = 120  # characters
 
 
 class Line(NamedTuple):
@@ -109,10 +110,17 @@ _STAGES = {
 
 
 def _reasons(artifact: Artifact, name: str) -> str:
-    """ "empty_completion 50, missing_group 3 and 2 more reasons" """
+    """ "empty_completion 50, missing_field 3 (prompt) and 2 more reasons" """
     found = count_reasons([artifact.file(name)])
     found.pop(str(RejectReason.NOT_SELECTED), None)
-    named = ", ".join(f"{reason} {rows:,}" for reason, rows in list(found.items())[:MOST_REASONS])
+    details = count_details([artifact.file(name)])
+
+    def what(reason: str) -> str:
+        most = [text[:LONGEST_DETAIL] for text, _ in details[reason].most_common(2)] if reason in details else []
+        return f" ({'; '.join(most)}{'; …' if len(details[reason]) > 2 else ''})" if most else ""
+
+    first = list(found.items())[:MOST_REASONS]
+    named = ", ".join(f"{reason} {rows:,}{what(reason)}" for reason, rows in first)
     more = len(found) - MOST_REASONS
     return f"{named} and {_many(more, 'more reason')}" if more > 0 else named
 

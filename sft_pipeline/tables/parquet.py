@@ -6,6 +6,7 @@ built twice has the same bytes. Memory holds one row group when writing and one 
 
 import contextlib
 from collections import deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from sft_pipeline.store.files import fsync_path
 
+MOST_DETAILS = 1_000
 ROW_GROUP = 8_192
 ROWS_PER_PART = 262_144
 BATCH_ROWS = 4_096
@@ -265,6 +267,17 @@ def count_reasons(paths: Iterable[Path]) -> dict[str, int]:
         for entry in pc.value_counts(pc.list_flatten(batch.column(0))).to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def count_details(paths: Iterable[Path]) -> dict[str, Counter[str]]:
+    """{reason: rows by what of them it is about}. At most MOST_DETAILS different ones are counted of each."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for batch in read_batches(paths, ["reasons", "details"]):
+        for reasons, details in zip(*(column.to_pylist() for column in batch.columns)):
+            for reason, detail in zip(reasons, details or ()):
+                if detail and (detail in found[reason] or len(found[reason]) < MOST_DETAILS):
+                    found[reason][detail] += 1
+    return found
 
 
 def first_offenders(path: Path, count: int = 10) -> list[dict[str, str]]:

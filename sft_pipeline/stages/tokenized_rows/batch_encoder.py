@@ -180,5 +180,5 @@ def reject_rows(rows: pa.RecordBatch, outcomes: pa.RecordBatch) -> pa.RecordBatc
         content = {"messages": row["messages"], "tools": row["tools"]}
         raw = json.dumps(content, ensure_ascii=False, sort_keys=True)
         origin = {name: row[name] for name in ("row_id", "source", "file", "line")}
-        lines.append({**origin, "reasons": [reason], "raw": raw})
+        lines.append({**origin, "reasons": [reason], "raw": raw, "details": [detail or ""]})
     return pa.RecordBatch.from_pylist(lines, schema=REJECTS)

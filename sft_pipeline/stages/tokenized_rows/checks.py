@@ -108,6 +108,7 @@ def checks(
             skew.description,
             {"first_difference": table([skew.example])} if skew.example else {},
         ),
+        _turns_end(formatting),
         _stop(formatting),
     )
 
@@ -208,11 +209,21 @@ def _rate(stats: StageStats) -> Check:
     )
 
 
+def _turns_end(formatting: Mapping[str, Any]) -> Check:
+    ends = formatting["stop_text"] is not None
+    return Check(
+        "turns_end",
+        ends,
+        f"turns end with {formatting['stop_text']!r}"
+        if ends
+        else "the template writes nothing behind an assistant's turn, so the model never learns to stop: let "
+        "it end each turn with the tokenizer's eos, or take a named template",
+    )
+
+
 def _stop(formatting: Mapping[str, Any]) -> Check:
     problems = []
-    if formatting["stop_text"] is None:
-        problems.append("nothing ends an assistant's turn, so the model never learns to stop")
-    elif formatting["stop_token_id"] is None:
+    if formatting["stop_text"] is not None and formatting["stop_token_id"] is None:
         problems.append(
             f"turns end with the text {formatting['stop_text']!r}, which is several tokens: servers need it "
             "as a stop string"

@@ -1,6 +1,5 @@
 """What people look at in validated_rows: quarantine.md, tables and plots."""
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from sft_pipeline.tables.reasons import RejectReason
 from sft_pipeline.tables.schemas import ROWS
 
 EXAMPLES = 3
-MOST_DETAILS = 1_000
 
 
 def reason_table(path: Path) -> list[dict[str, str | int]]:
@@ -25,7 +23,7 @@ def reason_table(path: Path) -> list[dict[str, str | int]]:
     `most_often`: what of the rows it is about, the most frequent first.
     """
     meaning = {str(reason): reason.explanation for reason in RejectReason}
-    details = count_details(path)
+    details = parquet.count_details([path])
     return [
         {
             "reason": name,
@@ -35,17 +33,6 @@ def reason_table(path: Path) -> list[dict[str, str | int]]:
         }
         for name, count in parquet.count_reasons([path]).items()
     ]
-
-
-def count_details(path: Path) -> dict[str, Counter[str]]:
-    """{reason: rows by what of them it is about}. At most MOST_DETAILS different ones are counted of each."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    for batch in parquet.read_batches([path], ["reasons", "details"]):
-        for reasons, details in zip(*(column.to_pylist() for column in batch.columns)):
-            for reason, detail in zip(reasons, details or ()):
-                if detail and (detail in found[reason] or len(found[reason]) < MOST_DETAILS):
-                    found[reason][detail] += 1
-    return found
 
 
 def write_report(path: Path, quarantine: Path, read: int, warnings: dict[str, int]) -> None:
