@@ -1,7 +1,8 @@
 """Where a group or row is: source lines, splits, blocks and updates, and the models trained on it."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,33 @@ def _skipping_damaged(artifact: Artifact, unreadable: Callable[[Exception], None
 def _row_ids(
     key: str, by_stage: dict[str, list[Artifact]], unreadable: Callable[[Exception], None]
 ) -> set[str]:
-    """The key itself, and the rows of the group of that name."""
+    """The key itself, the rows of the group of that name, and the rows that they were made of or that were
+    made of them."""
     ids = {key}
     for artifact in by_stage.get("validated_rows", []):
         with _skipping_damaged(artifact, unreadable):
             for batch in _scan(artifact.parts("rows"), ["row_id"], ds.field("group") == key):
                 ids.update(batch.column(0).to_pylist())
+            ids.update(_quarantined(artifact.file("quarantine.parquet"), key))
+    for artifact in by_stage.get("validated_rows", []):
+        with _skipping_damaged(artifact, unreadable):
+            known = sorted(ids)
+            linked = ds.field("row_id").isin(known) | ds.field("made_of").isin(known)
+            for batch in _scan(artifact.parts("made"), ["row_id", "made_of"], linked):
+                ids.update(*(column.to_pylist() for column in batch.columns))
     return ids
+
+
+def _quarantined(path: Path, key: str) -> Iterator[str]:
+    """The ids of quarantined rows that have the key in a field of their own, as their group, say."""
+    for batch in _scan([path], ["row_id", "raw"], pc.match_substring(ds.field("raw"), key)):
+        for row_id, raw in zip(*(column.to_pylist() for column in batch.columns)):
+            with suppress(ValueError, RecursionError):
+                row = json.loads(raw)
+                if isinstance(row, dict) and key in (
+                    str(v) for v in row.values() if isinstance(v, str | int)
+                ):
+                    yield row_id
 
 
 def _row_id() -> ds.Expression:

@@ -116,7 +116,9 @@ def _reasons(artifact: Artifact, name: str) -> str:
     details = count_details([artifact.file(name)])
 
     def what(reason: str) -> str:
-        most = [text[:LONGEST_DETAIL] for text, _ in details[reason].most_common(2)] if reason in details else []
+        most = (
+            [text[:LONGEST_DETAIL] for text, _ in details[reason].most_common(2)] if reason in details else []
+        )
         return f" ({'; '.join(most)}{'; …' if len(details[reason]) > 2 else ''})" if most else ""
 
     first = list(found.items())[:MOST_REASONS]

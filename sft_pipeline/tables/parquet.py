@@ -5,8 +5,7 @@ built twice has the same bytes. Memory holds one row group when writing and one 
 """
 
 import contextlib
-from collections import deque
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice

@@ -79,6 +79,10 @@ REJECTS = pa.schema(
 """rejects.parquet and quarantine.parquet of every stage: the row's origin, all reasons, the raw row; for each
 reason what of the row it is about (a field, a token, a partner), "" or null where there is nothing to say."""
 
+MADE = pa.schema([("row_id", pa.string()), ("made_of", pa.string())])
+"""made/ of validated_rows, where there is one: rows that have an id of their own, since they were made of
+several rows or are one of several that were made of a row, and the ids of those rows."""
+
 SHAPES_FILE = "shapes.json"
 """Beside validated rows: how the rows of each source read, with the format that `auto` stood for."""
 

@@ -108,6 +108,11 @@ def _measure(
     first, second = _test_scores(theirs, name), _test_scores(ours, name)
     if first is None or second is None:
         return f"{'the champion' if first is None else 'this version'} has no scores of {name}"
+    if _grader(theirs, name) != _grader(ours, name):
+        return (
+            f"the grader {name} is another than the one that judged it. Put the alias by hand in MLflow, or "
+            "run the champion's recipe again with this grader"
+        )
     shared = sorted(set(first) & set(second))
     if not shared:
         return "it shares no test group"
@@ -154,6 +159,21 @@ def _formatting(evaluation: Artifact, store: Store) -> dict[str, str] | None:
         return None
     formatting = json.loads(tokenized.file("formatting.json").read_text(encoding="utf-8"))
     return {name: formatting[name] for name in ("template_sha256", "tokenizer_sha256", "mask_sha256")}
+
+
+def _grader(evaluation: Artifact, name: str) -> tuple[Any, dict[str, str]]:
+    """(the grader's configuration, the digests of the files that it is made of)."""
+    manifest = evaluation.manifest
+    graders = manifest.config.get("evaluation", {}).get("graders", [])
+    config: dict[str, Any] = next((g for g in graders if g["name"] == name), {})
+    module = str(config.get("callable", "")).partition(":")[0]
+    schema = config.get("schema")
+    files = {
+        file: digest
+        for file, digest in manifest.outside.items()
+        if (module and (file.endswith(".py") or file == module)) or file == schema
+    }
+    return config, files
 
 
 def _test_scores(evaluation: Artifact, name: str) -> dict[str, list[float]] | None:

@@ -23,7 +23,9 @@ def test_counts_with_their_reasons_and_where_to_look(project: Path) -> None:
     said = lines(rows, project)
     assert said["raw_rows"] == [("raw_rows: 63 rows from 1 file", "info")]
     [(text, level)] = said["validated_rows"]
-    expected = "validated_rows: 60 of 63 rows; 3 rejected: empty_completion 2, missing_field 1. See "
+    expected = (
+        "validated_rows: 60 of 63 rows; 3 rejected: empty_completion 2, missing_field 1 (completion). See "
+    )
     assert text.startswith(expected) and level == "warning"
     assert Path(text.removeprefix(expected)).is_file()
     assert said["grouped_split"][0][0].startswith("grouped_split: ")

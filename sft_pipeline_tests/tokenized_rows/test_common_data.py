@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sft_pipeline.config.recipe import RecipeConfig
+from sft_pipeline.lineage import trace
 from sft_pipeline.reporting import Reporter
 from sft_pipeline.stages.run import Run, run_stage
 from sft_pipeline.stages.stage import Branch
@@ -97,6 +98,19 @@ def conversations(
     served = check(tokenized, "served_prompt_equal")["description"]
     assert served.startswith(f"{len(rows)} rows rendered again from their source files"), served
     return [[(m["role"], m["content"]) for m in row["messages"]] for row in rows], validated
+
+
+def stages_with(row_id: str, folder: Path) -> set[str]:
+    """The stages in which `sft trace` finds a row."""
+    found = trace(row_id, Store(folder / "home"))
+    return {artifact["asset"].rpartition("/")[2] for artifact in found.artifacts}
+
+
+def raw_ids(folder: Path, **wanted: Any) -> list[str]:
+    """The ids of the raw rows that hold these values."""
+    [raw] = [a for a in Store(folder / "home").all() if a.manifest.asset.endswith("/raw_rows")]
+    rows = ((row["row_id"], json.loads(row["content"])) for row in read_rows(raw.parts("rows")))
+    return [row_id for row_id, row in rows if wanted.items() <= row.items()]
 
 
 def reasons(validated: Artifact) -> list[tuple[int, list[str], list[str]]]:
@@ -205,6 +219,9 @@ def test_one_turn_in_a_row_in_any_order(tmp_path: Path) -> None:
     assert counts["turns_arranged"] == 90
     assert reasons(validated) == [(152, ["missing_field"], ["id"])]  # the header is line 1
     assert {r["group"] for r in read_rows(validated.parts("rows"))} == {f"c{i}" for i in range(30)}
+    for turn in ("3", "11"):  # also one that was left out at the end of its dialogue
+        [row_id] = raw_ids(tmp_path, id="c5", no=turn)
+        assert {"raw_rows", "validated_rows", "tokenized_rows"} <= stages_with(row_id, tmp_path)
 
 
 def test_trajectories_of_which_only_the_successful_ones_are_kept(tmp_path: Path) -> None:
@@ -293,4 +310,8 @@ def test_a_function_makes_rows_of_scored_replies(tmp_path: Path, monkeypatch: py
         (9, ["not_selected"], ["choose_replies:best returned None"]),
         (10, ["not_reshaped"], ["choose_replies:best returned str, not a dict"]),
     ]
+    [row_id] = raw_ids(tmp_path, i=4)
+    assert {"raw_rows", "validated_rows", "tokenized_rows"} <= stages_with(row_id, tmp_path)
+    made = next(r["row_id"] for r in read_rows(validated.parts("rows")) if r["line"] == 5)
+    assert made != row_id and "raw_rows" in stages_with(made, tmp_path)
     assert "choose_replies.py" in validated.manifest.outside

@@ -31,6 +31,7 @@ def put(
     inputs: dict[str, Artifact],
     write=lambda folder: None,
     snapshot: str = "s1",
+    **fields: Any,
 ) -> Artifact:
     with store.building(fingerprint) as folder:
         write(folder)
@@ -46,6 +47,7 @@ def put(
                 "counts": {},
                 "environment": {},
                 "inputs": {n: a.as_input() for n, a in inputs.items()},
+                **fields,
             },
         )
 
@@ -76,8 +78,13 @@ def evaluation(
     scores: dict[str, float],
     losses: dict[str, float] | None = None,
     template: str = "chatml",
+    **fields: Any,
 ) -> Artifact:
-    """An evaluation: the scores by test group, the loss by test row, and the template of the rows."""
+    """An evaluation: the scores by test group, the loss by test row, and the template of the rows.
+
+    Args:
+        fields: Of its manifest.
+    """
 
     def write(folder: Path) -> None:
         mean = sum(scores.values()) / len(scores)
@@ -106,9 +113,8 @@ def evaluation(
         (folder / "formatting.json").write_text(json.dumps(made_with | {"name": name}))
 
     tokenized = put(store, "r/tokenized_rows", name[:-1] + "f", {}, write_formatting)
-    return put(
-        store, "r/evaluation", name, {"trained_checkpoints": training, "tokenized_rows": tokenized}, write
-    )
+    inputs = {"trained_checkpoints": training, "tokenized_rows": tokenized}
+    return put(store, "r/evaluation", name, inputs, write, **fields)
 
 
 def export(store: Store, name: str, *scores: Any, **more: Any) -> Artifact:

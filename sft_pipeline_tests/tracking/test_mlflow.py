@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,6 +111,26 @@ def test_evaluation_and_export_reach_the_run_and_the_champion_moves_only_to_a_be
     assert champion(client) == "4"
     assert "2 shared test groups" in decision(client, "4")
     assert "shares no test group" in decision(client, "3")
+
+
+def test_scores_of_another_grader_move_no_alias(client) -> None:
+    """An edited grader file, or a grader of the same name with other settings, is another measure."""
+    store = Store()
+
+    def judged_by(digest: str, call: str = "mine:right") -> dict[str, Any]:
+        grader = {"name": "right", "kind": "python", "callable": call}
+        return {"config": {"evaluation": {"graders": [grader]}}, "outside": {"mine.py": digest, "base": "b"}}
+
+    for name, scores, fields in [
+        ("1", {"A": 0.5}, judged_by("x")),
+        ("2", {"A": 1.0}, judged_by("edited")),
+        ("3", {"A": 1.0}, judged_by("x", "mine:kinder")),
+        ("4", {"A": 0.75}, judged_by("x")),
+    ]:
+        register(export(store, name, scores, **fields))
+    for version in ("2", "3"):
+        assert "the grader right is another" in decision(client, version)
+    assert champion(client) == "4" and "on 1 shared test groups" in decision(client, "4")
 
 
 def test_a_loss_is_compared_on_the_test_rows_that_both_have(client) -> None:

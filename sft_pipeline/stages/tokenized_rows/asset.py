@@ -75,7 +75,9 @@ STAGE = Stage(
         CheckSpec(
             "fingerprints_recorded", True, "template, tokenizer and mask fingerprints are in formatting.json"
         ),
-        CheckSpec("turns_end", True, "the template ends an assistant's turn, so that the model learns to stop"),
+        CheckSpec(
+            "turns_end", True, "the template ends an assistant's turn, so that the model learns to stop"
+        ),
         CheckSpec("counts_add_up", True, "rows read = rows accepted + rows rejected"),
         CheckSpec("splits_not_empty", True, "no split that had rows has lost them all, and train has some"),
         CheckSpec("reject_rate", False, "at most 5 % of the rows are rejected or truncated"),

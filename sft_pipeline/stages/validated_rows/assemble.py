@@ -27,6 +27,9 @@ from sft_pipeline.tables.schemas import digest
 BATCH_ROWS = 4_096
 BATCH_BYTES = 16 << 20
 
+Made = Callable[[str, list[str]], None]
+"""Told of a row's id, and of the ids of the rows it was made of."""
+
 Rejected = Callable[[dict[str, Any], RejectReason, str], None]
 """Told of a row (row_id, source, file, line, content), the reason and what of it."""
 
@@ -38,6 +41,7 @@ class Assembler:
         raw: raw_rows.
         work: An empty folder.
         rejected: Told of the rows that find no partner or have no place in a dialogue.
+        made: Told of what a dialogue was made of.
 
     Attributes:
         counts: merged (rows that became part of a row before them), joined (rows that got fields),
@@ -46,8 +50,15 @@ class Assembler:
         unused: Rows by the column of a second file that their own column of that name hides.
     """
 
-    def __init__(self, raw: Artifact, shapes: list[SourceShape], work: Path, rejected: Rejected) -> None:
-        self._raw, self._shapes, self._work, self._rejected = raw, shapes, work, rejected
+    def __init__(
+        self,
+        raw: Artifact,
+        shapes: list[SourceShape],
+        work: Path,
+        rejected: Rejected,
+        made: Made = lambda row_id, ids: None,
+    ) -> None:
+        self._raw, self._shapes, self._work, self._rejected, self._made = raw, shapes, work, rejected, made
         self.counts: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
 
@@ -125,7 +136,7 @@ class Assembler:
         with closing(_database(self._work / f"turns-{source}.db")) as database:
             database.execute(
                 "CREATE TABLE turns (dialogue TEXT, number REAL, word TEXT, seq INTEGER PRIMARY KEY, "
-                "row_id TEXT, file TEXT, line INTEGER, content TEXT)"
+                "row_id TEXT, raw_id TEXT, file TEXT, line INTEGER, content TEXT)"
             )
             for row in rows:
                 try:
@@ -140,13 +151,13 @@ class Assembler:
                 for row_id, turn, dialogue, (number, word) in turns:
                     content = literal_json.dumps(turn, ensure_ascii=False)
                     database.execute(
-                        "INSERT INTO turns (dialogue, number, word, row_id, file, line, content) "
-                        "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                        (dialogue, number, word, row_id, row["file"], row["line"], content),
+                        "INSERT INTO turns (dialogue, number, word, row_id, raw_id, file, line, content) "
+                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        (dialogue, number, word, row_id, row["row_id"], row["file"], row["line"], content),
                     )
             database.execute("CREATE INDEX by_dialogue ON turns (dialogue)")
             ordered = database.execute(
-                "SELECT dialogue, row_id, file, line, content FROM turns "
+                "SELECT dialogue, row_id, raw_id, file, line, content FROM turns "
                 "JOIN (SELECT dialogue, MIN(seq) AS first FROM turns GROUP BY dialogue) USING (dialogue) "
                 "ORDER BY first, number, word, seq"
             )
@@ -154,11 +165,13 @@ class Assembler:
                 said = list(group)
                 self.counts["merged"] += len(said) - 1
                 messages, name = ",".join(content for *_, content in said), json.dumps(dialogue)
+                made = digest("".join(row_id for _, row_id, *_ in said).encode()).hex()
+                self._made(made, [raw_id for _, _, raw_id, *_ in said])
                 yield {
-                    "row_id": digest("".join(row_id for _, row_id, *_ in said).encode()).hex(),
+                    "row_id": made,
                     "source": source,
-                    "file": said[0][2],
-                    "line": said[0][3],
+                    "file": said[0][3],
+                    "line": said[0][4],
                     "content": f'{{"messages":[{messages}],"dialogue":{name}}}',
                 }
 

@@ -26,7 +26,7 @@ from sft_pipeline.store import Artifact
 from sft_pipeline.store.files import write_json
 from sft_pipeline.tables import literal_json, parquet
 from sft_pipeline.tables.reasons import RejectReason
-from sft_pipeline.tables.schemas import REJECTS, ROWS, SHAPES_FILE
+from sft_pipeline.tables.schemas import MADE, REJECTS, ROWS, SHAPES_FILE
 from sft_pipeline.tables.strict_json import read_canonical
 
 GROUP_COLUMNS = ("group", "group_id", "thread_id", "conversation_id")
@@ -57,7 +57,8 @@ def build(b: Build) -> Built:
     ):
         for batch in parquet.read_batches(raw_rejects):
             quarantine.write(batch)
-        assembler = Assembler(raw, shapes, b.work, _writer_of(quarantine))
+        made = _MadeWriter(b.out / "made", any(s.transform or s.format == "turns" for s in shapes))
+        assembler = Assembler(raw, shapes, b.work, _writer_of(quarantine), made.add)
         arguments = (config.model_copy(update={"shapes": assembled}), groups)
         with closing(  # an error here ends the workers at once
             ordered_map(RowValidator, arguments, assembler.batches())
@@ -70,8 +71,10 @@ def build(b: Build) -> Built:
                 statistics.unused += validated.unused
                 statistics.arranged += validated.arranged
                 assembler.counts["added"] += validated.added
+                made.add_batch(batch, validated)
                 quarantine.write(rejected_rows(batch, validated, new))
                 b.report.progress("validate", rows.rows + quarantine.rows - undecodable, decoded, "rows")
+    made.close()
     shutil.rmtree(b.work, ignore_errors=True)
     statistics.unused += assembler.unused
     reasons = parquet.count_reasons([quarantine_path])
@@ -130,6 +133,37 @@ def _writer_of(quarantine: parquet.FileWriter) -> Rejected:
         quarantine.append([{**place, "reasons": [str(reason)], "details": [detail], "raw": row["content"]}])
 
     return rejected
+
+
+class _MadeWriter:
+    """Writes made/: which rows have which rows of raw_rows in them, where their ids differ."""
+
+    def __init__(self, folder: Path, needed: bool) -> None:
+        self._writer = parquet.PartWriter(folder, MADE) if needed else None
+        self._waiting: list[dict[str, str]] = []
+
+    def add(self, row_id: str, made_of: list[str]) -> None:
+        self._waiting += [{"row_id": row_id, "made_of": each} for each in made_of]
+        if len(self._waiting) > LOOKED_AT:
+            self._flush()
+
+    def add_batch(self, batch: pa.RecordBatch, validated: ValidatedBatch) -> None:
+        if self._writer:
+            positions = [*validated.kept.tolist(), *validated.rejected.tolist()]
+            own = batch.column("row_id").to_pylist()
+            for position, row_id in zip(positions, [*validated.ids, *validated.rejected_ids]):
+                if row_id != own[position]:
+                    self.add(row_id, [own[position]])
+
+    def _flush(self) -> None:
+        assert self._writer is not None
+        self._writer.write(pa.RecordBatch.from_pylist(self._waiting, schema=MADE))
+        self._waiting = []
+
+    def close(self) -> None:
+        if self._writer:
+            self._flush()
+            self._writer.close()
 
 
 def accepted_rows(batch: pa.RecordBatch, validated: ValidatedBatch, new: np.ndarray) -> pa.RecordBatch:
