@@ -17,6 +17,7 @@ from sft_pipeline.errors import InputError
 from sft_pipeline.graders.trial import try_graders
 from sft_pipeline.stages.environment import accelerator, output_of
 from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.summary import summarize
 from sft_pipeline.store import Artifact
 from sft_pipeline.training.base import base_folder
 from sft_pipeline.training.base_weights import check_base
@@ -49,10 +50,17 @@ def check_recipe(
     supervised = int(tokens * budget["supervised_tokens"] / max(budget["tokens"], 1))
     memory = estimate(config.model, config.training, tokens=tokens, supervised=supervised, gpu=gpu)
     updates = min(budget["updates"], config.training.max_steps or budget["updates"])
-    problems = _misfits(branch, formatting) + _ungradable(config, artifacts["tokenized_rows"])
+    warnings = [text for a in artifacts.values() for text, level in summarize(a) if level == "warning"]
+    if config.evaluation.graders:
+        named = ", ".join(grader.name for grader in config.evaluation.graders)
+        console.print(f"  trying the graders on held-out rows: {named}", style="dim")
+    ungradable, zero = _try_graders(config, artifacts["tokenized_rows"])
+    problems = _misfits(branch, formatting) + ungradable
+    warnings += [f"grader {name} scores every expected completion 0 that was tried" for name in zero]
     return {
         "valid": not problems,
         "problems": problems,
+        "warnings": warnings,
         "recipe": config.name,
         "dataset": branch.dataset.name,
         "snapshot": branch.snapshot,
@@ -100,14 +108,14 @@ def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
     return found
 
 
-def _ungradable(config: RecipeConfig, tokenized: Artifact) -> list[str]:
-    """Why a grader could not be used, where one could not."""
+def _try_graders(config: RecipeConfig, tokenized: Artifact) -> tuple[list[str], list[str]]:
+    """(why a grader cannot be used, where one cannot; graders that give every expected completion 0)."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a grader prints is not the command's JSON
-            try_graders(config.evaluation.graders, tokenized, config.evaluation.max_rows)
+            scores = try_graders(config.evaluation.graders, tokenized, config.evaluation.max_rows)
     except InputError as error:
-        return [str(error)]
-    return []
+        return [str(error)], []
+    return [], [s["grader"] for s in scores if s["expected_completions"] == 0]
 
 
 def _device_bytes(gpu: bool) -> int:
@@ -177,10 +185,13 @@ def show_check(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, value)
     console.print(table)
     console.print(_per_update(budget))
+    for warning in result["warnings"]:
+        console.print(f"! {warning}", style="yellow", soft_wrap=True)
     for problem in result["problems"]:
         console.print(f"✘ {problem}", style="red", soft_wrap=True)
     if result["valid"]:
-        console.print("valid: everything fits", style="green")
+        word = "valid, see the warnings above" if result["warnings"] else "valid: everything fits"
+        console.print(word, style="green")
 
 
 def _per_update(budget: dict[str, Any]) -> Table:

@@ -8,8 +8,10 @@ InputError naming the grader, and the row where there is one; it is never a sile
 
 import json
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sft_pipeline.bounded import BoundedTask, OutOfBounds, compiled
@@ -240,8 +242,9 @@ def _python(config: PythonGrader) -> Grader:
             value = function(reply, completion, dict(row))
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"{where}: {config.callable} raised {type(error).__name__}: {error}. "
-                "A reply it cannot read should score 0"
+                f"{where}: {config.callable} raised {type(error).__name__}: {error}{_place(error)}. It is "
+                f"called with a reply, the expected completion and a row ({', '.join(sorted(row))}); a reply "
+                "that it cannot read should score 0"
             ) from error
         try:
             number = float(value)
@@ -252,6 +255,12 @@ def _python(config: PythonGrader) -> Grader:
         return number
 
     return Grader(config.name, score, thinking=True)
+
+
+def _place(error: BaseException) -> str:
+    """Where a user's function raised."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is here
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 _MAKERS: dict[type, Callable[[Any], Grader]] = {

@@ -1,5 +1,6 @@
 """What came of a stage, in a line or two for whoever watches it: counts, what was left out and why."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -88,9 +89,13 @@ def _tokenized_rows(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[L
 def _packed_shards(artifact: Artifact, counts: Mapping[str, int]) -> Iterator[Line]:
     updates = counts["updates"]
     if updates:
+        budget = json.loads(artifact.file("budget.json").read_bytes())
+        examples, tokens = (
+            budget[f"{name}_per_update"]["mean"] for name in ("examples", "supervised_tokens")
+        )
         yield Line(
-            f"packed_shards: {_many(updates, 'update')} of about {counts['examples'] / updates:.1f} examples "
-            f"and {counts['supervised_tokens'] / updates:,.0f} tokens with loss"
+            f"packed_shards: {_many(updates, 'update')} of about {examples:,.1f} examples and {tokens:,.0f} "
+            "tokens with loss"
         )
     if updates < FEW_UPDATES:
         yield Line(
