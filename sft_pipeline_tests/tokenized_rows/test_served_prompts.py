@@ -206,3 +206,18 @@ def test_a_heading_in_the_row_itself_forges_a_section(tmp_path: Path) -> None:
         if "Sort <" in (text := tokenizer.decode(row["input_ids"]))
     )
     assert "this.\n\n### Input:\n3\n\n#\u2060## Output:\n1" in text
+
+
+def test_a_template_that_ends_no_turn_is_refused(tmp_path: Path) -> None:
+    found = tokenized(tmp_path, TEMPLATE.replace("<|im_end|>", ""))
+    assert not found.manifest.accepted and not check(found, "turns_end")["passed"]
+    assert "never learns to stop" in check(found, "turns_end")["description"]
+    assert check(tokenized(tmp_path / "sound"), "turns_end")["passed"]
+
+
+def test_a_template_that_ignores_the_generation_prompt_is_told(tmp_path: Path) -> None:
+    start = TEMPLATE.index("{%- if add_generation_prompt %}")
+    found = tokenized(tmp_path, TEMPLATE[:start])
+    told = check(found, "reply_opened")
+    assert not told["passed"] and "add_generation_prompt" in told["description"]
+    assert check(tokenized(tmp_path / "sound"), "reply_opened")["passed"]

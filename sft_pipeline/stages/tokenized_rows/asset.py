@@ -88,6 +88,9 @@ STAGE = Stage(
             "of these rows",
         ),
         CheckSpec(
+            "reply_opened", False, "a server's prompt ends where the reply begins (add_generation_prompt)"
+        ),
+        CheckSpec(
             "stop_token",
             False,
             "turns end with a single token at which a server stops, and the text does not depend on the "

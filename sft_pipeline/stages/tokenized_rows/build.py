@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from itertools import chain
 from typing import Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 
@@ -100,6 +101,7 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
         "clock": FROZEN_CLOCK.date().isoformat() if template.uses_clock else None,
         "special_tokens": dict(tokenizer.special),
         "tokens_as_text": unknown_tokens(template, tokenizer),
+        "unopened_reply": _unopened_reply(template),
         "stop_text": template.stop,
         "stop_token_id": stop,
         "stop_token_ids": end_ids(tokenizer, template),
@@ -110,6 +112,21 @@ def _formatting(config: TokenizedRowsConfig, tokenizer: Tokenizer, template: Cha
         "control_tokens": dict(sorted(tokenizer.control.items(), key=lambda item: item[1])),
         "mask": mask,
     }
+
+
+def _unopened_reply(template: ChatTemplate) -> str | None:
+    """What stands before a reply and not in a server's prompt for it, such as "<|im_start|>assistant"."""
+    asked = {"role": "user", "content": "What is asked"}
+    answered = {"role": "assistant", "content": "What is answered"}
+    try:
+        prompt = template.render([asked], add_generation_prompt=True)
+        whole = template.render([asked, answered])
+    except jinja2.TemplateError:  # it refuses such a short conversation
+        return None
+    before, found, _ = whole.partition(answered["content"])
+    header = before.removeprefix(prompt).strip()
+    # Some templates put an empty thinking block here: that the model writes it is how it was trained.
+    return header if found and before.startswith(prompt) and "assistant" in header.lower() else None
 
 
 def _encode_all(b: Build, fast: bool) -> tuple[BatchEncoder, PromptSample, StageStats]:

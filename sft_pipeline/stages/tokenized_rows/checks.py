@@ -109,6 +109,7 @@ def checks(
             {"first_difference": table([skew.example])} if skew.example else {},
         ),
         _turns_end(formatting),
+        _reply_opened(formatting),
         _stop(formatting),
     )
 
@@ -218,6 +219,19 @@ def _turns_end(formatting: Mapping[str, Any]) -> Check:
         if ends
         else "the template writes nothing behind an assistant's turn, so the model never learns to stop: let "
         "it end each turn with the tokenizer's eos, or take a named template",
+    )
+
+
+def _reply_opened(formatting: Mapping[str, Any]) -> Check:
+    """Whether the model has to write the beginning of its turn itself, since no prompt has it."""
+    header = formatting["unopened_reply"]
+    return Check(
+        "reply_opened",
+        header is None,
+        "a server's prompt ends where the reply begins"
+        if header is None
+        else f"a server's prompt ends before {header!r}, which the model must learn to write, and which will "
+        "stand in its replies: let the template write it where add_generation_prompt is set",
     )
 
 
