@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch, prepared
 from sft_pipeline.cli.console import sparkline
+from sft_pipeline.cli.fail_fast import misfits
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.errors import InputError
 from sft_pipeline.graders.trial import try_graders
+from sft_pipeline.project import sft_home
 from sft_pipeline.stages.environment import accelerator, output_of
-from sft_pipeline.stages.stage import Branch
 from sft_pipeline.stages.summary import summarize
 from sft_pipeline.store import Artifact
 from sft_pipeline.training.base import base_folder
@@ -25,6 +27,10 @@ from sft_pipeline.training.flops import training_seconds
 from sft_pipeline.training.memory import DeviceBudget, MemoryEstimate, advise, estimate
 from sft_pipeline.training.reporters import require_reporters
 from sft_pipeline.training.schedule import Schedule, sampled, warm_up
+
+CHECKPOINT_BYTES = 12  # per trained parameter: itself and two moments of AdamW, in fp32
+EXPORT_COPIES = 2  # the merged model, and the one it is compared with, in fp32 at most
+MUCH = 0.5  # of the free space
 
 
 def check_recipe(
@@ -55,7 +61,9 @@ def check_recipe(
         named = ", ".join(grader.name for grader in config.evaluation.graders)
         console.print(f"  trying the graders on held-out rows: {named}", style="dim")
     ungradable, zero = _try_graders(config, artifacts["tokenized_rows"])
-    problems = _misfits(branch, formatting) + ungradable
+    described = json.loads((base_folder(config.model) / "config.json").read_text(encoding="utf-8"))
+    problems = misfits(config, described, formatting.get("vocab_size")) + ungradable
+    warnings += _room(config, memory, updates)
     warnings += [f"grader {name} scores every expected completion 0 that was tried" for name in zero]
     return {
         "valid": not problems,
@@ -86,26 +94,22 @@ def check_recipe(
     }
 
 
-def _misfits(branch: Branch, formatting: dict[str, Any]) -> list[str]:
-    """Where tokenizer, context and model do not fit each other."""
-    recipe = branch.require_recipe()
-    path = base_folder(recipe.model) / "config.json"
-    model = json.loads(path.read_text(encoding="utf-8"))
-    model = {**model, **model.get("text_config", {})}
-    found = []
-    vocabulary, size = model.get("vocab_size"), formatting.get("vocab_size")
-    if vocabulary and size and size > vocabulary:
-        found.append(
-            f"the tokenizer {recipe.tokenizer} has {size} tokens, the model {recipe.model.base} only "
-            f"{vocabulary}: its ids would fall outside. Take the model's own tokenizer"
-        )
-    positions = model.get("max_position_embeddings")
-    if positions and recipe.tokens.max_length > positions:
-        found.append(
-            f"tokens.max_length is {recipe.tokens.max_length}, the model has {positions} positions: "
-            f"lower it to {positions} at most"
-        )
-    return found
+def _room(config: RecipeConfig, memory: MemoryEstimate, updates: int) -> list[str]:
+    """What checkpoints and export take on the disk, where that is much, or more than there is."""
+    every = config.training.save_steps or config.training.eval_steps or max(1, updates // 10)
+    kept = config.training.keep_checkpoints
+    count = max(1, updates // every) if kept is None else min(kept + 1, max(1, updates // every))
+    each = memory.trainable * CHECKPOINT_BYTES
+    needed = count * each + EXPORT_COPIES * 4 * memory.parameters
+    home = sft_home()
+    free = shutil.disk_usage(next(p for p in (home, *home.parents) if p.exists())).free
+    if needed < MUCH * free:
+        return []
+    return [
+        f"{count} checkpoints of {each / 2**30:.1f} GiB and the export take about {needed / 2**30:.1f} GiB; "
+        f"{free / 2**30:.1f} GiB are free for {home}. training.keep_checkpoints and a larger "
+        "training.eval_steps make fewer of them; SFT_HOME points elsewhere"
+    ]
 
 
 def _try_graders(config: RecipeConfig, tokenized: Artifact) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sft_pipeline.cli.branch import find_branch
 from sft_pipeline.cli.console import ConsoleReporter
+from sft_pipeline.cli.fail_fast import refuse_misfits
 from sft_pipeline.config.load import Catalog
 from sft_pipeline.errors import BlockedError, InputError, Interrupted
 from sft_pipeline.stages.graph import STAGES
@@ -99,6 +100,8 @@ def run_recipe(
     last = until or list(STAGES)[-1]
     if last not in STAGES:
         raise InputError(f"--until {last}: no such asset; take one of {', '.join(STAGES)}")
+    if "sanity_check" in needed_for(last, STAGES):
+        refuse_misfits(branch.require_recipe())
     Store().sweep()
 
     # Importing Dagster takes a second: a mistake above is reported before.
