@@ -16,7 +16,6 @@ from sft_pipeline.secret_text import redacted
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Supervised fine-tuning, from raw rows to a traceable model.",
 )
@@ -31,6 +30,23 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="override a key of the recipe; may be repeated"),
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("sft_pipeline"))
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options before a command."""
 
 
 @app.command()
@@ -125,6 +141,26 @@ def init(
         print_json(result)
     else:
         show_init(result, _out())
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="axolotl or LLaMA-Factory YAML, TRL script, or command line")
+    ],
+    name: Annotated[str | None, typer.Option(help="of the recipe; by default that of the file")] = None,
+    dataset: Annotated[str | None, typer.Option(help="name of the dataset that it trains on")] = None,
+    into: Annotated[str | None, typer.Option(metavar="FOLDER", help="with recipes/")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe from the settings of another trainer: what maps, what does not, and why."""
+    from sft_pipeline.cli.import_recipe import import_recipe, show_import
+
+    result = import_recipe(file, name=name, dataset=dataset, into=into)
+    if as_json:
+        print_json(result)
+    else:
+        show_import(result, _out())
 
 
 @app.command()

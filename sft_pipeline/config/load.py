@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sft_pipeline.config.dataset import DatasetConfig
+from sft_pipeline.config.foreign_names import hint
 from sft_pipeline.config.recipe import RecipeConfig
 from sft_pipeline.config.yaml_lines import Document, Loc, Origin, overlay, parse_set, read_yaml
 from sft_pipeline.errors import InputError
@@ -191,9 +192,8 @@ def _explain(model: type[BaseModel], document: Document, error: Any) -> str:
     name = ".".join(map(str, loc))[:300] or model.__name__
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, loc[:-1], document)
-        return (
-            f"{origin}: unknown key {name!r}{_nearest(str(loc[-1]), known)}; known here: {', '.join(known)}"
-        )
+        close = f" ({foreign})" if (foreign := hint(str(loc[-1]))) else _nearest(str(loc[-1]), known)
+        return f"{origin}: unknown key {name!r}{close}; known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{origin}: the key {name!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
