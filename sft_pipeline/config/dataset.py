@@ -15,7 +15,7 @@ Name = Annotated[
 ]
 
 
-class SourceConfig(RawSource, Reshaping):
+class SourceConfig(Reshaping, RawSource):
     """One source of rows."""
 
     format: Annotated[

@@ -17,7 +17,9 @@ from sft_pipeline.training.config import ModelConfig, TrainingConfig
 class RetrainConfig(Config):
     """When the branch runs by itself."""
 
-    on_new_snapshot: bool = False
+    on_new_snapshot: Annotated[bool, Field(description="the sensor runs the branch on each new snapshot")] = (
+        False
+    )
     cron: Annotated[str | None, Field(description="five cron fields")] = None
 
 
@@ -33,7 +35,7 @@ class RecipeConfig(Config):
     extends: Annotated[
         str | None, Field(description="another recipe, or a preset, whose values are inherited")
     ] = None
-    dataset: str
+    dataset: Annotated[str, Field(description="name of the dataset")]
     model: ModelConfig
     template: TemplateConfig = TemplateConfig()
     tokens: TokensConfig = TokensConfig()

@@ -26,7 +26,7 @@ class JsonFieldsGrader(Config):
 
     name: str
     kind: Literal["json_fields"]
-    fields: Annotated[list[str], Field(min_length=1)]
+    fields: Annotated[list[str], Field(min_length=1, description="names or dotted paths of fields")]
     fenced: Annotated[
         bool, Field(description="also read a reply that is one Markdown code fence: ```json ... ```")
     ] = False
@@ -37,7 +37,7 @@ class ExactMatchGrader(Config):
 
     name: str
     kind: Literal["exact_match"]
-    ignore_case: bool = False
+    ignore_case: Annotated[bool, Field(description="compare without case")] = False
 
 
 class RegexGrader(Config):
@@ -45,8 +45,11 @@ class RegexGrader(Config):
 
     name: str
     kind: Literal["regex"]
-    pattern: str
-    group: int | None = None
+    pattern: Annotated[str, Field(description="regular expression of Python's re")]
+    group: Annotated[
+        int | None,
+        Field(description="number of the group to compare; null: it is enough that the pattern is found"),
+    ] = None
 
 
 class NumericAnswerGrader(Config):
@@ -57,8 +60,10 @@ class NumericAnswerGrader(Config):
 
     name: str
     kind: Literal["numeric_answer"]
-    after: str | None = None
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    after: Annotated[
+        str | None, Field(description="text before the number, such as ####; null: the last number")
+    ] = None
+    tolerance: Annotated[float, Field(ge=0, description="difference that still counts as equal")] = 1e-6
 
 
 class PythonGrader(Config):

@@ -11,12 +11,18 @@ from sft_pipeline.config.base import Config
 class LoraConfig(Config):
     """Low-rank adapters (Hu et al. 2021), with the rsLoRA and DoRA switches of PEFT."""
 
-    r: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[int, Field(ge=1)] = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
+    r: Annotated[int, Field(ge=1, description="rank of the adapters")] = 16
+    alpha: Annotated[int, Field(ge=1, description="the adapters are scaled by alpha / r")] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1, description="on the adapters' input, in training")] = 0.05
+    target_modules: Annotated[
+        str | list[str],
+        Field(
+            description="names (or parts of names) of the layers that get adapters; all-linear: every "
+            "linear layer but the head"
+        ),
+    ] = "all-linear"
+    use_rslora: Annotated[bool, Field(description="scale by alpha / sqrt(r), for high ranks")] = False
+    use_dora: Annotated[bool, Field(description="learn magnitudes beside directions; slower")] = False
 
     @field_validator("target_modules")
     @classmethod
@@ -34,7 +40,12 @@ class ModelConfig(Config):
         str | None, Field(description="commit of the hub repository; required for a hub id")
     ] = None
     tokenizer: Annotated[str | None, Field(description="folder or hub id; null: the base model's own")] = None
-    parameterization: Literal["full", "lora", "qlora"] = "lora"
+    parameterization: Annotated[
+        Literal["full", "lora", "qlora"],
+        Field(
+            description="lora: adapters; qlora: adapters, trained on the base in 4 bits; full: all weights"
+        ),
+    ] = "lora"
     lora: LoraConfig = LoraConfig()
     attention: Annotated[
         Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
@@ -46,7 +57,7 @@ class ModelConfig(Config):
     freeze: Annotated[
         list[str], Field(description="full only: regular expressions of parameter names that are not trained")
     ] = []
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the base")] = False
 
     @field_validator("freeze")
     @classmethod
@@ -63,29 +74,41 @@ class EarlyStopping(Config):
     """Stop when the validation loss has not improved."""
 
     patience: Annotated[int, Field(ge=1, description="evaluations")] = 3
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    min_delta: Annotated[
+        float, Field(ge=0, description="by how much the validation loss must fall to count")
+    ] = 0.0
 
 
 class TrainingConfig(Config):
     """One training. With packing, batch sizes count blocks; without it, examples."""
 
-    epochs: Annotated[int, Field(ge=1)] = 2
+    epochs: Annotated[int, Field(ge=1, description="times every row is seen")] = 2
     max_steps: Annotated[int | None, Field(ge=1, description="stop after this many updates")] = None
     learning_rate: Annotated[
         float | None, Field(gt=0, description="null: 1e-4 for adapters, 2e-5 for full")
     ] = None
-    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    min_learning_rate: Annotated[float, Field(ge=0, description="where cosine and linear end")] = 0.0
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "wsd"],
+        Field(description="of the learning rate after the warm-up; wsd: constant, then a linear decay"),
+    ] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the updates")] = 0.05
     decay: Annotated[
         float, Field(gt=0, le=1, description="wsd only: fraction of the updates in which the rate decays")
     ] = 0.2
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, description="of AdamW, on matrices")] = 0.01
+    adam_betas: Annotated[tuple[float, float], Field(description="decay of AdamW's two moments")] = (
+        0.9,
+        0.999,
+    )
+    adam_epsilon: Annotated[float, Field(gt=0, description="of AdamW")] = 1e-8
     clip: Annotated[float, Field(gt=0, description="gradient norm")] = 1.0
-    per_device_batch: Annotated[int, Field(ge=1)] = 4
-    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    per_device_batch: Annotated[
+        int, Field(ge=1, description="blocks (without packing, examples) in one forward pass of a process")
+    ] = 4
+    gradient_accumulation: Annotated[
+        int, Field(ge=1, description="forward passes of a process for one update")
+    ] = 1
     processes: Annotated[int, Field(ge=1, description="data-parallel processes on this machine")] = 1
     blocks_per_update: Annotated[
         int | None, Field(ge=1, description="null: per_device_batch x gradient_accumulation x processes")
@@ -94,8 +117,10 @@ class TrainingConfig(Config):
         Literal["auto", "bf16", "fp16", "fp32"],
         Field(description="auto: bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU"),
     ] = "auto"
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    gradient_checkpointing: Annotated[
+        bool, Field(description="compute activations again in the backward pass: less memory, more time")
+    ] = False
+    compile: Annotated[bool, Field(description="torch.compile the model")] = False
     neftune_alpha: Annotated[
         float | None,
         Field(gt=0, description="noise on embeddings, by the length of each example; null: none"),
@@ -110,11 +135,13 @@ class TrainingConfig(Config):
         int | None,
         Field(ge=1, description="keep the last N and the best; null: all, for evaluation to choose from"),
     ] = None
-    early_stopping: EarlyStopping | None = None
+    early_stopping: Annotated[
+        EarlyStopping | None, Field(description="stop when the validation loss has not improved; null: never")
+    ] = None
     report_to: Annotated[
         list[Literal["tensorboard", "wandb"]], Field(description="the trainer's own reporting, beside MLflow")
     ] = []
-    seed: int = 42
+    seed: Annotated[int, Field(description="of the order of blocks, dropout and new weights")] = 42
 
     @model_validator(mode="after")
     def _units_divide(self) -> "TrainingConfig":

@@ -27,8 +27,8 @@ REPORTED = {"split.near_duplicates": {"threshold": 0.3, "action": "report"}}
 BAD = ["empty_completion", "missing_group"]
 
 PAIRS = {"path": "pairs", "static": True, "files": "prompts*"}
-JOINED: dict[str, list[dict[str, Any]]] = {"sources": [{**PAIRS, "join": {"files": "replies*", "on": "id"}}]}
-JOINED_BY_PATH = {"sources": [{**PAIRS, "join": {"path": "pairs/replies.jsonl", "on": "id"}}]}
+JOINED: dict[str, list[dict[str, Any]]] = {"sources": [{**PAIRS, "join": {"files": "replies*", "by": "id"}}]}
+JOINED_BY_PATH = {"sources": [{**PAIRS, "join": {"path": "pairs/replies.jsonl", "by": "id"}}]}
 TALKS = {"sources": [{"path": "talk.jsonl", "static": True, "format": "messages"}]}
 ARRANGED = {"contract.drop_leading_assistant": True, "contract.trim_trailing_user": True}
 ARRANGED |= {"contract.merge_consecutive": True, "contract.max_reject_rate": 1.0}
@@ -74,7 +74,7 @@ DATASET = [
     ),
     Key("sources[].join.files", "more*", made.conversations, pairs(1, 2, 3, 4, 5), pairs(5), JOINED),
     Key("sources[].join.path", "few.jsonl", made.conversations, pairs(1, 2, 3, 4, 5), [], JOINED_BY_PATH),
-    Key("sources[].join.on", "prompt", ACCEPTED, 5, 0, JOINED),
+    Key("sources[].join.by", "prompt", ACCEPTED, 5, 0, JOINED),
     Key(
         "sources[].join.key",
         "ref",

@@ -258,7 +258,7 @@ def test_prompts_in_one_file_and_answers_in_another(tmp_path: Path) -> None:
         tmp_path,
         {"prompts.jsonl": prompts, "answers.csv": [{"note": "", **a} for a in answers]},
         files="prompts*",
-        join={"files": "answers*", "on": "id", "key": "ref"},
+        join={"files": "answers*", "by": "id", "key": "ref"},
         columns={"completion": "reply"},
         contract={"max_reject_rate": 0.2},
     )

@@ -22,25 +22,30 @@ _NAME = re.compile(r"[A-Za-z][\w.-]*")
 class DecodingConfig(Config):
     """Greedy by default, so that an evaluation can be repeated."""
 
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int = 0
+    temperature: Annotated[float, Field(ge=0, description="0: the most likely token each time")] = 0.0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="sample from the likeliest tokens with this share")
+    ] = 1.0
+    seed: Annotated[int, Field(description="of sampling")] = 0
 
 
 class EvaluationConfig(Config):
     """How checkpoints are judged on held-out behaviour, and how one is chosen."""
 
-    graders: list[GraderConfig] = []
+    graders: Annotated[list[GraderConfig], Field(description="what scores a reply")] = []
     gates: Annotated[list[str], Field(description='for example "format_pass_rate >= 0.98"')] = []
     rank_by: Annotated[
         list[str], Field(min_length=1, description="names in order of weight; a minus means lower is better")
     ] = ["-val_loss"]
-    require_improvement: bool = True
+    require_improvement: Annotated[
+        bool,
+        Field(description="the winner must beat the base on the first term of rank_by, on the test split"),
+    ] = True
     max_rows: Annotated[
         int | None, Field(ge=1, description="rows per split that are generated; null: all")
     ] = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    max_new_tokens: Annotated[int, Field(ge=1, description="tokens of a reply at most")] = 256
+    batch_size: Annotated[int, Field(ge=1, description="prompts that are generated together")] = 32
     decoding: DecodingConfig = DecodingConfig()
 
     @field_validator("graders")

@@ -19,7 +19,7 @@ class ExportConfig(Config):
             description="of the merged weights; auto: the base model's",
         ),
     ] = "auto"
-    license: str | None = None
+    license: Annotated[str | None, Field(description="of the model, for its card")] = None
 
 
 class ExportedModelConfig(Config):

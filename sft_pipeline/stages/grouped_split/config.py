@@ -42,9 +42,9 @@ class NearDuplicatesConfig(Config):
 class FixedGroups(Config):
     """Groups put into a split by hand."""
 
-    train: list[str] = []
-    validation: list[str] = []
-    test: list[str] = []
+    train: Annotated[list[str], Field(description="keys of groups that are always in train")] = []
+    validation: Annotated[list[str], Field(description="keys of groups that are always in validation")] = []
+    test: Annotated[list[str], Field(description="keys of groups that are always in test")] = []
 
     @model_validator(mode="after")
     def _one_split_each(self) -> Self:

@@ -22,9 +22,9 @@ class JoinConfig(Config):
         str | None,
         Field(min_length=1, description="instead of `files`: a file or folder, the same for every snapshot"),
     ] = None
-    on: Annotated[str, Field(min_length=1, description="column of the source's rows that holds the key")]
+    by: Annotated[str, Field(min_length=1, description="column of the source's rows that holds the key")]
     key: Annotated[
-        str | None, Field(description="column of the second file that holds the key; null: named as in `on`")
+        str | None, Field(description="column of the second file that holds the key; null: named as in `by`")
     ] = None
     fields: Annotated[
         dict[str, str],
@@ -45,7 +45,7 @@ class JoinConfig(Config):
 
     @property
     def their_key(self) -> str:
-        return self.key or self.on
+        return self.key or self.by
 
 
 class RawSource(Config):

@@ -14,13 +14,13 @@ class SanityConfig(Config):
     """The protocol that runs before training."""
 
     skip: Annotated[bool, Field(description="accept without running; recorded in the manifest")] = False
-    overfit_rows: Annotated[int, Field(ge=1)] = 20
-    overfit_steps: Annotated[int, Field(ge=1)] = 60
+    overfit_rows: Annotated[int, Field(ge=1, description="rows of the overfit run")] = 20
+    overfit_steps: Annotated[int, Field(ge=1, description="updates of the overfit run")] = 60
     overfit_loss: Annotated[
         float, Field(gt=0, lt=1, description="the overfit loss must fall to this fraction of its start")
     ] = 0.5
-    short_run_steps: Annotated[int, Field(ge=2, le=200)] = 20
-    samples: Annotated[int, Field(ge=0)] = 3
+    short_run_steps: Annotated[int, Field(ge=2, le=200, description="updates of the short run")] = 20
+    samples: Annotated[int, Field(ge=0, description="replies that are generated and shown")] = 3
 
 
 class SanityCheckConfig(Config):

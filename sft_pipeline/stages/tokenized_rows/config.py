@@ -11,7 +11,7 @@ from sft_pipeline.text.config import TemplateConfig
 class TokensConfig(Config):
     """Lengths are in tokens."""
 
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[int, Field(ge=8, description="tokens of a block, and of a row at most")] = 1024
     supervise: Annotated[
         Literal["completion", "assistant", "last_turn", "all"], Field(description="which tokens carry loss")
     ] = "completion"

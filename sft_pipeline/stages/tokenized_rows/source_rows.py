@@ -92,11 +92,11 @@ def _join(raw: Artifact, source: int, join: Mapping[str, Any], rows: _Rows) -> N
     """Adds to rows what the joined file has for their keys."""
     by_key: dict[str, list[dict[str, Any]]] = {}
     for _, row in rows.values():
-        by_key.setdefault(str(_at(row, join["on"])).strip(), []).append(row)
+        by_key.setdefault(str(_at(row, join["by"])).strip(), []).append(row)
     for batch in read_batches(raw.parts(f"joined/{source}"), ["content"]):
         for content in batch.column(0).to_pylist():
             partner = literal_json.loads(content)
-            key = join["key"] or join["on"]
+            key = join["key"] or join["by"]
             for row in by_key.get(str(_at(partner, key)).strip(), ()):
                 for name, column in (join["fields"] or {n: n for n in partner if n != key}).items():
                     if join["fields"] or name not in row:

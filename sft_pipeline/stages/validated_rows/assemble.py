@@ -105,7 +105,7 @@ class Assembler:
             asked: set[str] = set()
             for row in rows:
                 own = literal_json.loads(row["content"])
-                key = key_of(look_up(own, join.on))
+                key = key_of(look_up(own, join.by))
                 found = database.execute(
                     "SELECT content FROM theirs WHERE key = ? LIMIT 2", (key,)
                 ).fetchall()
@@ -123,7 +123,7 @@ class Assembler:
                             self.counts["unused_joined"] -= 1
                     yield row
                     continue
-                what = f"{join.on} = {key}" if key else f"no {join.on}"
+                what = f"{join.by} = {key}" if key else f"no {join.by}"
                 self._rejected(row, RejectReason.NOT_JOINED, f"{what}: {'several' if found else 'no'} rows")
 
     # -- turns -------------------------------------------------------------------------------------

@@ -39,10 +39,14 @@ class ContractConfig(Config):
         bool | None,
         Field(description="null: required where `columns` maps a group or the source's rows carry one"),
     ] = None
-    min_prompt_chars: Annotated[int, Field(ge=0)] = 1
-    max_prompt_chars: Annotated[int, Field(ge=1)] = 200_000
-    min_completion_chars: Annotated[int, Field(ge=1)] = 1
-    max_completion_chars: Annotated[int, Field(ge=1)] = 200_000
+    min_prompt_chars: Annotated[int, Field(ge=0, description="characters that a prompt must have")] = 1
+    max_prompt_chars: Annotated[int, Field(ge=1, description="characters that a prompt may have")] = 200_000
+    min_completion_chars: Annotated[
+        int, Field(ge=1, description="characters that the final reply must have")
+    ] = 1
+    max_completion_chars: Annotated[
+        int, Field(ge=1, description="characters that the final reply may have")
+    ] = 200_000
 
     trim_trailing_user: Annotated[
         bool,
