@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft_pipeline.stages.graph import STAGES
 from sft_pipeline.store import InputEntry, Manifest
 from sft_pipeline.store.files import sha256_json
 from sft_pipeline.store.manifest import data_version, recorded_fingerprint
@@ -63,6 +64,11 @@ def manifest_problems(manifest: Manifest, written: Mapping[str, Any]) -> Iterato
             yield f"its input {name} is recorded as the asset {entry.asset}"
         if entry.partition != manifest.partition:
             yield f"its input {name} is of the snapshot {entry.partition}, itself of {manifest.partition}"
+    stage = manifest.asset.rpartition("/")[2]
+    if stage in STAGES and (absent := sorted(set(STAGES[stage].inputs) - manifest.inputs.keys())):
+        yield f"it records no input {absent[0]}, which every {stage} is made from"
+    weights = [e.path for e in manifest.files if e.volatile and e.path.endswith(".safetensors")]
+    yield from (f"it leaves {path} out of its data version, as if weights might differ" for path in weights)
     for entry in manifest.reused_from:
         if entry.asset.rpartition("/")[2] != manifest.asset.rpartition("/")[2]:
             yield f"it took rows over from {entry.asset}, which is another stage"

@@ -29,6 +29,9 @@ def copy_problems(chain: Chain) -> Iterator[tuple[Path, str]]:
                 f"differs from {node.manifest_path} in {', '.join(places[:5])}: one of them was changed, or "
                 "that artifact was deleted and built again after the export",
             )
+    of_chain = {node.fingerprint for node in chain.nodes}
+    for fingerprint in sorted(copies.keys() - of_chain):
+        yield copies[fingerprint], "no artifact of the chain was made from this one"
     yield from _index_problems(chain, copies)
 
 
@@ -65,8 +68,13 @@ def _index_problems(chain: Chain, copies: dict[str, Path]) -> Iterator[tuple[Pat
     except (ValueError, KeyError, TypeError):
         yield path, "not a readable index of the manifests beside it"
         return
-    for fingerprint in sorted(listed.keys() ^ copies.keys()):
-        yield path, f"{fingerprint[:12]} is in the index or beside it, but not in both"
+    for fingerprint in sorted(copies.keys() - listed.keys()):
+        yield path, f"{copies[fingerprint].name} is beside the index, but not in it"
+    files = {entry.path for entry in chain.nodes[0].manifest.files} if chain.nodes[0].manifest else set()
+    for fingerprint in sorted(listed.keys() - copies.keys()):
+        name = str(listed[fingerprint].get("manifest"))
+        if f"{LINEAGE_FOLDER}/{name}" not in files:  # else it is that file that is missing or damaged
+            yield path, f"its entry {name} ({fingerprint[:12]}) is of no file"
     for fingerprint, entry in listed.items():
         copy = copies.get(fingerprint)
         if copy is None:

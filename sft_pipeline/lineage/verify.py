@@ -100,9 +100,11 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
     try:
         chain = walk(root, store)
     except InputError as error:
-        return Verification(False, (Finding(str(root / MANIFEST_NAME), str(error)),), (), 0, 0)
+        file = str(root / MANIFEST_NAME)
+        return Verification(False, (Finding(file, str(error).removeprefix(f"{file}: ")),), (), 0, 0)
     work.total = sum(f.bytes for n in chain.nodes if n.path and n.manifest for f in n.manifest.files)
     by_fingerprint = {n.fingerprint: n for n in chain.nodes}
+    _verify_root(chain.nodes[0], store, work)
     for node in chain.nodes:
         _verify_node(node, work)
         _verify_inputs(node, by_fingerprint, store, work)
@@ -117,6 +119,29 @@ def verify(folder: Path, store: Store | None = None, report: Reporter | None = N
     )
 
 
+def _verify_root(root: Node, store: Store, work: _Work) -> None:
+    """What no consumer has recorded: the artifact itself, compared with the store's own record of it."""
+    kept, own = store.get(root.fingerprint), root.manifest_path
+    if kept is not None and own is not None and kept.path != root.path:
+        record = kept.path / MANIFEST_NAME
+        if record.read_bytes() != own.read_bytes():
+            work.wrong(
+                own,
+                f"differs from the store's manifest of the same artifact, {record}: one of them was changed, "
+                "or it was deleted and built again after this copy was taken",
+            )
+        return
+    version = store.recorded_version(root.manifest) if root.manifest else None
+    if version is None:
+        work.unreachable.append(
+            f"{_name(root)}: the store has no record of it, so that its manifest was compared with its own "
+            "files and what it was made from only; the model's version in MLflow has its data version too "
+            "(sft.data_version)"
+        )
+    elif root.manifest is not None and version != root.manifest.data_version:
+        work.wrong(own or root.asset, f"the store's ref records the data version {version[:12]} of it")
+
+
 # -- one artifact ----------------------------------------------------------------------------------
 
 
@@ -125,7 +150,9 @@ def _verify_node(node: Node, work: _Work) -> None:
         work.wrong(node.problem.split(": ", 1)[0], "the manifest cannot be read")
     if node.manifest is None or node.manifest_path is None:
         if not node.problem:
-            work.unreachable.append(f"{_name(node)}: neither in the store nor in the export's lineage")
+            work.unreachable.append(
+                f"{_name(node)}: no readable manifest of it in the store or in the export's lineage"
+            )
         return
     if node.manifest.fingerprint != node.fingerprint or node.manifest.asset != node.asset:
         work.wrong(
@@ -212,8 +239,8 @@ def _verify_inputs(node: Node, by_fingerprint: dict[str, Node], store: Store, wo
         except InputError as error:
             work.unreachable.append(f"{node.asset} took rows over from one that cannot be read: {error}")
             continue
-        for problem in problems:
-            work.wrong(earlier.path / MANIFEST_NAME, problem)
+        for problem in problems:  # no fingerprint covers this record
+            work.wrong(node.manifest_path or node.asset, problem)
 
 
 # -- what lies outside the store -------------------------------------------------------------------
@@ -228,37 +255,44 @@ def _verify_outside(chain: Chain, store: Store, work: _Work) -> None:
     evaluation records the one that judged the model.
     """
     of_this_project = any(node.path and node.path.parent == store.objects for node in chain.nodes)
-    recorded: dict[str, tuple[str, str]] = {}
+    recorded: dict[str, dict[str, str]] = {}  # {name: {digest: the artifact that recorded it}}
     for node in chain.nodes:
         if node.manifest is None:
             continue
-        accepts = node.role == "acceptance"
         for name, digest in node.manifest.outside.items():
-            by, first = node.asset, digest
-            if not accepts and not name.startswith("…/"):  # of which a copy has left out the folder
-                by, first = recorded.setdefault(name, (by, first))
-            if first != digest:
-                work.wrong(
-                    node.manifest_path or name,
-                    f"{node.asset} recorded the SHA-256 {digest[:12]} of {name}, {by} recorded {first[:12]}",
-                )
+            what = f"{name} (read by {node.asset})"
             if digest.startswith("hub:"):
-                work.unreachable.append(f"{name} (read by {node.asset}): on the hub at a pinned revision")
-                continue
-            path, what = project_path(name), f"{name} (read by {node.asset})"
-            try:
-                same = work.sha256(path) == digest
-            except (FileNotFoundError, NotADirectoryError):
-                work.unreachable.append(f"{what}: not at its recorded place {path}")
-                continue
-            except OSError as error:
-                work.unreachable.append(f"{what}: {path} cannot be read ({error.strerror})")
-                continue
-            if same:
-                continue
-            if accepts:
-                work.unreachable.append(f"{what}: changed since it accepted")
-            elif of_this_project or Path(name).is_absolute():
-                work.wrong(path, f"its SHA-256 differs from the one that {node.asset} recorded")
+                work.unreachable.append(f"{what}: on the hub at a pinned revision")
+            elif node.role == "acceptance":
+                _verify_accepted(name, digest, what, work)
             else:
-                work.unreachable.append(f"{what}: another file is at this place, {path}")
+                recorded.setdefault(name, {}).setdefault(digest, node.asset)
+    for name, digests in recorded.items():
+        path, (by, *others) = project_path(name), digests.values()
+        what = f"{name} (read by {by})"
+        if others and not name.startswith("…/"):  # of which a copy has left out the folder
+            said = ", ".join(f"{digest[:12]} by {asset}" for digest, asset in digests.items())
+            work.wrong(name, f"its SHA-256 is recorded as {said}")
+        try:
+            found = work.sha256(path)
+        except (FileNotFoundError, NotADirectoryError):
+            work.unreachable.append(f"{what}: not at its recorded place {path}")
+            continue
+        except OSError as error:
+            work.unreachable.append(f"{what}: {path} cannot be read ({error.strerror})")
+            continue
+        if found in digests:
+            continue
+        if of_this_project or Path(name).is_absolute():
+            work.wrong(path, f"its SHA-256 differs from the one that {by} recorded")
+        else:
+            work.unreachable.append(f"{what}: another file is at this place, {path}")
+
+
+def _verify_accepted(name: str, digest: str, what: str, work: _Work) -> None:
+    """What only had to accept may have read a file that was changed afterwards."""
+    try:
+        if work.sha256(project_path(name)) != digest:
+            work.unreachable.append(f"{what}: changed since it accepted")
+    except OSError:
+        work.unreachable.append(f"{what}: not at its recorded place")

@@ -108,7 +108,7 @@ def artifact_root(folder: Path) -> Path:
     """
     folder = Path(os.path.realpath(os.path.expanduser(folder)))
     for candidate in (folder, *list(folder.parents)[:2]):
-        if (candidate / MANIFEST_NAME).is_file():
+        if os.path.lexists(candidate / MANIFEST_NAME):
             return candidate
     raise InputError(
         f"{folder}: no {MANIFEST_NAME} here, so this is no artifact. Give the folder of an exported model"

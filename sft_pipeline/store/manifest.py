@@ -1,8 +1,9 @@
 """manifest.json: what an artifact is, what it was made from, and the hash of every file in it."""
 
 import json
+import stat
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,6 +50,15 @@ class CheckRecord(TypedDict):
     blocking: bool
     passed: bool
     description: str
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _no_constant(name: str) -> float:
@@ -110,14 +120,18 @@ class Manifest(_Entry):
             InputError: The file is not a manifest of this format; the message names it.
         """
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+                raise InputError(f"{path}: not a regular file")
             manifest = cls.model_validate(json.loads(path.read_bytes(), parse_constant=_no_constant))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValidationError, ValueError, RecursionError) as error:
             raise InputError(
-                f"{path}: not a readable manifest ({error.__class__.__name__}); "
-                "delete the folder to have it rebuilt"
+                f"{path}: not a readable manifest ({_first_line(error)}). If it lies in the store, delete its "
+                "folder to have it rebuilt"
             ) from error
+        if outside := [e.path for e in manifest.files if not _is_inside(e.path)]:
+            raise InputError(f"{path}: not a readable manifest (it lists {outside[0]}, outside its folder)")
         if manifest.format != FORMAT:
             raise InputError(f"{path}: manifest format {manifest.format}, this version reads {FORMAT}")
         return manifest

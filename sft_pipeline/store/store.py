@@ -149,6 +149,16 @@ class Store:
         if current:
             files.write_json(self._ref(m.asset, m.partition), value)
 
+    def recorded_version(self, manifest: Manifest) -> str | None:
+        """The data version that a ref (the asset's, or that of the run which made it) records of an artifact;
+        None where they name others."""
+        for run_id in (manifest.dagster_run_id, None):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, InputError):
+                ref = json.loads(self._ref(manifest.asset, manifest.partition, run_id).read_bytes())
+                if ref["fingerprint"] == manifest.fingerprint:
+                    return str(ref["data_version"])
+        return None
+
     def resolve(self, asset: str, partition: str, run_ids: Sequence[str] = ()) -> Artifact | None:
         """What the runs `run_ids` made of this asset, first one first, else the current artifact, else None.
 

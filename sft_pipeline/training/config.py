@@ -141,7 +141,9 @@ class TrainingConfig(Config):
     report_to: Annotated[
         list[Literal["tensorboard", "wandb"]], Field(description="the trainer's own reporting, beside MLflow")
     ] = []
-    seed: Annotated[int, Field(description="of the order of blocks, dropout and new weights")] = 42
+    seed: Annotated[
+        int, Field(ge=0, lt=2**32, description="of the order of blocks, dropout and new weights")
+    ] = 42
 
     @model_validator(mode="after")
     def _units_divide(self) -> "TrainingConfig":

@@ -1,6 +1,7 @@
 """Manifests that somebody changed, and hashed again so that every hash fits: what the parts still show."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -129,7 +130,10 @@ def test_digests_of_one_file_that_two_artifacts_record_differently(project, bran
     name = "base/model.safetensors"
     tampered("tokenized_rows", set_to("0" * 64, "outside", name))
     found = verify(branch["exported_model"].path, project.store)
-    assert any(name in f.problem and "000000000000" in f.problem for f in found.findings)
+    assert any(name in f.file and "000000000000" in f.problem for f in found.findings)
+    assert not any(str(project.root) in f.file and name in f.file for f in found.findings), (
+        "the file is right"
+    )
 
 
 @pytest.mark.parametrize("key", ["asset", "data_version", "inputs", "manifest"])
@@ -142,7 +146,8 @@ def test_a_changed_index_of_the_copies(project, branch, tampered, tmp_path, key)
     index.write_text(json.dumps(data))
     hash_again(export, "lineage/chain.json")
     found = verify(export, project.store)
-    assert [f.file for f in found.findings] == [str(index)] and key in found.findings[0].problem
+    assert {f.file for f in found.findings} == {str(index), str(export / "manifest.json")}
+    assert any(f.file == str(index) and key in f.problem for f in found.findings)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -188,6 +193,105 @@ def test_a_configuration_and_what_of_it_is_in_the_fingerprint():
     assert not list(differing({"training": {"lr": 1.0, "blocks_per_update": None, "processes": 2}}, derived))
     changed = {"training": {"lr": 2.0, "blocks_per_update": 8}}
     assert [d[0] for d in differing(changed, derived)] == ["training.blocks_per_update", "training.lr"]
+
+
+def resealed(export, change):
+    """Changes an export's own manifest, and hashes it again."""
+    manifest = export / "manifest.json"
+    data = json.loads(manifest.read_bytes())
+    change(data)
+    write(manifest, data)
+
+
+ROOT_CHANGES = {
+    "other weights": (lambda data: None, "merged/model.safetensors"),
+    "another step": (set_to(1, "counts", "step"), None),
+    "another moment": (set_to("2020-01-01T00:00:00.000+00:00", "created_at"), None),
+    "no evaluation": (lambda data: data["inputs"].pop("evaluation"), None),
+}
+
+
+@pytest.mark.parametrize("name", ROOT_CHANGES)
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_model_whose_own_manifest_fits_what_was_changed(project, branch, tmp_path, name, moved):  # noqa: F811
+    """No consumer has recorded it; the store's copy of it has, and so has the ref."""
+    change, file = ROOT_CHANGES[name]
+    if not moved and name in ("another step", "another moment"):
+        pytest.skip("nothing else records it: a ref has the data version only")
+    export, kept = tmp_path / "export", tmp_path / "kept"
+    original = branch["exported_model"].path
+    shutil.copytree(original, kept)
+    if moved:
+        shutil.copytree(original, export)
+    else:
+        export = original
+    try:
+        if file:
+            weights = bytearray((export / file).read_bytes())
+            weights[-1] ^= 1
+            (export / file).write_bytes(weights)
+            hash_again(export, file)
+        resealed(export, change)
+        found = verify(export, project.store)
+    finally:
+        shutil.rmtree(original)
+        shutil.copytree(kept, original)
+    assert any(f.file == str(export / "manifest.json") for f in found.findings), found.findings
+
+
+def test_an_evaluation_that_was_taken_out_is_missed_without_a_store(project, branch, tmp_path):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(branch["exported_model"].path, export)
+    resealed(export, lambda data: data["inputs"].pop("evaluation"))
+    problems = [f.problem for f in verify(export, Store(tmp_path / "empty")).findings]
+    assert "it records no input evaluation, which every exported_model is made from" in problems
+    assert "no artifact of the chain was made from this one" in problems
+
+
+@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "merged/../../x", ""])
+def test_a_manifest_that_leaves_its_folder(project, branch, tmp_path, path):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(branch["exported_model"].path, export)
+    resealed(export, lambda data: data["files"].append({"path": path, "bytes": 1, "sha256": "0" * 64}))
+    found = verify(export, project.store)
+    assert not found.verified and "outside its folder" in found.findings[0].problem
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "garbage", "gone"])
+def test_a_copy_that_is_no_file(project, branch, tmp_path, kind):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(branch["exported_model"].path, export)
+    copy = next((export / "lineage").glob("packed_shards-*.json"))
+    copy.unlink()
+    if kind == "pipe":
+        os.mkfifo(copy)
+    elif kind == "folder":
+        copy.mkdir()
+    elif kind == "loop":
+        copy.symlink_to(copy)
+    elif kind == "garbage":
+        copy.write_text("[" * 10_000)
+    for store in (project.store, Store(tmp_path / "empty")):
+        found = verify(export, store)
+        assert {f.file for f in found.findings} == {str(copy)}, found.findings
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"x": NaN}', '{"x": ' + "9" * 5000 + "}"])
+def test_an_own_manifest_that_is_none(project, branch, tmp_path, text):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(branch["exported_model"].path, export)
+    (export / "manifest.json").write_text(text)
+    [finding] = verify(export, project.store).findings
+    assert finding.file == str(export / "manifest.json") and finding.problem.startswith("not a readable")
+
+
+def test_weights_that_are_called_volatile(project, branch, tampered):  # noqa: F811
+    def change(data):
+        next(e for e in data["files"] if e["path"].endswith(".safetensors"))["volatile"] = True
+
+    tampered("exported_model", change)
+    problems = [f.problem for f in verify(branch["exported_model"].path, project.store).findings]
+    assert any("as if weights might differ" in problem for problem in problems)
 
 
 def test_rows_taken_over_from_another_recipe(project, branch, tampered, tmp_path):  # noqa: F811
