@@ -127,7 +127,7 @@ class Manifest(_Entry):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValidationError, ValueError, RecursionError) as error:
             raise InputError(
-                f"{path}: not a readable manifest ({_first_line(error)}). If it lies in the store, delete its "
+                f"{path}: not a readable manifest ({_first_line(error)}). In the store, delete its "
                 "folder to have it rebuilt"
             ) from error
         if outside := [e.path for e in manifest.files if not _is_inside(e.path)]:
