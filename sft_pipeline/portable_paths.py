@@ -41,7 +41,7 @@ def may_be_portable(text: str, shorter: str) -> bool:
         return True
     if not _ABSOLUTE.search(text):
         return False
-    last_name = text.rpartition("/")[2].lstrip("~")
+    last_name = text.rpartition("/")[2].removeprefix("file:").lstrip("~")
     rest = iter(text)
     in_order = all(character in rest for character in shorter.replace(_ABSENT, ""))
     return in_order and shorter.endswith(last_name)

@@ -23,6 +23,7 @@ PLACES = (
     "/a b/c d/e",
     "file:{root}/x y.jsonl",
     "file:/srv/models/base/",
+    "file:~",
     "sqlite:////var/lib/mlflow.db",
     "sqlite:///{root}/.sft/mlflow.db",
     "read {root}/a.md, then {home}/b.md (see /etc/c)",
@@ -51,7 +52,7 @@ def test_whatever_is_made_portable_may_have_been(root, place):
     assert may_be_portable(text, portable(text)), portable(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1_000, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.tuples(
