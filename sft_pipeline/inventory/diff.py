@@ -122,9 +122,12 @@ def _template(one: ComparedModel, two: ComparedModel) -> dict[str, Any]:
     if a is None or b is None:
         return {"same": None, "lines": []}
     # Templates are often one line: cut before each tag, so that a difference is seen.
-    cut = [text.replace("{%", "\n{%").replace("{{", "\n{{").strip("\n").splitlines() for text in (a, b)]
-    lines = [line for line in difflib.unified_diff(*cut, "a", "b", lineterm="", n=1)][2:]
-    return {"same": a == b, "lines": lines}
+    lines = difflib.unified_diff(_tags_on_lines(a), _tags_on_lines(b), "a", "b", lineterm="", n=1)
+    return {"same": a == b, "lines": list(lines)[2:]}
+
+
+def _tags_on_lines(template: str) -> list[str]:
+    return template.replace("{%", "\n{%").replace("{{", "\n{{").strip("\n").splitlines()
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

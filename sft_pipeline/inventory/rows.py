@@ -116,9 +116,9 @@ def _pairs(removed: list[SourceRow], added: list[SourceRow]) -> Iterator[tuple[S
             yield old, new, "group"
     places = {(r.source, r.file, r.line): r for r in added if r not in paired}
     for old in removed:
-        new = places.get((old.source, old.file, old.line))
-        if old not in paired and new is not None:
-            yield old, new, "line"
+        at_place = places.get((old.source, old.file, old.line))
+        if old not in paired and at_place is not None:
+            yield old, at_place, "line"
 
 
 def _whereabouts(row_ids: set[str], side: Mapping[str, Artifact]) -> dict[str, str]:

@@ -52,8 +52,8 @@ def spawn(function: Any, *arguments: Any) -> Any:
 
 
 @pytest.fixture
+def many(home: Path, client: Any) -> tuple[Store, set[str]]:
     """200 artifacts in 23 branches: three have an alias, one is current, one pinned; and what to keep."""
-    """200 artifacts in 23 branches, of which three have an alias, one is current, one pinned; what to keep."""
     store = Store()
     first = chain(store, 0)
     # Every second branch shares the raw rows of the first: 9 + 11 * 8 + 11 * 9 = 196, and 4 alone.
