@@ -8,6 +8,7 @@ from typing import Any
 
 from sft_pipeline.inventory.listing import evaluation_of, scores_of
 from sft_pipeline.lineage.walk import Chain, walk
+from sft_pipeline.portable_paths import may_be_portable
 from sft_pipeline.store import Artifact, Store
 
 # {stage: (beginnings of the keys of its configuration that are compared, their section in the YAML file)}.
@@ -133,8 +134,15 @@ def _tags_on_lines(template: str) -> list[str]:
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """{key, a, b} of what differs; null for what one of them does not have."""
     for key in dict.fromkeys((*a, *b)):
-        if a.get(key) != b.get(key):
+        if not _same(a.get(key), b.get(key)):
             yield {"key": key, "a": a.get(key), "b": b.get(key)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or one of them as an export carries it, without the folders of the machine."""
+    if isinstance(a, str) and isinstance(b, str):
+        return a == b or may_be_portable(a, b) or may_be_portable(b, a)
+    return bool(a == b)
 
 
 def _configuration(manifests: Mapping[str, Any]) -> dict[str, Any]:

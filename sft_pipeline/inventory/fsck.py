@@ -211,11 +211,11 @@ def _check_refs(store: Store, readable: dict[str, Artifact], found: StoreCheck) 
 def _ref_problem(ref: StoredRef, store: Store, readable: dict[str, Artifact]) -> str | None:
     if ref.fingerprint is None:
         return "cannot be read"
-    artifact = readable.get(ref.fingerprint) or store.get(ref.fingerprint)
+    artifact = readable.get(ref.fingerprint)
     if artifact is None:
+        if (store.objects / ref.fingerprint).is_dir():
+            return None  # its manifest is damaged, and named already
         return f"points nowhere: {ref.fingerprint[:12]} is not in the store"
-    if ref.fingerprint not in readable:
-        return None  # its manifest is named already
     m = artifact.manifest
     for name, recorded, own in (
         ("asset", ref.asset, m.asset),
