@@ -24,7 +24,7 @@ def seconds_since(created_at: str, now: datetime | None = None) -> float:
 
 
 def duration_text(seconds: float | None) -> str:
-    """The two largest units at most: 45 s, 12 min, 3 h 20 min, 5 d."""
+    """45 s, 12 min, 3.3 h, 5 d."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -32,10 +32,8 @@ def duration_text(seconds: float | None) -> str:
     minutes = round(seconds / 60)
     if minutes < 90:
         return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    return f"{round(hours / 24)} d"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 36 else f"{hours / 24:.0f} d"
 
 
 def plural(count: int, noun: str) -> str:

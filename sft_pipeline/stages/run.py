@@ -123,7 +123,41 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     run.report.stage(asset, "started")
     try:
         with run.store.using() as use:
-            artifact, cached = _bring_up_to_date(stage, stages, branch, run, use)
+            with use.steady():
+                inputs = resolve_inputs(stage, stages, branch, run)
+                use.add(a.path.name for a in (*inputs.data.values(), *inputs.acceptance.values()))
+            fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
+            with use.steady():
+                use.add([fingerprint])
+                artifact, cached = _reusable(stage, run.store, fingerprint), True
+            if artifact is None:
+                waiting = f"{asset}: another process is building it; waiting"
+                with run.store.building(fingerprint, on_wait=lambda: run.report.log(waiting)) as out:
+                    # Another process may have built it while this one waited for the lock.
+                    artifact = _reusable(stage, run.store, fingerprint)
+                    if artifact is None:
+                        cached = False
+                        for data in inputs.data.values():
+                            data.verify(deep=True)  # what is read is hashed, or rot would get fresh hashes
+                        with (
+                            clear_disk_errors(f"building {asset}"),
+                            run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
+                        ):
+                            build = Build(
+                                config=stage.config(branch),
+                                inputs=inputs.data,
+                                out=out,
+                                work=run.store.work(fingerprint),
+                                report=tracked.report,
+                                snapshot=branch.snapshot,
+                                asset=asset,
+                                earlier=earlier_builds(stage, branch, run, use) if stage.reuses_rows else (),
+                                outside=parts["outside"],
+                            )
+                            isolate = run.isolate if stage.isolated else None
+                            built = isolate(stage, build) if isolate else stage.load_build()(build)
+                            artifact = _commit(stage, built, build, parts, inputs, run, tracked)
+                            tracked.committed(artifact)
             run.store.set_ref(artifact, run_id=run.run_id, current=run.current)
             run.publish(artifact, branch, run)
     except BaseException:
@@ -132,50 +166,6 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     accepted = artifact.manifest.accepted
     run.report.stage(asset, ("cached" if cached else "built") if accepted else "not accepted")
     return StageOutcome(artifact, cached)
-
-
-def _bring_up_to_date(
-    stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Run, use: StoreUse
-) -> tuple[Artifact, bool]:
-    """The artifact, and whether it was there already; what is read and found is noted against collection."""
-    asset = stage.asset(branch)
-    with use.steady():
-        inputs = resolve_inputs(stage, stages, branch, run)
-        use.add(a.path.name for a in (*inputs.data.values(), *inputs.acceptance.values()))
-    fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
-    with use.steady():
-        use.add([fingerprint])
-        artifact = _reusable(stage, run.store, fingerprint)
-    if artifact is not None:
-        return artifact, True
-    waiting = f"{asset}: another process is building it; waiting"
-    with run.store.building(fingerprint, on_wait=lambda: run.report.log(waiting)) as out:
-        # Another process may have built it while this one waited for the lock.
-        artifact = _reusable(stage, run.store, fingerprint)
-        if artifact is not None:
-            return artifact, True
-        for data in inputs.data.values():
-            data.verify(deep=True)  # what is read is hashed, or rot would get fresh hashes
-        with (
-            clear_disk_errors(f"building {asset}"),
-            run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
-        ):
-            build = Build(
-                config=stage.config(branch),
-                inputs=inputs.data,
-                out=out,
-                work=run.store.work(fingerprint),
-                report=tracked.report,
-                snapshot=branch.snapshot,
-                asset=asset,
-                earlier=earlier_builds(stage, branch, run, use) if stage.reuses_rows else (),
-                outside=parts["outside"],
-            )
-            isolate = run.isolate if stage.isolated else None
-            built = isolate(stage, build) if isolate else stage.load_build()(build)
-            artifact = _commit(stage, built, build, parts, inputs, run, tracked)
-            tracked.committed(artifact)
-    return artifact, False
 
 
 @dataclass(frozen=True)
