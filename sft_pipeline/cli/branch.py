@@ -57,7 +57,9 @@ def prepared(branch: Branch, last: str, console: Console) -> Iterator[dict[str, 
     """
     store = Store()
     run_id = f"look-{uuid.uuid4().hex}"
-    with ConsoleReporter(console) as reporter:
+    with ConsoleReporter(console) as reporter, store.using() as use:
+        with use.steady():
+            use.add(runs=[run_id])
         try:
             yield run_until(last, STAGES, branch, Run(store, reporter, run_id=run_id, current=False))
         finally:

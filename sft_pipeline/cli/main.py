@@ -26,6 +26,7 @@ err = Terminal(stderr=True, highlight=False, soft_wrap=True)
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of its file")]
 Snapshot = Annotated[str | None, typer.Option(help="snapshot of the dataset; the newest by default")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+MODEL_HELP = "an export's folder, a recipe (its current model), recipe@snapshot, or a fingerprint"
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="override a key of the recipe; may be repeated"),
@@ -253,6 +254,77 @@ def trace(
     from sft_pipeline.cli.lineage import show_trace
 
     result = show_trace(group_or_row_id, console=err, out=None if as_json else _out())
+    if as_json:
+        print_json(result)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="[models|runs|artifacts]")] = "models", as_json: Json = False
+) -> None:
+    """List exported models, Dagster runs, or everything in the store."""
+    from sft_pipeline.cli.list import list_items
+
+    result = list_items(what, console=err, out=None if as_json else _out())
+    if as_json:
+        print_json(result)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+    older_than: Annotated[
+        float, typer.Option(metavar="DAYS", min=0, help="keep what is younger, whatever needs it")
+    ] = 0.0,
+    keep_last: Annotated[
+        int, typer.Option(metavar="N", min=0, help="keep the newest N exported models of each recipe")
+    ] = 0,
+    pins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pin", metavar="MODEL", help="keep it from now on (also a fingerprint); removes nothing"
+        ),
+    ] = None,
+    unpins: Annotated[
+        list[str] | None, typer.Option("--unpin", metavar="FINGERPRINT", help="keep it no longer than needed")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what no ref, alias, pin, running process or lineage needs; say first what and how much."""
+    from sft_pipeline.cli.gc import change_pins, collect_garbage
+
+    out = None if as_json else _out()
+    if pins or unpins:
+        result = change_pins(pins or [], unpins or [], dry_run=dry_run, out=out)
+    else:
+        result = collect_garbage(
+            dry_run=dry_run, older_than=older_than, keep_last=keep_last, console=err, out=out
+        )
+    if as_json:
+        print_json(result)
+
+
+@app.command()
+def fsck(as_json: Json = False) -> None:
+    """Hash everything in the store again; name what is damaged, and what to do about it."""
+    from sft_pipeline.cli.fsck import check_store
+
+    result = check_store(console=err, out=None if as_json else _out())
+    if as_json:
+        print_json(result)
+    raise typer.Exit(1 if result["damaged"] else 0)
+
+
+@app.command()
+def diff(
+    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help=MODEL_HELP)],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B")],
+    as_json: Json = False,
+) -> None:
+    """Compare two models: rows they were trained on, template, recipe keys, packages, scores."""
+    from sft_pipeline.cli.diff import diff_models
+
+    result = diff_models(model_a, model_b, console=err, out=None if as_json else _out())
     if as_json:
         print_json(result)
 

@@ -76,6 +76,20 @@ def reap_dead_runs(instance: "DagsterInstance") -> list[str]:
     return ended
 
 
+def is_running(instance: "DagsterInstance", run: "DagsterRun") -> bool:
+    """Whether a run goes on, will begin, or is about to be retried; not where its worker died unnoticed."""
+    from dagster import DagsterRunStatus
+
+    if run.status == DagsterRunStatus.FAILURE:
+        # The daemon starts the retry a moment later.
+        return run.tags.get("dagster/will_retry") == "true" and "dagster/auto_retry_run_id" not in run.tags
+    if run.is_finished:
+        return False
+    identity = run.tags.get(WORKER_TAG)
+    dead = identity is not None and is_alive(identity) is False
+    return not dead or _is_inherited(instance, run, identity or "")
+
+
 def _is_inherited(instance: "DagsterInstance", run: "DagsterRun", identity: str) -> bool:
     """Whether the tag was copied by a retry from its parent: it names that one's worker, not its own."""
     parent = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None

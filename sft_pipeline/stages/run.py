@@ -14,6 +14,7 @@ from sft_pipeline.stages.stage import Branch, Build, Built, Evidence, Stage
 from sft_pipeline.store import Artifact, InputEntry, Store
 from sft_pipeline.store.files import clear_disk_errors
 from sft_pipeline.store.manifest import fingerprint_of_parts
+from sft_pipeline.store.uses import StoreUse
 
 MOST_EARLIER = 3  # artifacts that a stage may take rows over from
 
@@ -121,41 +122,44 @@ def run_stage(stage: Stage, stages: Mapping[str, Stage], branch: Branch, run: Ru
     asset = stage.asset(branch)
     run.report.stage(asset, "started")
     try:
-        inputs = resolve_inputs(stage, stages, branch, run)
-        fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
-        artifact, cached = _reusable(stage, run.store, fingerprint), True
-        if artifact is None:
-            waiting = f"{asset}: another process is building it; waiting"
-            with run.store.building(fingerprint, on_wait=lambda: run.report.log(waiting)) as out:
-                # Another process may have built it while this one waited for the lock.
-                artifact = _reusable(stage, run.store, fingerprint)
-                if artifact is None:
-                    cached = False
-                    for data in inputs.data.values():
-                        data.verify(deep=True)  # what is read is hashed, or rot would get fresh hashes
-                    with (
-                        clear_disk_errors(f"building {asset}"),
-                        run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
-                    ):
-                        build = Build(
-                            config=stage.config(branch),
-                            inputs=inputs.data,
-                            out=out,
-                            work=run.store.work(fingerprint),
-                            report=tracked.report,
-                            snapshot=branch.snapshot,
-                            asset=asset,
-                            earlier=earlier_builds(stage, branch, run) if stage.reuses_rows else (),
-                            outside=parts["outside"],
-                        )
-                        if stage.isolated and run.isolate:
-                            built = run.isolate(stage, build)
-                        else:
-                            built = stage.load_build()(build)
-                        artifact = _commit(stage, built, build, parts, inputs, run, tracked)
-                        tracked.committed(artifact)
-        run.store.set_ref(artifact, run_id=run.run_id, current=run.current)
-        run.publish(artifact, branch, run)
+        with run.store.using() as use:
+            with use.steady():
+                inputs = resolve_inputs(stage, stages, branch, run)
+                use.add(a.path.name for a in (*inputs.data.values(), *inputs.acceptance.values()))
+            fingerprint, parts = fingerprint_of(stage, branch, inputs.data)
+            with use.steady():
+                use.add([fingerprint])
+                artifact, cached = _reusable(stage, run.store, fingerprint), True
+            if artifact is None:
+                waiting = f"{asset}: another process is building it; waiting"
+                with run.store.building(fingerprint, on_wait=lambda: run.report.log(waiting)) as out:
+                    # Another process may have built it while this one waited for the lock.
+                    artifact = _reusable(stage, run.store, fingerprint)
+                    if artifact is None:
+                        cached = False
+                        for data in inputs.data.values():
+                            data.verify(deep=True)  # what is read is hashed, or rot would get fresh hashes
+                        with (
+                            clear_disk_errors(f"building {asset}"),
+                            run.tracker(stage, branch, fingerprint, inputs.data, run.report) as tracked,
+                        ):
+                            build = Build(
+                                config=stage.config(branch),
+                                inputs=inputs.data,
+                                out=out,
+                                work=run.store.work(fingerprint),
+                                report=tracked.report,
+                                snapshot=branch.snapshot,
+                                asset=asset,
+                                earlier=earlier_builds(stage, branch, run, use) if stage.reuses_rows else (),
+                                outside=parts["outside"],
+                            )
+                            isolate = run.isolate if stage.isolated else None
+                            built = isolate(stage, build) if isolate else stage.load_build()(build)
+                            artifact = _commit(stage, built, build, parts, inputs, run, tracked)
+                            tracked.committed(artifact)
+            run.store.set_ref(artifact, run_id=run.run_id, current=run.current)
+            run.publish(artifact, branch, run)
     except BaseException:
         run.report.stage(asset, "failed")
         raise
@@ -250,21 +254,28 @@ def _reusable(stage: Stage, store: Store, fingerprint: str) -> Artifact | None:
     return artifact
 
 
-def earlier_builds(stage: Stage, branch: Branch, run: Run) -> tuple[Artifact, ...]:
+def earlier_builds(stage: Stage, branch: Branch, run: Run, use: StoreUse) -> tuple[Artifact, ...]:
     """The newest artifacts of a stage that differ in their inputs only, all of whose files are intact."""
     _, parts = fingerprint_of(stage, branch, {})
-    found: list[Artifact] = []
     unreadable = f"{stage.name}: no rows are taken over from an artifact"
-    for artifact in reversed(run.store.all(lambda e: run.report.log(f"{unreadable}: {e}", "warning"))):
-        manifest = artifact.manifest
-        same = manifest.asset.endswith(f"/{stage.name}") and all(
-            getattr(manifest, k) == parts[k] for k in ("code_version", "config", "outside", "packages")
-        )
-        if same and (damage := artifact.damage(deep=True)):
+    with use.steady():
+        same = [
+            artifact
+            for artifact in run.store.all(lambda e: run.report.log(f"{unreadable}: {e}", "warning"))
+            if artifact.manifest.asset.endswith(f"/{stage.name}")
+            and all(
+                getattr(artifact.manifest, k) == parts[k]
+                for k in ("code_version", "config", "outside", "packages")
+            )
+        ]
+        use.add(artifact.path.name for artifact in same)
+    found: list[Artifact] = []
+    for artifact in reversed(same):
+        if damage := artifact.damage(deep=True):
             run.report.log(
                 f"{stage.name}: no rows are taken over from a damaged artifact: {damage[0]}", "warning"
             )
-        elif same:
+        else:
             found.append(artifact)
         if len(found) == MOST_EARLIER:
             break

@@ -92,11 +92,12 @@ def remove_tree(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait_seconds: float | None = None) -> Iterator[None]:
-    """Holds an exclusive lock on `path` (made if absent); the kernel releases it when the process dies.
+def locked(path: Path, *, wait_seconds: float | None = None, shared: bool = False) -> Iterator[None]:
+    """Holds a lock on `path` (made if absent); the kernel releases it when the process dies.
 
     Args:
         wait_seconds: How long to wait for another holder; None waits for ever, 0 tries once.
+        shared: Others may hold it too, if they share it; else this process alone holds it.
 
     Raises:
         TimeoutError: Another process still holds the lock.
@@ -107,7 +108,7 @@ def locked(path: Path, *, wait_seconds: float | None = None) -> Iterator[None]:
         deadline = None if wait_seconds is None else time.monotonic() + wait_seconds
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if deadline is not None and time.monotonic() >= deadline:

@@ -4,12 +4,15 @@ objects/<fingerprint>/              immutable artifacts, each with a manifest.js
 refs/<asset key>/<partition>.json   the current artifact of an asset
 refs/.runs/<run id>/...             what one Dagster run made, so that its later steps read exactly that
 staging/<fingerprint>/              being built; swept when its builder is gone
+trash/                              collected by `sft gc`, no part of the store any more; being deleted
+pins/<fingerprint>.json             what `sft gc` keeps because somebody said so
 work/<fingerprint>/                 resumable training
 """
 
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +24,7 @@ from sft_pipeline.store import files
 from sft_pipeline.store.artifact import Artifact
 from sft_pipeline.store.manifest import MANIFEST_NAME, Manifest, data_version, list_files
 from sft_pipeline.store.partition_names import why_unusable
+from sft_pipeline.store.uses import StoreUse, using
 
 
 class Store:
@@ -36,6 +40,8 @@ class Store:
         self.refs = self.home / "refs"
         self.staging = self.home / "staging"
         self.locks = self.home / "locks"
+        self.trash = self.home / "trash"
+        self.pins = self.home / "pins"
 
     # -- objects ---------------------------------------------------------------------------------------------
 
@@ -62,6 +68,21 @@ class Store:
     def work(self, fingerprint: str) -> Path:
         """The folder for what a killed build may go on from, for example training checkpoints."""
         return self.home / "work" / fingerprint
+
+    def using(self) -> contextlib.AbstractContextManager[StoreUse]:
+        """Notes what this process uses, which `sft gc` then leaves alone."""
+        return using(self.locks)
+
+    def discard(self, folder: Path) -> Path:
+        """Takes a folder of objects/ or work/ out of the store by one rename; returns its new place.
+
+        Whatever dies now, it is either whole and in the store, or no part of it; `sweep` deletes the rest.
+        """
+        self.trash.mkdir(parents=True, exist_ok=True)
+        target = self.trash / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
+        os.replace(folder, target)
+        files.fsync_path(folder.parent)
+        return target
 
     @contextlib.contextmanager
     def building(self, fingerprint: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
@@ -115,11 +136,13 @@ class Store:
         return Artifact(target)
 
     def sweep(self) -> list[str]:
-        """Removes staging folders whose builder is gone, and returns their names.
+        """Removes staging folders whose builder is gone, and returns their names; empties trash/.
 
         An artifact that was being replaced, and whose successor never came, is put back.
         """
         swept = []
+        for folder in self.trash.glob("*"):
+            files.remove_tree(folder)
         for folder in sorted(self.staging.glob("*")):
             with contextlib.suppress(TimeoutError):
                 fingerprint, _, replaced = folder.name.partition(".")

@@ -199,24 +199,27 @@ def planned(
     recipes = [find_recipe(catalog, recipe, (*grid.common, *options)) for options in grid.trials()]
     data = _Data(store, report, f"sweep-{uuid.uuid4().hex}")
     try:
-        own, _ = data.of(branch)
-        plan = PlannedUpdates.read(own["packed_shards"])
-        budget = budget_of(plan, branch.require_recipe().training.max_steps, updates)
-        trials = tuple(
-            _planned_trial(
-                number, values_of(options), Branch(branch.dataset, branch.snapshot, found), budget, data
+        with store.using() as use:
+            with use.steady():
+                use.add(runs=[data.run_id])
+            own, _ = data.of(branch)
+            plan = PlannedUpdates.read(own["packed_shards"])
+            budget = budget_of(plan, branch.require_recipe().training.max_steps, updates)
+            trials = tuple(
+                _planned_trial(
+                    number, values_of(options), Branch(branch.dataset, branch.snapshot, found), budget, data
+                )
+                for number, (options, found) in enumerate(zip(grid.trials(), recipes), 1)
             )
-            for number, (options, found) in enumerate(zip(grid.trials(), recipes), 1)
-        )
-        yield SweepPlan(
-            f"{branch.require_recipe().name}-{_digest(branch, trials)}",
-            branch,
-            budget,
-            len(plan),
-            trials,
-            store,
-            data.run_id,
-        )
+            yield SweepPlan(
+                f"{branch.require_recipe().name}-{_digest(branch, trials)}",
+                branch,
+                budget,
+                len(plan),
+                trials,
+                store,
+                data.run_id,
+            )
     finally:
         for folder in (store.refs / ".runs").glob(f"{data.run_id}*"):
             remove_tree(folder)

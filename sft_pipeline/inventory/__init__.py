@@ -1,0 +1,1 @@
+"""What is in the store: listed, collected, hashed again, compared."""

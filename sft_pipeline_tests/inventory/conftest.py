@@ -1,0 +1,1 @@
+from sft_pipeline_tests.tracking.conftest import client, migrated_database  # noqa: F401 - fixtures
