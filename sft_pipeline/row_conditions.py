@@ -56,10 +56,35 @@ def compile_condition(text: str) -> Callable[[Row], bool]:
     return holds
 
 
-def column_value(row: Row, name: str) -> Any:
-    """A column by its name, else by a dotted path into objects and lists; None where there is neither."""
+def columns_of(text: str) -> set[str]:
+    """The columns that a condition reads.
+
+    Raises:
+        ValueError: As `compile_condition`.
+    """
+    compile_condition(text)
+    tree = ast.parse(text.strip(), mode="eval")
+    inside = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    functions = {id(call.func) for call in calls}
+    found = {
+        _path(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name | ast.Attribute) and id(node) not in inside | functions
+    }
+    for call in calls:
+        match call.func, call.args:
+            case ast.Name(id="column"), [ast.Constant(value=str() as name)]:
+                found.add(name)
+    return found - _WORDS.keys()
+
+
+def column_value(row: Row, name: str, absent: Any = None) -> Any:
+    """A column by its name, else by a dotted path into objects and lists; `absent` where there is neither."""
     if name in row:
         return row[name]
+    if "." not in name:
+        return absent
     value: Any = row
     for key in name.split("."):
         if isinstance(value, Mapping) and key in value:
@@ -67,7 +92,7 @@ def column_value(row: Row, name: str) -> Any:
         elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
         else:
-            return None
+            return absent
     return value
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_pipeline.row_conditions import ConditionFailed, compile_condition
+from sft_pipeline.row_conditions import ConditionFailed, columns_of, compile_condition
 
 ROW = {
     "reward": 0.5,
@@ -88,6 +88,11 @@ def test_a_row_that_does_not_fit_says_so(condition: str) -> None:
 
 def test_a_pattern_that_backtracks_elsewhere_takes_linear_time() -> None:
     assert not compile_condition('matches(text, "^(a+)+$")')({"text": "a" * 50_000 + "b"})
+
+
+def test_the_columns_that_are_read() -> None:
+    text = 'meta.lang == "en" and not (len(tags) > 1 or column("odd name") == null) and lower(x) in [y, true]'
+    assert columns_of(text) == {"meta.lang", "tags", "odd name", "x", "y"}
 
 
 @given(st.text(max_size=40))

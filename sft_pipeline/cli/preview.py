@@ -51,6 +51,7 @@ def preview(dataset: DatasetConfig, snapshot: str | None, number: int) -> dict[s
         "reasons": dict(reasons.most_common()),
         "unused": dict(found.unused.most_common()),
         "arranged": dict(found.arranged),
+        "absent": found.absent,
         "rows": found.rows[:number],
         "rejected": found.rejected[: max(number, 10)],
     }
@@ -74,6 +75,8 @@ def show_preview(result: dict[str, Any], console: Console) -> None:
     if result["unused"]:
         names = ", ".join(f"{name} ({count:,})" for name, count in list(result["unused"].items())[:12])
         console.print(f"columns that nothing reads: {names}", style="dim", soft_wrap=True)
+    for name in result["absent"]:
+        console.print(f"no such column in these rows: {name}", style="yellow", soft_wrap=True)
     for rule, count in result["arranged"].items():
         console.print(f"{count:,} turns by contract.{rule}", style="dim")
     if result["rejected"]:

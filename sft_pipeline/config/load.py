@@ -74,23 +74,7 @@ def find_recipe(
     Raises:
         InputError: There is none, or it does not validate; with the nearest name or the file's own error.
     """
-    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path
-    if looks_like_path:
-        path = Path(os.path.expanduser(name_or_path))
-        path = path if path.is_file() else project_path(name_or_path)
-        if not path.is_file():
-            raise InputError(f"no recipe file at {path}")
-    elif name_or_path in catalog.recipes:
-        path = catalog.files[f"recipe {name_or_path}"]
-    else:
-        for broken, problem in catalog.problems.items():
-            if Path(broken).stem == name_or_path:
-                raise InputError(problem)
-        known = list(catalog.recipes)
-        raise InputError(
-            f"no recipe is named {name_or_path!r}{_nearest(name_or_path, known)}; "
-            f"known: {', '.join(known) or 'none'}"
-        )
+    path = _file_of("recipe", name_or_path, catalog)
     recipe = load_recipe(path, overrides=tuple(overrides), read_schemas=read_schemas)
     _check_dataset(recipe, catalog, path)
     return recipe
@@ -102,20 +86,29 @@ def find_dataset(catalog: Catalog, name_or_path: str) -> DatasetConfig:
     Raises:
         InputError: There is none, or it does not validate.
     """
+    return validate(DatasetConfig, read_yaml(_file_of("dataset", name_or_path, catalog)))
+
+
+def _file_of(kind: str, name_or_path: str, catalog: Catalog) -> Path:
+    """The file of a recipe or dataset.
+
+    Raises:
+        InputError: There is none, with the nearest name, or it does not validate.
+    """
     if name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path:
         path = Path(os.path.expanduser(name_or_path))
         path = path if path.is_file() else project_path(name_or_path)
         if not path.is_file():
-            raise InputError(f"no dataset file at {path}")
-        return validate(DatasetConfig, read_yaml(path))
-    if name_or_path in catalog.datasets:
-        return catalog.datasets[name_or_path]
+            raise InputError(f"no {kind} file at {path}")
+        return path
+    if found := catalog.files.get(f"{kind} {name_or_path}"):
+        return found
     for broken, problem in catalog.problems.items():
         if Path(broken).stem == name_or_path:
             raise InputError(problem)
-    known = list(catalog.datasets)
+    known = list(catalog.recipes if kind == "recipe" else catalog.datasets)
     raise InputError(
-        f"no dataset is named {name_or_path!r}{_nearest(name_or_path, known)}; "
+        f"no {kind} is named {name_or_path!r}{_nearest(name_or_path, known)}; "
         f"known: {', '.join(known) or 'none'}"
     )
 

@@ -24,7 +24,7 @@ class StoreDamage:
 
     Attributes:
         kind: "file", "manifest", "artifact" or "ref".
-        used_by: Current artifacts and exports that were made from the damaged one.
+        used_by: Exports that were made from the damaged one.
     """
 
     kind: str
@@ -92,7 +92,7 @@ def _unreadable(folder: Path, error: str, found: StoreCheck) -> None:
             StoreDamage("manifest", str(folder / MANIFEST_NAME), "missing", remedy, fingerprint=folder.name)
         )
     else:
-        problem = error.removeprefix(f"{folder / MANIFEST_NAME}: ").partition(";")[0]
+        problem = error.removeprefix(f"{folder / MANIFEST_NAME}: ").partition(". ")[0]
         found.damaged.append(
             StoreDamage("manifest", str(folder / MANIFEST_NAME), problem, remedy, fingerprint=folder.name)
         )

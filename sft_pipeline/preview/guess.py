@@ -201,7 +201,7 @@ def _by_role(rows: Rows, texts: Sequence[str]) -> tuple[str, str] | None:
     for name in texts:
         place = name.rpartition(".")[0]
         beside = f"{place}.role" if place else "role"
-        said = look_up(dict(rows[0]), beside)
+        said = look_up(rows[0], beside)
         if isinstance(said, str) and said.lower() in ROLES and _named(name, TEXT_KEYS):
             sides.setdefault(ROLES[said.lower()], name)
     return (sides["user"], sides["assistant"]) if {"user", "assistant"} <= sides.keys() else None
@@ -241,7 +241,7 @@ def _paths(row: Mapping[str, Any], above: str = "", depth: int = 4) -> Iterator[
 
 
 def _values(rows: Rows, name: str) -> list[Any]:
-    return [v for row in rows if (v := look_up(dict(row), name)) is not MISSING and v is not None]
+    return [v for row in rows if (v := look_up(row, name)) is not MISSING and v is not None]
 
 
 def _mostly_text(rows: Rows, name: str) -> bool:

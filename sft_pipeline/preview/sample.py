@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 
 from sft_pipeline.config.dataset import DatasetConfig
-from sft_pipeline.stages.raw_rows.build import ROWS as RAW
 from sft_pipeline.stages.raw_rows.config import RawSource
 from sft_pipeline.stages.raw_rows.decode import Reject, Rows
 from sft_pipeline.stages.raw_rows.find import find_files
@@ -25,6 +24,7 @@ from sft_pipeline.stages.raw_rows.readers import read_file
 from sft_pipeline.stages.raw_rows.streams import SourceFile
 from sft_pipeline.stages.raw_rows.table_files import read_hub
 from sft_pipeline.stages.stage import Branch
+from sft_pipeline.stages.validated_rows.absent_columns import absent_columns
 from sft_pipeline.stages.validated_rows.assemble import Assembler, assembled_shape
 from sft_pipeline.stages.validated_rows.asset import STAGE as VALIDATED_ROWS
 from sft_pipeline.stages.validated_rows.build import group_columns, resolved_shapes
@@ -34,6 +34,7 @@ from sft_pipeline.stages.validated_rows.validate import RowValidator
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables import parquet
 from sft_pipeline.tables.reasons import RejectReason
+from sft_pipeline.tables.schemas import RAW_ROWS
 
 ROWS = 1_000  # of each source
 JOINED_ROWS = 100_000  # of a second file; partners further down are not found
@@ -50,6 +51,7 @@ class Sample:
         groups: The column with the group key of each source, None where each row is its own.
         unused: Rows (or messages) by the key that nothing reads.
         arranged: Turns by the key of the contract that merged or left them out.
+        absent: Columns that the dataset file names and that none of these rows has.
         read: Rows that were read.
         whole: Whether these are all rows of the dataset.
     """
@@ -60,6 +62,7 @@ class Sample:
     groups: list[str | None] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
     arranged: Counter[str] = field(default_factory=Counter)
+    absent: list[str] = field(default_factory=list)
     read: int = 0
     whole: bool = True
 
@@ -146,13 +149,14 @@ def _rows(
 
 
 def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    with parquet.PartWriter(folder, RAW) as writer:
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=RAW))
+    with parquet.PartWriter(folder, RAW_ROWS) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=RAW_ROWS))
 
 
 def _validate(raw: Artifact, config: ValidatedRowsConfig, work: Path, found: Sample) -> None:
     """Adds what validated_rows would make of the raw rows."""
     shapes = resolved_shapes(config.shapes, raw)
+    found.absent = absent_columns(raw, shapes)
     assembled = [assembled_shape(shape) for shape in shapes]
     found.formats, found.groups = [s.format for s in shapes], group_columns(raw.parts("rows"), assembled)
 

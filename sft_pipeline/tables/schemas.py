@@ -65,6 +65,17 @@ TOKENIZED = pa.schema(
     ]
 )
 
+RAW_ROWS = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.int32()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("content", pa.string()),
+    ]
+)
+"""raw_rows, and what is joined to them. `content`: JSON as it was written."""
+
 REJECTS = pa.schema(
     [
         ("row_id", pa.string()),

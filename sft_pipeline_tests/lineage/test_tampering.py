@@ -211,13 +211,14 @@ ROOT_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", ROOT_CHANGES)
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    # In the store itself only the ref is another record, and it has the data version alone.
+    [*((name, True) for name in ROOT_CHANGES), ("other weights", False), ("no evaluation", False)],
+)
 def test_a_model_whose_own_manifest_fits_what_was_changed(project, branch, tmp_path, name, moved):  # noqa: F811
     """No consumer has recorded it; the store's copy of it has, and so has the ref."""
     change, file = ROOT_CHANGES[name]
-    if not moved and name in ("another step", "another moment"):
-        pytest.skip("nothing else records it: a ref has the data version only")
     export, kept = tmp_path / "export", tmp_path / "kept"
     original = branch["exported_model"].path
     shutil.copytree(original, kept)

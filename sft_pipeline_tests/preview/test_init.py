@@ -119,6 +119,18 @@ def test_a_preview_says_why_rows_would_be_rejected(tmp_path: Path) -> None:
     assert not (home / "objects").exists(), "nothing is built"
 
 
+def test_a_preview_names_columns_that_are_not_there(tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = init(tmp_path, tmp_path / "rows.jsonl", home=tmp_path / "home")
+    path = Path(made.json["dataset"])
+    document = yaml.safe_load(path.read_text())
+    document["sources"][0]["where"] = 'lang != "de"'
+    path.write_text(yaml.safe_dump(document))
+    looked = sft("preview", "mine", "--json", home=tmp_path / "home", config=tmp_path / "config")
+    assert looked.json["absent"] == ["sources[0].where: lang"] and looked.json["accepted"] == 30
+
+
 def turn(**keys: Any) -> dict[str, Any]:
     return keys
 

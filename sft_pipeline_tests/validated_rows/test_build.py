@@ -286,3 +286,37 @@ def test_real_datasets_run_as_they_are(name: str, project: Path, shared_data: Pa
     assert {
         r["reason"]: r["rows"] for r in read_report(outcome.artifact)["evidence"]["reasons"].value
     } == reasons
+
+
+def absent(project: Path, rows_of_file: list[dict[str, Any]], **source: Any) -> str:
+    path = write_jsonl(project / "rows.jsonl", rows_of_file)
+    dataset_ = dataset({"path": str(path), **source}, contract={"max_reject_rate": 1.0})
+    outcome = run(dataset_, project / "home", STAGE)["validated_rows"]
+    told = check(outcome, "columns_there")
+    return "" if told["passed"] else str(told["description"])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"where": "scroe > 1"}, "sources[0].where: scroe"),
+        ({"where": 'lable != "spam"'}, "sources[0].where: lable"),  # holds for every row
+        ({"columns": {"system": "systm"}}, "sources[0].columns.system: systm"),  # an optional field
+        ({"text": {"prompt": "{promt}"}}, "sources[0].text: promt"),
+        ({"where": "score > 0 and meta.lang != null", "columns": {"group": "thread"}}, ""),
+        ({"where": 'column("é") == 1'}, ""),
+        ({"columns": {"completion": "made"}, "text": {"made": "{prompt}!"}}, ""),
+    ],
+)
+def test_a_column_that_no_row_has_is_told(project: Path, source: dict[str, Any], said: str) -> None:
+    more = {"score": 2, "label": "ham", "meta": {"lang": "en"}, "thread": "t", "é": 1}
+    told = absent(project, [pair(f"question {i}", **more) for i in range(20)], **source)
+    assert (said in told) if said else not told
+
+
+def test_a_condition_that_keeps_no_row_says_so(project: Path) -> None:
+    path = write_jsonl(project / "rows.jsonl", [pair(f"question {i}", score=1) for i in range(5)])
+    outcome = run(dataset({"path": str(path), "where": "score > 1"}), project / "home", STAGE)[
+        "validated_rows"
+    ]
+    assert "not selected by where or transform: 5" in check(outcome, "has_rows")["description"]

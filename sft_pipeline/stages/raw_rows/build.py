@@ -39,17 +39,8 @@ from sft_pipeline.stages.raw_rows.streams import SourceFile
 from sft_pipeline.stages.raw_rows.table_files import BINARY_VALUES, read_hub
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
 from sft_pipeline.tables import parquet
-from sft_pipeline.tables.schemas import REJECTS
+from sft_pipeline.tables.schemas import RAW_ROWS, REJECTS
 
-ROWS = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("source", pa.int32()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("content", pa.string()),
-    ]
-)
 FLUSH_ROWS = 4_096
 FLUSH_BYTES = 16 << 20  # a batch ends early here, so that rows of megabytes do not pile up
 SEED = b"sft-sample-v1"
@@ -79,22 +70,22 @@ def build(b: Build) -> Built:
     joined = 0
     with parquet.FileWriter(b.out / "rejects.parquet", REJECTS) as rejects:
         if not sampled:
-            with parquet.PartWriter(b.out / "rows", ROWS) as rows:
+            with parquet.PartWriter(b.out / "rows", RAW_ROWS) as rows:
                 for i in range(len(sources)):
                     ranks.append(_write_rows(i, reading.source(i), rows, rejects))
         else:
             # Which rows are taken is known when all have been read, so they wait on the disk until then.
             for i in range(len(sources)):
-                with parquet.PartWriter(spool / str(i), ROWS) as rows:
+                with parquet.PartWriter(spool / str(i), RAW_ROWS) as rows:
                     ranks.append(_write_rows(i, reading.source(i), rows, rejects, ranked=True))
         for i in (i for i, source in enumerate(sources) if source.join):
-            with parquet.PartWriter(b.out / "joined" / str(i), ROWS) as rows:
+            with parquet.PartWriter(b.out / "joined" / str(i), RAW_ROWS) as rows:
                 joined += len(_write_rows(i, reading.joined(i), rows, rejects))
     read = [len(r) for r in ranks]
     kept = read
     if sampled:
         kept = sample_sizes(read, [s.limit for s in sources], [s.weight for s in sources])
-        with parquet.PartWriter(b.out / "rows", ROWS) as rows:
+        with parquet.PartWriter(b.out / "rows", RAW_ROWS) as rows:
             for i, source in enumerate(sources):
                 taken, start = smallest(ranks[i], kept[i]), 0
                 for batch in parquet.read_batches(sorted((spool / str(i)).glob("*.parquet"))):
@@ -256,7 +247,7 @@ class _RowBatch:
             pa.array(self._contents, pa.string()),
         ]
         self._clear()
-        return pa.RecordBatch.from_arrays(columns, schema=ROWS)
+        return pa.RecordBatch.from_arrays(columns, schema=RAW_ROWS)
 
 
 def rank(row_id: str) -> int:
@@ -327,5 +318,5 @@ def _evidence(
         "not_data": number(counts["not_data"]),
         BINARY_VALUES: number(counts[BINARY_VALUES]),
         "sources": table(sources),
-        "column_schema": Evidence("schema", {f.name: str(f.type) for f in ROWS}),
+        "column_schema": Evidence("schema", {f.name: str(f.type) for f in RAW_ROWS}),
     }

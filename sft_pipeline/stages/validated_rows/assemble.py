@@ -22,7 +22,7 @@ from sft_pipeline.stages.validated_rows.reshape import CannotReshape, Reshaper
 from sft_pipeline.store import Artifact
 from sft_pipeline.tables import literal_json, parquet
 from sft_pipeline.tables.reasons import RejectReason
-from sft_pipeline.tables.schemas import digest
+from sft_pipeline.tables.schemas import RAW_ROWS, digest
 
 BATCH_ROWS = 4_096
 BATCH_BYTES = 16 << 20
@@ -249,19 +249,7 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
         waiting.append(row)
         size += len(row["content"])
         if len(waiting) == BATCH_ROWS or size > BATCH_BYTES:
-            yield pa.RecordBatch.from_pylist(waiting, schema=RAW)
+            yield pa.RecordBatch.from_pylist(waiting, schema=RAW_ROWS)
             waiting, size = [], 0
     if waiting:
-        yield pa.RecordBatch.from_pylist(waiting, schema=RAW)
-
-
-RAW = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("source", pa.int32()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("content", pa.string()),
-    ]
-)
-"""The columns of raw_rows' rows/."""
+        yield pa.RecordBatch.from_pylist(waiting, schema=RAW_ROWS)

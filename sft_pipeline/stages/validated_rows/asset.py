@@ -46,6 +46,11 @@ STAGE = Stage(
         ),
         CheckSpec("counts_add_up", blocking=True, description="accepted + quarantined = read"),
         CheckSpec("has_rows", blocking=True, description="At least one row was accepted"),
+        CheckSpec(
+            "columns_there",
+            blocking=False,
+            description="Every column that the dataset file names is in some row",
+        ),
     ),
     outside=_outside,
     packages=("orjson", "pyarrow"),

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft_pipeline.stages.stage import Build, Built, Check, Evidence, number, table
+from sft_pipeline.stages.validated_rows.absent_columns import absent_columns
 from sft_pipeline.stages.validated_rows.assemble import Assembler, Rejected, assembled_shape
 from sft_pipeline.stages.validated_rows.config import SourceShape, ValidatedRowsConfig
 from sft_pipeline.stages.validated_rows.detect import detect_format
@@ -95,7 +96,7 @@ def build(b: Build) -> Built:
     write_report(b.out / "quarantine.md", quarantine_path, counts["read"], statistics.warnings)
     return Built(
         counts=counts,
-        checks=_checks(config, counts, quarantine_path),
+        checks=_checks(config, counts, quarantine_path, absent_columns(raw, shapes)),
         volatile=("plots/", "quarantine.md"),
         evidence=evidence(b.out, counts, statistics, shapes),
     )
@@ -222,7 +223,9 @@ def group_columns(paths: list[Path], shapes: Sequence[SourceShape]) -> list[str 
     return found
 
 
-def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Path) -> tuple[Check, ...]:
+def _checks(
+    config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Path, absent: Sequence[str]
+) -> tuple[Check, ...]:
     read, accepted, left_out = counts["read"], counts["accepted"], counts.get("not_selected", 0)
     merged, added = counts.get("merged", 0), counts.get("added", 0)
     rejected, made = counts["quarantined"] - left_out, read - merged + added
@@ -255,7 +258,17 @@ def _checks(config: ValidatedRowsConfig, counts: dict[str, int], quarantine: Pat
         Check(
             "has_rows",
             accepted > 0,
-            f"{accepted:,} rows were accepted" + (f"; rejected: {named}" if named and not accepted else ""),
+            f"{accepted:,} rows were accepted"
+            + (f"; rejected: {named}" if named and not accepted else "")
+            + (f"; not selected by where or transform: {left_out:,}" if left_out and not accepted else ""),
             {"rows": number(accepted)},
+        ),
+        Check(
+            "columns_there",
+            not absent,
+            f"no row has a column that the dataset file names: {', '.join(absent)}. It counts as null or "
+            "absent everywhere; is it misspelt?"
+            if absent
+            else "every column that the dataset file names is in some row",
         ),
     )

@@ -9,6 +9,7 @@ No field is lost unseen: `unknown_fields.py` looks at the keys that nothing here
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sft_pipeline.row_conditions import column_value
 from sft_pipeline.stages.validated_rows.normalized_row import EMPTY_MESSAGE, MISSING, NO_VALUE, NormalizedRow
 from sft_pipeline.stages.validated_rows.tools import tool_calls_of, tools_of
 from sft_pipeline.tables.reasons import RejectReason
@@ -78,21 +79,9 @@ class MappedFields:
         return found
 
 
-def look_up(row: dict[str, Any], column: str) -> Any:
+def look_up(row: Mapping[str, Any], column: str) -> Any:
     """A column by its name, else by a dotted path; MISSING where there is neither."""
-    if column in row:
-        return row[column]
-    if "." not in column:
-        return MISSING
-    value: Any = row
-    for key in column.split("."):
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return MISSING
-    return value
+    return column_value(row, column, MISSING)
 
 
 def normalize(

@@ -89,7 +89,7 @@ def _filled(
     for text, name, _, _ in parts:
         yield text
         if name is not None:
-            value = look_up(dict(row), name)
+            value = look_up(row, name)
             if value is MISSING or value is None:
                 raise CannotReshape(RejectReason.MISSING_FIELD, name)
             if isinstance(value, dict | list):
